@@ -1,0 +1,313 @@
+"""From membership scores to AUC, TPR at a fixed FPR and accuracy, each with an interval.
+
+Every metric is first written as a matrix cells[M, N], one number per model and example, whose mean is the
+estimate and whose deviations are the cells' first-order influence on it. One function, `estimate`, then
+makes every interval, and a paired difference between two optimizers is the same function on the difference
+of their cells. Models and examples are crossed random factors: an interval speaks about new models *and*
+new examples. The noise that models share because each is a shadow of the others runs through the examples,
+so the column term carries it (tests/test_metrics.py checks the coverage by simulation).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lib.signals import parallel
+
+FPRS = (0.1, 0.01, 0.001, 0.0001)
+
+
+class Estimate(NamedTuple):
+    """A value and its confidence interval, in the units of the cells."""
+
+    value: float
+    low: float
+    high: float
+
+
+# ---- intervals -------------------------------------------------------------------------------------------
+
+def estimate(cells, clusters=None, level=0.95, rate=False) -> Estimate:
+    """Mean of cells[M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
+
+    clusters[M]: integers that say which models belong together; default the pairs (2k, 2k+1). The variance is
+    that of Cameron, Gelbach & Miller (2011, equation 2.10); see also Owen (2007) and, for readers and cases,
+    Gallas (2006). The quantile is Student's t with Satterthwaite's degrees of freedom for the two terms.
+    rate: the mean is a probability; the interval is made on the logit scale, so it stays inside [0, 1].
+    With one row cluster or one example nothing is known about new ones: the interval is (nan, nan).
+    Raises ValueError if cells is not a finite matrix or clusters does not have one entry per row.
+    """
+    cells = np.asarray(cells)
+    if cells.ndim != 2 or cells.size == 0:
+        raise ValueError(f"cells: shape {cells.shape}; valid is a matrix [M, N]")
+    clusters = np.arange(len(cells)) // 2 if clusters is None else np.asarray(clusters)
+    if clusters.shape != (len(cells),):
+        raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(cells)},), one per row of cells")
+    value = float(cells.mean(dtype=np.float64))
+    if not np.isfinite(value):
+        raise ValueError(f"cells: mean {value}; valid are finite numbers")
+    variance, df = _variance(cells, value, clusters)
+    if rate and (value < 1e-12 or value > 1 - 1e-12):  # 0 or 1 up to rounding
+        return _at_the_end(value, cells.shape[1], level) if df > 0 else Estimate(value, np.nan, np.nan)
+    half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance) if df > 0 else np.nan
+    if not rate:
+        return Estimate(value, value - half, value + half)
+    # logit(p) +- half / (p (1 - p))
+    ends = _logistic(np.log(value / (1 - value)) + np.array([-1, 1]) * half / (value * (1 - value)))
+    return Estimate(value, float(ends[0]), float(ends[1]))
+
+
+def _variance(cells, value, clusters):
+    """Variance of the mean of cells and its degrees of freedom (0: not estimable)."""
+    _, group = np.unique(clusters, return_inverse=True)
+    g, n = group.max() + 1, cells.shape[1]
+    if g < 2 or n < 2:
+        return np.nan, 0
+    sums = np.zeros((g, n))  # a cluster's sum for every example
+    for row, k in zip(cells, group, strict=True):
+        sums[k] += row - value
+    # V = V_rows + V_columns - V_both, each G/(G-1) sum_g (sum of the deviations in g)^2 / (M N)^2
+    rows = g / (g - 1) * np.square(sums.sum(1)).sum() / cells.size**2
+    columns = n / (n - 1) * np.square(sums.sum(0)).sum() / cells.size**2
+    both = np.einsum("gn,gn->", sums, sums) / cells.size**2
+    variance = max(rows + columns - both, rows, columns)
+    # df = V^2 / (V_rows^2 / (G-1) + V_columns^2 / (N-1))
+    spread = rows**2 / (g - 1) + columns**2 / (n - 1)
+    return variance, variance**2 / spread if spread > 0 else g - 1
+
+
+def _at_the_end(value, n, level):
+    """A rate of exactly 0 or 1: the bound of Clopper & Pearson (1934), each example counted once."""
+    # (1 - p)^n = (1 - level) / 2
+    bound = 1 - ((1 - level) / 2) ** (1 / n)
+    return Estimate(0.0, 0.0, bound) if value < 0.5 else Estimate(1.0, 1 - bound, 1.0)
+
+
+def _logistic(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+# ---- cells -----------------------------------------------------------------------------------------------
+
+def auc_cells(scores, member) -> np.ndarray:
+    """Cells [M, N] of the mean over targets of the AUC, from DeLong's placement values (DeLong et al. 1988).
+
+    scores: [M, N], higher = more likely a member; member: [M, N] bool. Ties count half.
+    Raises ValueError for shapes that differ, NaN scores, or a row without members or non-members.
+    """
+    scores, member = checked(scores, member)
+
+    def row(m):
+        place = _placements(scores[m], member[m])
+        return _centred(place, member[m]) + _centred(place, ~member[m]) - place[member[m]].mean()
+
+    return np.stack(parallel(row, range(len(scores))))
+
+
+def _placements(s, member):
+    """Per member the share of non-members below it, per non-member the share of members above; ties half."""
+    order = np.argsort(s)
+    s, inside = s[order], member[order]
+    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # last position of each run of ties
+    which = np.repeat(np.arange(len(last)), np.diff(last, prepend=-1))
+    below = {}
+    for name, chosen in (("in", inside), ("out", ~inside)):
+        upto = np.cumsum(chosen)[last]
+        below[name] = ((upto + np.append(0, upto[:-1])) / (2 * upto[-1]))[which]
+    place = np.empty(len(s))
+    place[order] = np.where(inside, below["out"], 1 - below["in"])
+    return place
+
+
+def _centred(x, chosen):
+    """Cells of one row whose mean is the mean of x over the chosen: a ratio of means, linearised."""
+    mean = x[chosen].mean()
+    # cell = mean + N/n 1{chosen} (x - mean)
+    return mean + np.where(chosen, (len(x) / chosen.sum()) * (x - mean), 0.0)
+
+
+def balanced_accuracy_cells(scores, member, threshold=None, seed=0) -> np.ndarray:
+    """Cells [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
+
+    threshold: a number, or None to learn it per target on one half of the members and non-members, apply it
+    to the other half, and the other way round (cross-fitting: no example is judged by a threshold it chose).
+    """
+    scores, member = checked(scores, member)
+    half = None if threshold is not None else halves(member, seed)
+
+    def row(m):
+        limit = threshold
+        if half is not None:
+            limit = best_thresholds(scores[m], member[m], half[m].astype(np.uint16), 2)[1 - half[m].astype(int)]
+        right = (scores[m] > limit) == member[m]
+        return (_centred(right, member[m]) + _centred(right, ~member[m])) / 2
+
+    return np.stack(parallel(row, range(len(scores))))
+
+
+def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
+    """Cells [M, N] of the TPR at a false positive rate, and of the FPR realised, as an attacker would get them.
+
+    The threshold comes from other models: the pairs (2k, 2k+1) are split in two folds, the threshold that
+    flags at most a share `fpr` of all non-member scores of one fold is applied to the other, and vice versa.
+    The TPR's cells carry the threshold's own sampling error (Hsieh & Turnbull 1996; Pepe 2003, section 5.2);
+    those of the realised FPR take the two thresholds as given.
+    Raises ValueError with fewer than three models (one pair): no other model is left to learn from.
+    """
+    scores, member = checked(scores, member)
+    if len(scores) < 3:
+        raise ValueError(f"scores: {len(scores)} models; valid are at least 3, in two folds of pairs (2k, 2k+1)")
+    if not 0 < fpr < 1:
+        raise ValueError(f"fpr: {fpr}; valid are rates between 0 and 1")
+    tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
+    folds = _folds(len(scores))
+    nulls = [np.sort(scores[f][~member[f]]) for f in folds]
+    for here, there in ((0, 1), (1, 0)):
+        limit = _limit(nulls[there], fpr)
+        for m in folds[here]:
+            tpr[m] = _centred(scores[m] > limit, member[m])
+            realised[m] = _centred(scores[m] > limit, ~member[m])
+    for here, there in ((0, 1), (1, 0)):
+        slope = _roc_slope(scores[folds[here]], member[folds[here]], nulls[there], fpr)
+        above = (scores[folds[there]] > _limit(nulls[there], fpr)) & ~member[folds[there]]
+        # TPR(estimated threshold) - TPR(threshold) = -dTPR/dFPR (share of the other fold's non-members above - fpr)
+        excess = np.where(~member[folds[there]], above - above.sum() / len(nulls[there]), 0.0)
+        tpr[folds[there]] -= slope * len(folds[here]) * scores.shape[1] / len(nulls[there]) * excess
+    return tpr, realised
+
+
+def _folds(n_models):
+    fold = np.arange(n_models) // 2 % 2
+    return [np.flatnonzero(fold == k) for k in (0, 1)]
+
+
+def _limit(null, fpr):
+    """The smallest score that at most a share fpr of the sorted null scores exceed."""
+    return null[max(len(null) - 1 - int(fpr * len(null)), 0)]
+
+
+def _roc_slope(scores, member, null, fpr):
+    """dTPR/dFPR at fpr: the ROC's rise between half and one and a half times fpr."""
+    low, high = 0.5 * fpr, min(1.5 * fpr, 1.0)
+    inside = scores[member]
+    rise = np.mean(inside > _limit(null, high)) - np.mean(inside > _limit(null, low))
+    return rise / (high - low)
+
+
+# ---- thresholds ------------------------------------------------------------------------------------------
+
+def halves(member, seed=0, y=None) -> np.ndarray:
+    """A random half [M, N] bool of every target's members and of its non-members (of every class, given y [N])."""
+    n = member.shape[1]
+    order = np.random.default_rng(seed).permutation(n)
+    if y is not None:
+        order = order[np.argsort(np.asarray(y)[order], kind="stable")]
+    out = np.empty(member.shape, bool)
+
+    def fill(m):  # along a random order, every other member and every other non-member
+        inside = member[m, order]
+        out[m, order] = np.where(inside, np.cumsum(inside), np.cumsum(~inside)) % 2 == 0
+
+    parallel(fill, range(len(member)))
+    return out
+
+
+def best_thresholds(s, member, group, n_groups) -> np.ndarray:
+    """Per group the threshold t of best balanced accuracy for the decision s > t: [n_groups] float64.
+
+    s, member, group (uint16): [N], one target's. NaN for a group without members or without non-members.
+    t lies midway between two neighbouring scores, or at the largest score if it is best to flag none.
+    """
+    order = np.argsort(s)
+    order = order[np.argsort(group[order], kind="stable")]  # by group, then by score; radix sort on uint16
+    s, inside, group = s[order], member[order], group[order]
+    n_in = np.bincount(group, inside, n_groups)
+    n_out = np.bincount(group, ~inside, n_groups)
+    # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in, 0 at a group's end
+    gain = np.cumsum(np.where(inside, -1 / np.maximum(n_in, 1)[group], 1 / np.maximum(n_out, 1)[group]))
+    ends = np.cumsum(n_in + n_out).astype(int)
+    gain[:-1][(s[1:] == s[:-1]) & (group[1:] == group[:-1])] = -np.inf  # never between ties
+    best = np.full(n_groups, np.nan)
+    for g in np.flatnonzero((n_in > 0) & (n_out > 0)):
+        start = ends[g - 1] if g else 0
+        k = start + gain[start:ends[g]].argmax()
+        best[g] = s[k] if k == ends[g] - 1 else (float(s[k]) + float(s[k + 1])) / 2
+    return best
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+def evaluate(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
+    """All metrics of one attack: a tidy frame with columns metric, value, ci_low, ci_high.
+
+    Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is
+    reported only where each fold expects at least ten false positives at it. `threshold`: as in
+    balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
+    """
+    cells = _all_cells(scores, member, fprs, threshold, seed)
+    return _table({name: estimate(c, level=level, rate=True) for name, c in cells})
+
+
+def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
+    """Paired differences b minus a of all metrics: the same columns as `evaluate`.
+
+    scores_a, scores_b: [M, N] of two ensembles that trained on the same halves, member [M, N].
+    """
+    pairs = zip(_all_cells(scores_a, member, fprs, threshold, seed),
+                _all_cells(scores_b, member, fprs, threshold, seed), strict=True)
+    return _table({name: estimate(b - a, level=level) for (name, a), (_, b) in pairs}, difference=True)
+
+
+def _all_cells(scores, member, fprs, threshold, seed):
+    """(name, cells) one by one, so that only one metric's cells are in memory at a time."""
+    scores, member = checked(scores, member)
+    yield "auc", auc_cells(scores, member)
+    yield "balanced_accuracy", balanced_accuracy_cells(scores, member, threshold, seed)
+    for fpr in reportable(member, fprs):
+        tpr, realised = tpr_cells(scores, member, fpr)
+        yield f"tpr@{fpr}", tpr
+        yield f"realised_fpr@{fpr}", realised
+
+
+def reportable(member, fprs=FPRS) -> list[float]:
+    """The rates at which each fold of models expects at least ten false positives; none with a single pair."""
+    member = np.asarray(member)
+    counts = [int((~member[f]).sum()) for f in _folds(len(member))]
+    return [fpr for fpr in fprs if min(counts) * fpr >= 10]
+
+
+def _table(estimates, difference=False):
+    rows = []
+    for name, e in estimates.items():
+        rows.append((name, *e))
+        if name == "balanced_accuracy":  # advantage = TPR - FPR = 2 balanced accuracy - 1
+            rows.append(("advantage", *(2 * np.array(e) - (0 if difference else 1))))
+    return pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"])
+
+
+def roc(scores, member, grid) -> np.ndarray:
+    """The ROC curve of all targets pooled, for plotting: TPR at every FPR in grid, same shape as grid."""
+    scores, member = checked(scores, member)
+    null, inside = np.sort(scores[~member]), np.sort(scores[member])
+    limits = np.array([_limit(null, fpr) for fpr in np.ravel(grid)])
+    flagged = len(inside) - np.searchsorted(inside, limits, side="right")
+    return (flagged / len(inside)).reshape(np.shape(grid))
+
+
+def checked(scores, member) -> tuple[np.ndarray, np.ndarray]:
+    """scores [M, N] and member [M, N] as arrays, or a ValueError that says what is wrong."""
+    scores, member = np.asarray(scores), np.asarray(member)
+    if scores.ndim != 2 or scores.shape != member.shape:
+        raise ValueError(f"scores: shape {scores.shape}; valid is the shape of member [M, N], {member.shape}")
+    if member.dtype != bool:
+        raise ValueError(f"member: dtype {member.dtype}; valid is bool")
+    inside = member.sum(1)
+    if ((inside == 0) | (inside == member.shape[1])).any():
+        m = int(np.flatnonzero((inside == 0) | (inside == member.shape[1]))[0])
+        raise ValueError(f"member: row {m} has {inside[m]} members of {member.shape[1]}; valid are both kinds")
+    if np.isnan(scores).any():
+        m, i = np.argwhere(np.isnan(scores))[0]
+        raise ValueError(f"scores: NaN at model {m}, example {i}; valid are numbers")
+    return scores, member

@@ -1,0 +1,86 @@
+"""From logits to what a membership attack looks at: one number per model and example.
+
+Everything is computed in float64 from differences to the largest logit, so that nothing cancels when a
+model is nearly certain, and returned in float32: phi, the loss and the entropies go to their limits *at
+zero or infinity*, where float32 keeps seven digits. Only `confidence` saturates (it ties at 1.0 from
+phi = 17 on), so the attacks rank by phi: the same order, without the ties.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+NAMES = ("phi", "log_confidence", "confidence", "entropy", "modified_entropy", "correct")
+GAP = 700.0  # logits further than this below the largest count as this far: exp(-700) is still a normal float64
+
+
+def parallel(function, items) -> list:
+    """[function(item) for item in items] on all cores: numpy releases the interpreter lock in its loops."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
+
+
+def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
+    """The signals of every model on every example, in one pass over the logits.
+
+    logits: [..., N, C] floats (a memory map too: it is read one [N, C] block at a time); y: [N] integers.
+    Returns a dict of [..., N] arrays, float32 (`correct`: bool), natural logarithms throughout:
+    phi = log p_y - log(1 - p_y) (Carlini et al. 2022, section IV), log_confidence = log p_y = -loss,
+    confidence = p_y, entropy, modified_entropy (Song & Mittal 2021, section 3.2) and correct.
+    `only` limits which. Raises ValueError for wrong shapes, labels out of range, NaN or +inf logits.
+    """
+    logits, y = _checked(logits, y)
+    unknown = set(only) - set(NAMES)
+    if unknown:
+        raise ValueError(f"only: unknown signals {sorted(unknown)}; valid are {NAMES}")
+    out = {k: np.empty(logits.shape[:-1], bool if k == "correct" else np.float32) for k in only}
+
+    def fill(index):
+        for name, values in zip(NAMES, _block(logits[index], y), strict=True):
+            if name in out:
+                out[name][index] = values
+
+    parallel(fill, np.ndindex(*logits.shape[:-2]))
+    return out
+
+
+def _checked(logits, y):
+    logits, y = np.asanyarray(logits), np.asarray(y)
+    if logits.ndim < 2 or logits.shape[-1] < 2 or not np.issubdtype(logits.dtype, np.floating):
+        raise ValueError(f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C], C >= 2")
+    if y.shape != logits.shape[-2:-1] or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y: {y.dtype} of shape {y.shape}; valid are integers [N] = [{logits.shape[-2]}]")
+    if y.size == 0 or y.min() < 0 or y.max() >= logits.shape[-1]:
+        seen = f"values {y.min()} to {y.max()}" if y.size else "no values"
+        raise ValueError(f"y: {seen}; valid are 0 to {logits.shape[-1] - 1}, the classes of logits")
+    return logits, y
+
+
+def _block(z, y):
+    """The six signals of one model: z [N, C], y [N] -> arrays [N] in the order of NAMES."""
+    z = z.T.astype(np.float64, order="C")  # [C, N]: reductions over classes run over contiguous rows
+    columns, top = np.arange(len(y)), z.argmax(0)
+    with np.errstate(invalid="ignore"):  # inf - inf; refused below
+        d = np.minimum(z.max(0) - z, GAP)  # d_j = z_top - z_j >= 0
+    r = np.exp(-d)
+    r[top, columns] = 0.0  # r_j = p_j / p_top for all but the top class
+    s = r.sum(0)
+    if not np.isfinite(s).all():
+        i = int(np.flatnonzero(~np.isfinite(s))[0])
+        raise ValueError(f"logits: {z[:, i]} at example {i}; valid are numbers below infinity")
+    d_y, r_y, correct = d[y, columns], r[y, columns], top == y
+    # -log p_top = log(1 + s),   log(1 - p_top) = log s - log(1 + s)
+    loss_top, log_s = np.log1p(s), np.log(s)
+    # phi = z_y - logsumexp_{j != y} z_j
+    phi = np.where(correct, -log_s, -d_y - np.log1p(s - r_y))
+    # log p_y = z_y - logsumexp_j z_j
+    log_p = -d_y - loss_top
+    # H = -sum_j p_j log p_j = log(1 + s) + sum_j p_j d_j: no term is negative, so nothing cancels
+    entropy = loss_top + np.einsum("cn,cn->n", r, d) / (1 + s)
+    # M = -(1 - p_y) log p_y - sum_{j != y} p_j log(1 - p_j); every class but the top one has p_j <= 1/2
+    r /= 1 + s
+    rest = np.einsum("cn,cn->n", r, np.log1p(-r)) - r[y, columns] * np.log1p(-r[y, columns])
+    rest += np.where(correct, 0.0, (log_s - loss_top) / (1 + s))
+    modified = -np.where(correct, s, 1 + s - r_y) / (1 + s) * log_p - rest
+    return phi, log_p, np.exp(log_p), entropy, modified, correct

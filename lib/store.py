@@ -1,0 +1,174 @@
+"""The store: one folder per recipe and data set, growing .npy arrays with one row per model, and a flag per row.
+
+    store/digits-mlp-sam-1f2e3d4c5b6a/
+        recipe.json         what was trained, in full
+        logits.npy          [M, Q, N, C] float32, and so on: plain arrays, memory-mapped, never pickled
+        done/00012.json     written, atomically, after model 12's rows are on disk; holds their checksums
+
+A model counts as finished when its flag is there and every checksum matches, so a kill at any moment loses at
+most the models in training, and a damaged row is found, named and trained again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+VERSION = 1  # raise it when the same recipe would give other arrays
+
+
+def write_atomic(path, text):
+    """Write text so that a reader sees the old file or the whole new one, never a part."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as out:
+            out.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def checksum(row):
+    """blake2b of an array's bytes, 16 hex digits."""
+    return hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=8).hexdigest()
+
+
+class Rows:
+    """A .npy file [rows, *shape] that grows by whole rows. What it really holds is judged by its size, not its word."""
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
+        self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
+        self.header_bytes = len(self._header(0))
+
+    def _header(self, rows):
+        """NumPy pads a version 1.0 header to one length for any number of rows, so it can be rewritten in place."""
+        out = BytesIO()
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        note = {"descr": descr, "fortran_order": False, "shape": (rows, *self.shape)}
+        np.lib.format.write_array_header_1_0(out, note)
+        return out.getvalue()
+
+    def __len__(self):
+        """Whole rows in the file; 0 if it is absent, its header is damaged, or it is another array's."""
+        try:
+            with open(self.path, "rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if shape[1:] != self.shape or dtype != self.dtype or file.tell() != self.header_bytes:
+                    return 0
+            return min(shape[0], (self.path.stat().st_size - self.header_bytes) // self.row_bytes)
+        except (OSError, ValueError):
+            return 0
+
+    def read(self):
+        """Read-only memory map [len(self), *shape]."""
+        n = len(self)
+        if not n:
+            return np.empty((0, *self.shape), self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.header_bytes, (n, *self.shape))
+
+    def write(self, index, row):
+        """Put one row in place; rows before it that are not there yet read as zeros. The header comes last."""
+        row = np.ascontiguousarray(row, self.dtype)
+        if row.shape != self.shape:
+            raise ValueError(f"{self.path.name}: a row has shape {row.shape}, expected {self.shape}")
+        rows = max(len(self), index + 1)
+        with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
+            file.seek(self.header_bytes + index * self.row_bytes)
+            file.write(row.data)
+            file.seek(0)
+            file.write(self._header(rows))
+
+
+class Store:
+    """The arrays of one recipe.
+
+    root: folder of all the stores; name: readable prefix; key: a JSON-able dict (recipe and data hash) that
+    names the folder by its hash; layout: array name -> (shape of one row, dtype).
+    Raises ValueError naming `store` if the folder can't be written.
+    """
+
+    def __init__(self, root, name, key, layout):
+        text = json.dumps({"store_version": VERSION, **key}, sort_keys=True, indent=1)
+        digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        self.folder = Path(root) / f"{name}-{digest}"
+        try:
+            (self.folder / "done").mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / "recipe.json", text)
+        except OSError as error:
+            raise ValueError(f"store={str(root)!r} can't be written ({error}): give a writable folder") from error
+        self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
+        self.verified = {}  # model -> its flag, once its checksums have been seen to match
+
+    @contextmanager
+    def lock(self):
+        """Held while training this recipe; a second run on the same store says so and waits."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another run is training {self.folder.name}: waiting for it", flush=True)
+            lock.acquire()
+        try:
+            self.verified.clear()  # the other run may have saved, or mended, since
+            yield
+        finally:
+            lock.release()
+
+    def check_disk(self, n_models):
+        """Raise ValueError naming `store` if n_models more rows do not fit on the disk."""
+        needed = n_models * sum(rows.row_bytes for rows in self.rows.values())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"store={str(self.folder.parent)!r}: the disk has {free / 1e6:.0f} MB free, "
+                f"{n_models} models need {needed / 1e6:.0f} MB: free some, or train fewer models"
+            )
+
+    def save(self, model, arrays, **notes):
+        """Write model's row of each array (name -> row), then its flag with their checksums and the notes."""
+        for name, row in arrays.items():
+            self.rows[name].write(model, row)
+        sums = {name: checksum(np.asarray(row, self.rows[name].dtype)) for name, row in arrays.items()}
+        flag = {"model": int(model), "checksums": sums, **notes}
+        write_atomic(self._flag(model), json.dumps(flag))
+        self.verified[model] = flag
+
+    def flag(self, model):
+        """The model's flag (a dict), or None if it is absent or its rows are damaged (then said, and unflagged)."""
+        if model not in self.verified and self._flag(model).exists():
+            flag, fault = self._verify(model)
+            if fault:
+                warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
+                self._flag(model).unlink(missing_ok=True)
+            else:
+                self.verified[model] = flag
+        return self.verified.get(model)
+
+    def _flag(self, model):
+        return self.folder / "done" / f"{model:05d}.json"
+
+    def _verify(self, model):
+        """(flag, None), or (None, what is wrong)."""
+        try:
+            flag = json.loads(self._flag(model).read_text())
+            for name, wanted in flag["checksums"].items():
+                if len(self.rows[name]) <= model:
+                    return None, f"{name}.npy is truncated or unreadable"
+                if checksum(self.rows[name].read()[model]) != wanted:
+                    return None, f"{name}.npy has a wrong checksum"
+            return flag, None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return None, f"its flag is unreadable: {error}"

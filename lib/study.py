@@ -1,0 +1,265 @@
+"""Run the study: `python -m lib.study --dataset digits --preset default`, or the same names as make variables.
+
+The notebooks, the command line and make share one vocabulary of parameters (PARAMETERS). A preset fills what is
+not given; what is given wins; what is unknown raises, before anything is trained.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import data, ensemble
+from lib.ensemble import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+PARAMETERS = {
+    "preset": (str, "tiny (tests), default, small (images on two cores), fast, paper (both for a GPU)"),
+    "dataset": (str, f"one of {', '.join(data.DATASETS)}"),
+    "data": (str, "path of the data, where the data set needs one"),
+    "arch": (str, "network: mlp, cnn, resnet18"),
+    "optimizers": (str, "comma-separated, the first is the baseline: sgd,sam"),
+    "rho": (float, "radius of SAM's neighbourhood"),
+    "n_models": (int, "models per optimizer, an even number"),
+    "n_examples": (int, "size of the pool, an even number"),
+    "subset": (float, "share of the pool that each model trains on"),
+    "epochs": (int, "epochs of the main comparison"),
+    "batch_size": (int, "examples per step"),
+    "lr": (float, "peak learning rate"),
+    "weight_decay": (float, "weight decay"),
+    "augment": (bool, "random flips and shifts in training, and as queries of the attacks"),
+    "seed": (int, "seed of everything"),
+    "device": (str, "auto, cpu, cuda, mps"),
+    "store": (str, "folder of the trained ensembles"),
+    "out": (str, "folder of this run's results"),
+}
+
+# What a preset gives, for tables and small pictures (an MLP) and for images (a convolutional network).
+# n_examples is an upper bound here: a smaller data set is used whole.
+COMMON = {"optimizers": "sgd,sam", "subset": 0.5, "weight_decay": 5e-4, "lr": 0.1, "seed": 0, "device": "auto"}
+TABLE = {**COMMON, "arch": "mlp", "rho": 0.3, "n_examples": 2000, "batch_size": 64, "augment": False}
+IMAGE = {**COMMON, "arch": "cnn", "rho": 0.1, "n_examples": 4000, "batch_size": 128, "augment": False}
+PRESETS = {
+    "tiny": {
+        "table": {**TABLE, "n_models": 16, "n_examples": 300, "epochs": 8, "batch_size": 32},
+        "image": {**IMAGE, "n_models": 8, "n_examples": 200, "epochs": 2, "batch_size": 32},
+    },
+    "default": {
+        "table": {**TABLE, "n_models": 128, "epochs": 40},
+        "image": {**IMAGE, "n_models": 16, "epochs": 30},
+    },
+    "small": {
+        "table": {**TABLE, "n_models": 64, "epochs": 40},
+        "image": {**IMAGE, "n_models": 16, "epochs": 30},
+    },
+    "fast": {
+        "table": {**TABLE, "n_models": 512, "epochs": 40},
+        "image": {**IMAGE, "arch": "resnet18", "n_models": 64, "n_examples": 50000, "epochs": 30, "batch_size": 256},
+    },
+    "paper": {
+        "table": {**TABLE, "n_models": 512, "n_examples": 50000, "epochs": 100},
+        "image": {
+            **IMAGE,
+            "arch": "resnet18",
+            "n_models": 256,
+            "n_examples": 50000,
+            "epochs": 100,
+            "batch_size": 256,
+            "augment": True,
+        },
+    },
+}
+
+
+def typed(name, value):
+    """value as the parameter's type; a string is read as one. Raises ValueError naming the parameter."""
+    kind, meaning = PARAMETERS[name]
+    try:
+        if kind is str:
+            if not isinstance(value, str | Path):
+                raise ValueError
+            return str(value)
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        number = kind(value)
+        if isinstance(value, bool) or not np.isfinite(number) or number != float(value):
+            raise ValueError
+        return number
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise ValueError(f"{name}={value!r} is not valid: {kind.__name__} expected ({meaning})") from None
+
+
+def clean(given):
+    """The given parameters, typed, without those left at None. Raises ValueError naming an unknown or ill-typed one."""
+    unknown = [name for name in given if name not in PARAMETERS]
+    if unknown:
+        raise ValueError(f"unknown parameter {unknown[0]!r}: the parameters are {', '.join(PARAMETERS)}")
+    given = {name: typed(name, value) for name, value in given.items() if value is not None}
+    preset = given.setdefault("preset", "default")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    given.setdefault("dataset", "digits")
+    given.setdefault("store", str(ROOT / "store"))
+    given.setdefault("out", str(ROOT / "outputs" / given["dataset"]))
+    return given
+
+
+def precision_of(arch, device):
+    """bfloat16 where it is fast (convolutions, on a GPU or a CPU with bfloat16 instructions), else float32."""
+    if arch == "mlp" or device.type == "mps":
+        return "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked run: every parameter filled in, the data loaded, nothing trained yet."""
+
+    values: dict
+    dataset: data.Dataset
+
+    def __getattr__(self, name):
+        if name in PARAMETERS:
+            return self.values[name]
+        raise AttributeError(name)
+
+    @property
+    def names(self):
+        """The optimizers, baseline first."""
+        return tuple(name.strip() for name in self.optimizers.split(","))
+
+    def recipe(self, optimizer, **changes):
+        """The run's Recipe for one optimizer, with some fields changed."""
+        shared = ("arch", "rho", "lr", "weight_decay", "epochs", "batch_size", "subset", "augment", "seed")
+        fields = {name: self.values[name] for name in shared}
+        precision = precision_of(self.arch, ensemble.device_of(self.device))
+        queries = 10 if self.augment else 1
+        return Recipe(optimizer=optimizer, **{**fields, "precision": precision, "queries": queries, **changes})
+
+    def train(self, optimizer, n_models=None, **changes):
+        """The ensemble of one optimizer, from the store or trained now."""
+        recipe = self.recipe(optimizer, **changes)
+        return ensemble.train(recipe, self.dataset, n_models or self.n_models, self.store, self.device)
+
+    def regimes(self, factors=(0.125, 0.375, 1, 2.5)):
+        """Numbers of epochs from far short of the main run to far beyond it."""
+        return sorted({max(1, round(factor * self.epochs)) for factor in factors})
+
+    def doses(self, factors=(0.25, 0.5, 1, 2)):
+        """Radii below, at and above the run's rho."""
+        return [factor * self.rho for factor in factors]
+
+
+def settings(given):
+    """Check the given parameters (a dict), load the data, fill the rest from the preset: a Settings.
+
+    Raises ValueError or FileNotFoundError that names the parameter, before anything is trained.
+    """
+    given = clean(given)
+    whole = data.load(given["dataset"], given.get("data"), Path(given["store"]) / "cache")
+    kind = "image" if whole.is_image and min(whole.x.shape[-2:]) >= 16 else "table"
+    preset = PRESETS[given["preset"]][kind]
+    values = {"data": None, **preset, **given}
+    bound = None if "n_examples" not in given and len(whole.y) <= values["n_examples"] else values["n_examples"]
+    pool = data.pool(whole, bound, values["seed"])
+    values["n_examples"] = len(pool.y)
+    run = Settings(values, pool)
+    check(run)
+    return run
+
+
+def check(run):
+    """Raise ValueError naming the parameter if any ensemble of the run could not be trained or written."""
+    if len(set(run.names)) != len(run.names) or "" in run.names:
+        raise ValueError(f"optimizers={run.optimizers!r} is not valid: different names, separated by commas")
+    ensemble.device_of(run.device)
+    for name in run.names:
+        ensemble.check(run.recipe(name), run.dataset, run.n_models)
+    if run.n_models < 8:
+        raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
+    for name in ("out", "store"):
+        writable(name, getattr(run, name))
+
+
+def writable(name, folder):
+    """Make the folder, and see that a file can be written there. Raises ValueError naming the parameter."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{name}={folder!r} can't be written ({error}): give a writable folder") from error
+
+
+def notebook_settings(namespace, before):
+    """Settings from a notebook's variables: all that appeared since `before`, so a misspelt parameter is seen."""
+    return settings({n: v for n, v in namespace.items() if n not in before and not n.startswith("_")})
+
+
+# ---- running the notebooks headlessly -----------------------------------------------------------------------
+
+
+def parse(arguments):
+    """(notebooks, parameters) of a command line: --name value, or NAME=value as make has them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.study",
+        description="Run the notebooks headlessly, in order, into one folder of results.",
+        epilog="A parameter may also be written as make writes it: DATASET=cifar10.",
+    )
+    for name, (kind, meaning) in PARAMETERS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar=kind.__name__, help=meaning)
+    parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
+    found = vars(parser.parse_args(arguments))
+    words = found.pop("words")
+    given = {name: value for name, value in found.items() if value is not None}
+    given |= {w.split("=", 1)[0].lower(): w.split("=", 1)[1] for w in words if "=" in w}
+    wanted = [w for w in words if "=" not in w]
+    chosen = [book for book in NOTEBOOKS if not wanted or any(book.name.startswith(w) for w in wanted)]
+    if not chosen:
+        raise ValueError(f"notebook {wanted[0]!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
+    return chosen, given
+
+
+def execute(book, given, out):
+    """Run one notebook with papermill; the kernel's progress bars go to this terminal."""
+    import papermill
+
+    print(f"{book.stem} -> {out}", flush=True)
+    papermill.execute_notebook(
+        book, out / book.name, parameters=given, kernel_name="python3", progress_bar=True, stderr_file=sys.stderr
+    )
+
+
+def main(arguments=None):
+    """Command line. Returns the exit status: 2 for bad input, 1 for a notebook that failed."""
+    try:
+        chosen, given = parse(arguments)
+        run = settings(given)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    given = {**clean(given), "store": str(Path(run.store).resolve()), "out": str(Path(run.out).resolve())}
+    out = Path(given["out"])
+    for book in chosen:
+        try:
+            execute(book, given, out)
+        except Exception as error:  # papermill's own, or the kernel's death: the notebook so far is kept in `out`
+            print(f"error: {book.stem} failed: {error}", file=sys.stderr)
+            return 1
+    shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+    print(f"Done. Look at {shown}/: {', '.join(b.name for b in chosen)} (open in JupyterLab), results.csv, figures/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

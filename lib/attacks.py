@@ -1,28 +1,26 @@
 """Membership inference: from the signals of M models to scores [M, N], higher = more likely a member.
 
-Every model is in turn the target and the others are its shadows. `member` [M, N] bool says who trained on
-what. Where models 2k and 2k+1 train on complementary halves, the target's partner is left out together with
-the target (`leave="pair"`): every example is in exactly half of all the models, so among the other M - 1 the
-*count* of members already gives the target's membership away, and leave-one-out statistics are worse on one
-side than on the other. Leaving the pair out makes the null exact: without a leak, LiRA and RMIA have AUC 1/2.
+Every model is in turn the target and the others are its shadows; `member` [M, N] bool says who trained on
+what. Where models 2k and 2k+1 train on complementary halves, the target's partner is left out with the target
+(leave="pair"): every example is in exactly half of the models, so among the other M - 1 the mere *count* of
+members gives the target's membership away. With the pair left out the null is exact: without a leak, AUC 1/2.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from lib.metrics import best_thresholds, halves
+from lib.metrics import best_thresholds, checked, halves
 from lib.signals import parallel, signals
 
 NAMES = ("gap", "loss", "confidence", "confidence_classwise", "entropy", "entropy_classwise",
          "m_entropy", "m_entropy_classwise", "lira", "lira_pooled", "lira_offline", "lira_offline_pooled",
          "rmia", "rmia_offline")
-FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise")  # decision: score > 0
+# these decide "member" by score > 0, by construction
+FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise")
 FLOOR = 1e-12  # of a variance
-TINY = 1e-40  # of a loss or an entropy before its logarithm
+TINY = 1e-40  # of a loss, an entropy or a confidence that is divided by or put into a logarithm
 
-
-# ---- all attacks -----------------------------------------------------------------------------------------
 
 def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0, a=0.3, seed=0):
     """All attacks in NAMES on one ensemble: a dict name -> scores [M, N] float32.
@@ -33,72 +31,91 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0,
     RMIA; without them RMIA compares with the pool itself. gamma, a: RMIA's. seed: of the halves on which
     classwise and loss thresholds are learned. Raises ValueError, naming the argument, where they do not fit.
     """
-    if np.ndim(logits) not in (3, 4):
-        raise ValueError(f"logits: shape {np.shape(logits)}; valid are [M, N, C] and [M, Q, N, C]")
+    shape = np.shape(logits)
+    if len(shape) not in (3, 4):
+        raise ValueError(f"logits: shape {shape}; valid are [M, N, C] and [M, Q, N, C]")
+    if np.shape(member) != (shape[0], shape[-2]):
+        raise ValueError(f"member: shape {np.shape(member)}; valid is [M, N] = {(shape[0], shape[-2])}")
     if (population_logits is None) != (population_y is None):
-        raise ValueError("population_y: population_logits and population_y are given together or not at all")
-    plain = signals(logits if np.ndim(logits) == 3 else logits[:, 0], y)
-    phi, confidence = plain["phi"], plain["confidence"]
-    _checked(phi, member)
-    if np.ndim(logits) == 4:
-        phi, confidence = signals(logits, y, only=("phi", "confidence")).values()
+        raise ValueError("population_y: missing or without population_logits; valid are both or neither")
+    plain = signals(logits if len(shape) == 3 else logits[:, 0], y)
+    out = _threshold_attacks(plain, member, y, seed)
+    shown = plain if len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
     population = None
     if population_logits is not None:
         population = signals(population_logits, population_y, only=("confidence",))["confidence"]
-    out = {**_threshold_attacks(plain, member, y, seed), **_lira_family(phi, member)}
-    out["rmia"] = rmia(confidence, member, population, gamma=gamma, a=a)
-    out["rmia_offline"] = rmia(confidence, member, population, offline=True, gamma=gamma, a=a)
+    kinds = {"lira": (False, "example"), "lira_pooled": (False, "pooled"),
+             "lira_offline": (True, "example"), "lira_offline_pooled": (True, "pooled")}
+    family = _averaged(lambda phi: _lira(phi, member, kinds.values()), shown["phi"])
+    out.update(zip(kinds, family, strict=True))
+    for name, offline in (("rmia", False), ("rmia_offline", True)):
+        out[name] = rmia(shown["confidence"], member, population, offline, gamma, a)
     return {name: out[name] for name in NAMES}
 
 
-def _threshold_attacks(plain, member, y, seed):
-    """Scores of the attacks that look at one model only (Yeom et al. 2018; Song & Mittal 2021)."""
-    out = {"gap": plain["correct"].astype(np.float32), "loss": yeom(plain["log_confidence"], member, seed)}
-    # -log(entropy) orders as -entropy does, but a difference to a threshold does not tie in float32
-    ranked = {"confidence": plain["phi"], "entropy": _minus_log(plain["entropy"]),
-              "m_entropy": _minus_log(plain["modified_entropy"])}
-    for name, scores in ranked.items():
-        out[name] = scores
-        out[f"{name}_classwise"] = classwise(scores, member, y, seed)
-    return out
+def null_member(member, seed=0) -> np.ndarray:
+    """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
-
-def _minus_log(x):
-    return -np.log(np.maximum(x, np.float32(TINY)))
+    One common permutation of the columns: rows keep their sizes, pairs stay complementary and every example
+    stays in as many models. Feed it to an attack as `member`, with the untouched logits: an example's real
+    membership in a pair is then a coin flip, independent of its alleged one. So LiRA and RMIA with
+    leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2 (none judges an example it
+    was learned on; ranks across the two halves are off by O(1/N)). With leave="model" the alleged counts and
+    the agreeing partner give the target away: in a simulation, online LiRA's null AUC was .452, .504 and .507
+    with 8, 16 and 64 models, and .501, .501 and .500 with "pair" (standard errors .001 to .002).
+    """
+    return member[:, np.random.default_rng(seed).permutation(member.shape[1])]
 
 
 # ---- thresholds on one model's output --------------------------------------------------------------------
 
-def yeom(log_confidence, member, seed=0) -> np.ndarray:
-    """Member if the loss is below the mean loss of the members: scores [M, N], decision score > 0.
+def _threshold_attacks(plain, member, y, seed):
+    """Attacks that look at one model only (Yeom et al. 2018; Song & Mittal 2021)."""
+    half = halves(checked(plain["phi"], member)[1], seed, y)
+    out = {"gap": plain["correct"].astype(np.float32)}
+    out["loss"] = yeom(plain["log_confidence"], member, half=half)
+    # phi orders as confidence does, -log(entropy) as -entropy; near a threshold neither ties in float32
+    out["confidence"] = plain["phi"]
+    out["entropy"] = -np.log(np.maximum(plain["entropy"], np.float32(TINY)))
+    out["m_entropy"] = -np.log(np.maximum(plain["modified_entropy"], np.float32(TINY)))
+    for name in ("confidence", "entropy", "m_entropy"):
+        out[f"{name}_classwise"] = classwise(out[name], member, y, half=half)
+    return out
 
-    Yeom et al. 2018, adversary 2, with the mean taken over one half of the target's members and applied to
-    the other half of the examples, and vice versa. The score is log(mean loss) - log(loss) rather than
-    mean - loss: the same decision, and losses near zero stay distinct in float32.
+
+def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
+    """Member if the loss is below the mean member loss: scores [M, N] float32, decision score > 0.
+
+    Yeom et al. 2018, adversary 2; the mean over one half of the target's members judges the other half of the
+    examples, and vice versa. The score is log(mean loss) - log(loss), not mean - loss: the same decision,
+    and losses near zero stay distinct in float32. half: [M, N] bool, default halves(member, seed).
     """
-    _checked(log_confidence, member)
-    half, scores = halves(member, seed), np.empty(member.shape, np.float32)
+    log_confidence, member = checked(log_confidence, member)
+    half, scores = halves(member, seed) if half is None else half, np.empty(member.shape, np.float32)
 
     def row(m):
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
         mean = np.array([loss[member[m] & (half[m] == h)].mean() for h in (False, True)])
-        # s = log mean_{members of the other half} loss - log loss
+        # s = log(mean loss of the members in the other half) - log(loss)
         scores[m] = np.log(mean)[1 - half[m].astype(int)] - np.log(loss)
 
     parallel(row, range(len(member)))
     return scores
 
 
-def classwise(scores, member, y, seed=0) -> np.ndarray:
-    """Scores minus their class's threshold: [M, N] float32, decision score > 0 (Song & Mittal 2021, section 3.2).
+def classwise(scores, member, y, seed=0, half=None) -> np.ndarray:
+    """Scores minus their class's threshold: [M, N] float32, decision score > 0 (Song & Mittal 2021, 3.2).
 
     scores: [M, N]; y: [N] labels. Each target's members and non-members are split in two random halves
     (within classes); a class's threshold of best balanced accuracy in one half is subtracted in the other.
     A class without members or non-members in a half takes the threshold of that whole half.
+    half: [M, N] bool, default halves(member, seed, y).
     """
-    _checked(scores, member)
+    scores, member = checked(scores, member)
+    if np.shape(y) != scores.shape[1:]:
+        raise ValueError(f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
-    half, out = halves(member, seed, y), np.empty(member.shape, np.float32)
+    half, out = halves(member, seed, y) if half is None else half, np.empty(member.shape, np.float32)
 
     def row(m):
         side = half[m].astype(np.uint16)
@@ -123,11 +140,10 @@ def lira(phi, member, offline=False, variance="example", center="mean", leave=No
     examples, pooled over examples by residual degrees of freedom; "global", the authors' `fix_variance`,
     about the grand mean - but for OUT its own, where their code copies IN's. center: "mean", or "median" as
     in their code. offline: a one-sided z-score from OUT alone, monotone in the paper's 1 - Pr[Z > phi]
-    (equation 5; their code uses a two-sided logpdf). leave: "model" leaves only the target out of its own
+    (equation 4; their code uses a two-sided logpdf). leave: "model" leaves only the target out of its own
     statistics, "pair" its complementary partner too; None: "pair" where the models are complementary.
     Raises ValueError if an example has too few IN or OUT models left.
     """
-    member = _checked(phi, member)
     if variance not in ("example", "pooled", "global"):
         raise ValueError(f"variance: {variance!r}; valid are 'example', 'pooled' and 'global'")
     if center not in ("mean", "median"):
@@ -135,42 +151,33 @@ def lira(phi, member, offline=False, variance="example", center="mean", leave=No
     return _averaged(lambda x: _lira(x, member, [(offline, variance)], center, leave)[0], phi)
 
 
-def _lira_family(phi, member):
-    kinds = [(offline, variance) for offline in (False, True) for variance in ("example", "pooled")]
-    names = ("lira", "lira_pooled", "lira_offline", "lira_offline_pooled")
-    return dict(zip(names, _averaged(lambda x: _lira(x, member, kinds), phi), strict=True))
-
-
 def _averaged(attack, *inputs):
     """attack(*inputs) for inputs [M, N]; for [M, Q, N] the mean over the queries of attack's scores."""
     if inputs[0].ndim == 2:
         return attack(*inputs)
-    n_queries = inputs[0].shape[1]
-    return sum(np.asarray(attack(*(x[:, q] for x in inputs))) for q in range(n_queries)) / np.float32(n_queries)
+    queries = range(inputs[0].shape[1])
+    return sum(np.asarray(attack(*(x[:, q] for x in inputs))) for q in queries) / np.float32(len(queries))
 
 
 def _lira(x, member, kinds, center="mean", leave=None):
-    """One array of scores per (offline, variance) in kinds, from the same leave-out statistics."""
-    x = np.asarray(x)
-    partner = _partner(member, leave)
-    online = not all(offline for offline, _ in kinds)
-    least = 2 if any(v == "example" for _, v in kinds) else 1
-    _enough(member, least, online)
+    """One array of scores per (offline, variance) in kinds, all from the same statistics."""
+    x, member = checked(x, member)
+    partner, online = _partner(member, leave), not all(offline for offline, _ in kinds)
+    _enough(member, 2 if any(v == "example" for _, v in kinds) else 1, online)
     sides = {side: _statistics(x, member == side, center) for side in ((False, True) if online else (False,))}
     scores = [np.empty(x.shape, np.float32) for _ in kinds]
 
     def row(m):
-        left = {side: _leave_out(st, x, member == side, m, partner, center) for side, st in sides.items()}
+        left = {side: _leave_out(s, x, member == side, m, partner) for side, s in sides.items()}
         for out, (offline, variance) in zip(scores, kinds, strict=True):
-            mu, var = left[False].mu, left[False].var(variance)
+            var = left[False].var(variance)
             # z = (phi - mu_out) / s_out
-            z = (x[m] - mu) / np.sqrt(var)
-            if offline:
-                out[m] = z
-            else:
-                mu_in, var_in = left[True].mu, left[True].var(variance)
+            z = (x[m] - left[False].mu) / np.sqrt(var)
+            if not offline:
+                var_in = left[True].var(variance)
                 # log N(phi; mu_in, s_in) - log N(phi; mu_out, s_out)
-                out[m] = 0.5 * (z**2 - (x[m] - mu_in) ** 2 / var_in + np.log(var / var_in))
+                z = 0.5 * (z**2 - (x[m] - left[True].mu) ** 2 / var_in + np.log(var / var_in))
+            out[m] = z
 
     parallel(row, range(len(x)))
     return scores
@@ -184,10 +191,9 @@ def rmia(confidence, member, population=None, offline=False, gamma=2.0, a=0.3, l
     confidence: [M, N], or [M, Q, N] with Q queries, over which the scores are averaged; population: [M, T] or
     [M, Q, T], the confidences on examples that no model trained on. None: the pool's own examples take their
     place (their membership in the target is not used). gamma: the ratio to exceed; a: the offline line
-    Pr_in = a Pr_out + 1 - a (their equation 10). leave: as in `lira`. Scores are multiples of 1/T: they tie.
+    mean_in = a mean_out + 1 - a. leave: as in `lira`. Scores are multiples of 1/T (or 1/N): they tie.
     Raises ValueError if an example has too few IN or OUT models left, or for gamma <= 0 or a outside [0, 1].
     """
-    member = _checked(confidence, member)
     if gamma <= 0 or not 0 <= a <= 1:
         raise ValueError(f"gamma, a: {gamma}, {a}; valid are gamma > 0 and 0 <= a <= 1")
     if population is None:
@@ -198,26 +204,24 @@ def rmia(confidence, member, population=None, offline=False, gamma=2.0, a=0.3, l
 
 
 def _rmia(p, z, member, offline, gamma, a, leave):
-    p, partner = np.asarray(p), _partner(member, leave)
+    p, member = checked(p, member)
+    partner = _partner(member, leave)
     _enough(member, 1, not offline)
-    sides = {side: _statistics(p, member == side, "mean") for side in ((False,) if offline else (False, True))}
-    z_sum = None if z is None else z.sum(0, dtype=np.float64)
-    scores = np.empty(p.shape, np.float32)
+    sides = {side: _statistics(p, member == side) for side in ((False,) if offline else (False, True))}
+    z_sum, scores = None if z is None else z.sum(0, dtype=np.float64), np.empty(p.shape, np.float32)
 
     def row(m):
-        mu = [_leave_out(st, p, member == side, m, partner).mu for side, st in sides.items()]
+        mu = [_leave_out(s, p, member == side, m, partner).mu for side, s in sides.items()]
         # ratio_x = Pr(x | target) / Pr(x)
         ratio = p[m] / np.maximum(_marginal(mu, offline, a), TINY)
         order = np.argsort(ratio)
-        if z is None:
-            ratio_z = ratio[order]
-        else:
+        ratio_z = ratio[order]
+        if z is not None:
             left = [m] if partner is None else [m, partner[m]]
             mu_z = (z_sum - z[left].sum(0, dtype=np.float64)) / (len(p) - len(left))
             ratio_z = np.sort(z[m] / np.maximum(_marginal([mu_z], offline, a), TINY))
-        # score(x) = share of z with ratio_x / ratio_z >= gamma; sorted queries make the search ten times faster
-        count = np.searchsorted(ratio_z, ratio[order] / gamma, side="right")
-        scores[m, order] = count / len(ratio_z)
+        # score(x) = share of z with ratio_x / ratio_z >= gamma, by ten times faster sorted queries
+        scores[m, order] = np.searchsorted(ratio_z, ratio[order] / gamma, side="right") / len(ratio_z)
 
     parallel(row, range(len(p)))
     return scores
@@ -225,11 +229,8 @@ def _rmia(p, z, member, offline, gamma, a, leave):
 
 def _marginal(mu, offline, a):
     """Pr(x) from the mean confidences of the shadows, [OUT] or [OUT, IN]."""
-    if offline:
-        # Pr(x) = ((1 + a) mean_out + (1 - a)) / 2
-        return ((1 + a) * mu[0] + (1 - a)) / 2
-    # Pr(x) = (mean_in + mean_out) / 2
-    return sum(mu) / len(mu)
+    # offline: Pr(x) = ((1 + a) mean_out + (1 - a)) / 2;  online: Pr(x) = (mean_in + mean_out) / 2
+    return ((1 + a) * mu[0] + (1 - a)) / 2 if offline else sum(mu) / len(mu)
 
 
 # ---- statistics of the shadows, the target left out ------------------------------------------------------
@@ -240,71 +241,65 @@ class _Side(NamedTuple):
     n: np.ndarray  # [N] how many
     mean: np.ndarray  # [N]
     ss: np.ndarray  # [N] sum of squares about the mean
-    grand: float  # mean of all values
     middle: np.ndarray | None  # [4, N] the order statistics that a leave-one-out median can need
 
 
 class _Left(NamedTuple):
-    """The same models without those left out for one target."""
+    """The same after leaving one out: mu is the mean or the median, `mean` always the mean."""
 
     n: np.ndarray
-    mu: np.ndarray
+    mean: np.ndarray
     ss: np.ndarray
-    everything: float  # variance of all values about their mean
+    mu: np.ndarray
 
     def var(self, kind):
-        if kind == "global":
-            return max(self.everything, FLOOR)
+        if kind == "example":
+            return np.maximum(self.ss / self.n, FLOOR)
         if kind == "pooled":
+            if (self.n == 1).all():
+                raise ValueError("member: too few n_models: one IN or OUT each is left, pooled needs 2")
             return max(self.ss.sum() / (self.n - 1).sum(), FLOOR)
-        return np.maximum(self.ss / self.n, FLOOR)
+        grand = np.average(self.mean, weights=self.n)
+        return max((self.ss + self.n * (self.mean - grand) ** 2).sum() / self.n.sum(), FLOOR)
 
 
-def _statistics(x, mask, center):
+def _statistics(x, mask, center="mean"):
     n, total, ss = mask.sum(0), np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for row, chosen in zip(x, mask, strict=True):  # row by row: float64 sums of float32 without a float64 copy
+    for row, chosen in zip(x, mask, strict=True):  # float64 sums without a float64 copy
         total += np.where(chosen, row, 0.0)
     mean = total / np.maximum(n, 1)
     for row, chosen in zip(x, mask, strict=True):
         ss += np.where(chosen, row - mean, 0.0) ** 2
-    middle = None
-    if center == "median":
-        ordered = np.sort(np.where(mask, x, np.inf), axis=0)
-        ranks = np.stack([n - 2, n - 1, n, n + 1]) // 2
-        middle = np.take_along_axis(ordered, np.clip(ranks, 0, len(x) - 1), axis=0)
-    return _Side(n, mean, ss, total.sum() / n.sum(), middle)
+    if center == "mean":
+        return _Side(n, mean, ss, None)
+    ranks = np.clip(np.stack([n - 2, n - 1, n, n + 1]) // 2, 0, len(x) - 1)
+    return _Side(n, mean, ss, np.take_along_axis(np.sort(np.where(mask, x, np.inf), axis=0), ranks, axis=0))
 
 
-def _leave_out(side, x, mask, m, partner, center="mean"):
-    """The statistics of one side for target m: at most one value goes per example, the target's or its partner's."""
+def _leave_out(side, x, mask, m, partner):
+    """One side's statistics for target m: at most one value goes, the target's or its partner's."""
     gone, value = mask[m], x[m]
     if partner is not None:
         gone, value = True, np.where(mask[m], x[m], x[partner[m]])
     n = side.n - gone
     u = np.where(gone, value - side.mean, 0.0)
-    # sum of squares without u: SS - u^2 - u^2 / (n - 1);  mean without u: mean - u / (n - 1)
-    ss = side.ss - u**2 * (1 + 1 / n)
-    mu = side.mean - u / n if center == "mean" else _median(side.middle, value, gone)
-    u = np.where(gone, value - side.grand, 0.0)
-    everything = side.ss.sum() + (side.n * (side.mean - side.grand) ** 2).sum() - (u**2).sum()
-    return _Left(n, mu, ss, everything / n.sum() - (u.sum() / n.sum()) ** 2)
+    # without u, the mean is lower by u / (n - 1) and the sum of squares by u^2 n / (n - 1)
+    mean, ss = side.mean - u / n, side.ss - u**2 * (1 + 1 / n)
+    return _Left(n, mean, ss, mean if side.middle is None else _median(side.middle, value, gone))
 
 
 def _median(middle, value, gone):
-    """Median of the values without `value` where it is gone: order statistics above it move down by one."""
+    """Median without `value` where it is gone: the order statistics above it move down by one."""
     below, low, high, above = middle
-    first = np.where(value > below, below, high)
-    second = np.where(value > low, low, above)
-    return np.where(gone, first + second, low + high) / 2
+    shorter = np.where(value > below, below, high) + np.where(value > low, low, above)
+    return np.where(gone, shorter, low + high) / 2
 
-
-# ---- checks ----------------------------------------------------------------------------------------------
 
 def _partner(member, leave):
     """The model to leave out together with each target, [M], or None."""
     paired = len(member) % 2 == 0 and (member[0::2] != member[1::2]).all()
     if leave not in (None, "pair", "model") or (leave == "pair" and not paired):
-        raise ValueError(f"leave: {leave!r}; valid are 'model', None and, for complementary models only, 'pair'")
+        raise ValueError(f"leave: {leave!r}; valid are None, 'model' and, for complementary models, 'pair'")
     return np.arange(len(member)) ^ 1 if paired and leave != "model" else None
 
 
@@ -315,33 +310,6 @@ def _enough(member, least, online):
     if short.any():
         i = int(np.flatnonzero(short)[0])
         where = {0: "none", n: "all"}.get(int(n_in[i]), str(n_in[i]))
-        raise ValueError(f"member: example {i} is in {where} of n_models = {n}; valid are at least {least + 1} models "
-                         f"without {'and as many with ' if online else ''}every example "
-                         f"({2 * least + 2} models, in complementary pairs)")
-
-
-def _checked(x, member):
-    member = np.asarray(member)
-    if member.dtype != bool or member.ndim != 2 or member.shape != (x.shape[0], x.shape[-1]):
-        raise ValueError(f"member: {member.dtype} of shape {member.shape}; valid is bool [M, N] = "
-                         f"[{x.shape[0]}, {x.shape[-1]}], the models and examples of the scores")
-    inside = member.sum(1)
-    if ((inside == 0) | (inside == member.shape[1])).any():
-        raise ValueError(f"member: {inside.min()} to {inside.max()} of {member.shape[1]} examples in a model; "
-                         "valid is at least one member and one non-member each")
-    if np.isnan(x).any():
-        raise ValueError(f"scores: {int(np.isnan(x).sum())} NaN among phi, confidences or scores; valid are numbers")
-    return member
-
-
-def null_member(member, seed=0) -> np.ndarray:
-    """The null control: a membership matrix [M, N] with the same design that says nothing about training.
-
-    One common permutation of the columns: rows keep their sizes, complementary pairs stay complementary and
-    every example stays in as many models. Feed it to an attack as `member`, with the untouched logits: given
-    the permutation, an example's real membership is a coin flip for every pair, independent of its alleged
-    one. So LiRA and RMIA with leave="pair" have AUC 1/2 in expectation, exactly, and so have learned
-    thresholds (a threshold never judges an example it was learned on). With leave="model" they have not: the
-    alleged counts give the target away and its partner agrees with it, which is O(1/M) off, in both directions.
-    """
-    return member[:, np.random.default_rng(seed).permutation(member.shape[1])]
+        sides = "IN and OUT" if online else "OUT"
+        raise ValueError(f"member: example {i} is in {where} of n_models = {n}; valid are at least "
+                         f"{least + 1} {sides} for every example (n_models >= {2 * least + 2} in halves)")

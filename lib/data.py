@@ -36,7 +36,9 @@ MAX_BYTES = 2**26  # no more than this is read of one image file
 ARRAYS = ("x", "y", "x_test", "y_test", "classes")
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError)
 DAMAGED += (KeyError, RuntimeError)  # what a .npz, .zip or .tar raises that is no such thing, or is cut short
-LAYOUT = f"train/<class>/*{{{','.join(SUFFIXES)}}} and, optionally, test/<class>/..."
+LAYOUT = (
+    f"train/<class>/*{{{','.join(SUFFIXES)}}} and perhaps test/<class>/... (CIFAR: or torchvision's files)"
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -98,8 +100,8 @@ def load(name: str, data=None, cache=None) -> Dataset:
 def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Dataset:
     """A stratified random subset of n_examples of the pool, two or more of each class; seed sets its order.
 
-    n_examples must be even, for complementary halves; None keeps all, or one less. n_test limits the test part
-    likewise; None keeps it all. Raises ValueError.
+    n_examples must be even, for complementary halves; None keeps all, or one less. n_test limits the test
+    part likewise; None keeps it all. Raises ValueError.
     """
     n, t, least = len(dataset.y), len(dataset.y_test), 2 * dataset.n_classes
     why = f"needs an even number from {least} (two of each class) to {n} (all there are)"
@@ -160,7 +162,7 @@ def _array_problem(dataset: Dataset) -> str | None:
         if x.dtype != np.uint8 and not np.isfinite(x).all():
             return f"x{part} holds NaN or infinity; finite numbers are needed"
     if dataset.x.shape[1:] != dataset.x_test.shape[1:]:
-        return f"x is {list(dataset.x.shape)}, x_test {list(dataset.x_test.shape)}; they may differ in axis 0 only"
+        return f"x {list(dataset.x.shape)} and x_test {list(dataset.x_test.shape)} may differ in axis 0 only"
     return None
 
 
@@ -216,8 +218,10 @@ def _digits() -> Dataset:
 
 def _find(data) -> Path:
     """The path `data`, or the one archive that is called `data` plus a suffix of ARCHIVES."""
+    if not isinstance(data, str | os.PathLike) or not str(data):
+        raise ValueError(f"data={data!r} is not a path; a string or pathlib.Path is needed")
     path = Path(data).expanduser()
-    if str(data) and path.exists():
+    if path.exists():
         return path
     found = [p for p in (path.with_name(path.name + s) for s in ARCHIVES if path.name) if p.is_file()]
     if len(found) > 1:
@@ -237,7 +241,7 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             parts = [getattr(datasets, cls)(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        ask = f"Give `data`: a folder that holds {folder}, or a folder or archive of images, {LAYOUT}"
+        ask = f"Give data=, a path that holds {folder} or a folder or archive of images, {LAYOUT}"
         what = "could not be downloaded" if download else "is incomplete or fails its checksum"
         raise ValueError(f"{name} {what} ({error}). {ask}") from error
     x, x_test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in parts)
@@ -247,33 +251,33 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
 
 def _npz(path: Path) -> Dataset:
     arrays = _read_npz(path)
-    needed = [pair for pair in (("x", "y"), ("features", "labels")) if set(pair) <= set(arrays)]
-    if not needed:
-        raise ValueError(f"arrays x, y (or features, labels) are needed; it holds {sorted(arrays) or 'none'}")
-    names = [*needed[0], *(f"{key}_test" for key in needed[0])]
-    given = [key for key in names if key in arrays]
-    if len(given) == 3:
-        raise ValueError(f"{names[2]} and {names[3]} are needed together; only {given[2]} is there")
-    x, y, *test = (_labels(k, arrays[k]) if k[0] in "yl" else _examples(k, arrays[k]) for k in given)
+    x, y, *test = (_labels(k, a) if k[0] in "yl" else _examples(k, a) for k, a in arrays.items())
     labels, y = np.unique(y, return_inverse=True)
     if not test:
         return Dataset("npz", *_split(x, y, n_test=round(0.25 * len(y))), tuple(map(str, labels)))
     if outside := sorted(set(test[1].tolist()) - set(labels.tolist())):
-        raise ValueError(f"{names[3]} has labels {outside[:5]}; only those of {names[1]} are valid")
+        raise ValueError(f"the test part has labels {outside[:5]}; only those of the pool are valid")
     return Dataset("npz", x, y, test[0], np.searchsorted(labels, test[1]), tuple(map(str, labels)))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    key = ""
+    """Examples, labels and, where there, examples and labels of the test part, under the names they have."""
+    files, arrays, key = [], {}, ""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {}
-            for key in getattr(file, "files", None) or ():
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            files = file.files
+            pair = next((p for p in (("x", "y"), ("features", "labels")) if set(p) <= set(files)), ())
+            for key in (k for k in (*pair, *(f"{p}_test" for p in pair)) if k in files):
                 arrays[key] = np.asarray(file[key])
-            return arrays
     except (*DAMAGED, AttributeError, TypeError) as error:
         what = f"array {key!r} cannot be read; numbers are needed" if key else "not a readable .npz file"
         raise ValueError(f"{what} ({error}). Write it with numpy.savez(path, x=..., y=...)") from error
+    if len(arrays) not in (2, 4):
+        need = (
+            "x, y (or features, labels), and x_test, y_test (features_test, labels_test) both or not at all"
+        )
+        raise ValueError(f"it holds the arrays {sorted(files)}; needed are {need}")
+    return arrays
 
 
 def _examples(key: str, a: np.ndarray) -> np.ndarray:
@@ -335,7 +339,7 @@ def _read_cache(file: Path) -> dict[str, np.ndarray] | None:
     if not file.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:  # a zip: reading checks each array's CRC-32
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:  # checks each CRC-32
             return {key: arrays[key] for key in ARRAYS}
     except (*DAMAGED, AttributeError) as error:
         warnings.warn(f"cache file {file} is damaged and will be rebuilt ({error})", stacklevel=4)
@@ -426,9 +430,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
         for info in archive:
             if _place(info.name) and info.isfile():  # no folder, link or device
                 yield info.name, archive.extractfile(info).read(MAX_BYTES)
-        archive.fileobj.seek(
-            archive.offset
-        )  # tarfile takes a broken header for the end: look for the end's mark
+        archive.fileobj.seek(archive.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
         if archive.fileobj.read(512) != bytes(512):
             raise tarfile.ReadError("its end is missing")
 

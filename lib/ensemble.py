@@ -277,7 +277,7 @@ class Inputs:
             if len(self.shape) != 3:
                 raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {self.shape}")
             self.border = max(1, self.shape[-1] // 8)
-            self.padded = F.pad(self.x, (self.border,) * 4, mode="reflect")
+            self.padded, self.padded_test = (F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test))
 
     def crop(self, index, shift, flip):
         """Shifted and flipped copies. index, flip [B], shift [B, 2] in 0..2 border -> [B, C, H, W], channels last."""
@@ -287,13 +287,14 @@ class Inputs:
         return self.padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def query(self, q):
-        """The pool as the q-th query sees it: 0 as it is, 1 flipped, then shifts by the border with and without flip."""
+        """Pool and test part as the q-th query sees them: 0 as they are, 1 flipped, then shifted without and with flip."""
         if q == 0:
-            return self.x
+            return self.x, self.x_test
         sides = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)]
         down, right = ((side + 1) * self.border for side in sides[q // 2])
-        image = self.padded[:, :, down : down + self.shape[1], right : right + self.shape[2]]
-        return image.flip(-1) if q % 2 else image
+        window = (..., slice(down, down + self.shape[1]), slice(right, right + self.shape[2]))
+        seen = self.padded[window], self.padded_test[window]
+        return tuple(image.flip(-1) for image in seen) if q % 2 else seen
 
 
 class Group:
@@ -363,7 +364,7 @@ class Group:
             self.stuck |= self.failing(history[:, number, 0], number)
             if self.stuck.all():
                 break
-            if (number + 1) % max(1, recipe.epochs // 10) == 0 or number + 1 == recipe.epochs:
+            if (number + 1) % max(1, recipe.epochs // 5) == 0 or number + 1 == recipe.epochs:
                 hits = self.predict(self.inputs.x_test).argmax(-1) == self.inputs.y_test.cpu().numpy()
                 history[:, number, 2] = hits.mean(-1)
         return history
@@ -377,12 +378,12 @@ class Group:
 
     def arrays(self, history):
         """What the store keeps of each model: name -> [M, ...]."""
-        queries = [self.predict(self.inputs.query(q)) for q in range(self.recipe.queries)]
+        queries = [self.inputs.query(q) for q in range(self.recipe.queries)]
         state = [*self.stepper.params.values(), *self.stepper.buffers.values()]
         flat = [tensor.flatten(1).float().cpu() for tensor in state]
         return {
-            "logits": np.stack(queries, 1),
-            "test_logits": self.predict(self.inputs.x_test),
+            "logits": np.stack([self.predict(x) for x, _ in queries], 1),
+            "test_logits": np.stack([self.predict(x_test) for _, x_test in queries], 1),
             "member": self.member,
             "history": history,
             "weights": torch.cat(flat, 1).numpy(),
@@ -396,7 +397,7 @@ class Group:
 class Ensemble:
     """Finished models, memory-mapped from the store.
 
-    ids [M]; logits [M, Q, N, C] on the pool (query 0 is the plain input); test_logits [M, T, C]; member [M, N];
+    ids [M]; logits [M, Q, N, C] on the pool (query 0 is the plain input); test_logits [M, Q, T, C]; member [M, N];
     history [M, epochs, 3]: mean train loss and accuracy of each epoch's batches, test accuracy (NaN between).
     """
 
@@ -447,7 +448,7 @@ def open_store(recipe, dataset, store):
     n_weights = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
     layout = {
         "logits": ((recipe.queries, len(dataset.y), dataset.n_classes), np.float32),
-        "test_logits": ((len(dataset.y_test), dataset.n_classes), np.float32),
+        "test_logits": ((recipe.queries, len(dataset.y_test), dataset.n_classes), np.float32),
         "member": ((len(dataset.y),), bool),
         "history": ((recipe.epochs, 3), np.float32),
         "weights": ((n_weights,), np.float32),

@@ -4,8 +4,14 @@ Every metric is first written as a matrix cells[M, N], one number per model and 
 estimate and whose deviations are the cells' first-order influence on it. One function, `estimate`, then
 makes every interval, and a paired difference between two optimizers is the same function on the difference
 of their cells. Models and examples are crossed random factors: an interval speaks about new models *and*
-new examples. The noise that models share because each is a shadow of the others runs through the examples,
-so the column term carries it (tests/test_metrics.py checks the coverage by simulation).
+new examples.
+
+Every model is also a shadow of the others. What that adds example by example runs through the columns, and
+the column term carries it. What a whole model adds (one of wider scale widens everyone's estimate of the
+spread) is common to all rows, and no sum over rows can see it: in a simulation with such model effects the
+plain interval of a LiRA AUC difference covered 86 and 89% with 8 and 16 models. So `evaluate` and `compare`
+widen the row term of AUC and accuracy by 1 + SHADOWS / (row clusters), fitted to that simulation (then 93 and
+94%); it fades as models are added. TPR needs none of it: its intervals are wide for few models as they are.
 """
 
 from typing import NamedTuple
@@ -17,6 +23,7 @@ from scipy import stats
 from lib.signals import parallel
 
 FPRS = (0.1, 0.01, 0.001, 0.0001)
+SHADOWS = 5.0
 
 
 class Estimate(NamedTuple):
@@ -29,13 +36,14 @@ class Estimate(NamedTuple):
 
 # ---- intervals -------------------------------------------------------------------------------------------
 
-def estimate(cells, clusters=None, level=0.95, rate=False) -> Estimate:
+def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimate:
     """Mean of cells[M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
     clusters[M]: integers that say which models belong together; default the pairs (2k, 2k+1). The variance is
     that of Cameron, Gelbach & Miller (2011, equation 2.10); see also Owen (2007) and, for readers and cases,
     Gallas (2006). The quantile is Student's t with Satterthwaite's degrees of freedom for the two terms.
     rate: the mean is a probability; the interval is made on the logit scale, so it stays inside [0, 1].
+    widen: the row term is multiplied by 1 + widen / (row clusters), see the top of this file.
     With one row cluster or one example nothing is known about new ones: the interval is (nan, nan).
     Raises ValueError if cells is not a finite matrix or clusters does not have one entry per row.
     """
@@ -48,7 +56,7 @@ def estimate(cells, clusters=None, level=0.95, rate=False) -> Estimate:
     value = float(cells.mean(dtype=np.float64))
     if not np.isfinite(value):
         raise ValueError(f"cells: mean {value}; valid are finite numbers")
-    variance, df = _variance(cells, value, clusters)
+    variance, df = _variance(cells, value, clusters, widen)
     if rate and (value < 1e-12 or value > 1 - 1e-12):  # 0 or 1 up to rounding
         return _at_the_end(value, cells.shape[1], level) if df > 0 else Estimate(value, np.nan, np.nan)
     half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance) if df > 0 else np.nan
@@ -59,7 +67,7 @@ def estimate(cells, clusters=None, level=0.95, rate=False) -> Estimate:
     return Estimate(value, float(ends[0]), float(ends[1]))
 
 
-def _variance(cells, value, clusters):
+def _variance(cells, value, clusters, widen):
     """Variance of the mean of cells and its degrees of freedom (0: not estimable)."""
     _, group = np.unique(clusters, return_inverse=True)
     g, n = group.max() + 1, cells.shape[1]
@@ -69,7 +77,7 @@ def _variance(cells, value, clusters):
     for row, k in zip(cells, group, strict=True):
         sums[k] += row - value
     # V = V_rows + V_columns - V_both, each G/(G-1) sum_g (sum of the deviations in g)^2 / (M N)^2
-    rows = g / (g - 1) * np.square(sums.sum(1)).sum() / cells.size**2
+    rows = (1 + widen / g) * g / (g - 1) * np.square(sums.sum(1)).sum() / cells.size**2
     columns = n / (n - 1) * np.square(sums.sum(0)).sum() / cells.size**2
     both = np.einsum("gn,gn->", sums, sums) / cells.size**2
     variance = max(rows + columns - both, rows, columns)
@@ -101,7 +109,7 @@ def auc_cells(scores, member) -> np.ndarray:
 
     def row(m):
         place = _placements(scores[m], member[m])
-        return _centred(place, member[m]) + _centred(place, ~member[m]) - place[member[m]].mean()
+        return ratio_cells(place, member[m]) + ratio_cells(place, ~member[m]) - place[member[m]].mean()
 
     return np.stack(parallel(row, range(len(scores))))
 
@@ -121,7 +129,7 @@ def _placements(s, member):
     return place
 
 
-def _centred(x, chosen):
+def ratio_cells(x, chosen):
     """Cells of one row whose mean is the mean of x over the chosen: a ratio of means, linearised."""
     mean = x[chosen].mean()
     # cell = mean + N/n 1{chosen} (x - mean)
@@ -140,15 +148,16 @@ def balanced_accuracy_cells(scores, member, threshold=None, seed=0) -> np.ndarra
     def row(m):
         limit = threshold
         if half is not None:
-            limit = best_thresholds(scores[m], member[m], half[m].astype(np.uint16), 2)[1 - half[m].astype(int)]
+            side = half[m].astype(np.uint16)
+            limit = best_thresholds(scores[m], member[m], side, 2)[1 - side]
         right = (scores[m] > limit) == member[m]
-        return (_centred(right, member[m]) + _centred(right, ~member[m])) / 2
+        return (ratio_cells(right, member[m]) + ratio_cells(right, ~member[m])) / 2
 
     return np.stack(parallel(row, range(len(scores))))
 
 
 def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
-    """Cells [M, N] of the TPR at a false positive rate, and of the FPR realised, as an attacker would get them.
+    """Cells [M, N] of the TPR at a false positive rate, and of the FPR realised, as an attacker gets them.
 
     The threshold comes from other models: the pairs (2k, 2k+1) are split in two folds, the threshold that
     flags at most a share `fpr` of all non-member scores of one fold is applied to the other, and vice versa.
@@ -158,7 +167,7 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     """
     scores, member = checked(scores, member)
     if len(scores) < 3:
-        raise ValueError(f"scores: {len(scores)} models; valid are at least 3, in two folds of pairs (2k, 2k+1)")
+        raise ValueError(f"scores: {len(scores)} models; valid are at least 3 (two folds of pairs)")
     if not 0 < fpr < 1:
         raise ValueError(f"fpr: {fpr}; valid are rates between 0 and 1")
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
@@ -167,12 +176,12 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     for here, there in ((0, 1), (1, 0)):
         limit = _limit(nulls[there], fpr)
         for m in folds[here]:
-            tpr[m] = _centred(scores[m] > limit, member[m])
-            realised[m] = _centred(scores[m] > limit, ~member[m])
+            tpr[m] = ratio_cells(scores[m] > limit, member[m])
+            realised[m] = ratio_cells(scores[m] > limit, ~member[m])
     for here, there in ((0, 1), (1, 0)):
         slope = _roc_slope(scores[folds[here]], member[folds[here]], nulls[there], fpr)
         above = (scores[folds[there]] > _limit(nulls[there], fpr)) & ~member[folds[there]]
-        # TPR(estimated threshold) - TPR(threshold) = -dTPR/dFPR (share of the other fold's non-members above - fpr)
+        # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the other fold's non-members above t - fpr)
         excess = np.where(~member[folds[there]], above - above.sum() / len(nulls[there]), 0.0)
         tpr[folds[there]] -= slope * len(folds[here]) * scores.shape[1] / len(nulls[there]) * excess
     return tpr, realised
@@ -199,7 +208,7 @@ def _roc_slope(scores, member, null, fpr):
 # ---- thresholds ------------------------------------------------------------------------------------------
 
 def halves(member, seed=0, y=None) -> np.ndarray:
-    """A random half [M, N] bool of every target's members and of its non-members (of every class, given y [N])."""
+    """A random half [M, N] bool of every target's members and non-members (within classes, given y [N])."""
     n = member.shape[1]
     order = np.random.default_rng(seed).permutation(n)
     if y is not None:
@@ -225,7 +234,7 @@ def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     s, inside, group = s[order], member[order], group[order]
     n_in = np.bincount(group, inside, n_groups)
     n_out = np.bincount(group, ~inside, n_groups)
-    # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in, 0 at a group's end
+    # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in; ends at 0
     gain = np.cumsum(np.where(inside, -1 / np.maximum(n_in, 1)[group], 1 / np.maximum(n_out, 1)[group]))
     ends = np.cumsum(n_in + n_out).astype(int)
     gain[:-1][(s[1:] == s[:-1]) & (group[1:] == group[:-1])] = -np.inf  # never between ties
@@ -247,7 +256,7 @@ def evaluate(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> p
     balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
     """
     cells = _all_cells(scores, member, fprs, threshold, seed)
-    return _table({name: estimate(c, level=level, rate=True) for name, c in cells})
+    return _table({name: estimate(c, level=level, rate=True, widen=_widen(name)) for name, c in cells})
 
 
 def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
@@ -255,9 +264,14 @@ def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level
 
     scores_a, scores_b: [M, N] of two ensembles that trained on the same halves, member [M, N].
     """
-    pairs = zip(_all_cells(scores_a, member, fprs, threshold, seed),
+    cells = zip(_all_cells(scores_a, member, fprs, threshold, seed),
                 _all_cells(scores_b, member, fprs, threshold, seed), strict=True)
-    return _table({name: estimate(b - a, level=level) for (name, a), (_, b) in pairs}, difference=True)
+    found = {name: estimate(b - a, level=level, widen=_widen(name)) for (name, a), (_, b) in cells}
+    return _table(found, difference=True)
+
+
+def _widen(name):
+    return 0.0 if "@" in name else SHADOWS
 
 
 def _all_cells(scores, member, fprs, threshold, seed):
@@ -272,7 +286,7 @@ def _all_cells(scores, member, fprs, threshold, seed):
 
 
 def reportable(member, fprs=FPRS) -> list[float]:
-    """The rates at which each fold of models expects at least ten false positives; none with a single pair."""
+    """The rates at which each fold of models expects ten false positives or more; none with one pair."""
     member = np.asarray(member)
     counts = [int((~member[f]).sum()) for f in _folds(len(member))]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
@@ -306,7 +320,7 @@ def checked(scores, member) -> tuple[np.ndarray, np.ndarray]:
     inside = member.sum(1)
     if ((inside == 0) | (inside == member.shape[1])).any():
         m = int(np.flatnonzero((inside == 0) | (inside == member.shape[1]))[0])
-        raise ValueError(f"member: row {m} has {inside[m]} members of {member.shape[1]}; valid are both kinds")
+        raise ValueError(f"member: row {m} has {inside[m]} members of {member.shape[1]}; valid are both")
     if np.isnan(scores).any():
         m, i = np.argwhere(np.isnan(scores))[0]
         raise ValueError(f"scores: NaN at model {m}, example {i}; valid are numbers")

@@ -45,7 +45,12 @@ class Results:
         self.write()
         return frame
 
+    def count(self):
+        """How many numbers this notebook has recorded."""
+        return sum(map(len, self.rows))
+
     def write(self):
+        """Write the file anew: other notebooks' rows as they were, then this one's."""
         own = pd.concat([rows.astype(object) for rows in self.rows])
         if self.path.exists():
             others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
@@ -54,7 +59,3 @@ class Results:
         own.sort_values("notebook", kind="stable").to_csv(temporary, index=False, float_format="%.6g")
         os.replace(temporary, self.path)
 
-
-def one(metric, value, low=None, high=None):
-    """A frame of one number."""
-    return pd.DataFrame([{"metric": metric, "value": value, "ci_low": low, "ci_high": high}])

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 NAMES = ("phi", "log_confidence", "confidence", "entropy", "modified_entropy", "correct")
-GAP = 700.0  # logits further than this below the largest count as this far: exp(-700) is still a normal float64
+GAP = 700.0  # logits further below the largest count as this far: exp(-700) is still a normal float64
 
 
 def parallel(function, items) -> list:
@@ -48,9 +48,9 @@ def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
 def _checked(logits, y):
     logits, y = np.asanyarray(logits), np.asarray(y)
     if logits.ndim < 2 or logits.shape[-1] < 2 or not np.issubdtype(logits.dtype, np.floating):
-        raise ValueError(f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C], C >= 2")
+        raise ValueError(f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C >= 2]")
     if y.shape != logits.shape[-2:-1] or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y: {y.dtype} of shape {y.shape}; valid are integers [N] = [{logits.shape[-2]}]")
+        raise ValueError(f"y: {y.dtype} of shape {y.shape}; valid are integers [{logits.shape[-2]}]")
     if y.size == 0 or y.min() < 0 or y.max() >= logits.shape[-1]:
         seen = f"values {y.min()} to {y.max()}" if y.size else "no values"
         raise ValueError(f"y: {seen}; valid are 0 to {logits.shape[-1] - 1}, the classes of logits")

@@ -150,6 +150,15 @@ class Settings:
         recipe = self.recipe(optimizer, **changes)
         return ensemble.train(recipe, self.dataset, n_models or self.n_models, self.store, self.device)
 
+    def describe(self):
+        """The run in one sentence."""
+        size, held = round(self.subset * self.n_examples), len(self.dataset.y_test)
+        return (
+            f"**{self.dataset.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, each on "
+            f"{size} of a pool of {self.n_examples} examples of {self.dataset.n_classes} classes; {held} test examples; "
+            f"{self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
+        )
+
     def regimes(self, factors=(0.125, 0.375, 1, 2.5)):
         """Numbers of epochs from far short of the main run to far beyond it."""
         return sorted({max(1, round(factor * self.epochs)) for factor in factors})
@@ -170,7 +179,9 @@ def settings(given):
     preset = PRESETS[given["preset"]][kind]
     values = {"data": None, **preset, **given}
     bound = None if "n_examples" not in given and len(whole.y) <= values["n_examples"] else values["n_examples"]
-    pool = data.pool(whole, bound, values["seed"])
+    # the models are asked about as many test points as each is trained on, or all there are
+    n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
+    pool = data.pool(whole, bound, values["seed"], n_test)
     values["n_examples"] = len(pool.y)
     run = Settings(values, pool)
     check(run)

@@ -1,0 +1,35 @@
+# make study [DATASET=cifar10 DATA=path PRESET=small N_MODELS=32 ...]: run the notebooks into outputs/<dataset>/
+# Any parameter of `python -m lib.study --help`, in upper case, may follow; an unknown one is an error.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PARAMETERS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
+
+.DEFAULT_GOAL := study
+.PHONY: study test lab bench lint sync
+
+study: .venv/.ready
+	@$(BIN)/python -m lib.study $(PARAMETERS)
+
+test: .venv/.ready
+	@$(BIN)/python -m pytest
+
+lab: .venv/.ready
+	$(BIN)/jupyter lab notebooks
+
+bench: .venv/.ready
+	@$(BIN)/python -m tests.bench
+
+lint: .venv/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+sync: .venv/.ready
+	@$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext":null}' notebooks/*.py
+
+.venv/.ready: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the dependencies into .venv (once; about 5 GB, some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,261 @@
+"""From paired ensembles to the study's tables: every number with its interval, every difference paired.
+
+`ensembles` is a dict optimizer -> Ensemble; the first is the baseline. All share halves, weights and orders.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch.func import functional_call
+
+from lib import attacks, data, metrics, sharpness
+from lib.signals import signals
+
+
+def align(ensembles):
+    """The ensembles on the models that finished under every optimizer, so that all comparisons stay paired.
+
+    Raises ValueError if fewer than 8 models are left.
+    """
+    common = sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles.values())))
+    if len(common) < 8:
+        raise ValueError(f"n_models: only {len(common)} models finished under {', '.join(ensembles)}; 8 are needed: "
+                         "lower lr or rho, or train more models")
+    return {name: e.only(common) for name, e in ensembles.items()}
+
+
+def scores(ensemble, member=None):
+    """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control."""
+    return attacks.run(
+        ensemble.logits, ensemble.dataset.y, np.array(ensemble.member if member is None else member),
+        ensemble.test_logits, ensemble.dataset.y_test,
+    )
+
+
+def leakage(ensembles, scored, names=attacks.NAMES):
+    """Metrics of every attack, for each optimizer and for each difference from the baseline: a tidy frame.
+
+    scored: dict optimizer -> dict attack -> scores [M, N]. Differences are rows with optimizer 'sam-sgd'.
+    """
+    baseline, *others = ensembles
+    member = np.array(ensembles[baseline].member)
+    frames = []
+    for attack in names:
+        threshold = 0.0 if attack in attacks.FIXED else None
+        for name in ensembles:
+            frame = metrics.evaluate(scored[name][attack], member, threshold=threshold)
+            frames.append(frame.assign(optimizer=name, rho=rho_of(ensembles[name]), attack=attack))
+        for name in others:
+            frame = metrics.compare(scored[baseline][attack], scored[name][attack], member, threshold=threshold)
+            frames.append(frame.assign(optimizer=f"{name}-{baseline}", rho=rho_of(ensembles[name]), attack=attack))
+    return pd.concat(frames, ignore_index=True)
+
+
+def rho_of(ensemble):
+    """The ensemble's radius, or '' where its optimizer has none."""
+    return "" if ensemble.recipe.parts[0] == "plain" else ensemble.recipe.rho
+
+
+def compared(ensembles, cells_of, metric, rate=False):
+    """One metric for each optimizer and difference: a tidy frame. cells_of: Ensemble -> cells [M, N]."""
+    cells = {name: cells_of(e) for name, e in ensembles.items()}
+    baseline, *others = cells
+    found = {name: metrics.estimate(c, rate=rate) for name, c in cells.items()}
+    found |= {f"{name}-{baseline}": metrics.estimate(cells[name] - cells[baseline]) for name in others}
+    rows = [dict(optimizer=n, metric=metric, value=e.value, ci_low=e.low, ci_high=e.high) for n, e in found.items()]
+    return pd.DataFrame(rows)
+
+
+def plain_signal(ensemble, name, test=False):
+    """A signal of the plain input: [M, N] on the pool, [M, T] on the test part."""
+    logits, y = (ensemble.test_logits, ensemble.dataset.y_test) if test else (ensemble.logits, ensemble.dataset.y)
+    return signals(logits[:, 0], y, only=(name,))[name]
+
+
+def accuracies(ensembles):
+    """Test accuracy, accuracy and loss on the training halves, and the gap between accuracies in and out."""
+
+    def train(name):
+        return lambda e: metrics.ratio_cells(plain_signal(e, name).astype(float), np.array(e.member))
+
+    def gap(e):
+        hits, member = plain_signal(e, "correct").astype(float), np.array(e.member)
+        return metrics.ratio_cells(hits, member) - metrics.ratio_cells(hits, ~member)
+
+    return pd.concat(
+        [
+            compared(ensembles, lambda e: plain_signal(e, "correct", test=True).astype(float), "test_accuracy", True),
+            compared(ensembles, train("correct"), "train_accuracy", True),
+            compared(ensembles, lambda e: -train("log_confidence")(e), "train_loss"),
+            compared(ensembles, gap, "generalization_gap"),
+        ],
+        ignore_index=True,
+    )
+
+
+def variances(ensembles):
+    """Variance of the outputs on non-members, of phi and of p_y, in both of its meanings.
+
+    across examples: of one model's outputs over the examples it did not see (what the paper's theorem is about);
+    across models: of one example's outputs over the models that did not see it (what LiRA's denominator is).
+    """
+
+    def cells(e, name, axis):
+        values, out = plain_signal(e, name).astype(float), ~np.array(e.member)
+        centre = (values * out).sum(axis, keepdims=True) / out.sum(axis, keepdims=True)
+        n = out.sum(axis, keepdims=True)
+        # s^2 = sum (x - mean)^2 / (n - 1), as the mean over the non-members of (x - mean)^2 n / (n - 1)
+        return metrics.ratio_cells((values - centre) ** 2 * n / (n - 1), out)
+
+    kinds = [(name, axis) for name in ("phi", "confidence") for axis in (1, 0)]
+    label = {1: "across_examples", 0: "across_models"}
+    return pd.concat(
+        [compared(ensembles, lambda e, n=n, a=a: cells(e, n, a), f"nonmember_variance_{n}_{label[a]}") for n, a in kinds],
+        ignore_index=True,
+    )
+
+
+def main_metrics(ensemble, against=None):
+    """Test accuracy, train accuracy, train loss and LiRA's AUC of one ensemble, or its differences from another."""
+    pair = {"it": ensemble} if against is None else {"base": against, "it": ensemble}
+    name = list(pair)[-1] if against is None else "it-base"
+    accuracy = accuracies(pair)
+    member = np.array(ensemble.member)
+    cells = [metrics.auc_cells(lira(e), member) for e in pair.values()]
+    found = metrics.estimate(cells[-1] - cells[0] if against else cells[0], rate=not against, widen=metrics.SHADOWS)
+    auc = dict(metric="auc", attack="lira", value=found.value, ci_low=found.low, ci_high=found.high)
+    return pd.concat([accuracy[accuracy.optimizer == name], pd.DataFrame([auc])], ignore_index=True)
+
+
+def lira(ensemble):
+    """LiRA's scores [M, N] (online, per-example variance), over all the queries."""
+    phi = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"]
+    return attacks.lira(phi, np.array(ensemble.member))
+
+
+def dose_table(doses):
+    """Main metrics for each radius: a tidy frame. doses: dict rho -> Ensemble."""
+    return pd.concat([main_metrics(e).assign(rho=rho) for rho, e in doses.items()], ignore_index=True)
+
+
+def null_table(ensemble, seed):
+    """AUC of every attack on shuffled membership (attacks.null_member): a tidy frame; each should hold 0.5."""
+    member = attacks.null_member(np.array(ensemble.member), seed)
+    rows = []
+    for attack, found in scores(ensemble, member).items():
+        auc = metrics.estimate(metrics.auc_cells(found, member), rate=True, widen=metrics.SHADOWS)
+        rows.append(dict(attack=attack, metric="auc", value=auc.value, ci_low=auc.low, ci_high=auc.high))
+    return pd.DataFrame(rows)
+
+
+PAPER_ATTACKS = (
+    ("confidence accuracy", "confidence", "balanced_accuracy"),
+    ("M-entropy accuracy", "m_entropy", "balanced_accuracy"),
+    ("RMIA AUC", "rmia", "auc"),
+    ("LiRA AUC", "lira", "auc"),
+    ("LiRA TPR at 0.1% FPR", "lira", "tpr@0.001"),
+)
+
+
+def beside_paper(leak, accuracy, baseline, other):
+    """This run's numbers in the shape of the paper's table, in per cent."""
+    test = {n: 100 * accuracy[(accuracy.optimizer == n) & (accuracy.metric == "test_accuracy")].value.iloc[0]
+            for n in (baseline, other)}
+    rows = []
+    for label, attack, metric in PAPER_ATTACKS:
+        found = leak[(leak.attack == attack) & (leak.metric == metric)].set_index("optimizer").value
+        if len(found):
+            rows.append({"attack": label, baseline: 100 * found[baseline], other: 100 * found[other],
+                         f"{baseline} test": test[baseline], f"{other} test": test[other]})
+    return pd.DataFrame(rows)
+
+
+# ---- regimes: equal epochs, equal train loss ----------------------------------------------------------------
+
+
+def regime_table(regimes):
+    """Main metrics of each optimizer and of the difference, for each number of epochs: a tidy frame.
+
+    regimes: dict epochs -> dict of two Ensembles, the baseline first. `train_loss` stands beside every row.
+    """
+    frames = []
+    for epochs, pair in regimes.items():
+        (baseline, first), (other, second) = pair.items()
+        for name, frame in ((baseline, main_metrics(first)), (other, main_metrics(second))):
+            loss = frame.value[frame.metric == "train_loss"].iloc[0]
+            frames.append(frame.assign(optimizer=name, epochs=epochs, train_loss=loss))
+        frames.append(main_metrics(second, first).assign(optimizer=f"{other}-{baseline}", epochs=epochs))
+    return pd.concat(frames, ignore_index=True)
+
+
+def loss_and_cells(ensemble):
+    """(mean train loss, LiRA's AUC cells [M, N])."""
+    member = np.array(ensemble.member)
+    loss = -plain_signal(ensemble, "log_confidence")[member].mean()
+    return float(loss), metrics.auc_cells(lira(ensemble), member).astype(np.float32)
+
+
+def at_equal_loss(baseline, other):
+    """AUC differences, other minus baseline, at the train losses that `other` reached: a tidy frame.
+
+    baseline, other: lists of Ensembles, one for each number of epochs. The baseline's AUC cells at that loss are
+    interpolated linearly in log loss between its two neighbouring runs; the interpolation weight is taken as
+    known. Losses that the baseline did not bracket are left out: nothing is extrapolated.
+    """
+    points = sorted(map(loss_and_cells, baseline), key=lambda point: point[0])
+    losses = np.log([loss for loss, _ in points])
+    rows = []
+    for loss, cells in map(loss_and_cells, other):
+        right = int(np.searchsorted(losses, np.log(loss)))
+        if not 0 < right < len(points):
+            continue
+        weight = (np.log(loss) - losses[right - 1]) / (losses[right] - losses[right - 1])
+        reference = (1 - weight) * points[right - 1][1] + weight * points[right][1]
+        found = metrics.estimate(cells - reference, widen=metrics.SHADOWS)
+        rows.append(dict(metric="auc", train_loss=loss, value=found.value, ci_low=found.low, ci_high=found.high))
+    return pd.DataFrame(rows, columns=["metric", "train_loss", "value", "ci_low", "ci_high"])
+
+
+# ---- flatness -----------------------------------------------------------------------------------------------
+
+
+def flatness(ensemble, rho, n_models=8, n_examples=512, steps=20):
+    """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
+
+    Returns [n_models, 2]: the largest Hessian eigenvalue, and the loss rise within the ball of radius rho.
+    """
+    x = torch.from_numpy(data.inputs(ensemble.dataset)[0])
+    y = torch.from_numpy(ensemble.dataset.y)
+    found = []
+    for row, k in enumerate(ensemble.ids[:n_models]):
+        net, params, buffers = ensemble.weights(int(k))
+        chosen = np.flatnonzero(ensemble.member[row])[:n_examples]
+
+        def loss(params, net=net, buffers=buffers, chosen=chosen):
+            return F.cross_entropy(functional_call(net, (params, buffers), (x[chosen],)), y[chosen])
+
+        pair = sharpness.top_eigenvalue(loss, params, steps), sharpness.ball_rise(loss, params, rho)
+        found.append([float(value) for value in pair])
+    return np.array(found)
+
+
+def flatness_table(ensembles, rho):
+    """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over models."""
+    found = {name: flatness(e, rho) for name, e in ensembles.items()}
+    baseline, *others = found
+    found |= {f"{name}-{baseline}": found[name] - found[baseline] for name in others}
+    rows = []
+    for name, values in found.items():
+        for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
+            mean, low, high = t_interval(values[:, column])
+            rows.append(dict(optimizer=name, metric=metric, value=mean, ci_low=low, ci_high=high))
+    return pd.DataFrame(rows)
+
+
+def t_interval(values, level=0.95):
+    """(mean, low, high) of independent values [n], by Student's t."""
+    mean, error = np.mean(values), stats.sem(values)
+    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
+    return mean, mean - half, mean + half

@@ -1,0 +1,87 @@
+"""Sentences and tables computed from results, never typed. Frames are tidy: optimizer, metric, value, ci_low, ci_high."""
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+
+def say(text):
+    """Show a computed sentence as Markdown."""
+    display(Markdown(text))
+
+
+def number(value, low, high):
+    """'0.634 [0.620, 0.648]' with digits to suit the size."""
+    size = max(abs(value), abs(low - high) if pd.notna(low) else 0)
+    digits = 3 if size >= 0.01 else 5
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if pd.notna(low) else ""
+    return f"{value:.{digits}f}{interval}"
+
+
+def shown(frame, across=("optimizer",)):
+    """Show values with their intervals: one row per metric (or attack), one column per `across`."""
+    cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
+    across = list(across)
+    rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
+    rows = rows or [c for c in ("metric", "attack", "optimizer") if c in frame and c not in across][:1]
+    keys = frame[rows + across].apply(lambda column: pd.Categorical(column, column.unique()))
+    wide = keys.assign(cell=cells).pivot(index=rows, columns=across, values="cell")
+    display(wide.fillna("").style.set_properties(**{"text-align": "right"}))
+
+
+def pick(frame, optimizer, metric):
+    """One value of a tidy frame."""
+    return frame.value[(frame.optimizer == optimizer) & (frame.metric == metric)].iloc[0]
+
+
+def difference(frame, metric, pair):
+    """The row of a paired difference such as 'sam-sgd'."""
+    return frame[(frame.optimizer == pair) & (frame.metric == metric)].iloc[0]
+
+
+def sign(row):
+    """1 or -1 if the interval of a difference lies on one side of 0, else 0."""
+    return int(row.ci_low > 0) - int(row.ci_high < 0)
+
+
+def verb(row, more, less, neither):
+    """The words that the interval of a difference allows."""
+    return {1: more, -1: less, 0: neither}[sign(row)]
+
+
+def points(row):
+    """'+2.8 points [+2.1, +3.5]' of a difference of rates."""
+    return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
+
+
+def summary(rows, subject, baseline):
+    """'... more than sgd under 9 attacks, less under 1, and no detectable difference under 4.'"""
+    signs = [sign(row) for row in rows.itertuples()]
+    names = {s: [a for a, t in zip(rows.attack, signs, strict=True) if t == s] for s in (1, -1, 0)}
+    listed = {s: f"{len(found)} attacks" + (f" ({', '.join(found)})" if found else "") for s, found in names.items()}
+    return f"{subject} more than {baseline} under {listed[1]}; less under {listed[-1]}; no detectable difference under {listed[0]}."
+
+
+def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
+    """The run in a few sentences, one for each question. pair: 'sam-sgd'."""
+    other, _, baseline = pair.rpartition("-")
+    than = ("more than", "less than", "no differently from")
+    gain, lira = difference(accuracy, "test_accuracy", pair), auc[(auc.attack == "lira") & (auc.optimizer == pair)].iloc[0]
+    top = difference(flat, "hessian_top_eigenvalue", pair)
+    train = pick(accuracy, baseline, "train_accuracy"), pick(accuracy, other, "train_accuracy")
+    turns = [(row.epochs, sign(row)) for row in equal_epochs[equal_epochs.metric == "auc"].itertuples()]
+    words = {1: "more", -1: "less", 0: "no difference"}
+    lines = [
+        f"**Generalization.** {other} {verb(gain, 'tests better than', 'tests worse than', 'tests no differently from')} "
+        f"{baseline} ({points(gain)}), with train accuracies of {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({other}).",
+        f"**Leakage.** Under LiRA, {other} leaks {verb(lira, *than)} {baseline} ({points(lira)} of AUC).",
+        f"**Flatness.** By the largest Hessian eigenvalue, {other} ends "
+        f"{verb(top, 'sharper than', 'flatter than', 'neither flatter nor sharper than')} {baseline}.",
+        f"**Equal epochs.** Leakage of {other} against {baseline}: "
+        + ", ".join(f"{words[s]} after {e}" for e, s in turns) + " epochs.",
+    ]
+    if len(equal_loss):
+        at = ", ".join(f"{words[sign(row)]} at {row.train_loss:.2g}" for row in equal_loss.itertuples())
+        lines.append(f"**Equal train loss.** Leakage of {other} against {baseline}: {at} nats.")
+    else:
+        lines.append("**Equal train loss.** The two never reached a common train loss: nothing can be said.")
+    return lines

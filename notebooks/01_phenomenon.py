@@ -1,0 +1,383 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. The phenomenon: does sharpness-aware training leak who was in the training data?
+#
+# Sharpness-aware minimization (SAM) looks for weights whose whole neighbourhood has a low loss, and generalizes
+# better than SGD. A model that generalizes better should, one would think, treat the examples it was trained on
+# less specially. *Membership Privacy Risks of Sharpness-Aware Minimization* (arXiv 2310.00488) reports the
+# opposite: SAM tests better **and** leaks more.
+#
+# This notebook puts both on one table. Two ensembles of models, one trained with each optimizer, differ in
+# nothing else: model $k$ of either has the same half of the data, the same initial weights and the same order of
+# batches. So every comparison below is *paired*, and every number carries a 95% interval.
+#
+# *(This file comes in two copies with the same cells. Edit the `.py`; `make sync` writes the `.ipynb`.)*
+
+# %% [markdown]
+# ## Setting up
+#
+# The first cell finds the library, whether the notebook runs from the root or from `notebooks/`, and notes which
+# names exist, so that a misspelt parameter is seen as one.
+
+# %%
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+before = set(globals()) | {"before"}
+
+# %% [markdown]
+# Parameters left at `None` are filled in by the preset. All are checked in the next cell, before any training.
+
+# %% tags=["parameters"]
+preset: str = "default"  # tiny, default, small, fast, paper
+dataset: str = "digits"  # digits, cifar10, cifar100, folder, npz
+data: str = None  # path, where the data set needs one
+arch: str = None  # mlp, cnn, resnet18
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam"
+rho: float = None  # radius of SAM's neighbourhood
+n_models: int = None  # models per optimizer, an even number
+n_examples: int = None  # size of the pool, an even number
+subset: float = None  # share of the pool that each model trains on
+epochs: int = None  # epochs of the main comparison
+batch_size: int = None  # examples per step
+lr: float = None  # peak learning rate
+weight_decay: float = None  # weight decay
+augment: bool = None  # flips and shifts, in training and as queries of the attacks
+seed: int = None  # seed of everything
+device: str = None  # auto, cpu, cuda, mps
+store: str = None  # folder of the trained ensembles (default: store/)
+out: str = None  # folder of this run's results (default: outputs/<dataset>/)
+
+# %%
+from lib import study
+
+run = study.notebook_settings(globals(), before)
+
+# %%
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from lib import audit, plots
+from lib.prose import conclusions, difference, pick, points, say, shown, summary, verb
+from lib.results import Results
+
+plots.style()
+results = Results("01_phenomenon", run)
+baseline, other = run.names[0], run.names[-1]
+pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
+say(run.describe())
+
+# %% [markdown]
+# ## What membership inference is, in three pictures
+#
+# **The game.** Someone holds an example and a trained model, and guesses whether the example was in the training
+# set. A good guesser means that the model betrays who is in its data: a patient in a hospital's study, say.
+#
+# **How it is played.** The strongest attack known, LiRA, trains *shadow* models of its own, some with the example
+# and some without, and asks which of the two groups the target model's output resembles. The output is summed up
+# by $\phi = \log p_y - \log(1-p_y)$, the model's confidence in the true label on a scale without ceiling.
+#
+# We train $M$ models, each on a random half of one pool of $N$ examples. Models $2k$ and $2k+1$ share the pool
+# out between them, so every example is in exactly half of the models. Each model is a target in its turn, and all
+# the others (but for its partner, which would give the game away) are its shadows.
+
+# %%
+ensembles = audit.align({name: run.train(name) for name in run.names})
+member = np.array(ensembles[baseline].member)
+phis = {name: audit.plain_signal(e, "phi") for name, e in ensembles.items()}
+logit_gap = (phis[baseline] * member).sum(0) / member.sum(0) - (phis[baseline] * ~member).sum(0) / (~member).sum(0)
+telling = int(np.argsort(logit_gap)[-len(logit_gap) // 100])
+
+# %%
+title = f"a '{run.dataset.classes[run.dataset.y[telling]]}' from the pool"
+figure = plots.what_an_attacker_sees(phis[baseline], member, telling, run.dataset.x[telling], title)
+plots.save(figure, run, "attack")
+
+# %% [markdown]
+# **How to read it.** Left, one example, chosen among the hundredth of the pool that training changes most.
+# Middle, the confidence in its label of the models that trained with it and of those that did not: where the two
+# hills part, membership is plain to see. Right, what an attacker without shadow models sees: one model, and the
+# hills of all its members and non-members. They overlap far more, because easy non-members look like members.
+# That is why per-example attacks are stronger.
+
+# %% [markdown]
+# ## The data
+#
+# Some of the pool, a class a column. Every model sees one half of the pool; the other half is its non-members.
+# The test part is seen by none.
+
+# %%
+plots.save(plots.gallery(run.dataset, per_class=4), run, "data")
+
+# %% [markdown]
+# ## Training
+#
+# **Claim.** SAM reaches a better test accuracy than SGD on the same halves.
+#
+# **How we test it.** SAM takes the gradient not at the weights $w$ but at the worst point near them to first
+# order, $w + \rho\,g/\lVert g\rVert$ with $g = \nabla L(w)$; the step itself is the base optimizer's. Everything
+# else is shared. Test points are never used for a choice, and no checkpoint is picked: we report the last one.
+
+# %%
+plots.save(plots.training_curves(ensembles), run, "training")
+
+# %%
+accuracy = audit.accuracies(ensembles)
+results.add(accuracy)
+shown(accuracy)
+
+# %% [markdown]
+# **How to read it.** Curves are means over the models, bands hold 95% of them. In the table, a row
+# named with a difference of two optimizers is paired: the same halves, weights and orders on both sides. The generalization gap is
+# accuracy on the training half minus accuracy on the other half. It is also, by definition, the mean
+# memorization: of two optimizers that fit their training sets, the one that generalizes better memorizes
+# *less on average*. The question is whether that makes it harder to attack.
+
+# %%
+test = difference(accuracy, "test_accuracy", pair)
+fits = [f"{pick(accuracy, n, 'train_accuracy'):.1%} (loss {pick(accuracy, n, 'train_loss'):.2g})" for n in run.names]
+say(
+    f"{other} {verb(test, 'tests better than', 'tests worse than', 'tests no differently from')} {baseline}: "
+    f"{points(test)} of test accuracy. Train accuracies: {', '.join(map(' '.join, zip(run.names, fits)))}."
+)
+
+# %% [markdown]
+# ## The attacks
+#
+# **Claim.** SAM's models leak more about their members, under every attack.
+#
+# **How we test it.** Fourteen attacks, each model a target in turn.
+#
+# | attack | what it looks at |
+# |---|---|
+# | `gap` | is the prediction correct? |
+# | `loss` | is the loss below the members' mean loss? (Yeom et al. 2018) |
+# | `confidence`, `entropy`, `m_entropy` | one threshold on the output (Song & Mittal 2021); `_classwise`: one for each class |
+# | `lira` | likelihood ratio of the output, given models with and without the example (Carlini et al. 2022); `_pooled`: one variance for all examples; `_offline`: without models that contain it |
+# | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024) |
+#
+# Thresholds are learned on one half of the examples and judged on the other; those for a fixed false positive
+# rate (FPR) are learned on other models, as an attacker would with shadows, and the FPR that they then
+# *realise* stands beside the true positive rate (TPR).
+# Intervals treat models and examples as two crossed samples: they speak about new models *and* new
+# examples (Cameron, Gelbach & Miller 2011; Owen 2007).
+
+# %%
+scored = {name: audit.scores(e) for name, e in ensembles.items()}
+leak = audit.leakage(ensembles, scored)
+results.add(leak)
+table = leak.metric.isin(["auc", "balanced_accuracy"])
+shown(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer"])
+
+# %% [markdown]
+# The strict end: how many members can be named when almost nobody may be accused wrongly? The realised FPR should
+# be close to the one asked for. RMIA's scores are shares of a finite set of comparison points, so they tie, and a
+# rate far below one over their number can't be realised by it.
+
+# %%
+strict = leak[leak.metric.str.startswith(("tpr@", "realised_fpr@")) & leak.attack.isin(["lira", "lira_pooled", "rmia"])]
+shown(strict[strict.optimizer.isin(run.names)], across=["attack", "optimizer"])
+
+# %% [markdown]
+# And the differences, paired. To the right of the line, the sharpness-aware ensemble leaks more.
+
+# %%
+differences = leak[~leak.optimizer.isin(run.names)]
+auc = differences[differences.metric == "auc"]
+plots.save(plots.forest(auc, "difference in AUC (paired, 95% interval)"), run, "difference_auc")
+
+# %%
+accuracy_gain = differences[differences.metric == "balanced_accuracy"]
+plots.save(plots.forest(accuracy_gain, "difference in balanced accuracy (paired, 95% interval)"), run, "difference_accuracy")
+
+# %%
+for label, frame in (("AUC", auc), ("balanced accuracy", accuracy_gain)):
+    say(summary(frame[frame.optimizer == pair], f"In {label}, {other} leaks", baseline))
+
+# %% [markdown]
+# ### ROC
+#
+# On logarithmic axes, so that the strict end, where an attack accuses few and is nearly always right, can be
+# seen. The curves end where ten false positives are expected.
+
+# %%
+plots.save(plots.roc(scored, member, "lira"), run, "roc")
+
+# %% [markdown]
+# ## What the outputs look like
+#
+# **Claim.** SAM's outputs on non-members vary less, so that members stand out.
+#
+# **How we test it.** "Vary" can mean two things, and we measure both. *Across examples*: the spread of one
+# model's outputs over all the examples it did not see; this is what the paper's theorem speaks of. *Across
+# models*: the spread of one example's output over the models that did not see it; this is what LiRA divides by.
+
+# %%
+plots.save(plots.phi_of_members(phis, member), run, "phi")
+
+# %%
+spread = audit.variances(ensembles)
+results.add(spread)
+shown(spread)
+
+# %%
+for metric in spread.metric.unique():
+    say(f"`{metric}`: {other} varies {verb(difference(spread, metric, pair), *than)} {baseline}.")
+
+# %% [markdown]
+# **How to read it.** $\phi$ has no ceiling, so a longer or larger-stepped training stretches it for members and
+# non-members alike; a variance of $\phi$ alone says little about how well the two can be told apart. The
+# confidence $p_y$ lies in $[0, 1]$ and does not have this freedom.
+
+# %% [markdown]
+# ## Dose and response
+#
+# **Claim.** If sharpness-awareness is the cause, more of it has more effect.
+#
+# **How we test it.** The same halves, weights and orders once more, with several radii $\rho$. At $\rho = 0$ SAM
+# *is* its base optimizer, to the last bit.
+
+# %%
+doses = {0.0: ensembles[baseline]} | {dose: run.train(other, rho=dose) for dose in run.doses()}
+doses = audit.align(doses)
+dose_frame = audit.dose_table(doses)
+results.add(dose_frame, optimizer=other)
+
+# %%
+panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
+plots.save(plots.dose_response(dose_frame, panels), run, "dose")
+
+# %% [markdown]
+# **How to read it.** Left to right: what is gained, how well the training half is fitted, what is leaked. If
+# leakage rises only where the train loss falls, then fitting may be the cause rather than flatness: the
+# next section separates the two.
+
+# %% [markdown]
+# ## Where does it turn? Leakage against train loss
+#
+# **Claim.** The effect is a property of SAM, not of how far training has gone.
+#
+# **How we test it.** We train for several numbers of epochs, from far short of fitting the training half to far beyond
+# it, each with its own full learning-rate schedule, and look at leakage two ways: at *equal epochs*, and
+# at *equal train loss* (the baseline's AUC is interpolated, in log loss, to the loss that the other reached;
+# where the baseline never reached it, nothing is said).
+
+# %%
+regimes = {}
+for steps in run.regimes():
+    regimes[steps] = audit.align({name: run.train(name, epochs=steps) for name in (baseline, other)})
+
+# %%
+regime_frame = audit.regime_table(regimes)
+results.add(regime_frame.assign(note=[f"epochs={e}" for e in regime_frame.epochs]))
+plots.save(plots.leakage_against_loss(regime_frame[regime_frame.metric == "auc"]), run, "regimes")
+
+# %%
+equal_epochs = regime_frame[regime_frame.optimizer == pair]
+shown(equal_epochs[equal_epochs.metric == "auc"], across=["epochs"])
+
+# %%
+equal_loss = audit.at_equal_loss([r[baseline] for r in regimes.values()], [r[other] for r in regimes.values()])
+notes = [f"at equal train loss {loss:.3g}" for loss in equal_loss.train_loss]
+results.add(equal_loss, optimizer=pair, attack="lira", note=notes)
+display(equal_loss.style.format(precision=4).hide(axis="index"))
+
+# %%
+for row in equal_epochs[equal_epochs.metric == "auc"].itertuples():
+    say(f"After {row.epochs} epochs, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
+for row in equal_loss.itertuples():
+    say(f"At train loss {row.train_loss:.2g}, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
+
+# %% [markdown]
+# **How to read it.** A point is a whole ensemble; the number beside it, its epochs. Where the lines cross, the
+# sign of the effect turns. Where they coincide at equal loss, the train loss explains the leakage and the
+# optimizer adds nothing.
+
+# %% [markdown]
+# ## How flat are the minima?
+#
+# **Claim.** The sharpness-aware minima are flatter.
+#
+# **How we test it.** On each model's own training half: the largest eigenvalue of the Hessian, by power
+# iteration, and how far the loss can rise within a ball of radius $\rho$ around the weights.
+
+# %%
+flat = audit.flatness_table(ensembles, run.rho)
+results.add(flat)
+shown(flat)
+
+# %%
+for metric in flat.metric.unique():
+    words = verb(difference(flat, metric, pair), "sharper than", "flatter than", "neither flatter nor sharper than")
+    say(f"`{metric}`: {other} is {words} {baseline}.")
+
+# %% [markdown]
+# ## A control: shuffled membership
+#
+# **Claim.** None of the above is an artefact of the attacks or of how we score them.
+#
+# **How we test it.** The same logits, with a membership matrix that has the same design but says nothing about
+# training. A sound attack must then guess: AUC 0.5 within its interval.
+
+# %%
+null = audit.null_table(ensembles[other], run.seed)
+results.add(null, optimizer=other, note="null control: shuffled membership")
+shown(null, across=["metric"])
+
+# %%
+inside = (null.ci_low <= 0.5) & (null.ci_high >= 0.5)
+say(f"{inside.sum()} of {len(null)} attacks have 0.5 within their 95% interval; the furthest is "
+    f"{null.value.loc[(null.value - 0.5).abs().idxmax()]:.3f}.")
+
+# %% [markdown]
+# ## Beside the paper's numbers
+#
+# The paper works in two regimes. *Full training set*: one model trained on all of it with augmentation, attacked by
+# thresholds. *Halves*: 256 models on random halves of the training set, attacked by LiRA and RMIA. Ours is the second
+# regime, at a smaller size: compare signs, and only then sizes.
+
+# %%
+paper = pd.DataFrame(
+    [
+        ("full set", "CIFAR-100", "confidence accuracy", 77.19, 79.10, 80.30, 81.60),
+        ("full set", "CIFAR-10", "M-entropy accuracy", 59.51, 61.70, 96.00, 96.72),
+        ("full set", "CIFAR-10", "confidence accuracy", 59.37, 61.64, None, None),
+        ("full set", "Texas-100", "confidence accuracy", 65.20, 66.59, None, None),
+        ("full set", "EyePACS", "confidence accuracy", 73.40, 77.07, 73.67, 75.41),
+        ("halves, 256 models", "CIFAR-100", "RMIA AUC", 90.4, 91.6, 67.7, 69.1),
+        ("halves, 256 models", "CIFAR-100", "LiRA AUC", 92.6, 93.7, 67.7, 69.1),
+        ("halves, 256 models", "CIFAR-10", "LiRA TPR at 0.1% FPR", 8.8, 12.5, 92.3, 93.1),
+        ("halves, 256 models", "CIFAR-10", "LiRA AUC", 73.0, 76.4, 92.3, 93.1),
+    ],
+    columns=["regime", "dataset", "attack", "SGD", "SAM", "SGD test", "SAM test"],
+)
+display(paper.style.format(precision=2, na_rep="").hide(axis="index"))
+
+# %%
+ours = audit.beside_paper(leak, accuracy, baseline, other)
+ours.insert(0, "regime", f"halves, {len(member)} models, N = {member.shape[1]}")
+display(ours.style.format(precision=2, na_rep="").hide(axis="index"))
+
+# %% [markdown]
+# ## What this run shows
+#
+# Computed from the numbers above, whatever they are.
+
+# %%
+for line in conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
+    say(line)
+say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -1,0 +1,335 @@
+"""Metrics against scikit-learn, plain loops and the textbook variance; intervals by simulation."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from lib import attacks, metrics
+
+
+def halves_of_pool(rng, n_models, n):
+    half = np.argsort(rng.random((n_models // 2, n)), axis=1) < n // 2
+    return np.stack([half, ~half], axis=1).reshape(n_models, n)
+
+
+def example(seed=0, n_models=8, n=60, leak=1.0, ties=False):
+    rng = np.random.default_rng(seed)
+    member = halves_of_pool(rng, n_models, n)
+    scores = rng.normal(size=(n_models, n)) + leak * member + rng.normal(size=n)
+    return (np.round(scores) if ties else scores), member
+
+
+def uneven(seed=1, n_models=7, n=50):
+    """Independent subsets of different sizes."""
+    rng = np.random.default_rng(seed)
+    member = rng.random((n_models, n)) < rng.uniform(0.2, 0.8, (n_models, 1))
+    return rng.normal(size=(n_models, n)) + member, member
+
+
+# ---- intervals -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("clusters", [None, [0, 0, 0, 5, 5, 2], [3, 1, 4, 0, 9, 8]])
+def test_estimate_equals_the_textbook_two_way_formula(clusters):
+    rng = np.random.default_rng(2)
+    cells = rng.normal(size=(6, 9)) + rng.normal(size=9) + rng.normal(size=(6, 1))
+    names = np.array([0, 0, 1, 1, 2, 2] if clusters is None else clusters)
+    rows = [(names[m], i, cells[m, i] - cells.mean()) for m in range(6) for i in range(9)]
+
+    def one_way(key):
+        """G/(G-1) x the sum of products of deviations over all pairs of cells with the same key."""
+        g = len({key(r) for r in rows})
+        return g / (g - 1) * sum(a[2] * b[2] for a in rows for b in rows if key(a) == key(b)) / 54**2
+
+    n_groups = len(set(names))
+    v_rows, v_columns, pairs = one_way(lambda r: r[0]), one_way(lambda r: r[1]), n_groups * 9
+    v_both = one_way(lambda r: (r[0], r[1])) * (pairs - 1) / pairs
+    v = max(v_rows + v_columns - v_both, v_rows, v_columns)
+    df = v**2 / (v_rows**2 / (n_groups - 1) + v_columns**2 / 8)
+    half = stats.t.ppf(0.975, df) * np.sqrt(v)
+    found = metrics.estimate(cells, clusters)
+    np.testing.assert_allclose(found, [cells.mean(), cells.mean() - half, cells.mean() + half])
+
+
+def test_estimate_of_one_factor_is_the_t_interval():
+    by_pair = np.array([1.0, 4, 2, 7]).repeat(2)[:, None] * np.ones(500)
+    by_example = np.ones((8, 1)) * np.array([1.0, 4, 2, 7, 3])
+    for cells, values in ((by_pair, [1, 4, 2, 7]), (by_example, [1, 4, 2, 7, 3])):
+        expected = stats.t.interval(0.9, len(values) - 1, np.mean(values), stats.sem(values))
+        np.testing.assert_allclose(metrics.estimate(cells, level=0.9)[1:], expected, rtol=1e-6)
+
+
+def test_widen_multiplies_the_row_term():
+    cells = np.array([1.0, 4, 2, 7]).repeat(2)[:, None] * np.ones(500)
+    plain, wide = metrics.estimate(cells), metrics.estimate(cells, widen=12)
+    assert wide.high - wide.value == pytest.approx(2 * (plain.high - plain.value), rel=1e-6)
+
+
+def test_rates_stay_inside_the_unit_interval():
+    rng = np.random.default_rng(0)
+    cells = (rng.random((6, 30)) < 0.02).astype(float)
+    cells[0, 0] = 1
+    plain, rate = metrics.estimate(cells), metrics.estimate(cells, rate=True)
+    assert plain.low < 0 < rate.low < rate.value == plain.value < rate.high < 1
+    middle = 0.5 + 0.1 * rng.normal(size=(20, 300)), 0.5 + 0.001 * rng.normal(size=(20, 300))
+    for cells in middle:  # far from the ends the two agree
+        np.testing.assert_allclose(metrics.estimate(cells), metrics.estimate(cells, rate=True), rtol=1e-3)
+
+
+def test_rates_of_zero_and_one_have_clopper_pearson_bounds():
+    none, all_ = (metrics.estimate(np.full((6, 200), v), rate=True) for v in (0.0, 1.0))
+    bound = stats.beta.ppf(0.975, 1, 200)  # 0 of 200
+    np.testing.assert_allclose(none, [0, 0, bound])
+    np.testing.assert_allclose(all_, [1, 1 - bound, 1])
+
+
+@pytest.mark.parametrize("rate", [False, True])
+@pytest.mark.parametrize("shape", [(2, 40), (1, 40), (6, 1)])
+def test_no_interval_without_two_clusters_and_two_examples(shape, rate):
+    for cells in (np.random.default_rng(0).random(shape), np.zeros(shape)):
+        found = metrics.estimate(cells, rate=rate)
+        assert found.value == pytest.approx(cells.mean()) and np.isnan(found[1:]).all()
+
+
+def test_constant_cells_have_a_point_interval():
+    assert metrics.estimate(np.full((4, 6), 0.25)) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("cells, clusters, words", [
+    (np.zeros(5), None, "cells: shape"), (np.zeros((0, 5)), None, "cells: shape"),
+    (np.full((4, 5), np.nan), None, "cells: mean nan"), (np.zeros((4, 5)), [0, 1], "clusters: shape"),
+])
+def test_estimate_faults_are_named(cells, clusters, words):
+    with pytest.raises(ValueError, match=words):
+        metrics.estimate(cells, clusters)
+
+
+# ---- cells -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data", [example(), example(ties=True), uneven(), example(leak=50)])
+def test_auc_equals_scikit_learn_per_target(data):
+    scores, member = data
+    cells = metrics.auc_cells(scores, member)
+    expected = [roc_auc_score(inside, s) for s, inside in zip(scores, member, strict=True)]
+    np.testing.assert_allclose(cells.mean(1), expected, atol=1e-12)
+
+
+def test_auc_cells_are_delongs_placements():
+    scores, member = example(ties=True)
+    cells, s, inside = metrics.auc_cells(scores, member), scores[0], member[0]
+    auc = roc_auc_score(inside, s)
+    for i in range(60):
+        others = s[inside != inside[i]]
+        place = np.mean(others < s[i]) + np.mean(others == s[i]) / 2
+        assert cells[0, i] == pytest.approx(auc + 2 * ((place if inside[i] else 1 - place) - auc))
+
+
+def test_auc_interval_of_one_target_is_delongs():
+    # independent examples, every pair with the same scores: only the examples vary
+    scores, member = example(n_models=2, n=400)
+    s, inside = scores[0], member[0]
+    found = metrics.estimate(metrics.auc_cells(np.tile(s, (40, 1)), np.tile(inside, (40, 1))))
+    v10 = [(s[~inside] < x).mean() for x in s[inside]]
+    v01 = [(s[inside] > x).mean() for x in s[~inside]]
+    delong = np.sqrt(np.var(v10, ddof=1) / len(v10) + np.var(v01, ddof=1) / len(v01))
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 399) * delong, rel=0.01)
+
+
+@pytest.mark.parametrize("data", [example(n=90), example(n=90, ties=True), uneven()])
+@pytest.mark.parametrize("fpr", [0.1, 0.25])
+def test_tpr_and_realised_fpr_equal_a_plain_loop(data, fpr):
+    scores, member = data
+    tpr, realised = metrics.tpr_cells(scores, member, fpr)
+    expected_tpr, expected_fpr = [], []
+    for m in range(len(scores)):
+        others = [k for k in range(len(scores)) if (k // 2) % 2 != (m // 2) % 2]
+        null = np.concatenate([scores[k][~member[k]] for k in others])
+        limit = min(t for t in null if np.mean(null > t) <= fpr)
+        expected_tpr.append(np.mean(scores[m][member[m]] > limit))
+        expected_fpr.append(np.mean(scores[m][~member[m]] > limit))
+    assert tpr.mean() == pytest.approx(np.mean(expected_tpr))
+    np.testing.assert_allclose(realised.mean(1), expected_fpr, atol=1e-12)
+
+
+def test_tpr_cells_carry_the_error_of_the_threshold():
+    # independent scores, N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + q), q = Phi^-1(f)
+    rng = np.random.default_rng(3)
+    member = halves_of_pool(rng, 40, 2000)
+    cells = metrics.tpr_cells(rng.normal(size=member.shape) + member, member, 0.1)[0]
+    q = stats.norm.ppf(0.1)
+    tpr, slope = stats.norm.cdf(1 + q), stats.norm.pdf(1 + q) / stats.norm.pdf(q)
+    # Var = tpr (1 - tpr) / n_in + slope^2 fpr (1 - fpr) / n_out (Hsieh & Turnbull 1996); the latter is 2/3 of it
+    variance = (tpr * (1 - tpr) + slope**2 * 0.1 * 0.9) / (member.size / 2)
+    assert cells.var() / cells.size == pytest.approx(variance, rel=0.05)
+    assert cells.mean() == pytest.approx(tpr, abs=4 * np.sqrt(variance))
+
+
+@pytest.mark.parametrize("data", [example(n=90), uneven(n=80)])
+def test_balanced_accuracy_equals_its_definition(data):
+    scores, member = data
+
+    def definition(s, inside, limit):
+        return (np.mean(s[inside] > limit) + np.mean(s[~inside] <= limit)) / 2
+
+    rows = range(len(scores))
+    fixed = metrics.balanced_accuracy_cells(scores, member, 0.7)
+    np.testing.assert_allclose(fixed.mean(1), [definition(scores[m], member[m], 0.7) for m in rows])
+    half, learned = metrics.halves(member, 5), metrics.balanced_accuracy_cells(scores, member, seed=5)
+    for m in rows:
+        right = np.empty(member.shape[1], bool)
+        for h in (False, True):
+            use = half[m] == h
+            gains = [definition(scores[m, use], member[m, use], t) for t in np.sort(scores[m, use])]
+            low = np.sort(scores[m, use])[int(np.argmax(gains)):][:2]
+            right[~use] = (scores[m, ~use] > low.mean()) == member[m, ~use]
+        expected = (right[member[m]].mean() + right[~member[m]].mean()) / 2
+        assert learned[m].mean() == pytest.approx(expected)
+
+
+def test_learned_thresholds_are_not_judged_on_what_they_learned():
+    scores, member = example(n=20, n_models=400, leak=0)
+    found = metrics.estimate(metrics.balanced_accuracy_cells(scores, member))
+    assert found.low < 0.5 < found.high and found.high - found.low < 0.06
+
+
+def test_halves_split_members_and_non_members_of_every_class():
+    _, member = example(n=60)
+    y = np.arange(60) % 4
+    half = metrics.halves(member, 1, y)
+    for m in range(8):
+        for inside in (member[m], ~member[m]):
+            assert abs(half[m, inside].sum() - half[m, y == 0][inside[y == 0]].sum() - 11) < 4
+            for c in range(4):
+                chosen = inside & (y == c)
+                assert abs(half[m, chosen].sum() - chosen.sum() / 2) <= 0.5
+            assert abs(metrics.halves(member, 1)[m, inside].sum() - inside.sum() / 2) <= 0.5
+    assert (metrics.halves(member, 1) != metrics.halves(member, 2)).any()
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+def test_evaluate_is_tidy_and_consistent():
+    scores, member = example(n_models=12, n=1000)
+    table = metrics.evaluate(scores, member)
+    assert list(table.columns) == ["metric", "value", "ci_low", "ci_high"]
+    assert table.metric.tolist() == ["auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1",
+                                     "tpr@0.01", "realised_fpr@0.01"]  # 3000 non-members a fold: not 0.001
+    values = table.set_index("metric")
+    assert (table.ci_low < table.value).all() and (table.value < table.ci_high).all()
+    np.testing.assert_allclose(values.loc["advantage"], 2 * values.loc["balanced_accuracy"] - 1)
+    for fpr in (0.1, 0.01):
+        row = values.loc[f"realised_fpr@{fpr}"]
+        assert row.ci_low < fpr < row.ci_high
+    assert values.value["auc"] == pytest.approx(metrics.auc_cells(scores, member).mean())
+
+
+def test_rates_are_reported_where_the_counts_allow():
+    member = halves_of_pool(np.random.default_rng(0), 8, 1000)  # 2000 non-members in either fold
+    assert metrics.reportable(member, (0.005, 0.0049)) == [0.005]
+    assert metrics.reportable(member[:2], (0.1,)) == []
+    with pytest.raises(ValueError, match="scores: 2 models"):
+        metrics.tpr_cells(np.zeros((2, 1000)), member[:2], 0.1)
+    table = metrics.evaluate(member[:2] + 0.0, member[:2])
+    assert table.metric.tolist() == ["auc", "balanced_accuracy", "advantage"] and table.ci_low.isna().all()
+
+
+def test_compare_is_b_minus_a_and_antisymmetric():
+    a, member = example(n_models=12, n=400)
+    b = a + 0.5 * member
+    forth, back = metrics.compare(a, b, member), metrics.compare(b, a, member)
+    difference = metrics.evaluate(b, member).value - metrics.evaluate(a, member).value
+    np.testing.assert_allclose(forth.value, difference, atol=1e-12)
+    np.testing.assert_allclose(forth.ci_low, -back.ci_high, atol=1e-12)
+    assert forth.ci_low[0] > 0
+    same = metrics.compare(a, a, member)
+    assert (same[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
+
+
+def test_pairing_narrows_the_difference():
+    rng = np.random.default_rng(1)
+    a, member = example(n_models=16, n=300)
+    b = a + 0.1 * member + 0.1 * rng.normal(size=a.shape)
+    paired = metrics.compare(a, b, member).set_index("metric").loc["auc"]
+    alone = metrics.evaluate(a, member).set_index("metric").loc["auc"]
+    assert paired.ci_high - paired.ci_low < (alone.ci_high - alone.ci_low) / 2
+
+
+@pytest.mark.parametrize("data", [example(n=400), example(n=400, ties=True)])
+def test_monotone_transformations_change_nothing_but_fixed_thresholds(data):
+    scores, member = data
+    a, b = metrics.evaluate(scores, member), metrics.evaluate(np.exp(scores / 3) - 7, member)
+    by_rank = ~a.metric.isin(["balanced_accuracy", "advantage"])
+    pd.testing.assert_frame_equal(a[by_rank], b[by_rank])
+
+
+def test_perfect_and_useless_scores():
+    _, member = example(n=400)
+    perfect = metrics.evaluate(member + 0.0, member).set_index("metric")
+    assert perfect.value["auc"] == perfect.value["tpr@0.1"] == perfect.value["advantage"] == 1
+    assert 0.98 < perfect.ci_low["auc"] < 1 == perfect.ci_high["auc"]
+    flat = metrics.evaluate(np.zeros(member.shape), member).set_index("metric")
+    assert flat.value["auc"] == flat.value["balanced_accuracy"] == 0.5
+    assert flat.value["tpr@0.1"] == flat.value["realised_fpr@0.1"] == 0
+
+
+def test_roc_pools_the_targets():
+    scores, member = example()
+    grid = np.array([[0.05, 0.1], [0.5, 1.0]])
+    curve = metrics.roc(scores, member, grid)
+    null = scores[~member]
+    for fpr, tpr in zip(grid.ravel(), curve.ravel(), strict=True):
+        limits = [t for t in null if np.mean(null > t) <= fpr]
+        assert tpr == pytest.approx(np.mean(scores[member] > min(limits)))
+
+
+@pytest.mark.parametrize("scores, member, words", [
+    (np.zeros((4, 5)), np.zeros((4, 6), bool), "scores: shape"),
+    (np.zeros(5), np.zeros(5, bool), "scores: shape"),
+    (np.zeros((4, 5)), np.zeros((4, 5)), "member: dtype float64"),
+    (np.zeros((4, 5)), np.ones((4, 5), bool), "member: row 0 has 5 members of 5"),
+    (np.zeros((4, 5)), np.zeros((4, 5), bool), "member: row 0 has 0 members"),
+    (np.full((4, 6), np.nan), np.tile([True, False], (4, 3)), "scores: NaN at model 0, example 0"),
+])
+def test_faults_are_named(scores, member, words):
+    for function in (metrics.evaluate, metrics.auc_cells, metrics.balanced_accuracy_cells):
+        with pytest.raises(ValueError, match=words):
+            function(scores, member)
+
+
+@pytest.mark.parametrize("fpr", [0, 1, -0.1])
+def test_rates_out_of_range_are_named(fpr):
+    with pytest.raises(ValueError, match="fpr"):
+        metrics.tpr_cells(*example(), fpr)
+
+
+# ---- coverage --------------------------------------------------------------------------------------------
+
+def two_optimizers(seed, n_models, n):
+    """phi of two ensembles on the same halves: shared examples and part of the noise; models shift and scale."""
+    rng = np.random.default_rng(seed)
+    member = halves_of_pool(rng, n_models, n)
+    mu, delta = rng.normal(2, 2, n), rng.lognormal(-0.5, 1, n)
+    sigma, shared = rng.lognormal(0, 0.4, n), rng.normal(size=(n_models, n))
+
+    def phi(boost):
+        noise = np.sqrt(0.5) * (shared + rng.normal(size=member.shape))
+        scale, shift = rng.lognormal(0, 0.15, (n_models, 1)), 0.4 * rng.normal(size=(n_models, 1))
+        return (mu + boost * delta * member + sigma * noise) * scale + shift
+
+    return phi(1.0), phi(1.25), member
+
+
+@pytest.mark.parametrize("n_models", [8, 16])
+def test_intervals_cover_the_truth_over_new_models_and_new_examples(n_models):
+    found = []
+    for seed in range(150):
+        a, b, member = two_optimizers(seed, n_models, 300)
+        a, b = (attacks.lira(x, member, variance="pooled") for x in (a, b))
+        single = metrics.evaluate(a, member, fprs=(0.05,)).drop(index=[2, 4])
+        both = metrics.compare(a, b, member, fprs=(0.05,)).drop(index=[2, 4])
+        found.append(np.concatenate([single, both])[:, 1:].astype(float))
+    found = np.stack(found)  # [replication, metric, (value, low, high)]
+    truth = found[:, :, 0].mean(0)
+    coverage = ((found[:, :, 1] <= truth) & (truth <= found[:, :, 2])).mean(0)
+    assert (coverage > 0.87).all(), coverage  # .95 less four standard errors of 150 replications

@@ -62,7 +62,7 @@ def null_member(member, seed=0) -> np.ndarray:
     leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2 (none judges an example it
     was learned on; ranks across the two halves are off by O(1/N)). With leave="model" the alleged counts and
     the agreeing partner give the target away: in a simulation, online LiRA's null AUC was .452, .504 and .507
-    with 8, 16 and 64 models, and .501, .501 and .500 with "pair" (standard errors .001 to .002).
+    with 8, 16 and 64 models, and .501, .501 and .500 with "pair" (standard errors at most .002).
     """
     return member[:, np.random.default_rng(seed).permutation(member.shape[1])]
 
@@ -207,7 +207,7 @@ def _rmia(p, z, member, offline, gamma, a, leave):
     p, member = checked(p, member)
     partner = _partner(member, leave)
     _enough(member, 1, not offline)
-    sides = {side: _statistics(p, member == side) for side in ((False,) if offline else (False, True))}
+    sides = {side: _statistics(p, member == side, None) for side in ((False,) if offline else (False, True))}
     z_sum, scores = None if z is None else z.sum(0, dtype=np.float64), np.empty(p.shape, np.float32)
 
     def row(m):
@@ -240,7 +240,7 @@ class _Side(NamedTuple):
 
     n: np.ndarray  # [N] how many
     mean: np.ndarray  # [N]
-    ss: np.ndarray  # [N] sum of squares about the mean
+    ss: np.ndarray | None  # [N] sum of squares about the mean
     middle: np.ndarray | None  # [4, N] the order statistics that a leave-one-out median can need
 
 
@@ -249,7 +249,7 @@ class _Left(NamedTuple):
 
     n: np.ndarray
     mean: np.ndarray
-    ss: np.ndarray
+    ss: np.ndarray | None
     mu: np.ndarray
 
     def var(self, kind):
@@ -263,11 +263,14 @@ class _Left(NamedTuple):
         return max((self.ss + self.n * (self.mean - grand) ** 2).sum() / self.n.sum(), FLOOR)
 
 
-def _statistics(x, mask, center="mean"):
+def _statistics(x, mask, center):
+    """The _Side of x [M, N] where mask; without a sum of squares if center is None."""
     n, total, ss = mask.sum(0), np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for row, chosen in zip(x, mask, strict=True):  # float64 sums without a float64 copy
         total += np.where(chosen, row, 0.0)
     mean = total / np.maximum(n, 1)
+    if center is None:
+        return _Side(n, mean, None, None)
     for row, chosen in zip(x, mask, strict=True):
         ss += np.where(chosen, row - mean, 0.0) ** 2
     if center == "mean":
@@ -284,7 +287,7 @@ def _leave_out(side, x, mask, m, partner):
     n = side.n - gone
     u = np.where(gone, value - side.mean, 0.0)
     # without u, the mean is lower by u / (n - 1) and the sum of squares by u^2 n / (n - 1)
-    mean, ss = side.mean - u / n, side.ss - u**2 * (1 + 1 / n)
+    mean, ss = side.mean - u / n, None if side.ss is None else side.ss - u**2 * (1 + 1 / n)
     return _Left(n, mean, ss, mean if side.middle is None else _median(side.middle, value, gone))
 
 

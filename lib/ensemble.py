@@ -258,8 +258,8 @@ def lanes_for(net, device):
         return 1
     size = sum(p.numel() for p in net.parameters())
     # weights, gradients and momentum of all the lanes stay in the cache (CPU), or in 1 GB (GPU)
-    budget = 4e6 if device.type == "cpu" else 1e9
-    return int(2 ** np.clip(np.floor(np.log2(budget / (12 * size))), 0, 8))
+    budget, most = (4e6, 32) if device.type == "cpu" else (1e9, 512)
+    return int(min(most, 2 ** np.floor(np.log2(max(1, budget / (12 * size))))))
 
 
 # ---- a group of models, trained together --------------------------------------------------------------------
@@ -380,7 +380,7 @@ class Group:
         """What the store keeps of each model: name -> [M, ...]."""
         queries = [self.inputs.query(q) for q in range(self.recipe.queries)]
         state = [*self.stepper.params.values(), *self.stepper.buffers.values()]
-        flat = [tensor.flatten(1).float().cpu() for tensor in state]
+        flat = [tensor.float().cpu().reshape(len(tensor), -1) for tensor in state]
         return {
             "logits": np.stack([self.predict(x) for x, _ in queries], 1),
             "test_logits": np.stack([self.predict(x_test) for _, x_test in queries], 1),

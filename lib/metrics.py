@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.special import expit, logit
 
 from lib.signals import parallel
 
@@ -63,14 +64,14 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimat
     if not rate:
         return Estimate(value, value - half, value + half)
     # logit(p) +- half / (p (1 - p))
-    ends = _logistic(np.log(value / (1 - value)) + np.array([-1, 1]) * half / (value * (1 - value)))
+    ends = expit(logit(value) + np.array([-1, 1]) * half / (value * (1 - value)))
     return Estimate(value, float(ends[0]), float(ends[1]))
 
 
 def _variance(cells, value, clusters, widen):
     """Variance of the mean of cells and its degrees of freedom (0: not estimable)."""
-    _, group = np.unique(clusters, return_inverse=True)
-    g, n = group.max() + 1, cells.shape[1]
+    names, group = np.unique(clusters, return_inverse=True)
+    g, n = len(names), cells.shape[1]
     if g < 2 or n < 2:
         return np.nan, 0
     sums = np.zeros((g, n))  # a cluster's sum for every example
@@ -91,10 +92,6 @@ def _at_the_end(value, n, level):
     # (1 - p)^n = (1 - level) / 2
     bound = 1 - ((1 - level) / 2) ** (1 / n)
     return Estimate(0.0, 0.0, bound) if value < 0.5 else Estimate(1.0, 1 - bound, 1.0)
-
-
-def _logistic(x):
-    return 0.5 * (1 + np.tanh(x / 2))
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
@@ -129,11 +126,15 @@ def _placements(s, member):
     return place
 
 
-def ratio_cells(x, chosen):
-    """Cells of one row whose mean is the mean of x over the chosen: a ratio of means, linearised."""
-    mean = x[chosen].mean()
-    # cell = mean + N/n 1{chosen} (x - mean)
-    return mean + np.where(chosen, (len(x) / chosen.sum()) * (x - mean), 0.0)
+def ratio_cells(x, chosen) -> np.ndarray:
+    """Cells of a mean over chosen examples: x and chosen (bool) [N] or [M, N] -> the same shape.
+
+    The mean of each row of cells is the mean of x over that row's chosen ones; x elsewhere does not count.
+    """
+    n = chosen.sum(-1, keepdims=True)
+    mean = np.sum(x, axis=-1, keepdims=True, where=chosen) / n
+    # cell = mean + N/n 1{chosen} (x - mean), a ratio of means to first order
+    return mean + np.where(chosen, x.shape[-1] / n * (x - mean), 0.0)
 
 
 def balanced_accuracy_cells(scores, member, threshold=None, seed=0) -> np.ndarray:
@@ -143,13 +144,12 @@ def balanced_accuracy_cells(scores, member, threshold=None, seed=0) -> np.ndarra
     to the other half, and the other way round (cross-fitting: no example is judged by a threshold it chose).
     """
     scores, member = checked(scores, member)
-    half = None if threshold is not None else halves(member, seed)
+    side = None if threshold is not None else halves(member, seed).astype(np.uint16)
 
     def row(m):
         limit = threshold
-        if half is not None:
-            side = half[m].astype(np.uint16)
-            limit = best_thresholds(scores[m], member[m], side, 2)[1 - side]
+        if side is not None:
+            limit = best_thresholds(scores[m], member[m], side[m], 2)[1 - side[m]]
         right = (scores[m] > limit) == member[m]
         return (ratio_cells(right, member[m]) + ratio_cells(right, ~member[m])) / 2
 
@@ -172,18 +172,24 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"fpr: {fpr}; valid are rates between 0 and 1")
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
     folds = _folds(len(scores))
-    nulls = [np.sort(scores[f][~member[f]]) for f in folds]
-    for here, there in ((0, 1), (1, 0)):
-        limit = _limit(nulls[there], fpr)
-        for m in folds[here]:
-            tpr[m] = ratio_cells(scores[m] > limit, member[m])
+    nulls = parallel(lambda fold: np.sort(scores[fold][~member[fold]]), folds)
+
+    def fill(here, there):
+        limit, given = (_limit(nulls[fold], fpr) for fold in (there, here))  # used here, given to the others
+        share = np.mean(nulls[here] > given)
+        slope = _roc_slope(scores[folds[there]], member[folds[there]], nulls[here], fpr)
+        weight = slope * len(folds[there]) * scores.shape[1] / len(nulls[here])
+
+        def row(m):
+            # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr)
+            excess = np.where(member[m], 0.0, (scores[m] > given) - share)
+            tpr[m] = ratio_cells(scores[m] > limit, member[m]) - weight * excess
             realised[m] = ratio_cells(scores[m] > limit, ~member[m])
-    for here, there in ((0, 1), (1, 0)):
-        slope = _roc_slope(scores[folds[here]], member[folds[here]], nulls[there], fpr)
-        above = (scores[folds[there]] > _limit(nulls[there], fpr)) & ~member[folds[there]]
-        # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the other fold's non-members above t - fpr)
-        excess = np.where(~member[folds[there]], above - above.sum() / len(nulls[there]), 0.0)
-        tpr[folds[there]] -= slope * len(folds[here]) * scores.shape[1] / len(nulls[there]) * excess
+
+        parallel(row, folds[here])
+
+    fill(0, 1)
+    fill(1, 0)
     return tpr, realised
 
 
@@ -231,18 +237,17 @@ def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     """
     order = np.argsort(s)
     order = order[np.argsort(group[order], kind="stable")]  # by group, then by score; radix sort on uint16
-    s, inside, group = s[order], member[order], group[order]
-    n_in = np.bincount(group, inside, n_groups)
-    n_out = np.bincount(group, ~inside, n_groups)
-    # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in; ends at 0
-    gain = np.cumsum(np.where(inside, -1 / np.maximum(n_in, 1)[group], 1 / np.maximum(n_out, 1)[group]))
-    ends = np.cumsum(n_in + n_out).astype(int)
-    gain[:-1][(s[1:] == s[:-1]) & (group[1:] == group[:-1])] = -np.inf  # never between ties
-    best = np.full(n_groups, np.nan)
-    for g in np.flatnonzero((n_in > 0) & (n_out > 0)):
-        start = ends[g - 1] if g else 0
+    s, kind = s[order], (2 * group + member)[order]
+    n = np.bincount(kind, minlength=2 * n_groups).reshape(n_groups, 2)  # non-members, members
+    # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in
+    gain = np.cumsum((np.array([1, -1]) / np.maximum(n, 1)).ravel()[kind])
+    gain[np.flatnonzero(s[1:] == s[:-1])] = -np.inf  # never between ties
+    ends, best = np.cumsum(n.sum(1)), np.full(n_groups, np.nan)
+    for g in np.flatnonzero((n > 0).all(1)):
+        start, last = ends[g] - n[g].sum(), ends[g] - 1
+        gain[last] = 0.0  # flags none
         k = start + gain[start:ends[g]].argmax()
-        best[g] = s[k] if k == ends[g] - 1 else (float(s[k]) + float(s[k + 1])) / 2
+        best[g] = s[k] if k == last else (float(s[k]) + float(s[k + 1])) / 2
     return best
 
 

@@ -7,7 +7,7 @@ running statistics, which are therefore updated once a step, whatever the rule.
 """
 
 import torch
-from torch.func import grad, jvp
+from torch.func import grad
 
 
 def norm(tree):
@@ -48,11 +48,16 @@ def top_eigenvalue(loss, params, steps=30, seed=0):
     source = torch.Generator().manual_seed(seed)
     vector = {k: torch.randn(p.shape, generator=source).to(device) for k, p in params.items()}
     value = torch.zeros(())
+
+    def slope_along(params, vector):
+        slope = grad(loss)(params)
+        return sum((slope[k] * vector[k]).sum() for k in slope)
+
     for _ in range(steps):
         size = norm(vector) + 1e-30
         vector = {k: v / size for k, v in vector.items()}
-        # Hv = d/dt grad L(w + t v) at t = 0
-        product = jvp(grad(loss), (params,), (vector,))[1]
+        # Hv = grad (grad L(w) . v)
+        product = grad(slope_along)(params, vector)
         # lambda = v'Hv for |v| = 1
         value = sum((vector[k] * product[k]).sum() for k in vector)
         vector = product

@@ -36,7 +36,10 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
-before = set(globals()) | {"before"}
+
+from lib import study
+
+before = {*globals(), "before"}
 
 # %% [markdown]
 # Parameters left at `None` are filled in by the preset. All are checked in the next cell, before any training.
@@ -62,8 +65,6 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-from lib import study
-
 run = study.notebook_settings(globals(), before)
 
 # %%

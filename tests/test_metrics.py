@@ -159,10 +159,20 @@ def test_tpr_cells_carry_the_error_of_the_threshold():
     cells = metrics.tpr_cells(rng.normal(size=member.shape) + member, member, 0.1)[0]
     q = stats.norm.ppf(0.1)
     tpr, slope = stats.norm.cdf(1 + q), stats.norm.pdf(1 + q) / stats.norm.pdf(q)
-    # Var = tpr (1 - tpr) / n_in + slope^2 fpr (1 - fpr) / n_out (Hsieh & Turnbull 1996); the latter is 2/3 of it
+    # Var = tpr (1 - tpr) / n_in + slope^2 fpr (1 - fpr) / n_out (Hsieh & Turnbull 1996)
     variance = (tpr * (1 - tpr) + slope**2 * 0.1 * 0.9) / (member.size / 2)
     assert cells.var() / cells.size == pytest.approx(variance, rel=0.05)
     assert cells.mean() == pytest.approx(tpr, abs=4 * np.sqrt(variance))
+
+
+def test_ratio_cells_are_means_over_the_chosen_with_their_sampling_error():
+    x, chosen = uneven(n_models=40, n=3000)
+    cells = metrics.ratio_cells(x, chosen)
+    np.testing.assert_allclose(cells.mean(1), [x[m, chosen[m]].mean() for m in range(40)])
+    np.testing.assert_array_equal(cells[3], metrics.ratio_cells(x[3], chosen[3]))
+    np.testing.assert_allclose(metrics.ratio_cells(np.where(chosen, x, 99.0), chosen), cells)
+    # independent entries of variance 1: Var of a row's mean = 1 / n, so its cells have variance N / n
+    np.testing.assert_allclose(cells.var(1), 3000 / chosen.sum(1), rtol=0.2)
 
 
 @pytest.mark.parametrize("data", [example(n=90), uneven(n=80)])
@@ -306,7 +316,7 @@ def test_rates_out_of_range_are_named(fpr):
 # ---- coverage --------------------------------------------------------------------------------------------
 
 def two_optimizers(seed, n_models, n):
-    """phi of two ensembles on the same halves: shared examples and part of the noise; models shift and scale."""
+    """phi of two ensembles on the same halves: shared examples, noise shared in part, model effects."""
     rng = np.random.default_rng(seed)
     member = halves_of_pool(rng, n_models, n)
     mu, delta = rng.normal(2, 2, n), rng.lognormal(-0.5, 1, n)

@@ -1,0 +1,32 @@
+"""Small data sets and recipes that the tests share."""
+
+import numpy as np
+import pytest
+
+from lib.data import Dataset
+from lib.ensemble import Recipe
+
+
+def blobs(n=80, t=40, shape=(6,), classes=4, seed=0):
+    """Gaussian classes that overlap: float32, n pool and t test examples."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, *shape))
+    y, y_test = np.arange(n) % classes, np.arange(t) % classes
+    x, x_test = (centres[label] + 1.5 * rng.normal(size=(len(label), *shape)) for label in (y, y_test))
+    names = tuple("abcdefghij"[:classes])
+    return Dataset("blobs", x.astype(np.float32), y, x_test.astype(np.float32), y_test, names)
+
+
+@pytest.fixture
+def table():
+    return blobs()
+
+
+@pytest.fixture
+def images():
+    return blobs(n=48, t=16, shape=(3, 16, 16), classes=3)
+
+
+@pytest.fixture
+def quick():
+    return Recipe(epochs=3, batch_size=8, rho=0.1)

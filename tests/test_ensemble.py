@@ -1,0 +1,222 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lib import data, ensemble
+from lib.ensemble import Recipe, train
+
+
+def arrays(found):
+    return {name: np.array(getattr(found, name)) for name in ("logits", "test_logits", "member", "history")}
+
+
+def assert_same(first, second):
+    for name, array in arrays(first).items():
+        np.testing.assert_array_equal(array, getattr(second, name), err_msg=name)
+
+
+def test_halves_are_complementary_pairs_and_each_example_is_in_half_of_the_models():
+    member = ensemble.membership(Recipe(), 50, range(12))
+    assert (member[0::2] != member[1::2]).all()
+    assert (member.sum(0) == 6).all() and (member.sum(1) == 25).all()
+    assert (member[0] != member[2]).any()
+
+
+def test_other_fractions_draw_each_subset_alone():
+    member = ensemble.membership(Recipe(subset=0.7), 50, range(12))
+    assert (member.sum(1) == 35).all()
+    assert len({row.tobytes() for row in member}) == 12
+
+
+def test_model_k_does_not_depend_on_how_many_train_or_on_a_resume(table, quick, tmp_path):
+    long = train(quick, table, 40, tmp_path / "at_once", "cpu", quiet=True)
+    train(quick, table, 6, tmp_path / "grown", "cpu", quiet=True)
+    grown = train(quick, table, 40, tmp_path / "grown", "cpu", quiet=True)
+    assert_same(long, grown)
+
+
+def test_only_new_models_train_when_the_number_is_raised(images, tmp_path, monkeypatch):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    trained, plain = [], ensemble.Group.train
+    monkeypatch.setattr(ensemble.Group, "train", lambda self, tick: (trained.extend(self.ids), plain(self, tick))[1])
+    train(recipe, images, 2, tmp_path, "cpu", quiet=True)
+    train(recipe, images, 4, tmp_path, "cpu", quiet=True)
+    assert trained == [0, 1, 2, 3]
+
+
+def test_optimizers_are_paired_and_seeds_are_not(table, quick, tmp_path):
+    sgd, sam = (train(replace(quick, optimizer=o), table, 4, tmp_path, "cpu", quiet=True) for o in ("sgd", "sam"))
+    other = train(replace(quick, seed=1), table, 4, tmp_path, "cpu", quiet=True)
+    np.testing.assert_array_equal(sgd.member, sam.member)
+    assert (np.array(sgd.member) != other.member).any()
+    start = [ensemble.initial_state(e.recipe, (6,), 4, range(4), "cpu")[0]["1.weight"] for e in (sgd, sam, other)]
+    assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
+
+
+def test_each_pair_may_have_its_own_rho(table, quick, tmp_path):
+    mixed = train(replace(quick, optimizer="sam", rho=(0.1, 0.5)), table, 4, tmp_path, "cpu", quiet=True)
+    for pair, rho in enumerate((0.1, 0.5)):
+        alone = train(replace(quick, optimizer="sam", rho=rho), table, 4, tmp_path, "cpu", quiet=True)
+        np.testing.assert_array_equal(mixed.logits[2 * pair : 2 * pair + 2], alone.logits[2 * pair : 2 * pair + 2])
+
+
+@pytest.mark.parametrize("change", [dict(lr=0.05), dict(epochs=4), dict(batch_size=4), dict(seed=3), dict(subset=0.7)])
+def test_a_changed_setting_never_reuses_a_model(table, quick, tmp_path, change):
+    first = ensemble.open_store(quick, table, tmp_path).folder
+    assert ensemble.open_store(replace(quick, **change), table, tmp_path).folder != first
+
+
+def test_changed_data_never_reuses_a_model_and_sgd_ignores_rho(table, quick, tmp_path):
+    first = ensemble.open_store(quick, table, tmp_path).folder
+    x = table.x.copy()
+    x[0, 0] += 1
+    assert ensemble.open_store(quick, replace(table, x=x), tmp_path).folder != first
+    assert ensemble.open_store(replace(quick, rho=0.7), table, tmp_path).folder == first
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "flag", "header", "missing"])
+def test_damage_is_named_and_recomputed(table, quick, tmp_path, damage):
+    before = arrays(train(quick, table, 4, tmp_path, "cpu", quiet=True))
+    folder = ensemble.open_store(quick, table, tmp_path).folder
+    logits, size = folder / "logits.npy", (folder / "logits.npy").stat().st_size
+    if damage == "flag":
+        (folder / "done" / "00002.json").write_text("{half a fl")
+    elif damage == "missing":
+        logits.unlink()
+    elif damage == "truncate":
+        os.truncate(logits, 128 + (size - 128) * 5 // 64)  # in the middle of model 2's row of 32
+    else:
+        with open(logits, "r+b") as file:
+            file.seek(20 if damage == "header" else 128 + 500)
+            file.write(b"\xff\xfe")
+    with pytest.warns(UserWarning, match="damaged"):
+        after = arrays(train(quick, table, 4, tmp_path, "cpu", quiet=True))
+    for name, array in before.items():
+        np.testing.assert_array_equal(array, after[name])
+
+
+SCRIPT = """
+import sys; from tests.conftest import blobs; from lib.ensemble import Recipe, train
+train(Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), blobs(48, 16, (3, 16, 16), 3), 24, sys.argv[1], "cpu", quiet=True)
+"""
+
+
+def start(folder):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def killed(process):
+    """Kill -9; True if that is what ended it."""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_arrays(images, tmp_path):
+    recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
+    kills, flags = 0, tmp_path / "killed"
+    for wanted in (1, 7, 15):
+        process = start(tmp_path / "killed")
+        while process.poll() is None and len(list(flags.glob("*/done/*.json"))) < wanted:
+            time.sleep(0.005)
+        kills += killed(process)
+    assert kills >= 2 and 0 < len(list(flags.glob("*/done/*.json"))) < 24
+    resumed = train(recipe, images, 24, tmp_path / "killed", "cpu", quiet=True)
+    assert_same(resumed, train(recipe, images, 24, tmp_path / "undisturbed", "cpu", quiet=True))
+
+
+def test_a_second_run_on_one_store_waits_and_trains_nothing_twice(images, tmp_path):
+    both = [start(tmp_path), start(tmp_path)]
+    said = [p.communicate()[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sum("waiting" in text for text in said) == 1
+
+
+def test_a_diverging_model_is_named_and_left_out_with_its_partner(table, quick, tmp_path, capsys):
+    found = train(replace(quick, optimizer="sam", rho=(0.1, 1e38)), table, 8, tmp_path, "cpu", quiet=True)
+    said = capsys.readouterr().out
+    assert "models [2, 3, 6, 7] diverged" in said and found.ids.tolist() == [0, 1, 4, 5]
+    assert np.isfinite(found.logits).all() and found.logits.shape[0] == 4
+    assert_same(found, train(found.recipe, table, 8, tmp_path, "cpu", quiet=True))
+
+
+def test_a_loss_stuck_at_chance_counts_as_diverged(table, tmp_path, capsys):
+    found = train(Recipe(lr=1e-9, epochs=5, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
+    assert "diverged" in capsys.readouterr().out and len(found.ids) == 0
+
+
+@pytest.mark.skipif(not ensemble.can_compile(), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch):
+    recipe = Recipe(optimizer="sam", rho=0.2, epochs=3, batch_size=8)
+    eager = train(recipe, table, 4, tmp_path / "eager", "cpu", quiet=True)
+    monkeypatch.setattr(ensemble, "worth_compiling", lambda *_: True)
+    compiled = train(recipe, table, 20, tmp_path / "compiled", "cpu", quiet=True)
+    assert ensemble.STEPPERS, "nothing was compiled"
+    np.testing.assert_allclose(compiled.logits[:4], eager.logits, rtol=1e-3, atol=1e-4)
+    again = train(recipe, table, 20, tmp_path / "again", "cpu", quiet=True)
+    assert_same(compiled, again)
+
+
+def test_augmentation_moves_and_mirrors_pictures(images):
+    inputs = ensemble.Inputs(images, Recipe("cnn", augment=True, queries=4), torch.device("cpu"))
+    index, centre = torch.arange(5), torch.full((5, 2), inputs.border)
+    still = inputs.crop(index, centre, torch.zeros(5, dtype=bool))
+    assert torch.equal(still, inputs.x[:5])
+    assert torch.equal(inputs.crop(index, centre, torch.ones(5, dtype=bool)), inputs.x[:5].flip(-1))
+    moved = inputs.crop(index, centre - torch.tensor([1, 0]), torch.zeros(5, dtype=bool))
+    assert torch.equal(moved[:, :, 1:], inputs.x[:5, :, :-1])
+    assert torch.equal(inputs.query(1)[0], inputs.x.flip(-1)) and not torch.equal(inputs.query(2)[1], inputs.x_test)
+
+
+def test_augmented_queries_reach_the_store(images, tmp_path):
+    found = train(Recipe("cnn", epochs=1, batch_size=8, augment=True, queries=3), images, 2, tmp_path, "cpu", quiet=True)
+    assert found.logits.shape == (2, 3, 48, 3) and found.test_logits.shape == (2, 3, 16, 3)
+    assert (found.logits[:, 0] != found.logits[:, 1]).any()
+
+
+def test_kept_weights_give_the_stored_logits(table, quick, tmp_path):
+    found = train(quick, table, 4, tmp_path, "cpu", quiet=True)
+    net, params, buffers = found.weights(3)
+    again = torch.func.functional_call(net, (params, buffers), (torch.from_numpy(data.inputs(found.dataset)[0]),))
+    np.testing.assert_allclose(again, found.logits[3, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("arch", "vgg99"), ("optimizer", "sammy"), ("optimizer", "sam+rmsprop"), ("rho", -0.1), ("lr", 0.0), ("epochs", 0),
+     ("batch_size", 0), ("subset", 0.0), ("subset", 1.0), ("weight_decay", -1.0), ("precision", "float8"), ("queries", 19)],
+)  # fmt: skip
+def test_a_bad_recipe_names_the_field(field, value):
+    with pytest.raises(ValueError, match="optimizers" if field == "optimizer" else field):
+        Recipe(**{"optimizer": "sam", field: value})
+
+
+def test_a_bad_ensemble_is_refused_before_training(table, quick, tmp_path):
+    for n_models in (1, 3, 0):
+        with pytest.raises(ValueError, match="n_models"):
+            train(quick, table, n_models, tmp_path, "cpu")
+    with pytest.raises(ValueError, match="batch_size"):
+        train(replace(quick, batch_size=41), table, 2, tmp_path, "cpu")
+    with pytest.raises(ValueError, match="device"):
+        train(quick, table, 2, tmp_path, "tpu")
+    with pytest.raises(ValueError, match="augment"):
+        train(replace(quick, augment=True), table, 2, tmp_path, "cpu")
+
+
+def test_a_full_disk_and_an_unwritable_store_are_said(table, quick, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="store"):
+        train(quick, table, 2, tmp_path / "file", "cpu", quiet=True)
+    full = shutil._ntuple_diskusage(10**9, 10**9, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(ValueError, match="store.*needed|store.*need"):
+        train(quick, table, 2, tmp_path / "full", "cpu", quiet=True)

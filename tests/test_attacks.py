@@ -165,6 +165,12 @@ def test_rmia_averages_over_queries(population):
     np.testing.assert_allclose(attacks.rmia(p, member, z), np.mean(single, axis=0), atol=1e-6)
 
 
+def test_rmia_counts_a_ratio_of_exactly_gamma():
+    _, member = leaky()
+    p = np.full(member.shape, 0.5)  # every ratio is 1
+    assert (attacks.rmia(p, member, gamma=1.0) == 1).all() and (attacks.rmia(p, member, gamma=2.0) == 0).all()
+
+
 def test_rmia_survives_zero_confidence():
     phi, member = leaky()
     p = 1 / (1 + np.exp(-phi))

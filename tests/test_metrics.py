@@ -203,6 +203,13 @@ def test_learned_thresholds_are_not_judged_on_what_they_learned():
     assert found.low < 0.5 < found.high and found.high - found.low < 0.06
 
 
+def test_best_thresholds_per_group():
+    # group 0: best to flag none, though its largest score ties with the next group's smallest; 2: no members
+    s, member = np.array([1.0, 2, 2, 3, 0, 9]), np.array([True, False, False, True, False, False])
+    group = np.array([0, 0, 1, 1, 2, 2], np.uint16)
+    np.testing.assert_array_equal(metrics.best_thresholds(s, member, group, 4), [2, 2.5, np.nan, np.nan])
+
+
 def test_halves_split_members_and_non_members_of_every_class():
     _, member = example(n=60)
     y = np.arange(60) % 4

@@ -13,9 +13,22 @@ import numpy as np
 from lib.metrics import best_thresholds, checked, halves
 from lib.signals import parallel, signals
 
-NAMES = ("gap", "loss", "confidence", "confidence_classwise", "entropy", "entropy_classwise",
-         "m_entropy", "m_entropy_classwise", "lira", "lira_pooled", "lira_offline", "lira_offline_pooled",
-         "rmia", "rmia_offline")
+NAMES = (
+    "gap",
+    "loss",
+    "confidence",
+    "confidence_classwise",
+    "entropy",
+    "entropy_classwise",
+    "m_entropy",
+    "m_entropy_classwise",
+    "lira",
+    "lira_pooled",
+    "lira_offline",
+    "lira_offline_pooled",
+    "rmia",
+    "rmia_offline",
+)
 # these decide "member" by score > 0, by construction
 FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise")
 FLOOR = 1e-12  # of a variance
@@ -44,8 +57,12 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0,
     population = None
     if population_logits is not None:
         population = signals(population_logits, population_y, only=("confidence",))["confidence"]
-    kinds = {"lira": (False, "example"), "lira_pooled": (False, "pooled"),
-             "lira_offline": (True, "example"), "lira_offline_pooled": (True, "pooled")}
+    kinds = {
+        "lira": (False, "example"),
+        "lira_pooled": (False, "pooled"),
+        "lira_offline": (True, "example"),
+        "lira_offline_pooled": (True, "pooled"),
+    }
     family = _averaged(lambda phi: _lira(phi, member, kinds.values()), shown["phi"])
     out.update(zip(kinds, family, strict=True))
     for name, offline in (("rmia", False), ("rmia_offline", True)):
@@ -68,6 +85,7 @@ def null_member(member, seed=0) -> np.ndarray:
 
 
 # ---- thresholds on one model's output --------------------------------------------------------------------
+
 
 def _threshold_attacks(plain, member, y, seed):
     """Attacks that look at one model only (Yeom et al. 2018; Song & Mittal 2021)."""
@@ -132,6 +150,7 @@ def classwise(scores, member, y, seed=0, half=None) -> np.ndarray:
 
 # ---- likelihood ratio ------------------------------------------------------------------------------------
 
+
 def lira(phi, member, offline=False, variance="example", center="mean", leave=None) -> np.ndarray:
     """The likelihood-ratio attack of Carlini et al. (2022, algorithm 1): scores [M, N] float32.
 
@@ -185,6 +204,7 @@ def _lira(x, member, kinds, center="mean", leave=None):
 
 # ---- relative likelihood ---------------------------------------------------------------------------------
 
+
 def rmia(confidence, member, population=None, offline=False, gamma=2.0, a=0.3, leave=None) -> np.ndarray:
     """The robust attack of Zarifzadeh, Liu & Shokri (2024, algorithm 1): scores [M, N] float32 in [0, 1].
 
@@ -234,6 +254,7 @@ def _marginal(mu, offline, a):
 
 
 # ---- statistics of the shadows, the target left out ------------------------------------------------------
+
 
 class _Side(NamedTuple):
     """The IN (or OUT) models of every example."""
@@ -314,5 +335,7 @@ def _enough(member, least, online):
         i = int(np.flatnonzero(short)[0])
         where = {0: "none", n: "all"}.get(int(n_in[i]), str(n_in[i]))
         sides = "IN and OUT" if online else "OUT"
-        raise ValueError(f"member: example {i} is in {where} of n_models = {n}; valid are at least "
-                         f"{least + 1} {sides} for every example (n_models >= {2 * least + 2} in halves)")
+        raise ValueError(
+            f"member: example {i} is in {where} of n_models = {n}; valid are at least "
+            f"{least + 1} {sides} for every example (n_models >= {2 * least + 2} in halves)"
+        )

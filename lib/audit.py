@@ -11,6 +11,7 @@ from scipy import stats
 from torch.func import functional_call
 
 from lib import attacks, data, metrics, sharpness
+from lib.ensemble import KEEP_WEIGHTS
 from lib.signals import signals
 
 
@@ -21,16 +22,21 @@ def align(ensembles):
     """
     common = sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles.values())))
     if len(common) < 8:
-        raise ValueError(f"n_models: only {len(common)} models finished under {', '.join(ensembles)}; 8 are needed: "
-                         "lower lr or rho, or train more models")
+        raise ValueError(
+            f"n_models: only {len(common)} models finished under {', '.join(ensembles)}; 8 are needed: "
+            "lower lr or rho, or train more models"
+        )
     return {name: e.only(common) for name, e in ensembles.items()}
 
 
 def scores(ensemble, member=None):
     """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control."""
     return attacks.run(
-        ensemble.logits, ensemble.dataset.y, np.array(ensemble.member if member is None else member),
-        ensemble.test_logits, ensemble.dataset.y_test,
+        ensemble.logits,
+        ensemble.dataset.y,
+        np.array(ensemble.member if member is None else member),
+        ensemble.test_logits,
+        ensemble.dataset.y_test,
     )
 
 
@@ -64,8 +70,7 @@ def compared(ensembles, cells_of, metric, rate=False):
     baseline, *others = cells
     found = {name: metrics.estimate(c, rate=rate) for name, c in cells.items()}
     found |= {f"{name}-{baseline}": metrics.estimate(cells[name] - cells[baseline]) for name in others}
-    rows = [dict(optimizer=n, metric=metric, value=e.value, ci_low=e.low, ci_high=e.high) for n, e in found.items()]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
 
 
 def plain_signal(ensemble, name, test=False):
@@ -112,21 +117,30 @@ def variances(ensembles):
     kinds = [(name, axis) for name in ("phi", "confidence") for axis in (1, 0)]
     label = {1: "across_examples", 0: "across_models"}
     return pd.concat(
-        [compared(ensembles, lambda e, n=n, a=a: cells(e, n, a), f"nonmember_variance_{n}_{label[a]}") for n, a in kinds],
+        [
+            compared(ensembles, lambda e, n=n, a=a: cells(e, n, a), f"nonmember_variance_{n}_{label[a]}")
+            for n, a in kinds
+        ],
         ignore_index=True,
     )
 
 
 def main_metrics(ensemble, against=None):
-    """Test accuracy, train accuracy, train loss and LiRA's AUC of one ensemble, or its differences from another."""
+    """Accuracies, train loss and LiRA's AUC of one ensemble, or its paired differences from another: a tidy frame."""
     pair = {"it": ensemble} if against is None else {"base": against, "it": ensemble}
-    name = list(pair)[-1] if against is None else "it-base"
     accuracy = accuracies(pair)
-    member = np.array(ensemble.member)
-    cells = [metrics.auc_cells(lira(e), member) for e in pair.values()]
-    found = metrics.estimate(cells[-1] - cells[0] if against else cells[0], rate=not against, widen=metrics.SHADOWS)
-    auc = dict(metric="auc", attack="lira", value=found.value, ci_low=found.low, ci_high=found.high)
-    return pd.concat([accuracy[accuracy.optimizer == name], pd.DataFrame([auc])], ignore_index=True)
+    accuracy = accuracy[accuracy.optimizer == ("it" if against is None else "it-base")]
+    cells = [metrics.auc_cells(lira(e), np.array(ensemble.member)) for e in pair.values()]
+    if against is None:
+        found = metrics.estimate(cells[0], rate=True, widen=metrics.SHADOWS)
+    else:
+        found = metrics.estimate(cells[1] - cells[0], widen=metrics.SHADOWS)
+    return pd.concat([accuracy, pd.DataFrame([row("auc", found, attack="lira")])], ignore_index=True)
+
+
+def row(metric, found, **more):
+    """One tidy row of an Estimate."""
+    return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
 
 
 def lira(ensemble):
@@ -135,9 +149,17 @@ def lira(ensemble):
     return attacks.lira(phi, np.array(ensemble.member))
 
 
-def dose_table(doses):
-    """Main metrics for each radius: a tidy frame. doses: dict rho -> Ensemble."""
-    return pd.concat([main_metrics(e).assign(rho=rho) for rho, e in doses.items()], ignore_index=True)
+def dose_table(doses, other, baseline):
+    """Main metrics for each radius, and their paired differences from radius 0: a tidy frame.
+
+    doses: dict rho -> Ensemble, with 0.0 for the baseline. Differences have optimizer 'sam-sgd'.
+    """
+    frames = []
+    for rho, ensemble in doses.items():
+        frames.append(main_metrics(ensemble).assign(optimizer=other if rho else baseline, rho=rho))
+        if rho:
+            frames.append(main_metrics(ensemble, doses[0.0]).assign(optimizer=f"{other}-{baseline}", rho=rho))
+    return pd.concat(frames, ignore_index=True)
 
 
 def null_table(ensemble, seed):
@@ -146,7 +168,7 @@ def null_table(ensemble, seed):
     rows = []
     for attack, found in scores(ensemble, member).items():
         auc = metrics.estimate(metrics.auc_cells(found, member), rate=True, widen=metrics.SHADOWS)
-        rows.append(dict(attack=attack, metric="auc", value=auc.value, ci_low=auc.low, ci_high=auc.high))
+        rows.append(row("auc", auc, attack=attack))
     return pd.DataFrame(rows)
 
 
@@ -161,14 +183,23 @@ PAPER_ATTACKS = (
 
 def beside_paper(leak, accuracy, baseline, other):
     """This run's numbers in the shape of the paper's table, in per cent."""
-    test = {n: 100 * accuracy[(accuracy.optimizer == n) & (accuracy.metric == "test_accuracy")].value.iloc[0]
-            for n in (baseline, other)}
+    test = {
+        n: 100 * accuracy[(accuracy.optimizer == n) & (accuracy.metric == "test_accuracy")].value.iloc[0]
+        for n in (baseline, other)
+    }
     rows = []
     for label, attack, metric in PAPER_ATTACKS:
         found = leak[(leak.attack == attack) & (leak.metric == metric)].set_index("optimizer").value
         if len(found):
-            rows.append({"attack": label, baseline: 100 * found[baseline], other: 100 * found[other],
-                         f"{baseline} test": test[baseline], f"{other} test": test[other]})
+            rows.append(
+                {
+                    "attack": label,
+                    baseline: 100 * found[baseline],
+                    other: 100 * found[other],
+                    f"{baseline} test": test[baseline],
+                    f"{other} test": test[other],
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -214,7 +245,7 @@ def at_equal_loss(baseline, other):
         weight = (np.log(loss) - losses[right - 1]) / (losses[right] - losses[right - 1])
         reference = (1 - weight) * points[right - 1][1] + weight * points[right][1]
         found = metrics.estimate(cells - reference, widen=metrics.SHADOWS)
-        rows.append(dict(metric="auc", train_loss=loss, value=found.value, ci_low=found.low, ci_high=found.high))
+        rows.append(row("auc", found, train_loss=loss))
     return pd.DataFrame(rows, columns=["metric", "train_loss", "value", "ci_low", "ci_high"])
 
 
@@ -224,14 +255,15 @@ def at_equal_loss(baseline, other):
 def flatness(ensemble, rho, n_models=8, n_examples=512, steps=20):
     """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
 
-    Returns [n_models, 2]: the largest Hessian eigenvalue, and the loss rise within the ball of radius rho.
+    rho > 0. Returns [n_models, 2], of the models whose weights are kept: the largest Hessian eigenvalue, and the
+    loss rise within the ball of radius rho.
     """
     x = torch.from_numpy(data.inputs(ensemble.dataset)[0])
     y = torch.from_numpy(ensemble.dataset.y)
     found = []
-    for row, k in enumerate(ensemble.ids[:n_models]):
+    for index, k in enumerate(k for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS):
         net, params, buffers = ensemble.weights(int(k))
-        chosen = np.flatnonzero(ensemble.member[row])[:n_examples]
+        chosen = np.flatnonzero(ensemble.member[index])[:n_examples]
 
         def loss(params, net=net, buffers=buffers, chosen=chosen):
             return F.cross_entropy(functional_call(net, (params, buffers), (x[chosen],)), y[chosen])
@@ -249,13 +281,12 @@ def flatness_table(ensembles, rho):
     rows = []
     for name, values in found.items():
         for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
-            mean, low, high = t_interval(values[:, column])
-            rows.append(dict(optimizer=name, metric=metric, value=mean, ci_low=low, ci_high=high))
+            rows.append(row(metric, t_interval(values[:, column]), optimizer=name))
     return pd.DataFrame(rows)
 
 
 def t_interval(values, level=0.95):
-    """(mean, low, high) of independent values [n], by Student's t."""
+    """Mean of independent values [n] with its interval by Student's t."""
     mean, error = np.mean(values), stats.sem(values)
     half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
-    return mean, mean - half, mean + half
+    return metrics.Estimate(mean, mean - half, mean + half)

@@ -36,9 +36,7 @@ MAX_BYTES = 2**26  # no more than this is read of one image file
 ARRAYS = ("x", "y", "x_test", "y_test", "classes")
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError)
 DAMAGED += (KeyError, RuntimeError)  # what a .npz, .zip or .tar raises that is no such thing, or is cut short
-LAYOUT = (
-    f"train/<class>/*{{{','.join(SUFFIXES)}}} and perhaps test/<class>/... (CIFAR: or torchvision's files)"
-)
+LAYOUT = f"train/<class>/*{{{','.join(SUFFIXES)}}} and perhaps test/<class>/... (CIFAR: or torchvision's files)"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -273,9 +271,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         what = f"array {key!r} cannot be read; numbers are needed" if key else "not a readable .npz file"
         raise ValueError(f"{what} ({error}). Write it with numpy.savez(path, x=..., y=...)") from error
     if len(arrays) not in (2, 4):
-        need = (
-            "x, y (or features, labels), and x_test, y_test (features_test, labels_test) both or not at all"
-        )
+        need = "x, y (or features, labels), and x_test, y_test (features_test, labels_test) both or not at all"
         raise ValueError(f"it holds the arrays {sorted(files)}; needed are {need}")
     return arrays
 

@@ -247,9 +247,9 @@ def can_compile():
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def worth_compiling(recipe, net, n_steps):
-    """Compilation fuses the update, which is what binds small networks; a short run is over before it pays."""
-    return not models.is_convolutional(net) and n_steps >= 300 and can_compile()
+def worth_compiling(n_steps):
+    """Compilation fuses what lies between the matrix products; a short run is over before it pays."""
+    return n_steps >= 300 and can_compile()
 
 
 def lanes_for(net, device):
@@ -271,13 +271,15 @@ class Inputs:
     def __init__(self, dataset, recipe, device):
         x, x_test = data.inputs(dataset)
         self.x, self.x_test = torch.from_numpy(x).to(device), torch.from_numpy(x_test).to(device)
-        self.y, self.y_test = torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device)
+        self.y, self.y_test = (torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device))
         self.n_classes, self.shape, self.device = dataset.n_classes, tuple(x.shape[1:]), device
         if recipe.augment or recipe.queries > 1:
             if len(self.shape) != 3:
                 raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {self.shape}")
             self.border = max(1, self.shape[-1] // 8)
-            self.padded, self.padded_test = (F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test))
+            self.padded, self.padded_test = (
+                F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test)
+            )
 
     def crop(self, index, shift, flip):
         """Shifted and flipped copies. index, flip [B], shift [B, 2] in 0..2 border -> [B, C, H, W], channels last."""
@@ -287,7 +289,7 @@ class Inputs:
         return self.padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def query(self, q):
-        """Pool and test part as the q-th query sees them: 0 as they are, 1 flipped, then shifted without and with flip."""
+        """Pool and test part as the q-th query sees them: 0 as they are, 1 flipped, 2.. shifted, then flipped."""
         if q == 0:
             return self.x, self.x_test
         sides = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)]
@@ -311,7 +313,7 @@ class Group:
         self.per_epoch = self.examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
         self.n_steps = self.per_epoch * recipe.epochs
         self.net = models.build(recipe.arch, inputs.shape, inputs.n_classes).eval()
-        self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(recipe, self.net, self.n_steps))
+        self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(self.n_steps))
         self.stepper.reset(recipe, inputs.shape, inputs.n_classes, ids, device)
 
     def batches(self):
@@ -348,11 +350,13 @@ class Group:
     @torch.no_grad()
     def predict(self, x, block=2000):
         """Logits [M, len(x), C] float32 in evaluation mode, always at full precision."""
-        call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), len(self.ids))
-        parts = []
-        for part in x.split(block):
-            parts.append(call(self.stepper.params, self.stepper.buffers).float().cpu())
-        return torch.cat(parts, 1).numpy()
+        state = self.stepper.params, self.stepper.buffers
+
+        def logits(part):
+            call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), len(self.ids))
+            return call(*state).float().cpu().numpy()
+
+        return np.concatenate([logits(part) for part in x.split(block)], axis=1)
 
     def train(self, tick):
         """All the epochs. Returns history [M, epochs, 3]: train loss, train accuracy, test accuracy (some epochs)."""
@@ -493,13 +497,17 @@ def train_missing(recipe, dataset, n_models, kept, device, quiet=False):
     """Train each group that lacks a wanted model. Groups start at multiples of their size, so a resumed or a longer
     run trains model k beside the same others, and its arrays come out the same to the last bit."""
     lanes = lanes_for(models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
-    starts = [s for s in range(0, n_models, lanes) if any(kept.flag(k) is None for k in range(s, min(s + lanes, n_models)))]
+    starts = [
+        s for s in range(0, n_models, lanes) if any(kept.flag(k) is None for k in range(s, min(s + lanes, n_models)))
+    ]
     if not starts:
         return
     kept.check_disk(lanes * len(starts))
     inputs = Inputs(dataset, recipe, device)
     label = f"{recipe.optimizer} rho {recipe.rho}, {lanes * len(starts)} models"
-    with tqdm(total=recipe.epochs * len(starts), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1) as bar:
+    with tqdm(
+        total=recipe.epochs * len(starts), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
+    ) as bar:
         for start in starts:
             group = Group(recipe, inputs, list(range(start, start + lanes)))
             began = time.time()

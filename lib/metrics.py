@@ -37,6 +37,7 @@ class Estimate(NamedTuple):
 
 # ---- intervals -------------------------------------------------------------------------------------------
 
+
 def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimate:
     """Mean of cells[M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
@@ -95,6 +96,7 @@ def _at_the_end(value, n, level):
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
+
 
 def auc_cells(scores, member) -> np.ndarray:
     """Cells [M, N] of the mean over targets of the AUC, from DeLong's placement values (DeLong et al. 1988).
@@ -213,6 +215,7 @@ def _roc_slope(scores, member, null, fpr):
 
 # ---- thresholds ------------------------------------------------------------------------------------------
 
+
 def halves(member, seed=0, y=None) -> np.ndarray:
     """A random half [M, N] bool of every target's members and non-members (within classes, given y [N])."""
     n = member.shape[1]
@@ -246,12 +249,13 @@ def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     for g in np.flatnonzero((n > 0).all(1)):
         start, last = ends[g] - n[g].sum(), ends[g] - 1
         gain[last] = 0.0  # flags none
-        k = start + gain[start:ends[g]].argmax()
+        k = start + gain[start : ends[g]].argmax()
         best[g] = s[k] if k == last else (float(s[k]) + float(s[k + 1])) / 2
     return best
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
+
 
 def evaluate(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
     """All metrics of one attack: a tidy frame with columns metric, value, ci_low, ci_high.
@@ -269,8 +273,11 @@ def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level
 
     scores_a, scores_b: [M, N] of two ensembles that trained on the same halves, member [M, N].
     """
-    cells = zip(_all_cells(scores_a, member, fprs, threshold, seed),
-                _all_cells(scores_b, member, fprs, threshold, seed), strict=True)
+    cells = zip(
+        _all_cells(scores_a, member, fprs, threshold, seed),
+        _all_cells(scores_b, member, fprs, threshold, seed),
+        strict=True,
+    )
     found = {name: estimate(b - a, level=level, widen=_widen(name)) for (name, a), (_, b) in cells}
     return _table(found, difference=True)
 

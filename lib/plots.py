@@ -74,7 +74,9 @@ def what_an_attacker_sees(phi, member, example, image, title):
     histograms(axes[1], phi[inside, example], phi[~inside, example], ("trained with it", "trained without it"))
     axes[1].set(title="one example, many models", xlabel=r"confidence $\phi$ of the model", ylabel="density of models")
     histograms(axes[2], phi[0, member[0]], phi[0, ~member[0]], ("members", "non-members"))
-    axes[2].set(title="one model, many examples", xlabel=r"confidence $\phi$ of the model", ylabel="density of examples")
+    axes[2].set(
+        title="one model, many examples", xlabel=r"confidence $\phi$ of the model", ylabel="density of examples"
+    )
     return figure
 
 
@@ -82,13 +84,13 @@ def histograms(axis, inside, outside, labels):
     """Two filled histograms on common bins, told apart by colour and outline."""
     bins = np.histogram_bin_edges(np.concatenate([inside, outside]), 30)
     for index, (values, label) in enumerate(zip((inside, outside), labels, strict=True)):
-        axis.hist(values, bins, density=True, alpha=0.35, color=COLOURS[index + 2], label=label)
+        axis.hist(values, bins, density=True, histtype="stepfilled", alpha=0.3, color=COLOURS[index + 2], label=label)
         axis.hist(values, bins, density=True, histtype="step", color=COLOURS[index + 2], linestyle=LINES[index], lw=1.8)
     axis.legend(fontsize=9)
 
 
 def training_curves(ensembles):
-    """Mean over models of train loss (log scale), train accuracy and test accuracy against epochs; band: 95% of models."""
+    """Train loss (log scale), train and test accuracy against epochs: means over models, bands of 95% of them."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for index, (name, ensemble) in enumerate(ensembles.items()):
         history = np.array(ensemble.history)
@@ -126,7 +128,9 @@ def roc(scored, member, attack="lira"):
     figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     grid = np.geomspace(10 / (~member).sum(), 1, 200)
     for index, (name, attacks) in enumerate(scored.items()):
-        axis.plot(grid, metrics.roc(attacks[attack], member, grid), label=name, **(look(index) | {"marker": None}), lw=2)
+        axis.plot(
+            grid, metrics.roc(attacks[attack], member, grid), label=name, **(look(index) | {"marker": None}), lw=2
+        )
     axis.plot(grid, grid, color="0.5", lw=1, label="guessing")
     axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)
     axis.legend(loc="lower right")
@@ -135,8 +139,9 @@ def roc(scored, member, attack="lira"):
 
 def phi_of_members(phis, member):
     """Densities of phi of members and non-members, an optimizer a panel, on shared axes."""
-    figure, axes = plt.subplots(1, len(phis), figsize=(5.2 * len(phis), 3.4), sharex=True, sharey=True, squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(phis), figsize=(5.2 * len(phis), 3.4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (name, phi) in zip(axes[0], phis.items(), strict=True):
         histograms(axis, phi[member], phi[~member], ("members", "non-members"))
         axis.set(title=name, xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
@@ -144,24 +149,32 @@ def phi_of_members(phis, member):
 
 
 def dose_response(frame, panels):
-    """Metrics against rho. frame: rows with rho, metric, value, ci_low, ci_high; panels: metric -> axis label."""
+    """Paired differences from the baseline against rho, a panel per metric. panels: metric -> axis label."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.4), layout="constrained")
     for axis, (metric, label) in zip(axes, panels.items(), strict=True):
         rows = frame[frame.metric == metric].sort_values("rho")
-        error_bars(axis, rows.rho, rows, 0)
-        axis.set(xlabel=r"$\rho$ (0 is the baseline)", ylabel=label)
+        error_bars(axis, rows.rho, rows, 1)
+        axis.axhline(0, color="0.3", lw=1)
+        axis.set(xlim=(0, None), xlabel=r"$\rho$", ylabel=f"{label}: difference")
     return figure
 
 
-def leakage_against_loss(frame, accuracy_label=True):
+def leakage_against_loss(frame):
     """LiRA's AUC against the train loss reached; one point per number of epochs, one line per optimizer."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for index, (name, rows) in enumerate(frame.groupby("optimizer", sort=False)):
         rows = rows.sort_values("train_loss")
         error_bars(axis, rows.train_loss, rows, index, label=name)
         for row in rows.itertuples():
-            axis.annotate(f"{row.epochs}", (row.train_loss, row.value), textcoords="offset points",
-                          xytext=(0, 9 if index else -15), ha="center", fontsize=8, color=COLOURS[index])
+            axis.annotate(
+                f"{row.epochs}",
+                (row.train_loss, row.value),
+                textcoords="offset points",
+                xytext=(14, -3),
+                ha="center",
+                fontsize=9,
+                color=COLOURS[index],
+            )
     axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
     axis.invert_xaxis()
     axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))

@@ -1,4 +1,4 @@
-"""Sentences and tables computed from results, never typed. Frames are tidy: optimizer, metric, value, ci_low, ci_high."""
+"""Sentences and tables computed from results, never typed. Frames: optimizer, metric, value, ci_low, ci_high."""
 
 import pandas as pd
 from IPython.display import Markdown, display
@@ -58,26 +58,33 @@ def summary(rows, subject, baseline):
     signs = [sign(row) for row in rows.itertuples()]
     names = {s: [a for a, t in zip(rows.attack, signs, strict=True) if t == s] for s in (1, -1, 0)}
     listed = {s: f"{len(found)} attacks" + (f" ({', '.join(found)})" if found else "") for s, found in names.items()}
-    return f"{subject} more than {baseline} under {listed[1]}; less under {listed[-1]}; no detectable difference under {listed[0]}."
+    return (
+        f"{subject} more than {baseline} under {listed[1]}; less under {listed[-1]}; "
+        f"no detectable difference under {listed[0]}."
+    )
 
 
 def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
     """The run in a few sentences, one for each question. pair: 'sam-sgd'."""
     other, _, baseline = pair.rpartition("-")
     than = ("more than", "less than", "no differently from")
-    gain, lira = difference(accuracy, "test_accuracy", pair), auc[(auc.attack == "lira") & (auc.optimizer == pair)].iloc[0]
+    gain, lira = (
+        difference(accuracy, "test_accuracy", pair),
+        auc[(auc.attack == "lira") & (auc.optimizer == pair)].iloc[0],
+    )
     top = difference(flat, "hessian_top_eigenvalue", pair)
     train = pick(accuracy, baseline, "train_accuracy"), pick(accuracy, other, "train_accuracy")
     turns = [(row.epochs, sign(row)) for row in equal_epochs[equal_epochs.metric == "auc"].itertuples()]
     words = {1: "more", -1: "less", 0: "no difference"}
     lines = [
-        f"**Generalization.** {other} {verb(gain, 'tests better than', 'tests worse than', 'tests no differently from')} "
-        f"{baseline} ({points(gain)}), with train accuracies of {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({other}).",
+        f"**Generalization.** {other} tests {verb(gain, 'better than', 'worse than', 'no differently from')} {baseline} "
+        f"({points(gain)}), with train accuracies of {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({other}).",
         f"**Leakage.** Under LiRA, {other} leaks {verb(lira, *than)} {baseline} ({points(lira)} of AUC).",
         f"**Flatness.** By the largest Hessian eigenvalue, {other} ends "
         f"{verb(top, 'sharper than', 'flatter than', 'neither flatter nor sharper than')} {baseline}.",
         f"**Equal epochs.** Leakage of {other} against {baseline}: "
-        + ", ".join(f"{words[s]} after {e}" for e, s in turns) + " epochs.",
+        + ", ".join(f"{words[s]} after {e}" for e, s in turns)
+        + " epochs.",
     ]
     if len(equal_loss):
         at = ", ".join(f"{words[sign(row)]} at {row.train_loss:.2g}" for row in equal_loss.itertuples())

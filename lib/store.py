@@ -151,7 +151,9 @@ class Store:
         if model not in self.verified and self._flag(model).exists():
             flag, fault = self._verify(model)
             if fault:
-                warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
+                warnings.warn(
+                    f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2
+                )
                 self._flag(model).unlink(missing_ok=True)
             else:
                 self.verified[model] = flag

@@ -44,20 +44,14 @@ PARAMETERS = {
 # n_examples is an upper bound here: a smaller data set is used whole.
 COMMON = {"optimizers": "sgd,sam", "subset": 0.5, "weight_decay": 5e-4, "lr": 0.1, "seed": 0, "device": "auto"}
 TABLE = {**COMMON, "arch": "mlp", "rho": 0.3, "n_examples": 2000, "batch_size": 64, "augment": False}
-IMAGE = {**COMMON, "arch": "cnn", "rho": 0.1, "n_examples": 4000, "batch_size": 128, "augment": False}
+IMAGE = {**COMMON, "arch": "cnn", "rho": 0.1, "n_examples": 3000, "batch_size": 64, "augment": False}
 PRESETS = {
     "tiny": {
         "table": {**TABLE, "n_models": 16, "n_examples": 300, "epochs": 8, "batch_size": 32},
         "image": {**IMAGE, "n_models": 8, "n_examples": 200, "epochs": 2, "batch_size": 32},
     },
-    "default": {
-        "table": {**TABLE, "n_models": 128, "epochs": 40},
-        "image": {**IMAGE, "n_models": 16, "epochs": 30},
-    },
-    "small": {
-        "table": {**TABLE, "n_models": 64, "epochs": 40},
-        "image": {**IMAGE, "n_models": 16, "epochs": 30},
-    },
+    "default": {"table": {**TABLE, "n_models": 128, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
+    "small": {"table": {**TABLE, "n_models": 64, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
     "fast": {
         "table": {**TABLE, "n_models": 512, "epochs": 40},
         "image": {**IMAGE, "arch": "resnet18", "n_models": 64, "n_examples": 50000, "epochs": 30, "batch_size": 256},
@@ -154,9 +148,9 @@ class Settings:
         """The run in one sentence."""
         size, held = round(self.subset * self.n_examples), len(self.dataset.y_test)
         return (
-            f"**{self.dataset.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, each on "
-            f"{size} of a pool of {self.n_examples} examples of {self.dataset.n_classes} classes; {held} test examples; "
-            f"{self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
+            f"**{self.dataset.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, "
+            f"each on {size} of a pool of {self.n_examples} examples of {self.dataset.n_classes} classes; "
+            f"{held} test examples; {self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
         )
 
     def regimes(self, factors=(0.125, 0.375, 1, 2.5)):
@@ -242,13 +236,17 @@ def parse(arguments):
 
 
 def execute(book, given, out):
-    """Run one notebook with papermill; the kernel's progress bars go to this terminal."""
+    """Run one notebook with papermill; the kernel's progress bars go to this terminal, not into the copy."""
     import papermill
 
     print(f"{book.stem} -> {out}", flush=True)
-    papermill.execute_notebook(
+    done = papermill.execute_notebook(
         book, out / book.name, parameters=given, kernel_name="python3", progress_bar=True, stderr_file=sys.stderr
     )
+    for cell in done.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
+    papermill.iorw.write_ipynb(done, str(out / book.name))
 
 
 def main(arguments=None):
@@ -264,7 +262,7 @@ def main(arguments=None):
     for book in chosen:
         try:
             execute(book, given, out)
-        except Exception as error:  # papermill's own, or the kernel's death: the notebook so far is kept in `out`
+        except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
             print(f"error: {book.stem} failed: {error}", file=sys.stderr)
             return 1
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out

@@ -77,7 +77,6 @@ from lib.prose import conclusions, difference, pick, points, say, shown, summary
 from lib.results import Results
 
 plots.style()
-results = Results("01_phenomenon", run)
 baseline, other = run.names[0], run.names[-1]
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 say(run.describe())
@@ -99,6 +98,7 @@ say(run.describe())
 # %%
 ensembles = audit.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
+results = Results("01_phenomenon", run, n_models=len(member))
 phis = {name: audit.plain_signal(e, "phi") for name, e in ensembles.items()}
 logit_gap = (phis[baseline] * member).sum(0) / member.sum(0) - (phis[baseline] * ~member).sum(0) / (~member).sum(0)
 telling = int(np.argsort(logit_gap)[-len(logit_gap) // 100])
@@ -150,11 +150,10 @@ shown(accuracy)
 
 # %%
 test = difference(accuracy, "test_accuracy", pair)
-fits = [f"{pick(accuracy, n, 'train_accuracy'):.1%} (loss {pick(accuracy, n, 'train_loss'):.2g})" for n in run.names]
-say(
-    f"{other} {verb(test, 'tests better than', 'tests worse than', 'tests no differently from')} {baseline}: "
-    f"{points(test)} of test accuracy. Train accuracies: {', '.join(map(' '.join, zip(run.names, fits)))}."
-)
+say(f"{other} tests {verb(test, 'better than', 'worse than', 'no differently from')} {baseline}: {points(test)}.")
+for name in run.names:
+    fit, loss = pick(accuracy, name, "train_accuracy"), pick(accuracy, name, "train_loss")
+    say(f"{name} fits its training half with accuracy {fit:.1%} and loss {loss:.2g}.")
 
 # %% [markdown]
 # ## The attacks
@@ -203,7 +202,9 @@ plots.save(plots.forest(auc, "difference in AUC (paired, 95% interval)"), run, "
 
 # %%
 accuracy_gain = differences[differences.metric == "balanced_accuracy"]
-plots.save(plots.forest(accuracy_gain, "difference in balanced accuracy (paired, 95% interval)"), run, "difference_accuracy")
+plots.save(
+    plots.forest(accuracy_gain, "difference in balanced accuracy (paired, 95% interval)"), run, "difference_accuracy"
+)
 
 # %%
 for label, frame in (("AUC", auc), ("balanced accuracy", accuracy_gain)):
@@ -255,15 +256,16 @@ for metric in spread.metric.unique():
 # %%
 doses = {0.0: ensembles[baseline]} | {dose: run.train(other, rho=dose) for dose in run.doses()}
 doses = audit.align(doses)
-dose_frame = audit.dose_table(doses)
-results.add(dose_frame, optimizer=other)
+dose_frame = audit.dose_table(doses, other, baseline)
+results.add(dose_frame, note="dose and response")
 
 # %%
 panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
-plots.save(plots.dose_response(dose_frame, panels), run, "dose")
+plots.save(plots.dose_response(dose_frame[dose_frame.optimizer == pair], panels), run, "dose")
 
 # %% [markdown]
-# **How to read it.** Left to right: what is gained, how well the training half is fitted, what is leaked. If
+# **How to read it.** Paired differences from the baseline, with 95% intervals. Left to right: what is gained, how
+# well the training half is fitted, what is leaked. If
 # leakage rises only where the train loss falls, then fitting may be the cause rather than flatness: the
 # next section separates the two.
 
@@ -285,7 +287,8 @@ for steps in run.regimes():
 # %%
 regime_frame = audit.regime_table(regimes)
 results.add(regime_frame.assign(note=[f"epochs={e}" for e in regime_frame.epochs]))
-plots.save(plots.leakage_against_loss(regime_frame[regime_frame.metric == "auc"]), run, "regimes")
+absolute = regime_frame[(regime_frame.metric == "auc") & (regime_frame.optimizer != pair)]
+plots.save(plots.leakage_against_loss(absolute), run, "regimes")
 
 # %%
 equal_epochs = regime_frame[regime_frame.optimizer == pair]
@@ -341,8 +344,10 @@ shown(null, across=["metric"])
 
 # %%
 inside = (null.ci_low <= 0.5) & (null.ci_high >= 0.5)
-say(f"{inside.sum()} of {len(null)} attacks have 0.5 within their 95% interval; the furthest is "
-    f"{null.value.loc[(null.value - 0.5).abs().idxmax()]:.3f}.")
+say(
+    f"{inside.sum()} of {len(null)} attacks have 0.5 within their 95% interval; the furthest is "
+    f"{null.value.loc[(null.value - 0.5).abs().idxmax()]:.3f}."
+)
 
 # %% [markdown]
 # ## Beside the paper's numbers

@@ -32,6 +32,7 @@ def subsets(seed, n_models, n):
 
 # ---- LiRA ------------------------------------------------------------------------------------------------
 
+
 def generate_ours(keep, scores, check_keep, check_scores, centre, variance, offline):
     """The authors' plot.py, one target: keep [n, N], scores [n, N, Q], check_scores [N, Q] -> [N]."""
     dat_in = [scores[keep[:, j], j] for j in range(scores.shape[1])]
@@ -70,8 +71,7 @@ def test_lira_equals_the_authors_algorithm(design, center, variance, offline):
     for m in range(len(phi)):
         gone = [m, m ^ 1] if design in ("pair", "queries") else [m]
         others = np.delete(np.arange(len(phi)), gone)
-        slow = generate_ours(member[others], cube[others], member[m], cube[m],
-                             getattr(np, center), variance, offline)
+        slow = generate_ours(member[others], cube[others], member[m], cube[m], getattr(np, center), variance, offline)
         np.testing.assert_allclose(fast[m], slow, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +109,8 @@ def test_lira_finds_a_wider_in_distribution_that_a_threshold_cannot():
     assert abs(auc_cells(phi, member).mean() - 0.5) < 0.02
     # optimal: |x|, AUC = (2/pi) arctan(3)
     assert auc_cells(attacks.lira(phi, member, variance="pooled"), member).mean() == pytest.approx(
-        2 / np.pi * np.arctan(3), abs=0.02)
+        2 / np.pi * np.arctan(3), abs=0.02
+    )
 
 
 @pytest.mark.parametrize("attack", [attacks.lira, attacks.rmia])
@@ -123,6 +124,7 @@ def test_order_of_models_and_of_examples_does_not_matter(attack):
 
 
 # ---- RMIA ------------------------------------------------------------------------------------------------
+
 
 def pairwise_rmia(p, z, member, m, offline, gamma, a, gone):
     """Algorithm 1 for target m by counting over all pairs; z [M, T] are outside every model, or None."""
@@ -180,6 +182,7 @@ def test_rmia_survives_zero_confidence():
 
 # ---- thresholds ------------------------------------------------------------------------------------------
 
+
 def best_threshold(s, member):
     """All thresholds tried: midpoints of neighbours, and the largest score."""
     values = np.unique(s)
@@ -235,6 +238,7 @@ def test_gap_and_yeom_equal_their_closed_forms():
 
 
 # ---- all together ----------------------------------------------------------------------------------------
+
 
 def ensemble(seed=0, n_models=16, n=300, n_classes=5, leak=1.5):
     """Logits [M, N, C] whose label's logit is higher for members; examples differ in difficulty."""
@@ -297,6 +301,7 @@ def test_run_queries_reach_lira_and_rmia_only():
 
 # ---- faults ----------------------------------------------------------------------------------------------
 
+
 def test_too_few_models_are_named():
     phi, member = leaky(n_models=4)
     with pytest.raises(ValueError, match="n_models = 4; valid are at least 3 IN and OUT .*n_models >= 6"):
@@ -320,15 +325,18 @@ def test_an_example_in_all_or_no_models_is_named():
     assert np.isfinite(attacks.lira(phi, member, offline=True)).all()  # OUT is all it needs
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"variance": "fixed"}, "variance: 'fixed'; valid"),
-    ({"center": "mode"}, "center: 'mode'; valid"),
-    ({"leave": "none"}, "leave: 'none'; valid"),
-    ({"member": np.ones((10, 60), int)}, "member: dtype int64"),
-    ({"member": np.ones((10, 60), bool)}, "member: row 0 has 60 members of 60"),
-    ({"member": np.ones((10, 59), bool)}, "scores: shape"),
-    ({"phi": np.full((10, 60), np.nan)}, "scores: NaN"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"variance": "fixed"}, "variance: 'fixed'; valid"),
+        ({"center": "mode"}, "center: 'mode'; valid"),
+        ({"leave": "none"}, "leave: 'none'; valid"),
+        ({"member": np.ones((10, 60), int)}, "member: dtype int64"),
+        ({"member": np.ones((10, 60), bool)}, "member: row 0 has 60 members of 60"),
+        ({"member": np.ones((10, 59), bool)}, "scores: shape"),
+        ({"phi": np.full((10, 60), np.nan)}, "scores: NaN"),
+    ],
+)
 def test_lira_faults_are_named(change, words):
     phi, member = leaky()
     with pytest.raises(ValueError, match=words):
@@ -340,21 +348,25 @@ def test_leaving_out_a_pair_needs_pairs():
         attacks.lira(np.random.default_rng(0).normal(size=(12, 30)), subsets(0, 12, 30), leave="pair")
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"gamma": 0}, "gamma"), ({"a": 1.5}, "gamma, a"), ({"population": np.ones((9, 5))}, "population: shape"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [({"gamma": 0}, "gamma"), ({"a": 1.5}, "gamma, a"), ({"population": np.ones((9, 5))}, "population: shape")],
+)
 def test_rmia_faults_are_named(change, words):
     phi, member = leaky()
     with pytest.raises(ValueError, match=words):
         attacks.rmia(1 / (1 + np.exp(-phi)), member, **change)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"logits": np.zeros((300, 5))}, "logits: shape"),
-    ({"member": np.zeros((16, 299), bool)}, "member: shape"),
-    ({"y": np.full(300, 9)}, "y: values 9"),
-    ({"population_logits": np.zeros((16, 10, 5))}, "population_y: missing"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"logits": np.zeros((300, 5))}, "logits: shape"),
+        ({"member": np.zeros((16, 299), bool)}, "member: shape"),
+        ({"y": np.full(300, 9)}, "y: values 9"),
+        ({"population_logits": np.zeros((16, 10, 5))}, "population_y: missing"),
+    ],
+)
 def test_run_faults_are_named(change, words):
     logits, y, member = ensemble()
     with pytest.raises(ValueError, match=words):

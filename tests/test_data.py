@@ -75,9 +75,7 @@ def test_digits():
 @pytest.mark.parametrize("mode,channels", [("L", 1), ("RGB", 3), ("RGBA", 3)])
 def test_folder_of_images(tmp_path, mode, channels):
     d = load("folder", tree(tmp_path / "t", mode=mode), tmp_path / "cache")
-    assert (
-        d.x.shape == (16, channels, 4, 6) and d.x_test.shape == (5, channels, 4, 6) and d.x.dtype == np.uint8
-    )
+    assert d.x.shape == (16, channels, 4, 6) and d.x_test.shape == (5, channels, 4, 6) and d.x.dtype == np.uint8
     assert d.classes == ("cat", "dog") and np.bincount(d.y).tolist() == [6, 10] and d.y.dtype == np.int64
     with Image.open(tmp_path / "t" / "train" / "dog" / "0.png") as image:
         expected = np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(4, 6, channels)
@@ -180,10 +178,7 @@ def test_damaged_archives(tmp_path, name, part):
 
 def test_ambiguous_archives(tmp_path):
     folder, file = tree(tmp_path / "t"), tmp_path / "a.tar"
-    for name, match in (
-        ("train/cat/0.png", "two files of one name"),
-        ("more/train/cat/0.png", "leading folder"),
-    ):
+    for name, match in (("train/cat/0.png", "two files of one name"), ("more/train/cat/0.png", "leading folder")):
         archive(folder, file)
         with tarfile.open(file, "a") as tar:
             tar.add(folder / "train" / "cat" / "0.png", name)
@@ -248,9 +243,7 @@ def test_npz_twins_have_one_hash_and_one_byte_changes_it(tmp_path):
     forms = [{"y": np.eye(4)[Y]}, {"y": Y.astype(float)}, {"y": Y.astype(np.uint8)}, {"x": X.astype(">f8")}]
     for form in forms:
         assert load("npz", npz(tmp_path, **{"x": X, "y": Y, "x_test": X, "y_test": Y, **form})).hash == d.hash
-    other = load(
-        "npz", npz(tmp_path, features=X, labels=Y, features_test=X, labels_test=Y, ids=np.array([{}]))
-    )
+    other = load("npz", npz(tmp_path, features=X, labels=Y, features_test=X, labels_test=Y, ids=np.array([{}])))
     assert other.hash == d.hash and not d.is_image and d.classes == ("0", "1", "2", "3")
     for part in ("x", "y", "x_test", "y_test"):
         changed = getattr(d, part).copy()

@@ -105,7 +105,8 @@ def test_damage_is_named_and_recomputed(table, quick, tmp_path, damage):
 
 SCRIPT = """
 import sys; from tests.conftest import blobs; from lib.ensemble import Recipe, train
-train(Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), blobs(48, 16, (3, 16, 16), 3), 24, sys.argv[1], "cpu", quiet=True)
+data = blobs(48, 16, (3, 16, 16), 3)
+train(Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), data, 24, sys.argv[1], "cpu", quiet=True)
 """
 
 
@@ -178,7 +179,9 @@ def test_augmentation_moves_and_mirrors_pictures(images):
 
 
 def test_augmented_queries_reach_the_store(images, tmp_path):
-    found = train(Recipe("cnn", epochs=1, batch_size=8, augment=True, queries=3), images, 2, tmp_path, "cpu", quiet=True)
+    found = train(
+        Recipe("cnn", epochs=1, batch_size=8, augment=True, queries=3), images, 2, tmp_path, "cpu", quiet=True
+    )
     assert found.logits.shape == (2, 3, 48, 3) and found.test_logits.shape == (2, 3, 16, 3)
     assert (found.logits[:, 0] != found.logits[:, 1]).any()
 
@@ -193,7 +196,8 @@ def test_kept_weights_give_the_stored_logits(table, quick, tmp_path):
 @pytest.mark.parametrize(
     "field, value",
     [("arch", "vgg99"), ("optimizer", "sammy"), ("optimizer", "sam+rmsprop"), ("rho", -0.1), ("lr", 0.0), ("epochs", 0),
-     ("batch_size", 0), ("subset", 0.0), ("subset", 1.0), ("weight_decay", -1.0), ("precision", "float8"), ("queries", 19)],
+     ("batch_size", 0), ("subset", 0.0), ("subset", 1.0), ("weight_decay", -1.0), ("precision", "float8"),
+     ("queries", 19)],
 )  # fmt: skip
 def test_a_bad_recipe_names_the_field(field, value):
     with pytest.raises(ValueError, match="optimizers" if field == "optimizer" else field):

@@ -30,6 +30,7 @@ def uneven(seed=1, n_models=7, n=50):
 
 # ---- intervals -------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("clusters", [None, [0, 0, 0, 5, 5, 2], [3, 1, 4, 0, 9, 8]])
 def test_estimate_equals_the_textbook_two_way_formula(clusters):
     rng = np.random.default_rng(2)
@@ -96,16 +97,22 @@ def test_constant_cells_have_a_point_interval():
     assert metrics.estimate(np.full((4, 6), 0.25)) == (0.25, 0.25, 0.25)
 
 
-@pytest.mark.parametrize("cells, clusters, words", [
-    (np.zeros(5), None, "cells: shape"), (np.zeros((0, 5)), None, "cells: shape"),
-    (np.full((4, 5), np.nan), None, "cells: mean nan"), (np.zeros((4, 5)), [0, 1], "clusters: shape"),
-])
+@pytest.mark.parametrize(
+    "cells, clusters, words",
+    [
+        (np.zeros(5), None, "cells: shape"),
+        (np.zeros((0, 5)), None, "cells: shape"),
+        (np.full((4, 5), np.nan), None, "cells: mean nan"),
+        (np.zeros((4, 5)), [0, 1], "clusters: shape"),
+    ],
+)
 def test_estimate_faults_are_named(cells, clusters, words):
     with pytest.raises(ValueError, match=words):
         metrics.estimate(cells, clusters)
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("data", [example(), example(ties=True), uneven(), example(leak=50)])
 def test_auc_equals_scikit_learn_per_target(data):
@@ -191,7 +198,7 @@ def test_balanced_accuracy_equals_its_definition(data):
         for h in (False, True):
             use = half[m] == h
             gains = [definition(scores[m, use], member[m, use], t) for t in np.sort(scores[m, use])]
-            low = np.sort(scores[m, use])[int(np.argmax(gains)):][:2]
+            low = np.sort(scores[m, use])[int(np.argmax(gains)) :][:2]
             right[~use] = (scores[m, ~use] > low.mean()) == member[m, ~use]
         expected = (right[member[m]].mean() + right[~member[m]].mean()) / 2
         assert learned[m].mean() == pytest.approx(expected)
@@ -226,12 +233,20 @@ def test_halves_split_members_and_non_members_of_every_class():
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
+
 def test_evaluate_is_tidy_and_consistent():
     scores, member = example(n_models=12, n=1000)
     table = metrics.evaluate(scores, member)
     assert list(table.columns) == ["metric", "value", "ci_low", "ci_high"]
-    assert table.metric.tolist() == ["auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1",
-                                     "tpr@0.01", "realised_fpr@0.01"]  # 3000 non-members a fold: not 0.001
+    assert table.metric.tolist() == [
+        "auc",
+        "balanced_accuracy",
+        "advantage",
+        "tpr@0.1",
+        "realised_fpr@0.1",
+        "tpr@0.01",
+        "realised_fpr@0.01",
+    ]  # 3000 non-members a fold: not 0.001
     values = table.set_index("metric")
     assert (table.ci_low < table.value).all() and (table.value < table.ci_high).all()
     np.testing.assert_allclose(values.loc["advantage"], 2 * values.loc["balanced_accuracy"] - 1)
@@ -300,14 +315,17 @@ def test_roc_pools_the_targets():
         assert tpr == pytest.approx(np.mean(scores[member] > min(limits)))
 
 
-@pytest.mark.parametrize("scores, member, words", [
-    (np.zeros((4, 5)), np.zeros((4, 6), bool), "scores: shape"),
-    (np.zeros(5), np.zeros(5, bool), "scores: shape"),
-    (np.zeros((4, 5)), np.zeros((4, 5)), "member: dtype float64"),
-    (np.zeros((4, 5)), np.ones((4, 5), bool), "member: row 0 has 5 members of 5"),
-    (np.zeros((4, 5)), np.zeros((4, 5), bool), "member: row 0 has 0 members"),
-    (np.full((4, 6), np.nan), np.tile([True, False], (4, 3)), "scores: NaN at model 0, example 0"),
-])
+@pytest.mark.parametrize(
+    "scores, member, words",
+    [
+        (np.zeros((4, 5)), np.zeros((4, 6), bool), "scores: shape"),
+        (np.zeros(5), np.zeros(5, bool), "scores: shape"),
+        (np.zeros((4, 5)), np.zeros((4, 5)), "member: dtype float64"),
+        (np.zeros((4, 5)), np.ones((4, 5), bool), "member: row 0 has 5 members of 5"),
+        (np.zeros((4, 5)), np.zeros((4, 5), bool), "member: row 0 has 0 members"),
+        (np.full((4, 6), np.nan), np.tile([True, False], (4, 3)), "scores: NaN at model 0, example 0"),
+    ],
+)
 def test_faults_are_named(scores, member, words):
     for function in (metrics.evaluate, metrics.auc_cells, metrics.balanced_accuracy_cells):
         with pytest.raises(ValueError, match=words):
@@ -321,6 +339,7 @@ def test_rates_out_of_range_are_named(fpr):
 
 
 # ---- coverage --------------------------------------------------------------------------------------------
+
 
 def two_optimizers(seed, n_models, n):
     """phi of two ensembles on the same halves: shared examples, noise shared in part, model effects."""

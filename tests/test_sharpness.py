@@ -27,7 +27,7 @@ class ReferenceSAM:
 
 
 def reference_run(recipe, dataset, k):
-    """Train model k the plain way: one nn.Module, one loop, autograd's own backward, BatchNorm held in the second pass."""
+    """Train model k the plain way: one nn.Module, one loop, autograd's backward, BatchNorm held in the second pass."""
     x, _ = data.inputs(dataset)
     x, y = torch.from_numpy(x), torch.from_numpy(dataset.y)
     torch.manual_seed(int(ensemble.generator(recipe, "weights", k).integers(2**62)))

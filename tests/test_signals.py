@@ -13,9 +13,14 @@ def textbook(logits, y):
     own = np.eye(z.shape[-1], dtype=bool)[y]
     p_y = p[..., own]
     others = np.where(own, 0, p * np.log(1 - p)).sum(-1)
-    return {"phi": np.log(p_y) - np.log(1 - p_y), "log_confidence": np.log(p_y), "confidence": p_y,
-            "entropy": -(p * np.log(p)).sum(-1), "modified_entropy": -(1 - p_y) * np.log(p_y) - others,
-            "correct": z.argmax(-1) == y}
+    return {
+        "phi": np.log(p_y) - np.log(1 - p_y),
+        "log_confidence": np.log(p_y),
+        "confidence": p_y,
+        "entropy": -(p * np.log(p)).sum(-1),
+        "modified_entropy": -(1 - p_y) * np.log(p_y) - others,
+        "correct": z.argmax(-1) == y,
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -86,17 +91,20 @@ def test_parallel_keeps_order_and_raises():
         parallel(lambda k: 1 // k, range(3))
 
 
-@pytest.mark.parametrize("logits, y, words", [
-    (np.zeros((5, 3)), np.full(5, 3), "y: values 3 to 3; valid are 0 to 2"),
-    (np.zeros((5, 3)), np.full(5, -1), "y: values -1"),
-    (np.zeros((5, 3)), np.zeros(4, int), r"y: int64 of shape \(4,\)"),
-    (np.zeros((5, 3)), np.zeros(5), "y: float64"),
-    (np.zeros((5, 1)), np.zeros(5, int), r"logits: float64 of shape \(5, 1\)"),
-    (np.zeros((5, 3), int), np.zeros(5, int), "logits: int64"),
-    (np.zeros((0, 3)), np.zeros(0, int), "y: no values"),
-    (np.full((5, 3), np.nan), np.zeros(5, int), "logits: .*nan.* at example 0"),
-    (np.full((5, 3), np.inf), np.zeros(5, int), "logits: .*inf"),
-])
+@pytest.mark.parametrize(
+    "logits, y, words",
+    [
+        (np.zeros((5, 3)), np.full(5, 3), "y: values 3 to 3; valid are 0 to 2"),
+        (np.zeros((5, 3)), np.full(5, -1), "y: values -1"),
+        (np.zeros((5, 3)), np.zeros(4, int), r"y: int64 of shape \(4,\)"),
+        (np.zeros((5, 3)), np.zeros(5), "y: float64"),
+        (np.zeros((5, 1)), np.zeros(5, int), r"logits: float64 of shape \(5, 1\)"),
+        (np.zeros((5, 3), int), np.zeros(5, int), "logits: int64"),
+        (np.zeros((0, 3)), np.zeros(0, int), "y: no values"),
+        (np.full((5, 3), np.nan), np.zeros(5, int), "logits: .*nan.* at example 0"),
+        (np.full((5, 3), np.inf), np.zeros(5, int), "logits: .*inf"),
+    ],
+)
 def test_faults_are_named(logits, y, words):
     with pytest.raises(ValueError, match=words):
         signals(logits, y)

@@ -77,8 +77,8 @@ def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
     turns = [(row.epochs, sign(row)) for row in equal_epochs[equal_epochs.metric == "auc"].itertuples()]
     words = {1: "more", -1: "less", 0: "no difference"}
     lines = [
-        f"**Generalization.** {other} tests {verb(gain, 'better than', 'worse than', 'no differently from')} {baseline} "
-        f"({points(gain)}), with train accuracies of {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({other}).",
+        f"**Generalization.** {other} tests {verb(gain, 'better than', 'worse than', 'no differently from')} "
+        f"{baseline} ({points(gain)}); train accuracies: {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({other}).",
         f"**Leakage.** Under LiRA, {other} leaks {verb(lira, *than)} {baseline} ({points(lira)} of AUC).",
         f"**Flatness.** By the largest Hessian eigenvalue, {other} ends "
         f"{verb(top, 'sharper than', 'flatter than', 'neither flatter nor sharper than')} {baseline}.",

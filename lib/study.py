@@ -149,8 +149,8 @@ class Settings:
         size, held = round(self.subset * self.n_examples), len(self.dataset.y_test)
         return (
             f"**{self.dataset.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, "
-            f"each on {size} of a pool of {self.n_examples} examples of {self.dataset.n_classes} classes; "
-            f"{held} test examples; {self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
+            f"each on {size} of {self.n_examples} examples of {self.dataset.n_classes} classes, "
+            f"tested on {held}; {self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
         )
 
     def regimes(self, factors=(0.125, 0.375, 1, 2.5)):
@@ -207,8 +207,10 @@ def writable(name, folder):
 
 
 def notebook_settings(namespace, before):
-    """Settings from a notebook's variables: all that appeared since `before`, so a misspelt parameter is seen."""
-    return settings({n: v for n, v in namespace.items() if n not in before and not n.startswith("_")})
+    """Settings from a notebook's variables: the parameters, and all that appeared since `before`, so that a
+    misspelt parameter is seen as one."""
+    wanted = {n: v for n, v in namespace.items() if n in PARAMETERS or (n not in before and not n.startswith("_"))}
+    return settings(wanted)
 
 
 # ---- running the notebooks headlessly -----------------------------------------------------------------------

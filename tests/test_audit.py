@@ -1,0 +1,100 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lib import audit, metrics
+from lib.ensemble import Recipe, train
+from tests.conftest import blobs
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder, data = tmp_path_factory.mktemp("store"), blobs(n=120, t=60)
+    recipe = Recipe(epochs=15, batch_size=10, rho=0.2)
+    return {o: train(replace(recipe, optimizer=o), data, 16, folder, "cpu", quiet=True) for o in ("sgd", "sam")}
+
+
+def direct(ensemble, member=True):
+    hits = np.array(ensemble.logits)[:, 0].argmax(-1) == ensemble.dataset.y
+    return hits[np.array(ensemble.member) == member].mean()
+
+
+def test_accuracies_are_the_plain_means_and_the_gap_is_mean_memorization(pair):
+    frame = audit.accuracies(pair).set_index(["optimizer", "metric"]).value
+    for name, ensemble in pair.items():
+        test = (np.array(ensemble.test_logits)[:, 0].argmax(-1) == ensemble.dataset.y_test).mean()
+        assert frame[name, "test_accuracy"] == pytest.approx(test)
+        assert frame[name, "train_accuracy"] == pytest.approx(direct(ensemble))
+        assert frame[name, "generalization_gap"] == pytest.approx(direct(ensemble) - direct(ensemble, False))
+    assert frame["sam-sgd", "test_accuracy"] == pytest.approx(
+        frame["sam", "test_accuracy"] - frame["sgd", "test_accuracy"]
+    )
+
+
+def test_train_loss_is_cross_entropy_of_the_members(pair):
+    import torch
+    import torch.nn.functional as F
+
+    ensemble = pair["sam"]
+    logits, member = torch.from_numpy(np.array(ensemble.logits))[:, 0], np.array(ensemble.member)
+    labels = torch.from_numpy(np.tile(ensemble.dataset.y, (16, 1)))
+    loss = F.cross_entropy(logits[member], labels[member]).item()
+    found = audit.accuracies({"sam": ensemble}).set_index("metric").value["train_loss"]
+    assert found == pytest.approx(loss, rel=1e-5)
+
+
+def test_variances_are_numpy_variances_of_the_non_members(pair):
+    frame = audit.variances({"sgd": pair["sgd"]}).set_index("metric").value
+    phi, out = audit.plain_signal(pair["sgd"], "phi").astype(float), ~np.array(pair["sgd"].member)
+    rows = np.mean([phi[m, out[m]].var(ddof=1) for m in range(16)])
+    columns = np.mean([phi[out[:, i], i].var(ddof=1) for i in range(120)])
+    assert frame["nonmember_variance_phi_across_examples"] == pytest.approx(rows)
+    assert frame["nonmember_variance_phi_across_models"] == pytest.approx(columns)
+
+
+def test_leakage_has_every_attack_and_paired_differences(pair):
+    scored = {name: audit.scores(e) for name, e in pair.items()}
+    frame = audit.leakage(pair, scored)
+    auc = frame[frame.metric == "auc"].set_index(["attack", "optimizer"]).value
+    assert len(auc) == 3 * 14
+    for attack in scored["sgd"]:
+        assert auc[attack, "sam-sgd"] == pytest.approx(auc[attack, "sam"] - auc[attack, "sgd"])
+
+
+def test_equal_loss_interpolates_and_never_extrapolates(pair, monkeypatch):
+    cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
+    runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "between": (0.1, cells + 0.15), "beyond": (0.001, cells)}
+    monkeypatch.setattr(audit, "loss_and_cells", runs.get)
+    found = audit.at_equal_loss(["a", "b"], ["between", "beyond"])
+    assert list(found.train_loss) == [0.1]  # half-way in log loss: the baseline's AUC there is cells + 0.1
+    assert found.value[0] == pytest.approx(0.05)
+
+
+def test_identical_ensembles_differ_by_exactly_nothing(pair):
+    same = {"sgd": pair["sgd"], "twin": pair["sgd"]}
+    frame = audit.main_metrics(same["sgd"], same["twin"])
+    assert (frame.value == 0).all()
+
+
+def test_align_drops_a_lost_pair_everywhere_and_refuses_too_few(pair):
+    lost = {"sgd": pair["sgd"].only([0, 1, *range(4, 16)]), "sam": pair["sam"]}
+    both = audit.align(lost)
+    assert both["sam"].ids.tolist() == both["sgd"].ids.tolist() == [0, 1, *range(4, 16)]
+    np.testing.assert_array_equal(both["sam"].logits[2], pair["sam"].logits[4])
+    with pytest.raises(ValueError, match="n_models"):
+        audit.align({"sgd": pair["sgd"].only(range(6)), "sam": pair["sam"]})
+
+
+def test_flatness_is_positive_and_paired(pair):
+    frame = audit.flatness_table(pair, 0.2).set_index(["optimizer", "metric"]).value
+    for metric in ("hessian_top_eigenvalue", "loss_rise_in_ball"):
+        assert frame["sgd", metric] > 0
+        assert frame["sam-sgd", metric] == pytest.approx(frame["sam", metric] - frame["sgd", metric])
+
+
+def test_null_table_holds_a_half_and_the_true_membership_does_not(pair):
+    null = audit.null_table(pair["sgd"], seed=1).set_index("attack")
+    assert (null.ci_low.lira_pooled <= 0.5) and (null.ci_high.lira_pooled >= 0.5)
+    cells = metrics.auc_cells(audit.lira(pair["sgd"]), np.array(pair["sgd"].member))
+    assert metrics.estimate(cells, widen=metrics.SHADOWS).low > 0.5

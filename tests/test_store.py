@@ -1,0 +1,75 @@
+import json
+import stat
+
+import numpy as np
+import pytest
+
+from lib.store import Rows, Store, write_atomic
+
+LAYOUT = {"a": ((2, 3), np.float32), "b": ((4,), bool)}
+
+
+def row(k):
+    return {"a": np.full((2, 3), k, np.float32), "b": np.arange(4) == k}
+
+
+def test_rows_are_a_plain_npy_that_grows_in_place(tmp_path):
+    rows = Rows(tmp_path / "a.npy", (2, 3), np.float32)
+    assert len(rows) == 0 and rows.read().shape == (0, 2, 3)
+    for k in (0, 11, 5):
+        rows.write(k, row(k)["a"])
+    plain = np.load(tmp_path / "a.npy", allow_pickle=False)
+    assert plain.shape == (12, 2, 3) and isinstance(rows.read(), np.memmap)
+    assert plain[11, 0, 0] == 11 and plain[5, 1, 2] == 5 and (plain[6] == 0).all()
+
+
+def test_rows_count_what_the_file_holds_not_what_its_header_says(tmp_path):
+    rows = Rows(tmp_path / "a.npy", (2, 3), np.float32)
+    rows.write(9, row(9)["a"])
+    with open(rows.path, "r+b") as file:
+        file.truncate(rows.header_bytes + 3 * rows.row_bytes + 5)
+    assert len(rows) == 3
+    assert len(Rows(rows.path, (6,), np.float32)) == 0 == len(Rows(rows.path, (2, 3), np.int32))
+
+
+def test_a_row_of_another_shape_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="shape"):
+        Rows(tmp_path / "a.npy", (2, 3), np.float32).write(0, np.zeros((3, 2), np.float32))
+
+
+def test_a_model_is_finished_only_with_its_flag(tmp_path):
+    store = Store(tmp_path, "x", {"lr": 0.1}, LAYOUT)
+    store.rows["a"].write(0, row(0)["a"])
+    assert store.flag(0) is None
+    store.save(0, row(0), status="finished")
+    assert Store(tmp_path, "x", {"lr": 0.1}, LAYOUT).flag(0)["status"] == "finished"
+    assert Store(tmp_path, "x", {"lr": 0.2}, LAYOUT).flag(0) is None
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    Store(tmp_path, "x", {}, LAYOUT).save(0, row(1), status="finished")
+    for name in LAYOUT:
+        store = Store(tmp_path, "x", {}, LAYOUT)
+        path = store.rows[name].path
+        good = path.read_bytes()
+        for at in range(store.rows[name].header_bytes, len(good)):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            assert Store(tmp_path, "x", {}, LAYOUT)._verify(0)[1] == f"{name}.npy has a wrong checksum"
+        path.write_bytes(good)
+    assert Store(tmp_path, "x", {}, LAYOUT).flag(0)["status"] == "finished"
+
+
+def test_the_folder_says_what_it_holds(tmp_path):
+    store = Store(tmp_path, "digits-mlp-sam", {"recipe": {"lr": 0.1}, "data": "abc"}, LAYOUT)
+    assert store.folder.name.startswith("digits-mlp-sam-")
+    assert json.loads((store.folder / "recipe.json").read_text())["recipe"] == {"lr": 0.1}
+
+
+def test_an_atomic_write_leaves_no_litter_and_no_open_door(tmp_path):
+    for text in ("one", "two"):
+        write_atomic(tmp_path / "f", text)
+    assert (tmp_path / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o644
+    with pytest.raises(TypeError):
+        write_atomic(tmp_path / "f", object())
+    assert (tmp_path / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["f"]

@@ -1,0 +1,108 @@
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import prose, study
+from lib.results import COLUMNS, Results
+
+ROOT = study.ROOT
+
+
+def tiny(tmp_path, **given):
+    return study.settings({"preset": "tiny", "store": str(tmp_path / "store"), "out": str(tmp_path / "out"), **given})
+
+
+def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
+    run = tiny(tmp_path, n_models="24", rho=None)
+    assert (run.n_models, run.rho, run.epochs, len(run.dataset.y)) == (24, 0.3, 8, 300)
+    assert run.names == ("sgd", "sam") and run.recipe("sam").rho == 0.3 and run.recipe("sgd").rho == 0.0
+
+
+@pytest.mark.parametrize(
+    "given, names",
+    [({"n_model": 16}, "n_model.*n_models"), ({"n_models": "many"}, "n_models.*int"), ({"n_models": 16.5}, "n_models"),
+     ({"n_models": True}, "n_models"), ({"n_models": 1}, "n_models"), ({"n_models": 4}, "n_models"),
+     ({"n_models": 17}, "n_models"), ({"n_examples": 301}, "n_examples"), ({"n_examples": 8}, "n_examples"),
+     ({"n_examples": 10**6}, "n_examples"), ({"preset": "huge"}, "preset.*default"), ({"dataset": "mnist"}, "digits"),
+     ({"dataset": "folder"}, "data"), ({"dataset": "npz", "data": "absent.npz"}, "data"), ({"arch": "vit"}, "arch"),
+     ({"optimizers": "sgd,sammy"}, "optimizers"), ({"optimizers": "sgd,sgd"}, "optimizers"), ({"rho": -1}, "rho"),
+     ({"rho": "nan"}, "rho"), ({"subset": 0}, "subset"), ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"),
+     ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"), ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "augment"),
+     ({"seed": -1}, "seed"), ({"device": "tpu"}, "device"), ({"arch": "cnn", "dataset": "npz"}, "data")],
+)  # fmt: skip
+def test_bad_input_is_one_error_that_names_the_parameter(tmp_path, given, names):
+    with pytest.raises((ValueError, FileNotFoundError), match=names):
+        tiny(tmp_path, **given)
+    assert not list(tmp_path.glob("store/*-*/done/*"))
+
+
+def test_an_unwritable_out_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out="):
+        tiny(tmp_path, out=str(tmp_path / "file" / "below"))
+
+
+def test_words_of_make_and_flags_mean_the_same():
+    one = study.parse(["DATASET=cifar10", "N_MODELS=32", "01"])
+    two = study.parse(["--dataset", "cifar10", "--n-models", "32", "01"])
+    assert one == two == ([study.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"})
+
+
+def test_a_notebook_run_again_in_the_same_kernel_sees_its_changed_parameters(tmp_path):
+    names = {"preset": "tiny", "n_models": 24, "store": str(tmp_path / "s"), "out": str(tmp_path / "o"), "leak": 1}
+    assert study.notebook_settings(names, before=set(names)).n_models == 24
+    with pytest.raises(ValueError, match="leak"):
+        study.notebook_settings(names, before=set(study.PARAMETERS))
+
+
+@pytest.mark.parametrize("word", ["N_MODEL=16", "N_MODELS=sixteen", "99", "DATASET=mnist"])
+def test_the_command_line_refuses_with_one_line_and_status_2(word, capsys):
+    assert study.main([word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_make_passes_an_unknown_knob_on_so_that_it_fails():
+    said = subprocess.run(["make", "-n", "study", "N_MODEL=16", "PYTHON=x"], cwd=ROOT, capture_output=True, text=True)
+    assert "lib.study N_MODEL=16" in said.stdout and "PYTHON=x" not in said.stdout.split("lib.study")[1]
+
+
+def test_help_lists_every_parameter():
+    said = subprocess.run([sys.executable, "-m", "lib.study", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0 and all(f"--{name.replace('_', '-')}" in said.stdout for name in study.PARAMETERS)
+
+
+def test_presets_are_valid_recipes(tmp_path):
+    """Every preset makes recipes on a stand-in of its kind, on the CPU."""
+    for preset, kinds in study.PRESETS.items():
+        for kind, values in kinds.items():
+            unknown = set(values) - set(study.PARAMETERS)
+            assert not unknown, (preset, kind, unknown)
+            run = study.Settings({**values, "data": None, "device": "cpu"}, None)
+            assert [run.recipe(name).epochs for name in run.names] == [values["epochs"]] * 2
+
+
+def frame(value):
+    return pd.DataFrame([dict(optimizer="sam", metric="auc", value=value, ci_low=value - 0.1, ci_high=value + 0.1)])
+
+
+def test_a_notebook_run_again_replaces_its_own_rows_and_no_others(tmp_path):
+    run = tiny(tmp_path)
+    for notebook, value in (("01_a", 0.6), ("02_b", 0.7), ("01_a", 0.8)):
+        results = Results(notebook, run)
+        results.add(frame(value), attack="lira")
+        results.add(frame(value + 0.05), attack="rmia", note="second")
+    found = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert list(found.columns) == COLUMNS and list(found.notebook) == ["01_a"] * 2 + ["02_b"] * 2
+    np.testing.assert_allclose(found.value, [0.8, 0.85, 0.7, 0.75])
+    assert set(found.rho) == {0.3} and set(found.n_models) == {16}
+
+
+@pytest.mark.parametrize("value, word", [(0.2, "more"), (-0.2, "less"), (0.05, "neither")])
+def test_a_sentence_follows_its_interval(value, word):
+    row = frame(value).iloc[0]
+    assert prose.verb(row, "more", "less", "neither") == word
+    assert f"{100 * value:+.1f} points" in prose.points(row)

@@ -25,7 +25,9 @@ lint: .venv/.ready
 	@$(BIN)/ruff format --check .
 
 sync: .venv/.ready
-	@$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext":null}' notebooks/*.py
+	@$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace notebooks/*.ipynb
+	@$(BIN)/jupytext --quiet --to ipynb --update notebooks/*.py
+	@$(BIN)/python -m lib.readme
 
 .venv/.ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'

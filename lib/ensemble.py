@@ -247,9 +247,9 @@ def can_compile():
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def worth_compiling(n_steps):
+def worth_compiling(n_steps, device):
     """Compilation fuses what lies between the matrix products; a short run is over before it pays."""
-    return n_steps >= 300 and can_compile()
+    return n_steps >= 300 and device.type in ("cpu", "cuda") and can_compile()
 
 
 def lanes_for(net, device):
@@ -271,7 +271,9 @@ class Inputs:
     def __init__(self, dataset, recipe, device):
         x, x_test = data.inputs(dataset)
         self.x, self.x_test = torch.from_numpy(x).to(device), torch.from_numpy(x_test).to(device)
-        self.y, self.y_test = (torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device))
+        self.y, self.y_test = torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device)
+        share = np.bincount(dataset.y) / len(dataset.y)
+        self.chance = -(share * np.log(share)).sum()  # the loss of guessing the class shares
         self.n_classes, self.shape, self.device = dataset.n_classes, tuple(x.shape[1:]), device
         if recipe.augment or recipe.queries > 1:
             if len(self.shape) != 3:
@@ -313,7 +315,7 @@ class Group:
         self.per_epoch = self.examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
         self.n_steps = self.per_epoch * recipe.epochs
         self.net = models.build(recipe.arch, inputs.shape, inputs.n_classes).eval()
-        self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(self.n_steps))
+        self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(self.n_steps, device))
         self.stepper.reset(recipe, inputs.shape, inputs.n_classes, ids, device)
 
     def batches(self):
@@ -375,10 +377,8 @@ class Group:
 
     def failing(self, loss, number):
         """Which models have a loss that is not finite, or, half-way, no better than guessing the class shares."""
-        share = torch.bincount(self.inputs.y, minlength=self.inputs.n_classes).double() / len(self.inputs.y)
-        chance = -(share * share.clamp(min=1e-12).log()).sum().item()
         late = number + 1 >= max(5, self.recipe.epochs / 2)
-        return ~np.isfinite(loss) | (late & (loss > 0.999 * chance))
+        return ~np.isfinite(loss) | (late & (loss > 0.999 * self.inputs.chance))
 
     def arrays(self, history):
         """What the store keeps of each model: name -> [M, ...]."""

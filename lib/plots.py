@@ -181,3 +181,25 @@ def leakage_against_loss(frame):
     axis.set_title("the small numbers are epochs", fontsize=10)
     axis.legend()
     return figure
+
+
+def finding(runs):
+    """The study in one picture: what SAM gains in test accuracy and what it costs in LiRA's AUC, epoch by epoch.
+
+    runs: dict title -> tidy frame of the paired differences with columns epochs, metric, value, ci_low, ci_high,
+    train_accuracy (of the baseline).
+    """
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.6 * len(runs), 4), layout="constrained", squeeze=False)
+    labels = {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}
+    for axis, (title, frame) in zip(axes[0], runs.items(), strict=True):
+        for index, (metric, label) in enumerate(labels.items()):
+            rows = 100 * frame[frame.metric == metric].set_index("epochs").sort_index()[["value", "ci_low", "ci_high"]]
+            error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
+        fits = frame[frame.metric == "auc"].sort_values("epochs")
+        ticks = [f"{row.epochs} epochs\n(fit {row.train_accuracy:.0%})" for row in fits.itertuples()]
+        axis.set_xticks(range(len(ticks)), ticks, fontsize=10)
+        axis.axhline(0, color="0.3", lw=1)
+        axis.set(title=title, ylabel="SAM minus SGD, points")
+        axis.margins(x=0.12)
+    axes[0, 0].legend(fontsize=10)
+    return figure

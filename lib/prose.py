@@ -12,7 +12,7 @@ def say(text):
 def number(value, low, high):
     """'0.634 [0.620, 0.648]' with digits to suit the size."""
     size = max(abs(value), abs(low - high) if pd.notna(low) else 0)
-    digits = 3 if size >= 0.01 else 5
+    digits = 3 if size >= 0.005 else 5
     interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if pd.notna(low) else ""
     return f"{value:.{digits}f}{interval}"
 
@@ -25,7 +25,7 @@ def shown(frame, across=("optimizer",)):
     rows = rows or [c for c in ("metric", "attack", "optimizer") if c in frame and c not in across][:1]
     keys = frame[rows + across].apply(lambda column: pd.Categorical(column, column.unique()))
     wide = keys.assign(cell=cells).pivot(index=rows, columns=across, values="cell")
-    display(wide.fillna("").style.set_properties(**{"text-align": "right"}))
+    display(wide.fillna("").style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
 
 
 def pick(frame, optimizer, metric):

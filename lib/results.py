@@ -50,6 +50,8 @@ class Results:
         frame = frame.assign(**{**self.about, **fields})
         if "rho" not in frame:
             frame["rho"] = frame.optimizer.map(self.radius)
+        for column in ("value", "ci_low", "ci_high"):
+            frame[column] = frame[column].map("{:.6g}".format)
         self.rows.append(frame.reindex(columns=COLUMNS).astype(object))
         self.write()
 
@@ -63,5 +65,5 @@ class Results:
         if self.path.exists():
             others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
             own = pd.concat([others[others.notebook != self.about["notebook"]], own])
-        text = own.sort_values("notebook", kind="stable").to_csv(index=False, float_format="%.6g")
+        text = own.sort_values("notebook", kind="stable").to_csv(index=False)
         write_atomic(self.path, text)

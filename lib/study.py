@@ -191,6 +191,12 @@ def check(run):
         ensemble.check(run.recipe(name), run.dataset, run.n_models)
     if run.n_models < 8:
         raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
+    inside = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models)).sum(0)
+    if min(inside.min(), (run.n_models - inside).min()) < 3:
+        raise ValueError(
+            f"subset={run.subset}: of n_models={run.n_models}, some example is in {inside.min()} and some is out of "
+            f"{(run.n_models - inside).min()}; both need 3: train more models, or a subset nearer to 0.5"
+        )
     for name in ("out", "store"):
         writable(name, getattr(run, name))
 

@@ -189,7 +189,7 @@ shown(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer
 # rate far below one over their number can't be realised by it.
 
 # %%
-strict = leak[leak.metric.str.startswith(("tpr@", "realised_fpr@")) & leak.attack.isin(["lira", "lira_pooled", "rmia"])]
+strict = leak[leak.metric.str.startswith(("tpr@", "realised_fpr@")) & leak.attack.isin(["lira", "rmia"])]
 shown(strict[strict.optimizer.isin(run.names)], across=["attack", "optimizer"])
 
 # %% [markdown]

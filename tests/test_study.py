@@ -29,8 +29,8 @@ def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
      ({"n_examples": 10**6}, "n_examples"), ({"preset": "huge"}, "preset.*default"), ({"dataset": "mnist"}, "digits"),
      ({"dataset": "folder"}, "data"), ({"dataset": "npz", "data": "absent.npz"}, "data"), ({"arch": "vit"}, "arch"),
      ({"optimizers": "sgd,sammy"}, "optimizers"), ({"optimizers": "sgd,sgd"}, "optimizers"), ({"rho": -1}, "rho"),
-     ({"rho": "nan"}, "rho"), ({"subset": 0}, "subset"), ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"),
-     ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"), ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "augment"),
+     ({"rho": "nan"}, "rho"), ({"subset": 0.9}, "subset.*n_models"), ({"subset": 0}, "subset"), ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"),
+     ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"), ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "aug"),
      ({"seed": -1}, "seed"), ({"device": "tpu"}, "device"), ({"arch": "cnn", "dataset": "npz"}, "data")],
 )  # fmt: skip
 def test_bad_input_is_one_error_that_names_the_parameter(tmp_path, given, names):

@@ -1,0 +1,86 @@
+"""Fill in the README's picture and tables from the committed runs: `python -m lib.readme` (part of `make sync`).
+
+No number in the README is typed: what stands between `<!-- name -->` and `<!-- /name -->` is made here from
+outputs/reference/, and a test compares the two.
+"""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from lib import plots
+from lib.prose import points, verb
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "outputs" / "reference"
+
+
+def runs():
+    """The committed runs: dict name -> results frame."""
+    return {p.parent.name: pd.read_csv(p, keep_default_na=False) for p in sorted(REFERENCE.glob("*/results.csv"))}
+
+
+def regimes(results):
+    """Paired differences at every number of epochs, with the baseline's train accuracy beside them."""
+    rows = results[results.note.str.startswith("epochs=")].copy()
+    rows["epochs"] = rows.note.str.removeprefix("epochs=").astype(int)
+    for column in ("value", "ci_low", "ci_high"):
+        rows[column] = rows[column].astype(float)
+    fit = rows[(rows.optimizer == "sgd") & (rows.metric == "train_accuracy")].set_index("epochs").value
+    differences = rows[rows.optimizer == "sam-sgd"]
+    return differences.assign(train_accuracy=differences.epochs.map(fit))
+
+
+def title(results):
+    """'digits, MLP: 128 models on halves of 1200'."""
+    first = results.iloc[0]
+    return f"{first.dataset}, {first.arch}: {first.n_models} models on halves of {first.n_examples}"
+
+
+def results_table():
+    """A line per run and number of epochs: what SAM gains, what it leaks."""
+    lines = [
+        "| run | epochs | SGD fits | test accuracy, SAM − SGD | LiRA AUC, SAM − SGD | SAM leaks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for results in runs().values():
+        wide = regimes(results)
+        for epochs, rows in wide.groupby("epochs"):
+            test, auc = (rows[rows.metric == m].iloc[0] for m in ("test_accuracy", "auc"))
+            word = verb(auc, "**more**", "**less**", "no differently")
+            lines.append(
+                f"| {title(results)} | {epochs} | {auc.train_accuracy:.1%} | {points(test)} | {points(auc)} | {word} |"
+            )
+    return "\n".join(lines)
+
+
+def bench_table():
+    """The committed output of `make bench`."""
+    bench = pd.read_csv(REFERENCE / "bench.csv", keep_default_na=False)
+    lines = ["| what | value | against | ratio | goal |", "|---|---|---|---|---|"]
+    for row in bench.itertuples():
+        lines.append(f"| {row.name} | {row.value} {row.unit} | {row.baseline} | {row.ratio} | {row.goal} |")
+    return "\n".join([*lines, "", f"Machine: {bench.machine[0]}."])
+
+
+def filled(text):
+    """The README with its tables made anew."""
+    for name, table in (("results", results_table()), ("bench", bench_table())):
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S
+        )
+    return text
+
+
+def main():
+    """Write the picture and the tables."""
+    plots.style()
+    figure = plots.finding({title(results): regimes(results) for results in runs().values()})
+    figure.savefig(REFERENCE / "finding.png")
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

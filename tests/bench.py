@@ -1,0 +1,169 @@
+"""`make bench`: every speed claim as a ratio, both sides measured in this one run, one after the other.
+
+Writes outputs/bench.csv (name, value, unit, baseline, ratio, goal, machine) and prints it. Not a test: a machine's
+speed decides nothing about right or wrong.
+"""
+
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lib import attacks, data, ensemble
+from lib.ensemble import Recipe
+from lib.study import ROOT
+
+COLUMNS = ["name", "value", "unit", "baseline", "ratio", "goal", "machine"]
+RECIPE = Recipe(epochs=100, batch_size=64, rho=0.3)
+
+
+def machine():
+    """Processor, threads, accelerator and version in one line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{names[0]}, {torch.get_num_threads()} threads, {chip}, torch {torch.__version__}"
+
+
+def peak():
+    """Peak memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def seconds(work, repeats=1):
+    """Wall-clock seconds of the fastest of several calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ---- one model at a time, as others do it -------------------------------------------------------------------
+
+
+def one_model(dataset, batches):
+    """Train one MLP for 100 epochs on the half of model 0 with autograd and torch.optim."""
+    net = ensemble.models.build("mlp", dataset.x.shape[1:], dataset.n_classes)
+    optimizer = ensemble.BASES["sgd"](list(net.parameters()), 0.1, RECIPE)
+    for _ in range(RECIPE.epochs):
+        for x, y in batches():
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+
+def half(dataset):
+    chosen = np.flatnonzero(ensemble.membership(RECIPE, len(dataset.y), [0])[0])
+    return torch.from_numpy(data.inputs(dataset)[0][chosen]), torch.from_numpy(dataset.y[chosen])
+
+
+def lean_batches(dataset):
+    """Index a tensor by a permutation: no loader, no workers, no copies."""
+    x, y = half(dataset)
+
+    def batches():
+        for index in torch.randperm(len(y))[: len(y) // 64 * 64].split(64):
+            yield x[index], y[index]
+
+    return batches
+
+
+def loader_batches(dataset):
+    """What most shadow-model code does: a shuffling DataLoader."""
+    loader = DataLoader(TensorDataset(*half(dataset)), batch_size=64, shuffle=True, drop_last=True)
+    return lambda: iter(loader)
+
+
+def lean(dataset):
+    """Seconds a model of the lean loop, its thread count tuned."""
+    threads, found = torch.get_num_threads(), {}
+    for count in range(1, threads + 1):
+        torch.set_num_threads(count)
+        found[count] = seconds(lambda: one_model(dataset, lean_batches(dataset)), repeats=3)
+    torch.set_num_threads(threads)
+    return min(found.values())
+
+
+# ---- many models at once ------------------------------------------------------------------------------------
+
+
+def many(dataset, optimizer, n_models, folder, compiled=True):
+    """Seconds a model, from random weights to the arrays in the store; compiled code is warm."""
+    can = ensemble.can_compile
+    ensemble.can_compile = can if compiled else lambda: False
+    recipe = Recipe(**{**RECIPE.__dict__, "optimizer": optimizer})
+    warm = Recipe(**{**recipe.__dict__, "seed": 99})
+    ensemble.train(warm, dataset, 2, folder, quiet=True)
+    taken = seconds(lambda: ensemble.train(recipe, dataset, n_models, folder, quiet=True))
+    ensemble.can_compile = can
+    return taken / n_models
+
+
+def training(dataset):
+    """Rows on training: milliseconds a model for 100 epochs on 600 digits."""
+    rows, by = [], {}
+    base = {"lean loop": lean(dataset), "DataLoader loop": seconds(lambda: one_model(dataset, loader_batches(dataset)))}
+    for name, taken in base.items():
+        rows.append((name, 1e3 * taken, "ms a model", "", "", ""))
+    for optimizer, count, compiled in (("sgd", 64, False), ("sgd", 64, True), ("sam", 64, True), ("sgd", 512, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            by[optimizer, count, compiled] = taken = many(dataset, optimizer, count, folder, compiled)
+        name = f"{optimizer}, {count} models at once{', compiled' if compiled else ', eager'}"
+        goals = (
+            {"lean loop": (">= 10" if compiled else ">= 5"), "DataLoader loop": ">= 20"} if optimizer == "sgd" else {}
+        )
+        for against, goal in goals.items():
+            rows.append((name, 1e3 * taken, "ms a model", against, base[against] / taken, goal))
+    ratio = by["sam", 64, True] / by["sgd", 64, True]
+    rows.append(("sam, 64 models at once, compiled", 1e3 * by["sam", 64, True], "ms a model", "sgd", ratio, "<= 2.1"))
+    return rows
+
+
+def memory(dataset):
+    """Peak memory of training 32 and then 256 models: it should not grow with their number."""
+    after = {}
+    for count in (32, 256):
+        with tempfile.TemporaryDirectory() as folder:
+            ensemble.train(Recipe(epochs=5), dataset, count, folder, quiet=True)
+        after[count] = peak()
+    return [("peak memory after 256 models", after[256], "GB", "after 32 models", after[256] / after[32], "<= 1.1")]
+
+
+def scoring(n_models=256, n=50_000):
+    """All the attacks on all the targets, from logits in float16."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 10, n)
+    member = ensemble.membership(Recipe(), n, range(n_models))
+    logits = rng.standard_normal((n_models, n, 10), dtype=np.float32).astype(np.float16)
+    logits[:, np.arange(n), y] += 2 + member
+    taken = seconds(lambda: attacks.run(logits, y, member), repeats=2)
+    name = f"all attacks, {n_models} models x {n} examples"
+    return [(name, taken, "s", "", "", "<= 5"), (f"peak memory of the process: {name}", peak(), "GB", "", "", "<= 2")]
+
+
+def main():
+    dataset = data.load("digits")
+    rows = memory(dataset) + training(dataset) + scoring()
+    if not torch.cuda.is_available():
+        rows.append(("training on a GPU", "not measured", "", "", "", ""))
+    table = pd.DataFrame([(*row, machine()) for row in rows], columns=COLUMNS)
+    path = Path(ROOT) / "outputs" / "bench.csv"
+    path.parent.mkdir(exist_ok=True)
+    table.to_csv(path, index=False, float_format="%.4g")
+    print(table.drop(columns="machine").to_string(index=False, float_format="%.3g"))
+    print(f"{machine()}\nWritten to {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch.func import functional_call
+from tqdm import tqdm
 
 from lib import attacks, data, metrics, sharpness
 from lib.ensemble import KEEP_WEIGHTS
@@ -48,7 +49,7 @@ def leakage(ensembles, scored, names=attacks.NAMES):
     baseline, *others = ensembles
     member = np.array(ensembles[baseline].member)
     frames = []
-    for attack in names:
+    for attack in tqdm(names, "scoring", delay=2, leave=False):
         threshold = 0.0 if attack in attacks.FIXED else None
         for name in ensembles:
             frame = metrics.evaluate(scored[name][attack], member, threshold=threshold)
@@ -155,7 +156,7 @@ def dose_table(doses, other, baseline):
     doses: dict rho -> Ensemble, with 0.0 for the baseline. Differences have optimizer 'sam-sgd'.
     """
     frames = []
-    for rho, ensemble in doses.items():
+    for rho, ensemble in tqdm(doses.items(), "doses", delay=2, leave=False):
         frames.append(main_metrics(ensemble).assign(optimizer=other if rho else baseline, rho=rho))
         if rho:
             frames.append(main_metrics(ensemble, doses[0.0]).assign(optimizer=f"{other}-{baseline}", rho=rho))
@@ -212,7 +213,7 @@ def regime_table(regimes):
     regimes: dict epochs -> dict of two Ensembles, the baseline first. `train_loss` stands beside every row.
     """
     frames = []
-    for epochs, pair in regimes.items():
+    for epochs, pair in tqdm(regimes.items(), "regimes", delay=2, leave=False):
         (baseline, first), (other, second) = pair.items()
         for name, frame in ((baseline, main_metrics(first)), (other, main_metrics(second))):
             loss = frame.value[frame.metric == "train_loss"].iloc[0]
@@ -261,8 +262,9 @@ def flatness(ensemble, rho, n_models=8, n_examples=512, steps=20):
     x = torch.from_numpy(data.inputs(ensemble.dataset)[0])
     y = torch.from_numpy(ensemble.dataset.y)
     found = []
-    for index, k in enumerate(k for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS):
-        net, params, buffers = ensemble.weights(int(k))
+    kept = [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
+    for index, k in enumerate(tqdm(kept, "flatness", delay=2, leave=False)):
+        net, params, buffers = ensemble.weights(k)
         chosen = np.flatnonzero(ensemble.member[index])[:n_examples]
 
         def loss(params, net=net, buffers=buffers, chosen=chosen):

@@ -23,15 +23,17 @@ def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
 
 @pytest.mark.parametrize(
     "given, names",
-    [({"n_model": 16}, "n_model.*n_models"), ({"n_models": "many"}, "n_models.*int"), ({"n_models": 16.5}, "n_models"),
-     ({"n_models": True}, "n_models"), ({"n_models": 1}, "n_models"), ({"n_models": 4}, "n_models"),
-     ({"n_models": 17}, "n_models"), ({"n_examples": 301}, "n_examples"), ({"n_examples": 8}, "n_examples"),
-     ({"n_examples": 10**6}, "n_examples"), ({"preset": "huge"}, "preset.*default"), ({"dataset": "mnist"}, "digits"),
-     ({"dataset": "folder"}, "data"), ({"dataset": "npz", "data": "absent.npz"}, "data"), ({"arch": "vit"}, "arch"),
+    [({"n_model": 16}, "n_model.*n_models"), ({"n_models": "many"}, "n_models.*int"),
+     ({"n_models": 16.5}, "n_models"), ({"n_models": True}, "n_models"), ({"n_models": 1}, "n_models"),
+     ({"n_models": 4}, "n_models"), ({"n_models": 17}, "n_models"), ({"n_examples": 301}, "n_examples"),
+     ({"n_examples": 8}, "n_examples"), ({"n_examples": 10**6}, "n_examples"),
+     ({"preset": "huge"}, "preset.*default"), ({"dataset": "mnist"}, "digits"), ({"dataset": "folder"}, "data"),
+     ({"dataset": "npz", "data": "absent.npz"}, "data"), ({"arch": "vit"}, "arch"),
      ({"optimizers": "sgd,sammy"}, "optimizers"), ({"optimizers": "sgd,sgd"}, "optimizers"), ({"rho": -1}, "rho"),
-     ({"rho": "nan"}, "rho"), ({"subset": 0.9}, "subset.*n_models"), ({"subset": 0}, "subset"), ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"),
-     ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"), ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "aug"),
-     ({"seed": -1}, "seed"), ({"device": "tpu"}, "device"), ({"arch": "cnn", "dataset": "npz"}, "data")],
+     ({"rho": "nan"}, "rho"), ({"subset": 0.9}, "subset.*n_models"), ({"subset": 0}, "subset"),
+     ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"), ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"),
+     ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "aug"), ({"seed": -1}, "seed"),
+     ({"device": "tpu"}, "device"), ({"arch": "cnn", "dataset": "npz"}, "data")],
 )  # fmt: skip
 def test_bad_input_is_one_error_that_names_the_parameter(tmp_path, given, names):
     with pytest.raises((ValueError, FileNotFoundError), match=names):

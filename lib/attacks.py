@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.metrics import best_thresholds, checked, halves
+from lib.metrics import best_thresholds, checked, halves, partners
 from lib.signals import parallel, signals
 
 NAMES = (
@@ -321,10 +321,10 @@ def _median(middle, value, gone):
 
 def _partner(member, leave):
     """The model to leave out together with each target, [M], or None."""
-    paired = len(member) % 2 == 0 and (member[0::2] != member[1::2]).all()
-    if leave not in (None, "pair", "model") or (leave == "pair" and not paired):
+    found = partners(member)
+    if leave not in (None, "pair", "model") or (leave == "pair" and found is None):
         raise ValueError(f"leave: {leave!r}; valid are None, 'model' and, for complementary models, 'pair'")
-    return np.arange(len(member)) ^ 1 if paired and leave != "model" else None
+    return None if leave == "model" else found
 
 
 def _enough(member, least, online):

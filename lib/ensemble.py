@@ -9,11 +9,9 @@ are a function of (seed, k) alone, so ensembles of two optimizers are paired mod
 """
 
 import logging
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -242,9 +240,15 @@ def learning_rate(recipe, step, n_steps):
     return recipe.lr / 2 * (1 + np.cos(np.pi * (step - rising) / (n_steps - rising)))
 
 
+@cache
 def can_compile():
-    """True if torch.compile has what it needs on this machine."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    """True if torch.compile works on this machine: it needs a C++ compiler, Python's headers and a writable cache."""
+    try:
+        quiet_compiler()
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64))
+        return True
+    except Exception:  # whatever is missing, eager mode serves
+        return False
 
 
 def worth_compiling(n_steps, device):
@@ -258,7 +262,7 @@ def lanes_for(net, device):
         return 1
     size = sum(p.numel() for p in net.parameters())
     # weights, gradients and momentum of all the lanes stay in the cache (CPU), or in 1 GB (GPU)
-    budget, most = (4e6, 32) if device.type == "cpu" else (1e9, 512)
+    budget, most = (4e6, 32) if device.type == "cpu" else (1e9, 128)
     return int(min(most, 2 ** np.floor(np.log2(max(1, budget / (12 * size))))))
 
 
@@ -276,8 +280,6 @@ class Inputs:
         self.chance = -(share * np.log(share)).sum()  # the loss of guessing the class shares
         self.n_classes, self.shape, self.device = dataset.n_classes, tuple(x.shape[1:]), device
         if recipe.augment or recipe.queries > 1:
-            if len(self.shape) != 3:
-                raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {self.shape}")
             self.border = max(1, self.shape[-1] // 8)
             self.padded, self.padded_test = (
                 F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test)
@@ -437,13 +439,11 @@ class Ensemble:
 
 def device_of(name="auto"):
     """torch.device of auto, cpu, cuda, cuda:1 or mps. Raises ValueError naming `device` if it is not there."""
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if here[kind])
-    if not here.get(str(name).split(":")[0], False):
-        there = ", ".join(kind for kind in here if here[kind])
-        raise ValueError(f"device={name!r} is not available on this machine: choose auto, {there}")
-    return torch.device(name)
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    numbered = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in ("auto", *there, *numbered):
+        raise ValueError(f"device={name!r} is not available on this machine: choose auto, {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def open_store(recipe, dataset, store):
@@ -471,6 +471,9 @@ def check(recipe, dataset, n_models):
         raise ValueError(f"n_examples={n} is odd: complementary halves need an even number")
     if not 1 <= size < n:
         raise ValueError(f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
+    if (recipe.augment or recipe.queries > 1) and not dataset.is_image:
+        raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {dataset.x.shape[1:]}")
+    models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
     if recipe.batch_size > size:
         raise ValueError(f"batch_size={recipe.batch_size!r} is larger than a model's {size} training examples")
 
@@ -502,7 +505,7 @@ def train_missing(recipe, dataset, n_models, kept, device, quiet=False):
     ]
     if not starts:
         return
-    kept.check_disk(lanes * len(starts))
+    kept.check_disk(lanes * len(starts), {"weights": KEEP_WEIGHTS})
     inputs = Inputs(dataset, recipe, device)
     label = f"{recipe.optimizer} rho {recipe.rho}, {lanes * len(starts)} models"
     with tqdm(
@@ -517,4 +520,4 @@ def train_missing(recipe, dataset, n_models, kept, device, quiet=False):
                 if kept.flag(k) is None:
                     status = "diverged" if group.stuck[lane] else "finished"
                     rows = {n: a[lane] for n, a in arrays.items() if n != "weights" or k < KEEP_WEIGHTS}
-                    kept.save(k, rows, status=status, seconds=seconds)
+                    kept.save(k, rows, status=status, seconds=seconds, device=str(device), torch=torch.__version__)

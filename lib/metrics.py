@@ -161,7 +161,7 @@ def balanced_accuracy_cells(scores, member, threshold=None, seed=0) -> np.ndarra
 def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     """Cells [M, N] of the TPR at a false positive rate, and of the FPR realised, as an attacker gets them.
 
-    The threshold comes from other models: the pairs (2k, 2k+1) are split in two folds, the threshold that
+    The threshold comes from other models: the pairs are split in two folds, the threshold that
     flags at most a share `fpr` of all non-member scores of one fold is applied to the other, and vice versa.
     The TPR's cells carry the threshold's own sampling error (Hsieh & Turnbull 1996; Pepe 2003, section 5.2);
     those of the realised FPR take the two thresholds as given.
@@ -173,7 +173,7 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     if not 0 < fpr < 1:
         raise ValueError(f"fpr: {fpr}; valid are rates between 0 and 1")
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
-    folds = _folds(len(scores))
+    folds = _folds(member)
     nulls = parallel(lambda fold: np.sort(scores[fold][~member[fold]]), folds)
 
     def fill(here, there):
@@ -195,8 +195,9 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     return tpr, realised
 
 
-def _folds(n_models):
-    fold = np.arange(n_models) // 2 % 2
+def _folds(member):
+    """Two folds of models that keep partners together."""
+    fold = np.unique(pairs(member), return_inverse=True)[1] % 2
     return [np.flatnonzero(fold == k) for k in (0, 1)]
 
 
@@ -254,6 +255,27 @@ def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     return best
 
 
+def partners(member) -> np.ndarray | None:
+    """For each model the one that trained on exactly the other examples: [M] indices; None if any has no such partner.
+
+    member: [M, N] bool; partners may stand in any order.
+    """
+    found, waiting = np.full(len(member), -1), {}  # waiting: a complement looked for -> the models that look for it
+    for k, row in enumerate(member):
+        if waiting.get(row.tobytes()):
+            found[k] = waiting[row.tobytes()].pop()
+            found[found[k]] = k
+        else:
+            waiting.setdefault((~row).tobytes(), []).append(k)
+    return None if (found < 0).any() else found
+
+
+def pairs(member) -> np.ndarray:
+    """Which models belong together, [M] integers: partners, or else (2k, 2k+1)."""
+    found, own = partners(member), np.arange(len(member))
+    return own // 2 if found is None else np.minimum(own, found)
+
+
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
@@ -264,8 +286,8 @@ def evaluate(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> p
     reported only where each fold expects at least ten false positives at it. `threshold`: as in
     balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
     """
-    cells = _all_cells(scores, member, fprs, threshold, seed)
-    return _table({name: estimate(c, level=level, rate=True, widen=_widen(name)) for name, c in cells})
+    clusters, cells = pairs(checked(scores, member)[1]), _all_cells(scores, member, fprs, threshold, seed)
+    return _table({name: estimate(c, clusters, level, rate=True, widen=_widen(name)) for name, c in cells})
 
 
 def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
@@ -278,7 +300,8 @@ def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level
         _all_cells(scores_b, member, fprs, threshold, seed),
         strict=True,
     )
-    found = {name: estimate(b - a, level=level, widen=_widen(name)) for (name, a), (_, b) in cells}
+    clusters = pairs(checked(scores_a, member)[1])
+    found = {name: estimate(b - a, clusters, level, widen=_widen(name)) for (name, a), (_, b) in cells}
     return _table(found, difference=True)
 
 
@@ -300,7 +323,7 @@ def _all_cells(scores, member, fprs, threshold, seed):
 def reportable(member, fprs=FPRS) -> list[float]:
     """The rates at which each fold of models expects ten false positives or more; none with one pair."""
     member = np.asarray(member)
-    counts = [int((~member[f]).sum()) for f in _folds(len(member))]
+    counts = [int((~member[f]).sum()) for f in _folds(member)]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
 
 

@@ -3,7 +3,7 @@
     store/digits-mlp-sam-1f2e3d4c5b6a/
         recipe.json         what was trained, in full
         logits.npy          [M, Q, N, C] float32, and so on: plain arrays, memory-mapped, never pickled
-        done/00012.json     written, atomically, after model 12's rows are on disk; holds their checksums
+        done/00012.json     written, atomically, after model 12's rows were; holds their checksums
 
 A model counts as finished when its flag is there and every checksum matches, so a kill at any moment loses at
 most the models in training, and a damaged row is found, named and trained again.
@@ -127,9 +127,10 @@ class Store:
         finally:
             lock.release()
 
-    def check_disk(self, n_models):
-        """Raise ValueError naming `store` if n_models more rows do not fit on the disk."""
-        needed = n_models * sum(rows.row_bytes for rows in self.rows.values())
+    def check_disk(self, n_models, few=()):
+        """Raise ValueError naming `store` if n_models more rows do not fit. few: array -> the most rows it gets."""
+        counts = dict.fromkeys(self.rows, n_models) | {name: min(n_models, most) for name, most in dict(few).items()}
+        needed = sum(counts[name] * rows.row_bytes for name, rows in self.rows.items())
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
@@ -138,12 +139,19 @@ class Store:
             )
 
     def save(self, model, arrays, **notes):
-        """Write model's row of each array (name -> row), then its flag with their checksums and the notes."""
-        for name, row in arrays.items():
-            self.rows[name].write(model, row)
+        """Write model's row of each array (name -> row), then its flag with their checksums and the notes.
+
+        Raises ValueError naming `store` if the disk refuses; models saved before stay as they are.
+        """
         sums = {name: checksum(np.asarray(row, self.rows[name].dtype)) for name, row in arrays.items()}
         flag = {"model": int(model), "checksums": sums, **notes}
-        write_atomic(self._flag(model), json.dumps(flag))
+        try:
+            for name, row in arrays.items():
+                self.rows[name].write(model, row)
+            write_atomic(self._flag(model), json.dumps(flag))
+        except OSError as error:
+            kept = f"{len(list(self.folder.glob('done/*.json')))} finished models are kept"
+            raise ValueError(f"store={str(self.folder.parent)!r} can't be written ({error}); {kept}") from error
         self.verified[model] = flag
 
     def flag(self, model):

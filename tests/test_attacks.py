@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lib import attacks
+from lib import attacks, metrics
 from lib.metrics import auc_cells, balanced_accuracy_cells, estimate, halves
 
 
@@ -377,3 +377,21 @@ def test_classwise_refuses_labels_of_another_length():
     phi, member = leaky()
     with pytest.raises(ValueError, match="y: shape"):
         attacks.classwise(phi, member, np.zeros(59, int))
+
+
+def test_logits_in_any_order_of_models_get_the_same_scores_and_intervals():
+    """Complements need not stand at (2k, 2k+1): shuffled rows are recognised, scored and clustered alike."""
+    rng = np.random.default_rng(5)
+    member = np.zeros((12, 150), bool)
+    for k in range(0, 12, 2):
+        member[k, rng.permutation(150)[:75]] = True
+        member[k + 1] = ~member[k]
+    phi, order = rng.normal(size=member.shape) + member, rng.permutation(12)
+    straight, shuffled = attacks.lira(phi, member), attacks.lira(phi[order], member[order])
+    np.testing.assert_allclose(shuffled, straight[order], rtol=1e-4, atol=1e-4)
+    first, second = (
+        metrics.evaluate(straight, member, fprs=()),
+        metrics.evaluate(straight[order], member[order], fprs=()),
+    )
+    np.testing.assert_allclose(first[["value", "ci_low", "ci_high"]], second[["value", "ci_low", "ci_high"]], atol=1e-9)
+    assert metrics.partners(rng.random((4, 9)) < 0.5) is None

@@ -1,9 +1,10 @@
 # make study [DATASET=cifar10 DATA=path PRESET=small N_MODELS=32 ...]: run the notebooks into outputs/<dataset>/
+# make lab [LAB='--port 8899 --no-browser']: JupyterLab on the notebooks
 # Any parameter of `python -m lib.study --help`, in upper case, may follow; an unknown one is an error.
 
 PYTHON ?= python3
 BIN := .venv/bin
-PARAMETERS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
+PARAMETERS = $(filter-out PYTHON=% LAB=%,$(MAKEOVERRIDES))
 
 .DEFAULT_GOAL := study
 .PHONY: study test lab bench lint sync
@@ -15,7 +16,7 @@ test: .venv/.ready
 	@$(BIN)/python -m pytest
 
 lab: .venv/.ready
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: .venv/.ready
 	@$(BIN)/python -m tests.bench
@@ -27,11 +28,11 @@ lint: .venv/.ready
 sync: .venv/.ready
 	@$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace notebooks/*.ipynb
 	@$(BIN)/jupytext --quiet --to ipynb --update notebooks/*.py
-	@$(BIN)/python -m lib.readme
+	@$(BIN)/python -m tools.readme
 
 .venv/.ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "installing the dependencies into .venv (once; about 5 GB, some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@

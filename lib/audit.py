@@ -16,18 +16,24 @@ from lib.ensemble import KEEP_WEIGHTS
 from lib.signals import signals
 
 
-def align(ensembles):
-    """The ensembles on the models that finished under every optimizer, so that all comparisons stay paired.
+def align(ensembles, essential=None):
+    """The ensembles on the models that finished in all of them, so that every comparison stays paired.
 
-    Raises ValueError if fewer than 8 models are left.
+    Keys not in `essential` (default: all are) with under half of the models are dropped, and said; ValueError if
+    an essential one has fewer than 8 models.
     """
-    common = sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles.values())))
+    enough = max(8, max(len(e.ids) for e in ensembles.values()) / 2)
+    lost = [k for k, e in ensembles.items() if essential is not None and k not in essential and len(e.ids) < enough]
+    if lost:
+        print(f"left out, since most of their models diverged: {lost}")
+    kept = {name: e for name, e in ensembles.items() if name not in lost}
+    common = sorted(set.intersection(*(set(e.ids.tolist()) for e in kept.values())))
     if len(common) < 8:
         raise ValueError(
-            f"n_models: only {len(common)} models finished under {', '.join(ensembles)}; 8 are needed: "
+            f"n_models: only {len(common)} models finished under all of {', '.join(map(str, kept))}; 8 are needed: "
             "lower lr or rho, or train more models"
         )
-    return {name: e.only(common) for name, e in ensembles.items()}
+    return {name: e.only(common) for name, e in kept.items()}
 
 
 def scores(ensemble, member=None):
@@ -65,12 +71,12 @@ def rho_of(ensemble):
     return "" if ensemble.recipe.parts[0] == "plain" else ensemble.recipe.rho
 
 
-def compared(ensembles, cells_of, metric, rate=False):
+def compared(ensembles, cells_of, metric, rate=False, widen=0.0):
     """One metric for each optimizer and difference: a tidy frame. cells_of: Ensemble -> cells [M, N]."""
     cells = {name: cells_of(e) for name, e in ensembles.items()}
     baseline, *others = cells
-    found = {name: metrics.estimate(c, rate=rate) for name, c in cells.items()}
-    found |= {f"{name}-{baseline}": metrics.estimate(cells[name] - cells[baseline]) for name in others}
+    found = {name: metrics.estimate(c, rate=rate, widen=widen) for name, c in cells.items()}
+    found |= {f"{name}-{baseline}": metrics.estimate(cells[name] - cells[baseline], widen=widen) for name in others}
     return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
 
 
@@ -78,6 +84,11 @@ def plain_signal(ensemble, name, test=False):
     """A signal of the plain input: [M, N] on the pool, [M, T] on the test part."""
     logits, y = (ensemble.test_logits, ensemble.dataset.y_test) if test else (ensemble.logits, ensemble.dataset.y)
     return signals(logits[:, 0], y, only=(name,))[name]
+
+
+def phi_gap(phi, member):
+    """How much training on an example raises its phi: mean over models with it minus mean without, [N]."""
+    return (phi * member).sum(0) / member.sum(0) - (phi * ~member).sum(0) / (~member).sum(0)
 
 
 def accuracies(ensembles):
@@ -126,17 +137,21 @@ def variances(ensembles):
     )
 
 
-def main_metrics(ensemble, against=None):
-    """Accuracies, train loss and LiRA's AUC of one ensemble, or its paired differences from another: a tidy frame."""
-    pair = {"it": ensemble} if against is None else {"base": against, "it": ensemble}
-    accuracy = accuracies(pair)
-    accuracy = accuracy[accuracy.optimizer == ("it" if against is None else "it-base")]
-    cells = [metrics.auc_cells(lira(e), np.array(ensemble.member)) for e in pair.values()]
-    if against is None:
-        found = metrics.estimate(cells[0], rate=True, widen=metrics.SHADOWS)
-    else:
-        found = metrics.estimate(cells[1] - cells[0], widen=metrics.SHADOWS)
-    return pd.concat([accuracy, pd.DataFrame([row("auc", found, attack="lira")])], ignore_index=True)
+def lira_cells(ensemble):
+    """Cells [M, N] of the AUC of LiRA (online, per-example variance, over all the queries)."""
+    phi, member = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"], np.array(ensemble.member)
+    return metrics.auc_cells(attacks.lira(phi, member), member)
+
+
+def contrast(ensembles):
+    """Accuracies, train loss and LiRA's AUC of each optimizer, and their differences from the first: a tidy frame.
+
+    Column train_loss holds the optimizer's loss beside each of its rows (NaN beside differences).
+    """
+    auc = compared(ensembles, lira_cells, "auc", rate=True, widen=metrics.SHADOWS).assign(attack="lira")
+    frame = pd.concat([accuracies(ensembles), auc], ignore_index=True)
+    loss = frame[frame.metric == "train_loss"].set_index("optimizer").value
+    return frame.assign(train_loss=frame.optimizer.map(loss).where(frame.optimizer.isin(list(ensembles))))
 
 
 def row(metric, found, **more):
@@ -144,33 +159,25 @@ def row(metric, found, **more):
     return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
 
 
-def lira(ensemble):
-    """LiRA's scores [M, N] (online, per-example variance), over all the queries."""
-    phi = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"]
-    return attacks.lira(phi, np.array(ensemble.member))
-
-
 def dose_table(doses, other, baseline):
-    """Main metrics for each radius, and their paired differences from radius 0: a tidy frame.
-
-    doses: dict rho -> Ensemble, with 0.0 for the baseline. Differences have optimizer 'sam-sgd'.
-    """
+    """`contrast` of every radius with radius 0. doses: dict rho -> Ensemble, 0.0 first; baseline's rows come once."""
     frames = []
-    for rho, ensemble in tqdm(doses.items(), "doses", delay=2, leave=False):
-        frames.append(main_metrics(ensemble).assign(optimizer=other if rho else baseline, rho=rho))
-        if rho:
-            frames.append(main_metrics(ensemble, doses[0.0]).assign(optimizer=f"{other}-{baseline}", rho=rho))
-    return pd.concat(frames, ignore_index=True)
+    for rho, ensemble in tqdm(list(doses.items())[1:], "doses", delay=2, leave=False):
+        frame = contrast({baseline: doses[0.0], other: ensemble})
+        frames.append(frame.assign(rho=np.where(frame.optimizer == baseline, 0.0, rho)))
+    frame = pd.concat(frames or [contrast({baseline: doses[0.0]}).assign(rho=0.0)], ignore_index=True)
+    return frame.drop_duplicates(["optimizer", "rho", "metric"])
 
 
-def null_table(ensemble, seed):
-    """AUC of every attack on shuffled membership (attacks.null_member): a tidy frame; each should hold 0.5."""
-    member = attacks.null_member(np.array(ensemble.member), seed)
-    rows = []
-    for attack, found in scores(ensemble, member).items():
-        auc = metrics.estimate(metrics.auc_cells(found, member), rate=True, widen=metrics.SHADOWS)
-        rows.append(row("auc", auc, attack=attack))
-    return pd.DataFrame(rows)
+def null_table(ensemble, seed, shuffles=5):
+    """AUC of every attack on shuffled membership (attacks.null_member), averaged over shuffles: 0.5 without a fault."""
+    cells = {}
+    for shuffle in range(shuffles):
+        member = attacks.null_member(np.array(ensemble.member), [seed, shuffle])
+        for attack, found in scores(ensemble, member).items():
+            cells[attack] = cells.get(attack, 0) + metrics.auc_cells(found, member) / shuffles
+    found = {attack: metrics.estimate(c, rate=True, widen=metrics.SHADOWS) for attack, c in cells.items()}
+    return pd.DataFrame([row("auc", e, attack=attack) for attack, e in found.items()])
 
 
 PAPER_ATTACKS = (
@@ -208,34 +215,39 @@ def beside_paper(leak, accuracy, baseline, other):
 
 
 def regime_table(regimes):
-    """Main metrics of each optimizer and of the difference, for each number of epochs: a tidy frame.
+    """`contrast` at every number of epochs. regimes: dict epochs -> dict optimizer -> Ensemble, the baseline first."""
+    bar = tqdm(regimes.items(), "regimes", delay=2, leave=False)
+    return pd.concat([contrast(pair).assign(epochs=epochs) for epochs, pair in bar], ignore_index=True)
 
-    regimes: dict epochs -> dict of two Ensembles, the baseline first. `train_loss` stands beside every row.
-    """
-    frames = []
-    for epochs, pair in tqdm(regimes.items(), "regimes", delay=2, leave=False):
-        (baseline, first), (other, second) = pair.items()
-        for name, frame in ((baseline, main_metrics(first)), (other, main_metrics(second))):
-            loss = frame.value[frame.metric == "train_loss"].iloc[0]
-            frames.append(frame.assign(optimizer=name, epochs=epochs, train_loss=loss))
-        frames.append(main_metrics(second, first).assign(optimizer=f"{other}-{baseline}", epochs=epochs))
-    return pd.concat(frames, ignore_index=True)
+
+def loss_series(regime_frame, dose_frame, baseline, other):
+    """LiRA's AUC against train loss as plots.leakage_against_loss takes it: two series over epochs, one over radii."""
+    epochs = regime_frame.assign(
+        series=regime_frame.optimizer + ", epochs varied", label=regime_frame.epochs.astype(str)
+    )
+    radii = dose_frame.assign(series=f"{other}, radius varied", label=[f"{rho:.3g}" for rho in dose_frame.rho])
+    both = pd.concat([epochs, radii[radii.rho > 0]], ignore_index=True)
+    return both[(both.metric == "auc") & both.optimizer.isin([baseline, other])]
 
 
 def loss_and_cells(ensemble):
     """(mean train loss, LiRA's AUC cells [M, N])."""
     member = np.array(ensemble.member)
     loss = -plain_signal(ensemble, "log_confidence")[member].mean()
-    return float(loss), metrics.auc_cells(lira(ensemble), member).astype(np.float32)
+    return float(loss), lira_cells(ensemble).astype(np.float32)
 
 
 def at_equal_loss(baseline, other):
     """AUC differences, other minus baseline, at the train losses that `other` reached: a tidy frame.
 
     baseline, other: lists of Ensembles, one for each number of epochs. The baseline's AUC cells at that loss are
-    interpolated linearly in log loss between its two neighbouring runs; the interpolation weight is taken as
-    known. Losses that the baseline did not bracket are left out: nothing is extrapolated.
+    interpolated linearly in log loss between its two neighbouring runs (column `between` has their losses); the
+    weight is taken as known. A curve that flattens between two runs lies above the line, so where they are far
+    apart the difference is overstated. Losses that the baseline did not bracket are left out.
     """
+    ids = [e.ids.tolist() for e in [*baseline, *other]]
+    if any(i != ids[0] for i in ids):
+        raise ValueError("baseline, other: the ensembles hold different models; align them first")
     points = sorted(map(loss_and_cells, baseline), key=lambda point: point[0])
     losses = np.log([loss for loss, _ in points])
     rows = []
@@ -246,18 +258,19 @@ def at_equal_loss(baseline, other):
         weight = (np.log(loss) - losses[right - 1]) / (losses[right] - losses[right - 1])
         reference = (1 - weight) * points[right - 1][1] + weight * points[right][1]
         found = metrics.estimate(cells - reference, widen=metrics.SHADOWS)
-        rows.append(row("auc", found, train_loss=loss))
-    return pd.DataFrame(rows, columns=["metric", "train_loss", "value", "ci_low", "ci_high"])
+        between = f"{np.exp(losses[right - 1]):.3g} and {np.exp(losses[right]):.3g}"
+        rows.append(row("auc", found, train_loss=loss, between=between))
+    return pd.DataFrame(rows, columns=["train_loss", "between", "metric", "value", "ci_low", "ci_high"])
 
 
 # ---- flatness -----------------------------------------------------------------------------------------------
 
 
-def flatness(ensemble, rho, n_models=8, n_examples=512, steps=20):
+def flatness(ensemble, rho, n_models=8, n_examples=512):
     """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
 
-    rho > 0. Returns [n_models, 2], of the models whose weights are kept: the largest Hessian eigenvalue, and the
-    loss rise within the ball of radius rho.
+    rho > 0. Returns [models whose weights are kept, 2]: the largest Hessian eigenvalue, and the loss rise within
+    the ball of radius rho.
     """
     x = torch.from_numpy(data.inputs(ensemble.dataset)[0])
     y = torch.from_numpy(ensemble.dataset.y)
@@ -270,13 +283,13 @@ def flatness(ensemble, rho, n_models=8, n_examples=512, steps=20):
         def loss(params, net=net, buffers=buffers, chosen=chosen):
             return F.cross_entropy(functional_call(net, (params, buffers), (x[chosen],)), y[chosen])
 
-        pair = sharpness.top_eigenvalue(loss, params, steps), sharpness.ball_rise(loss, params, rho)
+        pair = sharpness.top_eigenvalue(loss, params), sharpness.ball_rise(loss, params, rho)
         found.append([float(value) for value in pair])
-    return np.array(found)
+    return np.array(found).reshape(-1, 2)
 
 
 def flatness_table(ensembles, rho):
-    """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over models."""
+    """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over pairs of models."""
     found = {name: flatness(e, rho) for name, e in ensembles.items()}
     baseline, *others = found
     found |= {f"{name}-{baseline}": found[name] - found[baseline] for name in others}
@@ -288,7 +301,8 @@ def flatness_table(ensembles, rho):
 
 
 def t_interval(values, level=0.95):
-    """Mean of independent values [n] with its interval by Student's t."""
-    mean, error = np.mean(values), stats.sem(values)
-    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
+    """Mean of one value per model [n], partners side by side, with Student's t interval over the means of pairs."""
+    pairs = values.reshape(-1, 2).mean(1)
+    mean = pairs.mean()
+    half = stats.t.ppf(0.5 + level / 2, len(pairs) - 1) * stats.sem(pairs)
     return metrics.Estimate(mean, mean - half, mean + half)

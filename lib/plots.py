@@ -43,7 +43,7 @@ def error_bars(axis, x, frame, index, label=None, **more):
 def picture(axis, image):
     """One example: image [channels, H, W] (uint8, or floats in 0..1), or a table's row as a strip of bars."""
     if image.ndim == 1:
-        axis.bar(np.arange(len(image)), image, color="0.4", width=1)
+        axis.stairs(image, fill=True, color="0.4")
         axis.set(xticks=[], yticks=[])
         return
     pixels = image.transpose(1, 2, 0)
@@ -52,7 +52,7 @@ def picture(axis, image):
 
 
 def gallery(dataset, per_class=6, most=10):
-    """A few pool examples of each class (of the first ten), a class a row."""
+    """A few pool examples of each class (of the first ten), a class a column."""
     n = min(dataset.n_classes, most)
     figure, axes = plt.subplots(per_class, n, figsize=(n, per_class * 1.05), squeeze=False)
     for column in range(n):
@@ -160,46 +160,16 @@ def dose_response(frame, panels):
 
 
 def leakage_against_loss(frame):
-    """LiRA's AUC against the train loss reached; one point per number of epochs, one line per optimizer."""
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for index, (name, rows) in enumerate(frame.groupby("optimizer", sort=False)):
+    """LiRA's AUC against the train loss reached. frame: rows with series, label, train_loss, value, ci_low, ci_high."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for index, (name, rows) in enumerate(frame.groupby("series", sort=False)):
         rows = rows.sort_values("train_loss")
         error_bars(axis, rows.train_loss, rows, index, label=name)
         for row in rows.itertuples():
-            axis.annotate(
-                f"{row.epochs}",
-                (row.train_loss, row.value),
-                textcoords="offset points",
-                xytext=(14, -3),
-                ha="center",
-                fontsize=9,
-                color=COLOURS[index],
-            )
+            spot = dict(textcoords="offset points", xytext=(6, -11 if index == 0 else 5), fontsize=8)
+            axis.annotate(row.label, (row.train_loss, row.value), color=COLOURS[index], **spot)
     axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
     axis.invert_xaxis()
     axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    axis.set_title("the small numbers are epochs", fontsize=10)
     axis.legend()
-    return figure
-
-
-def finding(runs):
-    """The study in one picture: what SAM gains in test accuracy and what it costs in LiRA's AUC, epoch by epoch.
-
-    runs: dict title -> tidy frame of the paired differences with columns epochs, metric, value, ci_low, ci_high,
-    train_accuracy (of the baseline).
-    """
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.6 * len(runs), 4), layout="constrained", squeeze=False)
-    labels = {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}
-    for axis, (title, frame) in zip(axes[0], runs.items(), strict=True):
-        for index, (metric, label) in enumerate(labels.items()):
-            rows = 100 * frame[frame.metric == metric].set_index("epochs").sort_index()[["value", "ci_low", "ci_high"]]
-            error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
-        fits = frame[frame.metric == "auc"].sort_values("epochs")
-        ticks = [f"{row.epochs} epochs\n(fit {row.train_accuracy:.0%})" for row in fits.itertuples()]
-        axis.set_xticks(range(len(ticks)), ticks, fontsize=10)
-        axis.axhline(0, color="0.3", lw=1)
-        axis.set(title=title, ylabel="SAM minus SGD, points")
-        axis.margins(x=0.12)
-    axes[0, 0].legend(fontsize=10)
     return figure

@@ -19,6 +19,8 @@ def number(value, low, high):
 
 def shown(frame, across=("optimizer",)):
     """Show values with their intervals: one row per metric (or attack), one column per `across`."""
+    if frame.empty:
+        return say("*Too few counts to report any.*")
     cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
     across = list(across)
     rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
@@ -74,7 +76,7 @@ def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
     )
     top = difference(flat, "hessian_top_eigenvalue", pair)
     train = pick(accuracy, baseline, "train_accuracy"), pick(accuracy, other, "train_accuracy")
-    turns = [(row.epochs, sign(row)) for row in equal_epochs[equal_epochs.metric == "auc"].itertuples()]
+    turns = [(row.epochs, sign(row)) for row in equal_epochs.itertuples()]
     words = {1: "more", -1: "less", 0: "no difference"}
     lines = [
         f"**Generalization.** {other} tests {verb(gain, 'better than', 'worse than', 'no differently from')} "

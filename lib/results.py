@@ -3,24 +3,11 @@
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from lib.store import write_atomic
 
-COLUMNS = [
-    "notebook",
-    "dataset",
-    "arch",
-    "optimizer",
-    "rho",
-    "attack",
-    "metric",
-    "value",
-    "ci_low",
-    "ci_high",
-    "n_models",
-    "n_examples",
-    "note",
-]
+COLUMNS = "notebook dataset arch optimizer rho attack metric value ci_low ci_high n_models n_examples note".split()
 
 
 class Results:
@@ -62,8 +49,8 @@ class Results:
     def write(self):
         """Replace this notebook's rows in the file."""
         own = pd.concat(self.rows)
-        if self.path.exists():
-            others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
-            own = pd.concat([others[others.notebook != self.about["notebook"]], own])
-        text = own.sort_values("notebook", kind="stable").to_csv(index=False)
-        write_atomic(self.path, text)
+        with FileLock(self.path.with_name(".results.lock")):
+            if self.path.exists():
+                others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
+                own = pd.concat([others[others.notebook != self.about["notebook"]], own])
+            write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))

@@ -38,10 +38,11 @@ def sam(gradient, params, rho):
 RULES = {"plain": plain, "sam": sam}
 
 
-def top_eigenvalue(loss, params, steps=30, seed=0):
+def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
     """Largest-magnitude Hessian eigenvalue of `loss` at `params`, by power iteration on Hessian-vector products.
 
-    loss: dict of tensors -> scalar. Returns the Rayleigh quotient v'Hv (a scalar tensor) after `steps` products.
+    loss: dict of tensors -> scalar. Returns the Rayleigh quotient v'Hv (a scalar tensor), once a product changes it
+    by less than the share `tolerance`, or after `steps` products.
     Source: Yao et al. 2020, "PyHessian", section 3.
     """
     device = next(iter(params.values())).device
@@ -59,7 +60,9 @@ def top_eigenvalue(loss, params, steps=30, seed=0):
         # Hv = grad (grad L(w) . v)
         product = grad(slope_along)(params, vector)
         # lambda = v'Hv for |v| = 1
-        value = sum((vector[k] * product[k]).sum() for k in vector)
+        before, value = value, sum((vector[k] * product[k]).sum() for k in vector)
+        if abs(value - before) <= tolerance * abs(value):
+            break
         vector = product
     return value
 

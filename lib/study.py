@@ -157,9 +157,13 @@ class Settings:
         """Numbers of epochs from far short of the main run to far beyond it."""
         return sorted({max(1, round(factor * self.epochs)) for factor in factors})
 
-    def doses(self, factors=(0.25, 0.5, 1, 2)):
-        """Radii below, at and above the run's rho."""
-        return [factor * self.rho for factor in factors]
+    def between(self):
+        """More numbers of epochs, between the regimes: the baseline's, to interpolate its leakage by train loss."""
+        return [e for e in self.regimes((0.25, 0.5, 0.75, 1.5)) if e not in self.regimes()]
+
+    def doses(self, optimizer, factors=(0.25, 0.5, 1, 2)):
+        """Radii below, at and above the run's rho; none for an optimizer without a radius."""
+        return [factor * self.rho for factor in factors if self.recipe(optimizer).parts[0] != "plain"]
 
 
 def settings(given):
@@ -168,6 +172,8 @@ def settings(given):
     Raises ValueError or FileNotFoundError that names the parameter, before anything is trained.
     """
     given = clean(given)
+    for name in ("out", "store"):
+        writable(name, given[name])
     whole = data.load(given["dataset"], given.get("data"), Path(given["store"]) / "cache")
     kind = "image" if whole.is_image and min(whole.x.shape[-2:]) >= 16 else "table"
     preset = PRESETS[given["preset"]][kind]
@@ -177,6 +183,8 @@ def settings(given):
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
     pool = data.pool(whole, bound, values["seed"], n_test)
     values["n_examples"] = len(pool.y)
+    if "batch_size" not in given:  # like n_examples, the preset's is an upper bound
+        values["batch_size"] = max(1, min(values["batch_size"], int(len(pool.y) * values["subset"]) // 2))
     run = Settings(values, pool)
     check(run)
     return run
@@ -184,9 +192,16 @@ def settings(given):
 
 def check(run):
     """Raise ValueError naming the parameter if any ensemble of the run could not be trained or written."""
-    if len(set(run.names)) != len(run.names) or "" in run.names:
-        raise ValueError(f"optimizers={run.optimizers!r} is not valid: different names, separated by commas")
+    if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
+        raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
     ensemble.device_of(run.device)
+    rules = [run.recipe(name).parts[0] for name in run.names]
+    if rules[0] != "plain":
+        raise ValueError(
+            f"optimizers={run.optimizers!r}: the first is the baseline, one of {', '.join(ensemble.BASES)}"
+        )
+    if set(rules) != {"plain"} and run.rho <= 0:
+        raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for name in run.names:
         ensemble.check(run.recipe(name), run.dataset, run.n_models)
     if run.n_models < 8:
@@ -197,8 +212,6 @@ def check(run):
             f"subset={run.subset}: of n_models={run.n_models}, some example is in {inside.min()} and some is out of "
             f"{(run.n_models - inside).min()}; both need 3: train more models, or a subset nearer to 0.5"
         )
-    for name in ("out", "store"):
-        writable(name, getattr(run, name))
 
 
 def writable(name, folder):
@@ -227,6 +240,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m lib.study",
         description="Run the notebooks headlessly, in order, into one folder of results.",
+        allow_abbrev=False,
         epilog="A parameter may also be written as make writes it: DATASET=cifar10.",
     )
     for name, (kind, meaning) in PARAMETERS.items():
@@ -237,20 +251,19 @@ def parse(arguments):
     given = {name: value for name, value in found.items() if value is not None}
     given |= {w.split("=", 1)[0].lower(): w.split("=", 1)[1] for w in words if "=" in w}
     wanted = [w for w in words if "=" not in w]
-    chosen = [book for book in NOTEBOOKS if not wanted or any(book.name.startswith(w) for w in wanted)]
-    if not chosen:
-        raise ValueError(f"notebook {wanted[0]!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
-    return chosen, given
+    for word in wanted:
+        if not any(book.name.startswith(word) for book in NOTEBOOKS):
+            raise ValueError(f"notebook {word!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
+    return [b for b in NOTEBOOKS if not wanted or any(b.name.startswith(w) for w in wanted)], given
 
 
 def execute(book, given, out):
-    """Run one notebook with papermill; the kernel's progress bars go to this terminal, not into the copy."""
+    """Run one notebook with papermill; what the kernel prints comes here, its progress bars not into the copy."""
     import papermill
 
     print(f"{book.stem} -> {out}", flush=True)
-    done = papermill.execute_notebook(
-        book, out / book.name, parameters=given, kernel_name="python3", progress_bar=True, stderr_file=sys.stderr
-    )
+    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    done = papermill.execute_notebook(book, out / book.name, parameters=given, kernel_name="python3", **streams)
     for cell in done.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
@@ -271,7 +284,8 @@ def main(arguments=None):
         try:
             execute(book, given, out)
         except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
-            print(f"error: {book.stem} failed: {error}", file=sys.stderr)
+            said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+            print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
             return 1
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"Done. Look at {shown}/: {', '.join(b.name for b in chosen)} (open in JupyterLab), results.csv, figures/")

@@ -21,7 +21,7 @@
 #
 # This notebook puts both on one table. Two ensembles of models, one trained with each optimizer, differ in
 # nothing else: model $k$ of either has the same half of the data, the same initial weights and the same order of
-# batches. So every comparison below is *paired*, and every number carries a 95% interval.
+# batches. So every comparison below is *paired*, and every estimate carries a 95% interval.
 #
 # *(This file comes in two copies with the same cells. Edit the `.py`; `make sync` writes the `.ipynb`.)*
 
@@ -67,7 +67,6 @@ out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 # %%
 run = study.notebook_settings(globals(), before)
 
-# %%
 import numpy as np
 import pandas as pd
 from IPython.display import display
@@ -87,10 +86,11 @@ say(run.describe())
 # **The game.** Someone holds an example and a trained model, and guesses whether the example was in the training
 # set. A good guesser means that the model betrays who is in its data: a patient in a hospital's study, say.
 #
-# **How it is played.** The strongest attack known, LiRA, trains *shadow* models of its own, some with the example
+# **How it is played.** A strong attack, LiRA, trains *shadow* models of its own, some with the example
 # and some without, and asks which of the two groups the target model's output resembles. The output is summed up
 # by $\phi = \log p_y - \log(1-p_y)$, the model's confidence in the true label on a scale without ceiling.
-#
+
+# %% [markdown]
 # We train $M$ models, each on a random half of one pool of $N$ examples. Models $2k$ and $2k+1$ share the pool
 # out between them, so every example is in exactly half of the models. Each model is a target in its turn, and all
 # the others (but for its partner, which would give the game away) are its shadows.
@@ -100,10 +100,8 @@ ensembles = audit.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 results = Results("01_phenomenon", run, n_models=len(member))
 phis = {name: audit.plain_signal(e, "phi") for name, e in ensembles.items()}
-logit_gap = (phis[baseline] * member).sum(0) / member.sum(0) - (phis[baseline] * ~member).sum(0) / (~member).sum(0)
-telling = int(np.argsort(logit_gap)[-len(logit_gap) // 100])
-
-# %%
+gap = audit.phi_gap(phis[baseline], member)
+telling = int(np.argsort(gap)[-1 - len(gap) // 100])
 title = f"a '{run.dataset.classes[run.dataset.y[telling]]}' from the pool"
 figure = plots.what_an_attacker_sees(phis[baseline], member, telling, run.dataset.x[telling], title)
 plots.save(figure, run, "attack")
@@ -112,8 +110,8 @@ plots.save(figure, run, "attack")
 # **How to read it.** Left, one example, chosen among the hundredth of the pool that training changes most.
 # Middle, the confidence in its label of the models that trained with it and of those that did not: where the two
 # hills part, membership is plain to see. Right, what an attacker without shadow models sees: one model, and the
-# hills of all its members and non-members. They overlap far more, because easy non-members look like members.
-# That is why per-example attacks are stronger.
+# hills of all its members and non-members. An easy example is on the right-hand side of this picture whether or not it
+# was a member, which is what a per-example attack corrects for.
 
 # %% [markdown]
 # ## The data
@@ -136,24 +134,25 @@ plots.save(plots.gallery(run.dataset, per_class=4), run, "data")
 # %%
 plots.save(plots.training_curves(ensembles), run, "training")
 
+# %% [markdown]
+# Curves are means over the models, bands hold 95% of them. In the table, a column named with a difference of two
+# optimizers is paired: the same halves, weights and orders on both sides.
+
 # %%
 accuracy = audit.accuracies(ensembles)
 results.add(accuracy)
 shown(accuracy)
-
-# %% [markdown]
-# **How to read it.** Curves are means over the models, bands hold 95% of them. In the table, a row
-# named with a difference of two optimizers is paired: the same halves, weights and orders on both sides. The generalization gap is
-# accuracy on the training half minus accuracy on the other half. It is also, by definition, the mean
-# memorization: of two optimizers that fit their training sets, the one that generalizes better memorizes
-# *less on average*. The question is whether that makes it harder to attack.
-
-# %%
 test = difference(accuracy, "test_accuracy", pair)
 say(f"{other} tests {verb(test, 'better than', 'worse than', 'no differently from')} {baseline}: {points(test)}.")
 for name in run.names:
     fit, loss = pick(accuracy, name, "train_accuracy"), pick(accuracy, name, "train_loss")
     say(f"{name} fits its training half with accuracy {fit:.1%} and loss {loss:.2g}.")
+
+# %% [markdown]
+# **How to read it.** The generalization gap is
+# accuracy on the training half minus accuracy on the other half. It is also, by definition, the mean
+# memorization: of two optimizers that fit their training sets, the one that generalizes better memorizes
+# *less on average*. The question is whether that makes it harder to attack.
 
 # %% [markdown]
 # ## The attacks
@@ -169,12 +168,14 @@ for name in run.names:
 # | `confidence`, `entropy`, `m_entropy` | one threshold on the output (Song & Mittal 2021); `_classwise`: one for each class |
 # | `lira` | likelihood ratio of the output, given models with and without the example (Carlini et al. 2022); `_pooled`: one variance for all examples; `_offline`: without models that contain it |
 # | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024) |
-#
+
+# %% [markdown]
 # Thresholds are learned on one half of the examples and judged on the other; those for a fixed false positive
 # rate (FPR) are learned on other models, as an attacker would with shadows, and the FPR that they then
 # *realise* stands beside the true positive rate (TPR).
 # Intervals treat models and examples as two crossed samples: they speak about new models *and* new
-# examples (Cameron, Gelbach & Miller 2011; Owen 2007).
+# examples (Cameron, Gelbach & Miller 2011; Owen 2007), and are widened for the shadows that targets share by a
+# factor fitted in simulation (`lib/metrics.py`).
 
 # %%
 scored = {name: audit.scores(e) for name, e in ensembles.items()}
@@ -198,16 +199,11 @@ shown(strict[strict.optimizer.isin(run.names)], across=["attack", "optimizer"])
 # %%
 differences = leak[~leak.optimizer.isin(run.names)]
 auc = differences[differences.metric == "auc"]
-plots.save(plots.forest(auc, "difference in AUC (paired, 95% interval)"), run, "difference_auc")
-
-# %%
-accuracy_gain = differences[differences.metric == "balanced_accuracy"]
-plots.save(
-    plots.forest(accuracy_gain, "difference in balanced accuracy (paired, 95% interval)"), run, "difference_accuracy"
-)
-
-# %%
-for label, frame in (("AUC", auc), ("balanced accuracy", accuracy_gain)):
+for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")):
+    frame = differences[differences.metric == metric]
+    display(
+        plots.save(plots.forest(frame, f"difference in {label} (paired, 95% interval)"), run, f"difference_{metric}")
+    )
     say(summary(frame[frame.optimizer == pair], f"In {label}, {other} leaks", baseline))
 
 # %% [markdown]
@@ -229,14 +225,10 @@ plots.save(plots.roc(scored, member, "lira"), run, "roc")
 # models*: the spread of one example's output over the models that did not see it; this is what LiRA divides by.
 
 # %%
-plots.save(plots.phi_of_members(phis, member), run, "phi")
-
-# %%
+display(plots.save(plots.phi_of_members(phis, member), run, "phi"))
 spread = audit.variances(ensembles)
 results.add(spread)
 shown(spread)
-
-# %%
 for metric in spread.metric.unique():
     say(f"`{metric}`: {other} varies {verb(difference(spread, metric, pair), *than)} {baseline}.")
 
@@ -250,21 +242,21 @@ for metric in spread.metric.unique():
 #
 # **Claim.** If sharpness-awareness is the cause, more of it has more effect.
 #
-# **How we test it.** The same halves, weights and orders once more, with several radii $\rho$. At $\rho = 0$ SAM
-# *is* its base optimizer, to the last bit.
+# **How we test it.** The same halves, weights and orders once more, with several radii $\rho$. Radius 0 is the
+# optimizer's own base, trained without the rule. (An optimizer without a radius has no dose to vary.)
 
 # %%
-doses = {0.0: ensembles[baseline]} | {dose: run.train(other, rho=dose) for dose in run.doses()}
-doses = audit.align(doses)
-dose_frame = audit.dose_table(doses, other, baseline)
-results.add(dose_frame, note="dose and response")
-
-# %%
+without = run.recipe(other).parts[1]
+doses = {0.0: run.train(without)} | {dose: run.train(other, rho=dose) for dose in run.doses(other)}
+doses = audit.align(doses, essential=[0.0])
+dose_frame = audit.dose_table(doses, other, without)
+results.add(dose_frame, note="dose and response", n_models=len(doses[0.0].ids))
 panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
-plots.save(plots.dose_response(dose_frame[dose_frame.optimizer == pair], panels), run, "dose")
+dose_steps = dose_frame[dose_frame.optimizer == f"{other}-{without}"]
+plots.save(plots.dose_response(dose_steps, panels), run, "dose")
 
 # %% [markdown]
-# **How to read it.** Paired differences from the baseline, with 95% intervals. Left to right: what is gained, how
+# **How to read it.** Paired differences from radius 0, with 95% intervals. Left to right: what is gained, how
 # well the training half is fitted, what is leaked. If
 # leakage rises only where the train loss falls, then fitting may be the cause rather than flatness: the
 # next section separates the two.
@@ -276,40 +268,49 @@ plots.save(plots.dose_response(dose_frame[dose_frame.optimizer == pair], panels)
 #
 # **How we test it.** We train for several numbers of epochs, from far short of fitting the training half to far beyond
 # it, each with its own full learning-rate schedule, and look at leakage two ways: at *equal epochs*, and
-# at *equal train loss* (the baseline's AUC is interpolated, in log loss, to the loss that the other reached;
-# where the baseline never reached it, nothing is said).
+# at *equal train loss*. For the second the baseline is trained for more numbers of epochs in between, and its
+# AUC is interpolated, in log loss, to the loss that the other reached; where it did not bracket that loss, nothing is said.
 
 # %%
-regimes = {}
-for steps in run.regimes():
-    regimes[steps] = audit.align({name: run.train(name, epochs=steps) for name in (baseline, other)})
-
-# %%
+wanted = {(e, name): run.train(name, epochs=e) for e in run.regimes() for name in (baseline, other)}
+wanted |= {(e, baseline): run.train(baseline, epochs=e) for e in run.between()}
+usable = audit.align(wanted, essential=[(run.epochs, baseline), (run.epochs, other)])
+regimes = {
+    e: {name: usable[e, name] for name in (baseline, other)}
+    for e, name in usable
+    if (e, other) in usable and name == baseline
+}
 regime_frame = audit.regime_table(regimes)
-results.add(regime_frame.assign(note=[f"epochs={e}" for e in regime_frame.epochs]))
-absolute = regime_frame[(regime_frame.metric == "auc") & (regime_frame.optimizer != pair)]
-plots.save(plots.leakage_against_loss(absolute), run, "regimes")
+results.add(
+    regime_frame.assign(note=[f"epochs={e}" for e in regime_frame.epochs]), n_models=len(usable[run.epochs, other].ids)
+)
+equal_epochs = regime_frame[(regime_frame.optimizer == pair) & (regime_frame.metric == "auc")]
+shown(equal_epochs, across=["epochs"])
+
+# %% [markdown]
+# One line joins numbers of epochs, the other radii, so that both ways of moving the train loss can be seen. A point
+# is a whole ensemble.
 
 # %%
-equal_epochs = regime_frame[regime_frame.optimizer == pair]
-shown(equal_epochs[equal_epochs.metric == "auc"], across=["epochs"])
+plots.save(plots.leakage_against_loss(audit.loss_series(regime_frame, dose_frame, baseline, other)), run, "regimes")
 
 # %%
-equal_loss = audit.at_equal_loss([r[baseline] for r in regimes.values()], [r[other] for r in regimes.values()])
-notes = [f"at equal train loss {loss:.3g}" for loss in equal_loss.train_loss]
-results.add(equal_loss, optimizer=pair, attack="lira", note=notes)
+equal_loss = audit.at_equal_loss(
+    [e for (_, name), e in usable.items() if name == baseline], [r[other] for r in regimes.values()]
+)
+notes = [f"at equal train loss {row.train_loss:.3g}, baseline between {row.between}" for row in equal_loss.itertuples()]
+results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, other].ids))
 display(equal_loss.style.format(precision=4).hide(axis="index"))
-
-# %%
-for row in equal_epochs[equal_epochs.metric == "auc"].itertuples():
+for row in equal_epochs.itertuples():
     say(f"After {row.epochs} epochs, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
 for row in equal_loss.itertuples():
     say(f"At train loss {row.train_loss:.2g}, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
 
 # %% [markdown]
-# **How to read it.** A point is a whole ensemble; the number beside it, its epochs. Where the lines cross, the
-# sign of the effect turns. Where they coincide at equal loss, the train loss explains the leakage and the
-# optimizer adds nothing.
+# **How to read it.** Where the lines cross, the sign of the effect turns. Where they coincide at equal loss, the train
+# loss explains the leakage and the optimizer adds nothing. The interpolated baseline lies on a straight line between
+# two runs, whose losses the column `between` gives: where they are far apart and the curve bends, the difference is
+# overstated.
 
 # %% [markdown]
 # ## How flat are the minima?
@@ -323,8 +324,6 @@ for row in equal_loss.itertuples():
 flat = audit.flatness_table(ensembles, run.rho)
 results.add(flat)
 shown(flat)
-
-# %%
 for metric in flat.metric.unique():
     words = verb(difference(flat, metric, pair), "sharper than", "flatter than", "neither flatter nor sharper than")
     say(f"`{metric}`: {other} is {words} {baseline}.")
@@ -334,20 +333,17 @@ for metric in flat.metric.unique():
 #
 # **Claim.** None of the above is an artefact of the attacks or of how we score them.
 #
-# **How we test it.** The same logits, with a membership matrix that has the same design but says nothing about
-# training. A sound attack must then guess: AUC 0.5 within its interval.
+# **How we test it.** The same logits, with membership matrices that have the same design but say nothing about
+# training. A sound attack must then guess: AUC 0.5. (The attacks share these shuffles, so their misses come together;
+# one 95% interval in twenty misses by chance.)
 
 # %%
 null = audit.null_table(ensembles[other], run.seed)
 results.add(null, optimizer=other, note="null control: shuffled membership")
 shown(null, across=["metric"])
-
-# %%
 inside = (null.ci_low <= 0.5) & (null.ci_high >= 0.5)
-say(
-    f"{inside.sum()} of {len(null)} attacks have 0.5 within their 95% interval; the furthest is "
-    f"{null.value.loc[(null.value - 0.5).abs().idxmax()]:.3f}."
-)
+furthest = null.value.loc[(null.value - 0.5).abs().idxmax()]
+say(f"{inside.sum()} of {len(null)} attacks have 0.5 within their 95% interval; the furthest is {furthest:.3f}.")
 
 # %% [markdown]
 # ## Beside the paper's numbers
@@ -357,21 +353,22 @@ say(
 # regime, at a smaller size: compare signs, and only then sizes.
 
 # %%
-paper = pd.DataFrame(
-    [
-        ("full set", "CIFAR-100", "confidence accuracy", 77.19, 79.10, 80.30, 81.60),
-        ("full set", "CIFAR-10", "M-entropy accuracy", 59.51, 61.70, 96.00, 96.72),
-        ("full set", "CIFAR-10", "confidence accuracy", 59.37, 61.64, None, None),
-        ("full set", "Texas-100", "confidence accuracy", 65.20, 66.59, None, None),
-        ("full set", "EyePACS", "confidence accuracy", 73.40, 77.07, 73.67, 75.41),
-        ("halves, 256 models", "CIFAR-100", "RMIA AUC", 90.4, 91.6, 67.7, 69.1),
-        ("halves, 256 models", "CIFAR-100", "LiRA AUC", 92.6, 93.7, 67.7, 69.1),
-        ("halves, 256 models", "CIFAR-10", "LiRA TPR at 0.1% FPR", 8.8, 12.5, 92.3, 93.1),
-        ("halves, 256 models", "CIFAR-10", "LiRA AUC", 73.0, 76.4, 92.3, 93.1),
-    ],
-    columns=["regime", "dataset", "attack", "SGD", "SAM", "SGD test", "SAM test"],
-)
+rows = [
+    ("full set", "CIFAR-100", "confidence accuracy", 77.19, 79.10, 80.30, 81.60),
+    ("full set", "CIFAR-10", "M-entropy accuracy", 59.51, 61.70, 96.00, 96.72),
+    ("full set", "CIFAR-10", "confidence accuracy", 59.37, 61.64, None, None),
+    ("full set", "Texas-100", "confidence accuracy", 65.20, 66.59, None, None),
+    ("full set", "EyePACS", "confidence accuracy", 73.40, 77.07, 73.67, 75.41),
+    ("halves, 256 models", "CIFAR-100", "RMIA AUC", 90.4, 91.6, 67.7, 69.1),
+    ("halves, 256 models", "CIFAR-100", "LiRA AUC", 92.6, 93.7, 67.7, 69.1),
+    ("halves, 256 models", "CIFAR-10", "LiRA TPR at 0.1% FPR", 8.8, 12.5, 92.3, 93.1),
+    ("halves, 256 models", "CIFAR-10", "LiRA AUC", 73.0, 76.4, 92.3, 93.1),
+]
+paper = pd.DataFrame(rows, columns=["regime", "dataset", "attack", "SGD", "SAM", "SGD test", "SAM test"])
 display(paper.style.format(precision=2, na_rep="").hide(axis="index"))
+
+# %% [markdown]
+# This run, in the same shape and in per cent. Its intervals stand in the tables above.
 
 # %%
 ours = audit.beside_paper(leak, accuracy, baseline, other)

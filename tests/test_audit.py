@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,19 +63,37 @@ def test_leakage_has_every_attack_and_paired_differences(pair):
         assert auc[attack, "sam-sgd"] == pytest.approx(auc[attack, "sam"] - auc[attack, "sgd"])
 
 
+def stand_ins(*lists, ids=range(8)):
+    """Named things with ids, in place of ensembles."""
+    return [[SimpleNamespace(name=name, ids=np.array(ids)) for name in names] for names in lists]
+
+
+def test_equal_loss_refuses_ensembles_of_different_models():
+    (first,), (second,) = stand_ins(["a"])[0:1], stand_ins(["b"], ids=range(2, 10))[0:1]
+    with pytest.raises(ValueError, match="different models"):
+        audit.at_equal_loss([first], [second])
+
+
+def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, capsys):
+    doses = {0.0: pair["sgd"], 0.1: pair["sam"], 9.0: pair["sam"].only([0, 1])}
+    assert list(audit.align(doses, essential=[0.0])) == [0.0, 0.1] and "[9.0]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="n_models"):
+        audit.align(doses, essential=[9.0])
+
+
 def test_equal_loss_interpolates_and_never_extrapolates(pair, monkeypatch):
     cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "between": (0.1, cells + 0.15), "beyond": (0.001, cells)}
-    monkeypatch.setattr(audit, "loss_and_cells", runs.get)
-    found = audit.at_equal_loss(["a", "b"], ["between", "beyond"])
+    monkeypatch.setattr(audit, "loss_and_cells", lambda e: runs[e.name])
+    found = audit.at_equal_loss(*stand_ins(["a", "b"], ["between", "beyond"]))
     assert list(found.train_loss) == [0.1]  # half-way in log loss: the baseline's AUC there is cells + 0.1
     assert found.value[0] == pytest.approx(0.05)
 
 
 def test_identical_ensembles_differ_by_exactly_nothing(pair):
     same = {"sgd": pair["sgd"], "twin": pair["sgd"]}
-    frame = audit.main_metrics(same["sgd"], same["twin"])
-    assert (frame.value == 0).all()
+    frame = audit.contrast(same)
+    assert (frame.value[frame.optimizer == "twin-sgd"] == 0).all() and (frame.optimizer == "twin-sgd").sum() == 5
 
 
 def test_align_drops_a_lost_pair_everywhere_and_refuses_too_few(pair):
@@ -96,5 +115,4 @@ def test_flatness_is_positive_and_paired(pair):
 def test_null_table_holds_a_half_and_the_true_membership_does_not(pair):
     null = audit.null_table(pair["sgd"], seed=1).set_index("attack")
     assert (null.ci_low.lira_pooled <= 0.5) and (null.ci_high.lira_pooled >= 0.5)
-    cells = metrics.auc_cells(audit.lira(pair["sgd"]), np.array(pair["sgd"].member))
-    assert metrics.estimate(cells, widen=metrics.SHADOWS).low > 0.5
+    assert metrics.estimate(audit.lira_cells(pair["sgd"]), widen=metrics.SHADOWS).low > 0.5

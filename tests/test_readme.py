@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from lib import readme
 from lib.study import ROOT
+from tools import readme
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)

@@ -29,7 +29,10 @@ def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
      ({"n_examples": 8}, "n_examples"), ({"n_examples": 10**6}, "n_examples"),
      ({"preset": "huge"}, "preset.*default"), ({"dataset": "mnist"}, "digits"), ({"dataset": "folder"}, "data"),
      ({"dataset": "npz", "data": "absent.npz"}, "data"), ({"arch": "vit"}, "arch"),
-     ({"optimizers": "sgd,sammy"}, "optimizers"), ({"optimizers": "sgd,sgd"}, "optimizers"), ({"rho": -1}, "rho"),
+     ({"optimizers": "sgd,sammy"}, "optimizers"), ({"optimizers": "sgd,sgd"}, "optimizers"),
+     ({"optimizers": "sgd"}, "optimizers"), ({"optimizers": "sam,sgd"}, "optimizers.*baseline"), ({"rho": 0}, "rho"),
+     ({"augment": True, "dataset": "npz"}, "data"),
+     ({"device": "cpu:x"}, "device"), ({"rho": -1}, "rho"),
      ({"rho": "nan"}, "rho"), ({"subset": 0.9}, "subset.*n_models"), ({"subset": 0}, "subset"),
      ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"), ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"),
      ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "aug"), ({"seed": -1}, "seed"),
@@ -60,9 +63,9 @@ def test_a_notebook_run_again_in_the_same_kernel_sees_its_changed_parameters(tmp
         study.notebook_settings(names, before=set(study.PARAMETERS))
 
 
-@pytest.mark.parametrize("word", ["N_MODEL=16", "N_MODELS=sixteen", "99", "DATASET=mnist"])
-def test_the_command_line_refuses_with_one_line_and_status_2(word, capsys):
-    assert study.main([word]) == 2
+@pytest.mark.parametrize("words", [["N_MODEL=16"], ["N_MODELS=sixteen"], ["99"], ["01", "77"], ["DATASET=mnist"]])
+def test_the_command_line_refuses_with_one_line_and_status_2(words, capsys):
+    assert study.main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
 
@@ -70,6 +73,18 @@ def test_the_command_line_refuses_with_one_line_and_status_2(word, capsys):
 def test_make_passes_an_unknown_knob_on_so_that_it_fails():
     said = subprocess.run(["make", "-n", "study", "N_MODEL=16", "PYTHON=x"], cwd=ROOT, capture_output=True, text=True)
     assert "lib.study N_MODEL=16" in said.stdout and "PYTHON=x" not in said.stdout.split("lib.study")[1]
+
+
+def test_a_flag_is_not_guessed_from_its_beginning(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        study.parse(["--n_model", "16"])
+    assert "--n_model" in capsys.readouterr().err
+
+
+def test_a_small_table_gets_a_batch_that_fits_and_a_given_batch_is_left_alone(tmp_path):
+    assert (
+        tiny(tmp_path, n_examples=40).batch_size == 10 and tiny(tmp_path, n_examples=40, batch_size=15).batch_size == 15
+    )
 
 
 def test_help_lists_every_parameter():

@@ -1,4 +1,4 @@
-"""Fill in the README's picture and tables from the committed runs: `python -m lib.readme` (part of `make sync`).
+"""Fill in the README's picture and tables from the committed runs: `python -m tools.readme` (part of `make sync`).
 
 No number in the README is typed: what stands between `<!-- name -->` and `<!-- /name -->` is made here from
 outputs/reference/, and a test compares the two.
@@ -7,6 +7,8 @@ outputs/reference/, and a test compares the two.
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from lib import plots
@@ -55,6 +57,28 @@ def results_table():
     return "\n".join(lines)
 
 
+def finding(runs):
+    """The study in one picture: what SAM gains in test accuracy and what it costs in LiRA's AUC, epoch by epoch.
+
+    runs: dict title -> tidy frame of the paired differences with columns epochs, metric, value, ci_low, ci_high,
+    train_accuracy (of the baseline).
+    """
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.6 * len(runs), 4), layout="constrained", squeeze=False)
+    labels = {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}
+    for axis, (title, frame) in zip(axes[0], runs.items(), strict=True):
+        for index, (metric, label) in enumerate(labels.items()):
+            rows = 100 * frame[frame.metric == metric].set_index("epochs").sort_index()[["value", "ci_low", "ci_high"]]
+            plots.error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
+        fits = frame[frame.metric == "auc"].sort_values("epochs")
+        ticks = [f"{row.epochs} epochs\n(SGD fits {row.train_accuracy:.0%})" for row in fits.itertuples()]
+        axis.set_xticks(range(len(ticks)), ticks, fontsize=9)
+        axis.axhline(0, color="0.3", lw=1)
+        axis.set(title=title, ylabel="SAM minus SGD, points")
+        axis.margins(x=0.12)
+    axes[0, 0].legend(fontsize=10)
+    return figure
+
+
 def bench_table():
     """The committed output of `make bench`."""
     bench = pd.read_csv(REFERENCE / "bench.csv", keep_default_na=False)
@@ -76,7 +100,7 @@ def filled(text):
 def main():
     """Write the picture and the tables."""
     plots.style()
-    figure = plots.finding({title(results): regimes(results) for results in runs().values()})
+    figure = finding({title(results): regimes(results) for results in runs().values()})
     figure.savefig(REFERENCE / "finding.png")
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))

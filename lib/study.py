@@ -257,6 +257,12 @@ def parse(arguments):
     return [b for b in NOTEBOOKS if not wanted or any(b.name.startswith(w) for w in wanted)], given
 
 
+def shortest(path):
+    """The path as seen from here, where the kernel will start too; absolute if it lies elsewhere."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def execute(book, given, out):
     """Run one notebook with papermill; what the kernel prints comes here, its progress bars not into the copy."""
     import papermill
@@ -267,6 +273,8 @@ def execute(book, given, out):
     for cell in done.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
+    for path in ("input_path", "output_path"):
+        done.metadata.papermill.pop(path, None)  # the copy may travel
     papermill.iorw.write_ipynb(done, str(out / book.name))
 
 
@@ -278,7 +286,7 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    given = {**clean(given), "store": str(Path(run.store).resolve()), "out": str(Path(run.out).resolve())}
+    given = {**clean(given), "store": shortest(run.store), "out": shortest(run.out)}
     out = Path(given["out"])
     for book in chosen:
         try:
@@ -287,8 +295,7 @@ def main(arguments=None):
             said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
             print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
             return 1
-    shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
-    print(f"Done. Look at {shown}/: {', '.join(b.name for b in chosen)} (open in JupyterLab), results.csv, figures/")
+    print(f"Done. Look at {out}/: {', '.join(b.name for b in chosen)} (open in JupyterLab), results.csv, figures/")
     return 0
 
 

@@ -57,6 +57,21 @@ def results_table():
     return "\n".join(lines)
 
 
+def equal_table():
+    """A line per run and train loss at which both optimizers can be compared."""
+    lines = [
+        "| run | train loss (nats), and the SGD runs about it | LiRA AUC, SAM − SGD | SAM leaks |",
+        "|---|---|---|---|",
+    ]
+    for results in runs().values():
+        rows = results[results.note.str.startswith("at equal train loss")]
+        for row in rows.astype({"value": float, "ci_low": float, "ci_high": float}).itertuples():
+            loss, between = row.note.removeprefix("at equal train loss ").split(", baseline between ")
+            word = verb(row, "**more**", "**less**", "no differently")
+            lines.append(f"| {title(results)} | {loss} ({between}) | {points(row)} | {word} |")
+    return "\n".join(lines)
+
+
 def finding(runs):
     """The study in one picture: what SAM gains in test accuracy and what it costs in LiRA's AUC, epoch by epoch.
 
@@ -90,7 +105,7 @@ def bench_table():
 
 def filled(text):
     """The README with its tables made anew."""
-    for name, table in (("results", results_table()), ("bench", bench_table())):
+    for name, table in (("results", results_table()), ("equal", equal_table()), ("bench", bench_table())):
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S
         )

@@ -214,6 +214,11 @@ def beside_paper(leak, accuracy, baseline, other):
 # ---- regimes: equal epochs, equal train loss ----------------------------------------------------------------
 
 
+def by_epochs(ensembles):
+    """dict (epochs, optimizer) -> Ensemble as dict epochs -> dict optimizer -> Ensemble, in order of epochs."""
+    return {e: {name: ensembles[k, name] for k, name in ensembles if k == e} for e in sorted({e for e, _ in ensembles})}
+
+
 def regime_table(regimes):
     """`contrast` at every number of epochs. regimes: dict epochs -> dict optimizer -> Ensemble, the baseline first."""
     bar = tqdm(regimes.items(), "regimes", delay=2, leave=False)

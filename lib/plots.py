@@ -166,7 +166,7 @@ def leakage_against_loss(frame):
         rows = rows.sort_values("train_loss")
         error_bars(axis, rows.train_loss, rows, index, label=name)
         for row in rows.itertuples():
-            spot = dict(textcoords="offset points", xytext=(6, -11 if index == 0 else 5), fontsize=8)
+            spot = dict(textcoords="offset points", xytext=((6, -11), (6, 5), (-6, -14))[index % 3], fontsize=8)
             axis.annotate(row.label, (row.train_loss, row.value), color=COLOURS[index], **spot)
     axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
     axis.invert_xaxis()

@@ -275,15 +275,10 @@ plots.save(plots.dose_response(dose_steps, panels), run, "dose")
 wanted = {(e, name): run.train(name, epochs=e) for e in run.regimes() for name in (baseline, other)}
 wanted |= {(e, baseline): run.train(baseline, epochs=e) for e in run.between()}
 usable = audit.align(wanted, essential=[(run.epochs, baseline), (run.epochs, other)])
-regimes = {
-    e: {name: usable[e, name] for name in (baseline, other)}
-    for e, name in usable
-    if (e, other) in usable and name == baseline
-}
+regimes = audit.by_epochs(usable)
 regime_frame = audit.regime_table(regimes)
-results.add(
-    regime_frame.assign(note=[f"epochs={e}" for e in regime_frame.epochs]), n_models=len(usable[run.epochs, other].ids)
-)
+about = {"note": [f"epochs={e}" for e in regime_frame.epochs], "n_models": len(usable[run.epochs, other].ids)}
+results.add(regime_frame, **about)
 equal_epochs = regime_frame[(regime_frame.optimizer == pair) & (regime_frame.metric == "auc")]
 shown(equal_epochs, across=["epochs"])
 
@@ -295,9 +290,8 @@ shown(equal_epochs, across=["epochs"])
 plots.save(plots.leakage_against_loss(audit.loss_series(regime_frame, dose_frame, baseline, other)), run, "regimes")
 
 # %%
-equal_loss = audit.at_equal_loss(
-    [e for (_, name), e in usable.items() if name == baseline], [r[other] for r in regimes.values()]
-)
+trained = [[e for (_, name), e in usable.items() if name == kind] for kind in (baseline, other)]
+equal_loss = audit.at_equal_loss(*trained)
 notes = [f"at equal train loss {row.train_loss:.3g}, baseline between {row.between}" for row in equal_loss.itertuples()]
 results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, other].ids))
 display(equal_loss.style.format(precision=4).hide(axis="index"))

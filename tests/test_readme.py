@@ -21,7 +21,7 @@ def names():
         member[k, rng.permutation(200)[:100]] = True
         member[k + 1] = ~member[k]
     made = {"y": y, "member": member}
-    for name, gain in (("logits", 1.0), ("logits_a", 1.0), ("logits_b", 2.0)):
+    for name, gain in (("logits", 3.0), ("logits_a", 1.0), ("logits_b", 2.0)):
         made[name] = rng.normal(size=(8, 200, 3))
         made[name][:, np.arange(200), y] += gain * member
     return made

@@ -150,6 +150,7 @@ def test_what_another_run_finished_meanwhile_is_not_trained_again(table, quick, 
     stale = ensemble.open_store(quick, table, tmp_path)
     monkeypatch.setattr(ensemble, "Group", None)  # training anything would fail
     ensemble.train_missing(quick, table, 4, stale, torch.device("cpu"), quiet=True)
+    assert [stale.flag(k)["status"] for k in range(4)] == ["finished"] * 4
 
 
 def test_a_diverging_model_is_named_and_left_out_with_its_partner(table, quick, tmp_path, capsys):

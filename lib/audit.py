@@ -47,7 +47,7 @@ def scores(ensemble, member=None):
     )
 
 
-def leakage(ensembles, scored, names=attacks.NAMES):
+def leakage(ensembles, scored):
     """Metrics of every attack, for each optimizer and for each difference from the baseline: a tidy frame.
 
     scored: dict optimizer -> dict attack -> scores [M, N]. Differences are rows with optimizer 'sam-sgd'.
@@ -55,20 +55,15 @@ def leakage(ensembles, scored, names=attacks.NAMES):
     baseline, *others = ensembles
     member = np.array(ensembles[baseline].member)
     frames = []
-    for attack in tqdm(names, "scoring", delay=2, leave=False):
+    for attack in tqdm(attacks.NAMES, "scoring", delay=2, leave=False):
         threshold = 0.0 if attack in attacks.FIXED else None
         for name in ensembles:
             frame = metrics.evaluate(scored[name][attack], member, threshold=threshold)
-            frames.append(frame.assign(optimizer=name, rho=rho_of(ensembles[name]), attack=attack))
+            frames.append(frame.assign(optimizer=name, attack=attack))
         for name in others:
             frame = metrics.compare(scored[baseline][attack], scored[name][attack], member, threshold=threshold)
-            frames.append(frame.assign(optimizer=f"{name}-{baseline}", rho=rho_of(ensembles[name]), attack=attack))
+            frames.append(frame.assign(optimizer=f"{name}-{baseline}", attack=attack))
     return pd.concat(frames, ignore_index=True)
-
-
-def rho_of(ensemble):
-    """The ensemble's radius, or '' where its optimizer has none."""
-    return "" if ensemble.recipe.parts[0] == "plain" else ensemble.recipe.rho
 
 
 def compared(ensembles, cells_of, metric, rate=False, widen=0.0):

@@ -139,10 +139,10 @@ class Settings:
         queries = 10 if self.augment else 1
         return Recipe(optimizer=optimizer, **{**fields, "precision": precision, "queries": queries, **changes})
 
-    def train(self, optimizer, n_models=None, **changes):
+    def train(self, optimizer, **changes):
         """The ensemble of one optimizer, from the store or trained now."""
         recipe = self.recipe(optimizer, **changes)
-        return ensemble.train(recipe, self.dataset, n_models or self.n_models, self.store, self.device)
+        return ensemble.train(recipe, self.dataset, self.n_models, self.store, self.device)
 
     def describe(self):
         """The run in one sentence."""

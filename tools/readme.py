@@ -1,6 +1,6 @@
 """Fill in the README's picture and tables from the committed runs: `python -m tools.readme` (part of `make sync`).
 
-No number in the README is typed: what stands between `<!-- name -->` and `<!-- /name -->` is made here from
+No result in the README is typed: what stands between `<!-- name -->` and `<!-- /name -->` is made here from
 outputs/reference/, and a test compares the two.
 """
 

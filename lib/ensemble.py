@@ -216,7 +216,7 @@ STEPPERS = {}
 
 def stepper(recipe, inputs, lanes, compiled):
     """The stepper for this kind of run; compiled ones are kept, since neither rho nor epochs asks for a new one."""
-    fixed = replace(recipe, rho=0.0, epochs=1, seed=0, subset=0.5, queries=1, augment=False, warmup=0.0, lr=1.0)
+    fixed = replace(recipe, rho=0.0, epochs=1, seed=0, subset=0.5, queries=1, warmup=0.0, lr=1.0)
     key = (fixed, inputs.shape, inputs.n_classes, lanes, inputs.device)
     args = (recipe, inputs.shape, inputs.n_classes, lanes, inputs.device, compiled)
     if not compiled:
@@ -275,7 +275,8 @@ class Inputs:
 
     def __init__(self, dataset, recipe, device):
         x, x_test = data.inputs(dataset)
-        self.x, self.x_test = torch.from_numpy(x).to(device), torch.from_numpy(x_test).to(device)
+        # in one layout, whatever way the data were read: a compiled step is built for the strides it first saw
+        self.x, self.x_test = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (x, x_test))
         self.y, self.y_test = torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device)
         share = np.bincount(dataset.y) / len(dataset.y)
         self.chance = -(share * np.log(share)).sum()  # the loss of guessing the class shares

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter
 
 from lib import metrics
@@ -172,4 +173,206 @@ def leakage_against_loss(frame):
     axis.invert_xaxis()
     axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axis.legend()
+    return figure
+
+
+# ---- memorization and influence -----------------------------------------------------------------------------
+
+
+def memorization_density(memorized, edges):
+    """Histograms of memorization on a logarithmic axis, an optimizer a panel, the bands' edges dotted.
+
+    memorized: dict optimizer -> [N].
+    """
+    figure, axes = plt.subplots(
+        1, len(memorized), figsize=(5.4 * len(memorized), 3.4), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    bins = np.linspace(min(-0.3, *(m.min() for m in memorized.values())), 1, 40)
+    for index, (axis, (name, values)) in enumerate(zip(axes[0], memorized.items(), strict=True)):
+        axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=COLOURS[index], alpha=0.7)
+        for edge in edges:
+            axis.axvline(edge, color="0.3", lw=1, linestyle=":")
+        axis.set(title=name, yscale="log", xlabel="memorization", ylabel="share of examples")
+    return figure
+
+
+def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
+    """Values with intervals at 1, 2, ..., a panel for each title; the line at 0 is 'no difference'."""
+    size = (min(3.6 * len(frames), 14), 3.4)
+    figure, axes = plt.subplots(1, len(frames), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for index, (axis, (title, frame)) in enumerate(zip(axes[0], frames.items(), strict=True)):
+        error_bars(axis, np.arange(1, len(frame) + 1), frame, index, linestyle="")
+        axis.axhline(0, color="0.3", lw=1)
+        axis.set(title=title, xlabel=xlabel, xticks=range(1, len(frame) + 1))
+        if ticks:
+            axis.set_xticklabels(ticks, fontsize=9)
+        axis.margins(x=0.12)
+    axes[0, 0].set_ylabel(ylabel)
+    return figure
+
+
+def against(values, se, chosen=()):
+    """One optimizer's memorization against the other's, an example a point; chosen ones are ringed.
+
+    values: dict optimizer -> [N]; se: the median standard error, drawn as a cross at the upper left.
+    """
+    (first, a), (second, b) = values.items()
+    figure, axis = plt.subplots(figsize=(4.8, 4.6), layout="constrained")
+    axis.scatter(a, b, s=9, alpha=0.35, color=COLOURS[0], linewidth=0)
+    axis.scatter(a[chosen], b[chosen], s=55, facecolor="none", edgecolor=COLOURS[3], linewidth=1.3, label="movers")
+    axis.errorbar(0.02, 0.93, se, se, color="0.3", capsize=2, label="median standard error")
+    axis.plot([-0.1, 1], [-0.1, 1], color="0.5", lw=1, linestyle="--", label="equal")
+    axis.set(xlabel=f"memorization under {first}", ylabel=f"memorization under {second}")
+    axis.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def captioned(rows, columns=8):
+    """Rows of pictures with captions. rows: dict title -> list of (image, caption), at most `columns` each."""
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.35 * columns, 2.05 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, (title, items) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, (image, caption) in zip(line, items, strict=False):
+            picture(axis, image)
+            axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+        line[0].set_title(title, fontsize=10, loc="left")
+    return figure
+
+
+def convergence(counts, observed, predicted, ylabel):
+    """An estimate's error against the number of models, beside the standard error that it states, on log axes."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    axis.plot(counts, observed, label="root mean square error", **(look(0) | {"linestyle": ""}), ms=8)
+    axis.plot(counts, predicted, label="standard error stated", **(look(1) | {"marker": None}), lw=2)
+    axis.set(xscale="log", yscale="log", xlabel="models", ylabel=ylabel)
+    axis.set_xticks(counts, [str(c) for c in counts])
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_minor_formatter(FuncFormatter(lambda value, _, x=which.axis_name == "x": "" if x else f"{value:.2g}"))
+    axis.legend()
+    return figure
+
+
+def planted(groups):
+    """Distributions of memorization in named groups of examples: all points, a bar over half of them, the median."""
+    figure, axis = plt.subplots(figsize=(7.2, 0.6 * len(groups) + 1.1), layout="constrained")
+    rng = np.random.default_rng(0)
+    for index, values in enumerate(groups.values()):
+        jitter = index + rng.uniform(-0.22, 0.22, len(values))
+        axis.scatter(values, jitter, s=8, alpha=0.4, color=COLOURS[index], linewidth=0)
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+        axis.hlines(index, low, high, color="0.2", lw=3)
+        axis.plot(middle, index, "o", color="white", markeredgecolor="0.2", ms=7)
+    axis.set(yticks=range(len(groups)), yticklabels=list(groups), xlabel="memorization (of $p_y$)")
+    axis.invert_yaxis()
+    return figure
+
+
+def entropy_and_noise(frame, most):
+    """Influence entropy against the number of models, true and shuffled membership, and the largest possible."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for index, (name, rows) in enumerate(frame.groupby("series", sort=False)):
+        error_bars(axis, rows.models * (1 + 0.06 * index), rows, index, label=name)
+    axis.axhline(most, color="0.4", lw=1, label="largest possible (mean over classes)")
+    counts = frame.models.unique()
+    axis.set(xscale="log", xlabel="models", ylabel="entropy of influence (nats)")
+    axis.set_xticks(counts, [str(c) for c in counts])
+    axis.minorticks_off()
+    axis.legend(fontsize=9)
+    return figure
+
+
+# ---- notebook 04: variance contraction -------------------------------------------------------------------------
+
+
+def curves(frame, xlabel, ylabels, xscale="linear", yscale="linear"):
+    """Values with intervals against x, a line per series. frame: panel, series, x, value, ci_low, ci_high.
+
+    ylabels: panel -> label. Where a column `predicted` is given, it is the line and the values are points.
+    """
+    figure, axes = plt.subplots(1, len(ylabels), figsize=(4.4 * len(ylabels), 3.7), squeeze=False, layout="constrained")
+    for axis, (panel, label) in zip(axes[0], ylabels.items(), strict=True):
+        for index, (name, rows) in enumerate(frame[frame.panel == panel].groupby("series", sort=False)):
+            points = "predicted" in rows and rows.predicted.notna().all()
+            error_bars(axis, rows.x, rows, index, label=name, **({"linestyle": ""} if points else {}))
+            if points:
+                axis.plot(rows.x, rows.predicted, color=COLOURS[index], linestyle=LINES[index % 4])
+        if xscale == "symlog":
+            axis.set_xscale("symlog", linthresh=0.3)
+            axis.set_xlim(-0.02, None)
+        axis.set(
+            title=panel, xlabel=xlabel, ylabel=label, yscale=yscale, xlim=(0, None) if xscale == "symlog" else None
+        )
+        axis.legend(fontsize=9)
+    return figure
+
+
+def contraction(etas, curve, eta, v):
+    """V(eta) with one eta marked; and what it does to the margins of non-members, N(0, V), beside the members' 1."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    left.plot(etas, curve, color=COLOURS[0], lw=2)
+    left.plot(eta, v, "o", color=COLOURS[1], ms=9)
+    left.set_xscale("symlog", linthresh=0.1)
+    left.set(xlabel=r"$\eta$", ylabel=r"$V(\eta)$", ylim=(0, None), xlim=(0, None))
+    grid = np.linspace(-3.5, 3.5, 701) * np.sqrt(curve[0])
+    for index, (name, variance) in enumerate(((r"non-members, $\eta = 0$", curve[0]), (rf"$\eta = {eta:.3g}$", v))):
+        density = np.exp(-(grid**2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+        right.plot(grid, density, color=COLOURS[index], linestyle=LINES[index], lw=2, label=name)
+        right.fill_between(grid, density, where=grid >= 1, color=COLOURS[index], alpha=0.25)
+    right.axvline(1, color="0.2", lw=2.5, label="members: all at 1")
+    right.set(xlabel=r"margin $y\,x^\top w$", ylabel="density", title="shaded: wrongly accused at threshold 1")
+    right.legend(fontsize=9, loc="upper left")
+    return figure
+
+
+def advantage_regions(delta, r, slope):
+    """Where a smaller OUT spread raises (slope < 0) or lowers the best attacker's advantage. All [rows, columns]."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    most = np.abs(slope).max()
+    mesh = axis.pcolormesh(delta, r, slope, cmap="PuOr_r", vmin=-most, vmax=most, shading="gouraud", rasterized=True)
+    axis.contour(delta, r, slope, [0], colors="black", linewidths=2)
+    axis.axhline(1, color="0.3", lw=1, linestyle="--")
+    boxed = dict(ha="center", bbox=dict(facecolor="white", alpha=0.85, linewidth=0), fontsize=10)
+    axis.text(3.4, 0.42, "a smaller OUT spread\nraises the advantage", **boxed)
+    axis.text(0.72, 5.2, "a smaller OUT spread\nlowers it", **boxed)
+    axis.set(yscale="log", xlabel=r"distance of the means, $|\mu_{in}-\mu_{out}|\,/\,\sigma_{in}$")
+    axis.set(ylabel=r"$\sigma_{out}\,/\,\sigma_{in}$")
+    axis.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+    axis.minorticks_off()
+    figure.colorbar(mesh, label=r"slope of the advantage in $\log\,\sigma_{out}$")
+    return figure
+
+
+def slider(draw, **ranges):
+    """draw(**values) with a slider per keyword (low, high, start), where ipywidgets is and a person is at the kernel.
+
+    In a headless run (papermill, nbconvert) nothing is shown: nobody could move it. Returns whether it is shown.
+    """
+    try:
+        from IPython import get_ipython
+        from ipywidgets import FloatSlider, interact
+    except ImportError:
+        return False
+    if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
+        return False
+    moved = {n: FloatSlider(start, min=low, max=high, step=0.05) for n, (low, high, start) in ranges.items()}
+    interact(draw, **moved)
+    return True
+
+
+def tiles(table, shades):
+    """Verdicts as tiles, each named in words. table: claims x runs; shades: verdict -> colour."""
+    figure, axis = plt.subplots(figsize=(3 + 1.5 * len(table.columns), 0.27 * len(table) + 1), layout="constrained")
+    codes, shown = table.map(list(shades).index), ListedColormap(list(shades.values()))
+    axis.pcolormesh(codes, cmap=shown, vmin=-0.5, vmax=len(shades) - 0.5, edgecolor="0.7", linewidth=0.5)
+    for (row, column), word in np.ndenumerate(table.to_numpy()):
+        axis.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=9, color="0.1")
+    axis.set_xticks(np.arange(len(table.columns)) + 0.5, table.columns, fontsize=9)
+    axis.set_yticks(np.arange(len(table)) + 0.5, table.index, fontsize=9)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.invert_yaxis()
+    axis.grid(False)
     return figure

@@ -26,7 +26,7 @@ PARAMETERS = {
     "arch": (str, "network: mlp, cnn, resnet18"),
     "optimizers": (str, "comma-separated, the first is the baseline: sgd,sam"),
     "rho": (float, "radius of SAM's neighbourhood"),
-    "n_models": (int, "models per optimizer, an even number"),
+    "n_models": (int, "models per optimizer, an even number (a sweep over radii or epochs takes at most 128)"),
     "n_examples": (int, "size of the pool, an even number"),
     "subset": (float, "share of the pool that each model trains on"),
     "epochs": (int, "epochs of the main comparison"),
@@ -50,7 +50,7 @@ PRESETS = {
         "table": {**TABLE, "n_models": 16, "n_examples": 300, "epochs": 8, "batch_size": 32},
         "image": {**IMAGE, "n_models": 8, "n_examples": 200, "epochs": 2, "batch_size": 32},
     },
-    "default": {"table": {**TABLE, "n_models": 128, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
+    "default": {"table": {**TABLE, "n_models": 512, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
     "small": {"table": {**TABLE, "n_models": 64, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
     "fast": {
         "table": {**TABLE, "n_models": 512, "epochs": 40},
@@ -139,10 +139,15 @@ class Settings:
         queries = 10 if self.augment else 1
         return Recipe(optimizer=optimizer, **{**fields, "precision": precision, "queries": queries, **changes})
 
-    def train(self, optimizer, **changes):
+    @property
+    def sweep(self):
+        """Models for each ensemble of a sweep (over radii, or epochs): no more than its intervals need."""
+        return min(self.n_models, 128)
+
+    def train(self, optimizer, n_models=None, **changes):
         """The ensemble of one optimizer, from the store or trained now."""
         recipe = self.recipe(optimizer, **changes)
-        return ensemble.train(recipe, self.dataset, self.n_models, self.store, self.device)
+        return ensemble.train(recipe, self.dataset, n_models or self.n_models, self.store, self.device)
 
     def describe(self):
         """The run in one sentence."""
@@ -206,11 +211,15 @@ def check(run):
         ensemble.check(run.recipe(name), run.dataset, run.n_models)
     if run.n_models < 8:
         raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
-    inside = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models)).sum(0)
-    if min(inside.min(), (run.n_models - inside).min()) < 3:
+    member = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models))
+    inside, half = member.sum(0), np.arange(run.n_models) // 2 % 2 == 0
+    # 3: attacks leave one out; 2 in either half of the models: buckets are formed on one, judged on the other
+    least = min(min(h.sum(0).min(), (~h).sum(0).min()) for h in (member[half], member[~half]))
+    if min(inside.min(), (run.n_models - inside).min()) < 3 or least < 2:
         raise ValueError(
             f"subset={run.subset}: of n_models={run.n_models}, some example is in {inside.min()} and some is out of "
-            f"{(run.n_models - inside).min()}; both need 3: train more models, or a subset nearer to 0.5"
+            f"{(run.n_models - inside).min()}; both need 3, and 2 in either half of the models: train more models, or "
+            "choose a subset nearer to 0.5"
         )
 
 
@@ -295,7 +304,9 @@ def main(arguments=None):
             said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
             print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
             return 1
-    print(f"Done. Look at {out}/: {', '.join(b.name for b in chosen)} (open in JupyterLab), results.csv, figures/")
+    from lib import report
+
+    print(f"Done. Look at {report.build(out)} (open in a browser), results.csv, figures/ and the notebooks beside it")
     return 0
 
 

@@ -247,7 +247,8 @@ for metric in spread.metric.unique():
 
 # %%
 without = run.recipe(other).parts[1]
-doses = {0.0: run.train(without)} | {dose: run.train(other, rho=dose) for dose in run.doses(other)}
+doses = {0.0: run.train(without, run.sweep)}
+doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
 doses = audit.align(doses, essential=[0.0])
 dose_frame = audit.dose_table(doses, other, without)
 results.add(dose_frame, note="dose and response", n_models=len(doses[0.0].ids))
@@ -272,8 +273,8 @@ plots.save(plots.dose_response(dose_steps, panels), run, "dose")
 # AUC is interpolated, in log loss, to the loss that the other reached; where it did not bracket that loss, nothing is said.
 
 # %%
-wanted = {(e, name): run.train(name, epochs=e) for e in run.regimes() for name in (baseline, other)}
-wanted |= {(e, baseline): run.train(baseline, epochs=e) for e in run.between()}
+wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.regimes() for name in (baseline, other)}
+wanted |= {(e, baseline): run.train(baseline, run.sweep, epochs=e) for e in run.between()}
 usable = audit.align(wanted, essential=[(run.epochs, baseline), (run.epochs, other)])
 regimes = audit.by_epochs(usable)
 regime_frame = audit.regime_table(regimes)

@@ -253,3 +253,10 @@ def test_a_disk_that_fills_up_in_mid_run_is_said_and_finished_models_are_kept(im
     monkeypatch.setattr(store.Rows, "write", plain)
     resumed = train(recipe, images, 4, tmp_path, "cpu", quiet=True)
     assert_same(resumed, train(recipe, images, 4, tmp_path / "undisturbed", "cpu", quiet=True))
+
+
+def test_the_layout_in_which_images_were_read_does_not_reach_the_training(images, quick):
+    strided = replace(images, x=np.ascontiguousarray(images.x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2))
+    assert strided.hash == images.hash and not strided.x.flags.c_contiguous
+    one, other = (ensemble.Inputs(d, quick, torch.device("cpu")).x for d in (images, strided))
+    assert other.stride() == one.stride() and torch.equal(one, other)

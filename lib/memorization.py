@@ -1,0 +1,322 @@
+"""What single training examples do to a model's outputs: memorization, influence, and who leans on whom.
+
+Everything is estimated from an ensemble on random subsets (Feldman & Zhang 2020, "What neural networks memorize
+and why"): values[M, N] or [M, T] are correctness (bool) or confidence p_y of M models on the N examples of the
+pool, or on T test examples; member[M, N] says who trained on what. Nothing here trains.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.special import xlogy
+from sklearn.neighbors import NearestNeighbors
+
+from lib import metrics
+
+EDGES = (0.1, 0.4, 0.6, 0.85)
+BANDS = ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
+
+
+class Memorization(NamedTuple):
+    """Arrays [N]: the estimate, its standard error, and the two means that it is the difference of."""
+
+    value: np.ndarray
+    se: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+
+
+def memorization(values, member) -> Memorization:
+    """mem_i: mean output on example i of the models trained with it, minus that of those trained without it.
+
+    values: [M, N] numbers or bools; member: [M, N] bool. Feldman & Zhang 2020, equation 1 and algorithm 1. The
+    standard error is for new models, each example by itself; that of a proportion (bools) is Agresti & Caffo's
+    (2000), so that it is not zero where all models agree. Differences of two paired ensembles are values too.
+    Raises ValueError for shapes that differ, NaN, or an example with fewer than two models in or out.
+    """
+    values, member = _checked(values, member, same=True)
+    n_in, n = member.sum(0), len(member)
+    first, second = (_sums(values, member, power) for power in (1, 2))
+    # mem_i = sum_m v_mi 1{i in m} / n_in - sum_m v_mi 1{i not in m} / n_out
+    inside, outside = first[0] / n_in, first[1] / (n - n_in)
+    variance = 0.0
+    for total, squares, count in zip(first, second, (n_in, n - n_in), strict=True):
+        if values.dtype == bool:
+            share = (total + 1) / (count + 2)
+            variance = variance + share * (1 - share) / (count + 2)
+        else:
+            # s^2 / n = (sum v^2 - (sum v)^2 / n) / (n - 1) / n
+            variance = variance + np.maximum(squares - total**2 / count, 0) / (count - 1) / count
+    return Memorization(inside - outside, np.sqrt(variance), inside, outside)
+
+
+def _sums(values, member, power):
+    """Sums over the models with and without each example of values^power, each [N], in float64."""
+    factors = [values] * power
+    every = np.einsum(",".join(["mn"] * power) + "->n", *factors, dtype=np.float64, casting="unsafe")
+    letters = ",".join(["mn"] * (power + 1)) + "->n"
+    inside = np.einsum(letters, member, *factors, dtype=np.float64, casting="unsafe")
+    return inside, every - inside
+
+
+def _checked(values, member, same=False):
+    """values [M, N or T] and member [M, N] as arrays, or a ValueError that says what is wrong."""
+    values, member = np.asarray(values), np.asarray(member)
+    if member.dtype != bool or member.ndim != 2:
+        raise ValueError(f"member: {member.dtype} {member.shape}; valid are bools [M, N]")
+    if values.ndim != 2 or len(values) != len(member) or (same and values.shape != member.shape):
+        valid = member.shape if same else (len(member), "T")
+        raise ValueError(f"values: shape {values.shape}; valid is {valid}, for member {member.shape}")
+    if values.dtype != bool and not np.isfinite(values).all():
+        raise ValueError("values: NaN or infinity; valid are finite numbers")
+    n_in = member.sum(0)
+    few = np.minimum(n_in, len(member) - n_in) < 2
+    if few.any():
+        i = int(np.flatnonzero(few)[0])
+        raise ValueError(
+            f"n_models={len(member)} is too few: example {i} is in {n_in[i]} and out of {len(member) - n_in[i]}; "
+            "an estimate needs 2 of each"
+        )
+    return values, member
+
+
+def models_needed(se, n_models, wanted):
+    """How many models would bring a standard error (a number or an array) down to `wanted`."""
+    # se is proportional to M^(-1/2)
+    return np.ceil(n_models * (np.asarray(se) / wanted) ** 2).astype(int)
+
+
+def band_shares(memorized):
+    """Share of examples in each of BANDS: [N] -> [5]."""
+    return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------
+
+
+def jackknife(statistic, member, groups=20, level=0.95):
+    """Estimates of a vector statistic(rows, columns) of some models and some examples, as a list of Estimate.
+
+    rows, columns: index arrays, as in values[np.ix_(rows, columns)]. Delete-a-group jackknife (Efron & Tibshirani
+    1993, section 11.7) over pairs of models and over examples; the two variances add up, so an interval speaks of
+    new models and new examples.
+    """
+    rows, columns = np.arange(len(member)), np.arange(member.shape[1])
+    value, variance, spread = np.atleast_1d(statistic(rows, columns)), 0.0, 0.0
+    pairs = np.unique(metrics.pairs(member), return_inverse=True)[1]
+    for which in (0, 1):
+        index = (pairs, columns)[which]
+        g = min(groups, index.max() + 1)
+        left = [np.flatnonzero(index % g != k) for k in range(g)]
+        found = np.array([statistic(*((kept, columns) if which == 0 else (rows, kept))) for kept in left])
+        # V = (G - 1)/G sum_g (theta_(g) - mean theta)^2
+        part = (g - 1) / g * np.square(found.reshape(g, -1) - found.reshape(g, -1).mean(0)).sum(0)
+        variance, spread = variance + part, spread + part**2 / (g - 1)
+    df = np.divide(variance**2, spread, out=np.full_like(spread, groups - 1.0), where=spread > 0)
+    half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance)
+    return [metrics.Estimate(*map(float, triple)) for triple in zip(value, value - half, value + half, strict=True)]
+
+
+def memorization_table(values, member):
+    """Mean memorization and the bands' shares of two optimizers and their paired differences: a tidy frame.
+
+    values: dict optimizer -> [M, N] of two paired ensembles, the baseline first. Also the rank correlation
+    (metric memorization_spearman) between the two, in the row of the difference. The interval of a share reaches
+    two examples either way at least: where a band is empty, leaving groups out shows no spread.
+    """
+    baseline, other = values
+
+    def statistic(rows, columns):
+        part = np.ix_(rows, columns)
+        mem = [memorization(v[part], member[part]).value for v in values.values()]
+        a, b = (np.array([m.mean(), *band_shares(m)]) for m in mem)
+        return np.concatenate([a, b, b - a, [spearman(*mem)]])
+
+    names = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
+    keys = [(o, name) for o in (baseline, other, f"{other}-{baseline}") for name in names]
+    keys.append((f"{other}-{baseline}", "memorization_spearman"))
+    frame = tidy(keys, jackknife(statistic, member))
+    least = 2 / member.shape[1] * frame.metric.str.contains("share")
+    lowest = np.where((frame.optimizer == f"{other}-{baseline}") | (least == 0), -1, 0)
+    return frame.assign(
+        ci_low=np.fmax(np.fmin(frame.ci_low, frame.value - least), lowest),
+        ci_high=np.fmin(np.fmax(frame.ci_high, frame.value + least), 1),
+    )
+
+
+def tidy(keys, estimates):
+    """A frame with columns optimizer, metric, value, ci_low, ci_high from (optimizer, metric) and Estimates."""
+    rows = [(*key, *estimate) for key, estimate in zip(keys, estimates, strict=True)]
+    return pd.DataFrame(rows, columns=["optimizer", "metric", "value", "ci_low", "ci_high"])
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of two arrays [N]; 0 where one of them is constant."""
+    ranks = stats.rankdata(a), stats.rankdata(b)
+    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
+def plant(dataset, sources, n_wrong, copies=4, seed=0):
+    """The data set with faults of known place: (Dataset, wrong [n_wrong], copied [len(sources), copies]).
+
+    Examples `wrong` get another label; each of the sources [n] gets `copies` twins, which replace other examples.
+    Raises ValueError if the pool is too small to hold them.
+    """
+    rng, sources, x, y = np.random.default_rng(seed), np.asarray(sources), dataset.x.copy(), dataset.y.copy()
+    free = rng.permutation(np.setdiff1d(np.arange(len(y)), sources))
+    if n_wrong + copies * len(sources) > len(free):
+        raise ValueError(f"n_wrong={n_wrong}, sources: {len(sources)}; a pool of {len(y)} has no room for them")
+    wrong, copied = free[:n_wrong], free[n_wrong:][: copies * len(sources)].reshape(-1, copies)
+    y[wrong] = (y[wrong] + rng.integers(1, dataset.n_classes, n_wrong)) % dataset.n_classes
+    x[copied], y[copied] = x[sources][:, None], y[sources][:, None]
+    return replace(dataset, name=f"{dataset.name}-planted", x=x, y=y), wrong, copied
+
+
+# ---- what kind of example -----------------------------------------------------------------------------------
+
+
+def atypicality(x, y, k=5):
+    """Mean distance to the k nearest of its own class over that to the k nearest of the nearest other class: [N].
+
+    x: [N, ...] inputs, compared in Euclidean distance; y: [N]. Above 1, an example lies nearer to another class.
+    Raises ValueError if a class has k or fewer examples.
+    """
+    x, (labels, y) = np.reshape(x, (len(x), -1)), np.unique(y, return_inverse=True)
+    if np.bincount(y).min() <= k:
+        raise ValueError(f"k={k}: class {labels[np.bincount(y).argmin()]} has {np.bincount(y).min()}; more are needed")
+    distance = np.empty((len(x), len(labels)))
+    for c in range(len(labels)):
+        own = y == c
+        near = NearestNeighbors(n_neighbors=k).fit(x[own])
+        distance[own, c] = near.kneighbors()[0].mean(1)  # without arguments: the others of its class, not itself
+        distance[~own, c] = near.kneighbors(x[~own])[0].mean(1)
+    within = distance[np.arange(len(x)), y]
+    distance[np.arange(len(x)), y] = np.inf
+    return within / np.maximum(distance.min(1), 1e-12)
+
+
+def exposure(scores, member):
+    """How well an attack tells each example's members from its non-members, over models: AUC, [N].
+
+    scores, member: [M, N]. The Mann-Whitney form of the AUC, ties counted half.
+    """
+    ranks, n_in = stats.rankdata(scores, axis=0), member.sum(0)
+    # AUC_i = (sum of the ranks of the models with i - n_in (n_in + 1) / 2) / (n_in n_out)
+    return ((ranks * member).sum(0) - n_in * (n_in + 1) / 2) / (n_in * (len(member) - n_in))
+
+
+# ---- influence ----------------------------------------------------------------------------------------------
+
+
+def influence_blocks(member, values, block=1000):
+    """infl[i, j] on `block` test examples at a time: yields (slice of columns, [N, <= block] float32).
+
+    infl[i, j] is the mean output on test example j of models trained with i minus that of models trained without
+    i (Feldman & Zhang 2020, equation 2): one matrix product. member: [M, N] bool; values: [M, T].
+    """
+    values, member = _checked(values, member)
+    if block < 1:
+        raise ValueError(f"block={block!r}; valid are whole numbers from 1")
+    n_in = member.sum(0)
+    # infl = W'V with W_mi = 1{i in m} / n_in - 1{i not in m} / n_out
+    weights = np.where(member, (1 / n_in).astype(np.float32), (-1 / (len(member) - n_in)).astype(np.float32))
+    for start in range(0, values.shape[1], block):
+        where = slice(start, min(start + block, values.shape[1]))
+        part = values[:, where].astype(np.float32)
+        # a column of W sums to 0, so any constant may be taken off: what never varies becomes exactly 0
+        yield where, weights.T @ (part - part[0])
+
+
+def influence(member, values, block=1000):
+    """infl [N, T] float32, see influence_blocks."""
+    out = np.empty((np.shape(member)[1], np.shape(values)[1]), np.float32)
+    for where, part in influence_blocks(member, values, block):
+        out[:, where] = part
+    return out
+
+
+def influence_entropy(member, values, y, y_test, part="positive", same_class=True, block=1000):
+    """I_ent [T]: the entropy (nats) of each test example's distribution of influence over training examples.
+
+    part: "positive" keeps the positive influences, "absolute" their sizes; same_class: only training examples of
+    the test example's class. Low: it leans on few. A test example that nothing influences gets the largest
+    entropy possible, log of the number of candidates. Raises ValueError if that holds for all of them.
+    """
+    if part not in ("positive", "absolute"):
+        raise ValueError(f"part={part!r}; valid are 'positive' and 'absolute'")
+    values, y, y_test = np.asarray(values), np.asarray(y), np.asarray(y_test)
+    if len(values) and (values == values[0]).all():
+        raise ValueError("values: every model gives the same outputs, so nothing has any influence")
+    everyone = [(np.ones(len(y), bool), np.ones(len(y_test), bool))]
+    groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else everyone
+    out = np.empty(len(y_test))
+    for rows, columns in groups:
+        places = np.flatnonzero(columns)
+        for where, infl in influence_blocks(member[:, rows], values[:, columns], block):
+            out[places[where]] = entropy(np.maximum(infl, 0) if part == "positive" else np.abs(infl))
+    return out
+
+
+def entropy(mass):
+    """Entropy (nats) of each column of mass [N, T] >= 0, normalized; log N for a column of zeros."""
+    total = mass.sum(0, dtype=np.float64)
+    # H = -sum p log p = log s - sum m log m / s for p = m / s
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.log(total) - xlogy(mass, mass).sum(0, dtype=np.float64) / total
+    return np.where(total > 0, found, np.log(len(mass)))
+
+
+# ---- buckets ------------------------------------------------------------------------------------------------
+
+
+def buckets(score, n=5, within=None, seed=0):
+    """Equal buckets by rising score, 0..n-1: [T]; ties fall at random. within: [T] groups, each cut by itself.
+
+    Raises ValueError unless 2 <= n <= the size of (each group of) the test set.
+    """
+    score = np.asarray(score)
+    group = np.zeros(len(score), int) if within is None else np.asarray(within)
+    smallest = np.unique(group, return_counts=True)[1].min()
+    if not 2 <= n <= smallest:
+        raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the number of test examples")
+    out, order = np.empty(len(score), int), np.random.default_rng(seed).permutation(len(score))
+    for g in np.unique(group):
+        own = order[group[order] == g]
+        own = own[np.argsort(score[own], kind="stable")]
+        out[own] = np.arange(len(own)) * n // len(own)
+    return out
+
+
+def cross_fitted(form, member):
+    """Labels [M, T] for each model, formed on the *other* half of the models: form(rows) -> [T]."""
+    fold = np.unique(metrics.pairs(member), return_inverse=True)[1] % 2
+    by_fold = [form(np.flatnonzero(fold != k)) for k in (0, 1)]
+    return np.stack([by_fold[k] for k in fold])
+
+
+def step_cells(difference, label):
+    """Cells [M, T] of the mean of difference [M, T] in the first bucket of label [M, T] minus that in the last."""
+    first, last = (metrics.ratio_cells(difference, label == b) for b in (0, label.max()))
+    return first - last
+
+
+def gains(difference, label, name, total=False):
+    """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a tidy frame.
+
+    Metrics gain_<name>_1 and so on, gain_<name>_1_minus_<n>; with `total`, also the overall mean (gain) and the
+    first bucket's share of it (gain_share_<name>_1), a ratio, by the delta method.
+    """
+    n = label.max() + 1
+    cells = [metrics.ratio_cells(difference, label == b) for b in range(n)]
+    found = {f"gain_{name}_{b + 1}": c for b, c in enumerate(cells)}
+    found[f"gain_{name}_1_minus_{n}"] = step_cells(difference, label)
+    if total:
+        whole, weight = difference.mean(), (label == 0).mean()
+        share = weight * cells[0].mean() / whole
+        # d(a/b) = (da - (a/b) db) / b
+        found |= {"gain": difference, f"gain_share_{name}_1": share + (weight * cells[0] - share * difference) / whole}
+    rows = {metric: metrics.estimate(c) for metric, c in found.items()}
+    return pd.DataFrame([(m, *e) for m, e in rows.items()], columns=["metric", "value", "ci_low", "ci_high"])

@@ -1,0 +1,357 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. Memorization: what does SAM remember?
+#
+# A model *memorizes* a training example to the extent that it is right about it only because it was trained on it
+# (Feldman 2020). The paper says that SAM does not memorize less than SGD, but differently: more examples at a middling
+# degree (0.6 to 0.85), where sub-patterns sit that are rare but not unique. This notebook estimates memorization for
+# every example of the pool, asks first whether the estimates can be believed, and then compares the two optimizers
+# example by example.
+#
+# The ensembles are those of the first notebook, so nothing new has to be trained but one control.
+
+# %% [markdown]
+# **The definition.** For training algorithm $A$ and example $i$ of the pool,
+#
+# $$\mathrm{mem}(i) = \Pr_{h \sim A(S),\ i \in S}[h(x_i) = y_i] - \Pr_{h \sim A(S),\ i \notin S}[h(x_i) = y_i]$$
+#
+# over random subsets $S$ (Feldman & Zhang 2020). An easy example is learned from the others: 0. An example that
+# nothing else resembles is right only if it was seen: near 1. We estimate it for two outputs: for *correctness*, as the paper
+# does, and for the *confidence* $p_y$ in the true label, which is finer and is what attacks look at.
+
+# %% [markdown]
+# ## Setting up
+#
+# As in every notebook: find the library, note which names exist, take the parameters (`None` is filled in by the
+# preset), check them all before any training.
+
+# %%
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+
+from lib import study
+
+before = {*globals(), "before"}
+
+# %% tags=["parameters"]
+preset: str = "default"  # tiny, default, small, fast, paper
+dataset: str = "digits"  # digits, cifar10, cifar100, folder, npz
+data: str = None  # path, where the data set needs one
+arch: str = None  # mlp, cnn, resnet18
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam"
+rho: float = None  # radius of SAM's neighbourhood
+n_models: int = None  # models per optimizer, an even number
+n_examples: int = None  # size of the pool, an even number
+subset: float = None  # share of the pool that each model trains on
+epochs: int = None  # epochs of the main comparison
+batch_size: int = None  # examples per step
+lr: float = None  # peak learning rate
+weight_decay: float = None  # weight decay
+augment: bool = None  # flips and shifts, in training and as queries of the attacks
+seed: int = None  # seed of everything
+device: str = None  # auto, cpu, cuda, mps
+store: str = None  # folder of the trained ensembles (default: store/)
+out: str = None  # folder of this run's results (default: outputs/<dataset>/)
+
+# %%
+run = study.notebook_settings(globals(), before)
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from scipy import stats
+
+from lib import attacks, audit, ensemble, memorization, plots
+from lib.data import inputs
+from lib.prose import difference, pick, points, say, shown, verb
+from lib.results import Results
+
+plots.style()
+baseline, other = run.names[0], run.names[-1]
+pair = f"{other}-{baseline}"
+
+# %% [markdown]
+# ## The estimates and their precision
+#
+# **How.** Every example is in some of the models and out of the others (in half of them, where the subset is 0.5; Feldman
+# and Zhang used 0.7: set `subset`). The estimate is a difference of two means over models, and like every such
+# difference it has a standard error, for each example by itself. It falls with the square root of the number of models.
+
+# %%
+than = ("more than", "less than", "no differently from")
+say(run.describe())
+ensembles = audit.align({name: run.train(name) for name in run.names})
+member = np.array(ensembles[baseline].member)
+results = Results("02_memorization", run, n_models=len(member))
+outputs = {kind: {n: audit.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
+mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} for kind, of in outputs.items()}
+for kind, found in mem.items():
+    se = found[baseline].se
+    need = memorization.models_needed(np.median(se), len(member), 0.02)
+    say(
+        f"For `{kind}` under {baseline}, {len(member)} models give a standard error of {np.median(se):.3f} in the "
+        f"median and {np.quantile(se, 0.95):.3f} at the 95th percentile; {need} models would bring the median to 0.02."
+    )
+
+# %% [markdown]
+# ## Can the estimates be believed?
+#
+# **Claim.** The estimator measures what it says: how much leaving one example out would change the prediction on it.
+#
+# **How we test it.** For ridge regression the effect of leaving example $i$ out of $S$ is known in closed form,
+# $h_i\,(y_i - f_S(x_i))/(1-h_i)$ with the leverage $h_i = x_i^\top(X_S^\top X_S + \lambda I)^{-1}x_i$. On ten
+# examples we can train on *every* subset, where the estimate must equal the average of that formula to the last digit;
+# and then on random subsets only, where it must miss by as much as its standard error says.
+
+# %%
+rng = np.random.default_rng(run.seed)
+x, y, penalty = rng.normal(size=(10, 3)), rng.normal(size=10), 1.0
+subsets = (np.arange(1024)[:, None] >> np.arange(10) & 1).astype(bool)
+predicted, removed = np.empty((2, 1024, 10))
+for s, chosen in enumerate(subsets):
+    inverse = np.linalg.inv(x[chosen].T @ x[chosen] + penalty * np.eye(3))
+    predicted[s] = x @ inverse @ x[chosen].T @ y[chosen]
+    leverage = np.einsum("nd,de,ne->n", x, inverse, x)
+    removed[s] = leverage * (y - predicted[s]) / (1 - leverage)
+truth = np.array([removed[subsets[:, i], i].mean() for i in range(10)])
+worst = np.abs(memorization.memorization(predicted, subsets).value - truth).max()
+say(f"Over all 1,024 subsets the estimate differs from exact leave-one-out by at most {worst:.1e}.")
+
+# %%
+counts, errors, stated = [16, 32, 64, 128, 256, 512], [], []
+for count in counts:
+    draws = [rng.integers(1024, size=count) for _ in range(100)]
+    found = [memorization.memorization(predicted[d], subsets[d]) for d in draws if 1 < subsets[d].sum(0).min()]
+    errors.append(np.sqrt(np.mean([(f.value - truth) ** 2 for f in found])))
+    stated.append(np.sqrt(np.mean([f.se**2 for f in found])))
+display(plots.save(plots.convergence(counts, errors, stated, "error of memorization"), run, "memorization_convergence"))
+slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+say(f"On random subsets the error falls as the number of models to the power {slope:.2f}.")
+
+# %% [markdown]
+# **How to read it.** Dots on the line: the standard error is honest. (In our ensembles a model without $i$ has one other
+# example in its place, since all halves are equally large: an effect of order $1/N$.)
+
+# %% [markdown]
+# ### Planted faults
+#
+# **Claim.** The estimates rank examples as they should: what must be memorized at the top, what others stand in for
+# at the bottom.
+#
+# **How we test it.** We train the baseline once more on a pool with planted faults. Some examples get a wrong label:
+# nothing but memory can reproduce it. Some ordinary examples, and some of the most memorized ones, get four twins each: what an
+# example teaches, its twins teach too. This training is as long as the longest of the first notebook, since a wrong
+# label that was never fitted was not memorized.
+
+# %%
+n = max(2, len(run.dataset.y) // 200)
+top = np.argsort(-mem["confidence"][baseline].value)
+sources = np.concatenate([top[:n], rng.choice(top[len(top) // 2 :], n, replace=False)])
+faulty, wrong, twins = memorization.plant(run.dataset, sources, n_wrong=2 * n, seed=run.seed)
+longest = run.recipe(baseline, epochs=run.regimes()[-1])
+controls = ensemble.train(longest, faulty, run.sweep, run.store, run.device)
+known = np.array(controls.member)
+after = memorization.memorization(audit.plain_signal(controls, "confidence"), known).value
+fitted = memorization.memorization(audit.plain_signal(controls, "correct"), known).inside[wrong].mean()
+say(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")
+
+# %%
+kinds = {"wrong label": wrong, "memorized, now with twins": sources[:n], "ordinary, with twins": sources[n:]}
+kinds["all others"] = np.setdiff1d(np.arange(len(after)), np.concatenate([*kinds.values(), twins.ravel()]))
+groups = {"the memorized ones, before": mem["confidence"][baseline].value[sources[:n]]}
+groups |= {kind: after[rows] for kind, rows in kinds.items()}
+display(plots.save(plots.planted(groups), run, "planted"))
+for kind in list(kinds)[:3]:
+    ahead = (after[kinds[kind]][:, None] > after[kinds["all others"]]).mean()
+    say(f"An example of the kind '{kind}' ranks above {ahead:.0%} of the untouched ones, on average.")
+    row = dict(metric="rank_of_planted", value=ahead, ci_low=np.nan, ci_high=np.nan, optimizer=baseline)
+    results.add(pd.DataFrame([row]), note=kind, n_models=len(controls.ids))
+
+# %% [markdown]
+# **How to read it.** A dot is an example, the bar holds the middle half of each kind. Twins take memorization away without
+# changing the example: memorization is a property of an example *in its pool*. (Copies that both sides of a membership
+# game hold are also why duplicates spoil attacks: a "non-member" with a twin among the members is none.)
+
+# %% [markdown]
+# ## How much is memorized, and where
+#
+# **Claim.** SAM's memorization is not lower than SGD's; it is shifted to the middle, 0.6 to 0.85.
+#
+# **How we test it.** The distribution of the estimates under both, the share of examples in each of five bands, and
+# the paired differences of these shares. Intervals come from leaving out groups of models, and groups of examples.
+
+# %%
+values = {name: mem["correct"][name].value for name in (baseline, other)}
+display(plots.save(plots.memorization_density(values, memorization.EDGES), run, "memorization"))
+tables = {}
+for kind, note in (("correct", ""), ("confidence", "of confidence")):
+    for name in run.names[1:]:
+        contrast = {n: outputs[kind][n] for n in (baseline, name)}
+        tables[kind, name] = memorization.memorization_table(contrast, member)
+        results.add(tables[kind, name], note=note)
+    shown(tables[kind, other])
+
+# %%
+frames = {}
+for kind in outputs:
+    table = tables[kind, other]
+    frames[f"memorization of {kind}"] = table[(table.optimizer == pair) & table.metric.str.contains("share")]
+figure = plots.interval_panels(
+    frames, f"share of examples: {other} minus {baseline}", "band of memorization",
+    ["< 0.1", "0.1-0.4", "0.4-0.6", "0.6-0.85", "> 0.85"],
+)  # fmt: skip
+display(plots.save(figure, run, "memorization_bands"))
+for kind in outputs:
+    middle = difference(tables[kind, other], "memorization_share_0.6_0.85", pair)
+    words = verb(middle, "more examples than", "fewer examples than", "no detectably different number from")
+    say(f"Of {kind}: {other} has {words} {baseline} between 0.6 and 0.85 ({points(middle)}).")
+
+# %% [markdown]
+# **How to read it.** Most examples are easy and lie at 0; the axis of the first figure is logarithmic so that the tail can be
+# seen. Estimates are noisy, and noise smears an example at 0 over a band as wide as its standard error, under both optimizers
+# alike: compare the two, not the bands with zero. The table's lower half says the same for the confidence.
+
+# %% [markdown]
+# ## The mean is the generalization gap
+#
+# **Claim.** With equal subsets, mean memorization *is* train accuracy minus accuracy on the examples left out.
+#
+# **Why.** Average the definition over $i$: the first term is the accuracy of models on their members, the second on
+# their non-members. No training algorithm enters. So of two optimizers that both fit their training set, the one that generalizes
+# better *must* memorize less on average. "Not lower" is then possible only where SAM fits better or generalizes worse.
+
+# %%
+accuracy = audit.accuracies(ensembles)
+for name in (baseline, other):
+    gap, mean = pick(accuracy, name, "generalization_gap"), mem["correct"][name].value.mean()
+    say(f"{name}: gap between accuracies {gap:.6f}, mean memorization {mean:.6f}, apart by {abs(gap - mean):.1e}.")
+mean, fit = (
+    difference(tables["correct", other], "mean_memorization", pair),
+    difference(accuracy, "train_accuracy", pair),
+)
+say(
+    f"Here {other} memorizes {verb(mean, *than)} {baseline} on average ({points(mean)}), while its train accuracy "
+    f"differs by {points(fit)}. So *not lower* is {verb(mean, 'more than met', 'contradicted', 'not contradicted')}."
+)
+
+# %% [markdown]
+# **How to read it.** So compare distributions, not means: the mean says nothing that the accuracies do not. (Where the subset is not
+# 0.5, examples are in unequal numbers of models, and the two numbers differ a little.)
+
+# %% [markdown]
+# ## Who moved?
+#
+# **Claim.** SAM memorizes *other* examples than SGD, not the same ones more or less.
+#
+# **How we test it.** One optimizer's memorization against the other's, and the paired change of each example with its own
+# standard error, judged at a false discovery rate of 5% (Benjamini & Hochberg 1995). The examples that
+# moved most are picked on one half of the models and shown as the *other* half sees them: picked and shown on the same
+# ones, they would seem to move further than they do.
+
+# %%
+moves = outputs["confidence"][other].astype(float) - outputs["confidence"][baseline]
+change = memorization.memorization(moves, member)
+found = stats.false_discovery_control(2 * stats.norm.sf(np.abs(change.value / np.maximum(change.se, 1e-9)))) < 0.05
+for sign, word in ((1, "more"), (-1, "less")):
+    share = (found & (np.sign(change.value) == sign)).mean()
+    say(f"{other} memorizes {share:.1%} of the examples detectably {word} than {baseline} (of confidence).")
+halves = [np.arange(len(member)) // 2 % 2 == k for k in (0, 1)]
+picked, kept = (memorization.memorization(moves[half], member[half]).value for half in halves)
+up, down = np.argsort(-picked)[:8], np.argsort(picked)[:8]
+values = {name: mem["confidence"][name].value for name in (baseline, other)}
+se = np.median(mem["confidence"][baseline].se)
+plots.save(plots.against(values, se, np.concatenate([up, down])), run, "memorization_pairs")
+
+
+# %%
+def caption(i):
+    return f"{run.dataset.classes[run.dataset.y[i]]}\n{values[baseline][i]:.2f} to {values[other][i]:.2f}\n({kept[i]:+.2f})"
+
+
+rows = {
+    f"memorized more by {other}": [(run.dataset.x[i], caption(i)) for i in up],
+    f"memorized less by {other}": [(run.dataset.x[i], caption(i)) for i in down],
+}
+display(plots.save(plots.captioned(rows), run, "movers"))
+for word, chosen in (("more", up), ("less", down)):
+    say(f"Picked as memorized {word}: a change of {picked[chosen].mean():+.3f} on the half that picked them, "
+        f"{kept[chosen].mean():+.3f} on the other.")  # fmt: skip
+rank = difference(tables["confidence", other], "memorization_spearman", pair)
+say(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3f}, {rank.ci_high:.3f}].")
+
+# %% [markdown]
+# **How to read it.** Under each picture its label, its memorization under the two optimizers over all models, and, in brackets, the change
+# on the models that had no say in picking it. A rank correlation near 1 means that the two memorize the same examples.
+
+# %% [markdown]
+# ## Are the movers atypical, and does LiRA find them?
+#
+# **Claim.** What SAM adds is memory of atypical sub-patterns, and these are the examples that attacks name.
+#
+# **How we test it.** Rank correlations over the examples, of memorization and of its change, with three properties: *atypicality*,
+# the distance to the nearest of the own class over that to the nearest other class (in input space); *ambiguity*, the
+# entropy of predictions by models that did not see the example; and *exposure*, how well LiRA tells the example's members from its
+# non-members (AUC over models), and its change.
+
+# %%
+out = (~member).sum(0)
+traits = {"ambiguity": (audit.plain_signal(ensembles[baseline], "entropy") * ~member).sum(0) / out}
+k = min(5, np.bincount(run.dataset.y).min() - 1)
+traits["atypicality"] = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, k)
+exposure = {}
+for name in (baseline, other):
+    phi = audit.plain_signal(ensembles[name], "phi")
+    exposure[name] = memorization.exposure(attacks.lira(phi, member), member)
+traits |= {"exposure": exposure[baseline], "change of exposure": exposure[other] - exposure[baseline]}
+
+# %%
+quantities = {f"memorization ({baseline})": mem["confidence"][baseline].value, "change of memorization": change.value}
+
+
+def correlations(_, columns):
+    return [memorization.spearman(q[columns], t[columns]) for q in quantities.values() for t in traits.values()]
+
+
+keys = [(q, t) for q in quantities for t in traits]
+frame = memorization.tidy(keys, memorization.jackknife(correlations, member))
+results.add(frame.assign(metric="spearman_" + frame.metric.str.replace(" ", "_"), note=frame.optimizer), optimizer=pair)
+shown(frame.rename(columns={"optimizer": "quantity"}), across=["quantity"])
+for row in frame[frame.optimizer == "change of memorization"].itertuples():
+    words = verb(row, "rises with", "falls with", "has no detectable relation to")
+    say(f"Of an example, how much more {other} memorizes it {words} {row.metric} ({row.value:+.2f}).")
+
+# %% [markdown]
+# **How to read it.** The intervals are for new examples, given these models. A change that rises with ambiguity and
+# atypicality is what the paper describes; one that falls with them says that SAM memorizes its odd examples *less*. Where the change of
+# exposure follows the change of memorization, the attack finds what the optimizer moved.
+
+# %% [markdown]
+# ## What this run shows
+#
+# Computed from the numbers above, whatever they are.
+
+# %%
+band = difference(tables["correct", other], "memorization_share_0.6_0.85", pair)
+say(f"**How much.** {other} memorizes {verb(mean, *than)} {baseline} on average ({points(mean)} of correctness).")
+words = verb(band, "more", "fewer", "not detectably more or fewer")
+say(f"**Where.** Between 0.6 and 0.85 there are {words} examples than under {baseline} ({points(band)}).")
+say(f"**Who.** The two rank the examples alike to {rank.value:.2f}; {found.mean():.1%} of them moved detectably.")
+row = frame[(frame.optimizer == "change of memorization") & (frame.metric == "change of exposure")].iloc[0]
+say(
+    f"**Does it leak?** Examples that {other} memorizes more are exposed {verb(row, 'more', 'less', 'no differently')}."
+)
+say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

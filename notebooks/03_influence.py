@@ -1,0 +1,346 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. Influence buckets: where do SAM's gains come from?
+#
+# A test point can lean on one or two training examples, or on a whole crowd of them. The paper sorts test points by
+# this, with the entropy of their *influence* distribution, and finds that almost all of SAM's gain in test accuracy lies
+# with points that lean on few: SAM would owe its better generalization to memorized, atypical sub-patterns, which are also what
+# membership attacks can see. This notebook repeats the measurement, then asks the two questions that a critical
+# reader asks: how much of the entropy is the noise of its estimate, and does it say anything that plain
+# difficulty does not?
+
+# %% [markdown]
+# **The definition.** $\mathrm{infl}(i, j)$ is the accuracy on test point $j$ of models trained with example $i$, minus
+# that of models trained without it (Feldman & Zhang 2020): memorization, with the test point elsewhere. For all pairs at once it is
+# one matrix product, $W^\top V$, with $V$ the correctness of every model on every test point and $W$ the membership
+# matrix, its columns scaled to $1/n_\mathrm{in}$ and $-1/n_\mathrm{out}$.
+#
+# The entropy $I_\mathrm{ent}(j) = -\sum_i p_{ij} \log p_{ij}$ is that of the positive influences of the training examples
+# of $j$'s own class, scaled to sum to one. Low: few examples matter.
+
+# %% [markdown]
+# ## Setting up
+#
+# As in every notebook: find the library, note which names exist, take the parameters (`None` is filled in by the
+# preset), check them all before any training.
+
+# %%
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+
+from lib import study
+
+before = {*globals(), "before"}
+
+# %% tags=["parameters"]
+preset: str = "default"  # tiny, default, small, fast, paper
+dataset: str = "digits"  # digits, cifar10, cifar100, folder, npz
+data: str = None  # path, where the data set needs one
+arch: str = None  # mlp, cnn, resnet18
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam"
+rho: float = None  # radius of SAM's neighbourhood
+n_models: int = None  # models per optimizer, an even number
+n_examples: int = None  # size of the pool, an even number
+subset: float = None  # share of the pool that each model trains on
+epochs: int = None  # epochs of the main comparison
+batch_size: int = None  # examples per step
+lr: float = None  # peak learning rate
+weight_decay: float = None  # weight decay
+augment: bool = None  # flips and shifts, in training and as queries of the attacks
+seed: int = None  # seed of everything
+device: str = None  # auto, cpu, cuda, mps
+store: str = None  # folder of the trained ensembles (default: store/)
+out: str = None  # folder of this run's results (default: outputs/<dataset>/)
+
+# %%
+run = study.notebook_settings(globals(), before)
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from lib import attacks, audit, memorization, metrics, plots
+from lib.memorization import buckets, cross_fitted, gains, influence_entropy
+from lib.prose import points, say, shown, sign, verb
+from lib.results import Results
+
+plots.style()
+baseline, other = run.names[0], run.names[-1]
+pair, n_buckets = f"{other}-{baseline}", 5
+say(run.describe())
+
+# %% [markdown]
+# ## The ensembles
+#
+# Those of the first notebooks. $V$ comes from the test part, which no model trained on.
+
+# %%
+ensembles = audit.align({name: run.train(name) for name in run.names})
+member, y, y_test = np.array(ensembles[baseline].member), run.dataset.y, run.dataset.y_test
+results = Results("03_influence", run, n_models=len(member))
+tests = {
+    kind: {n: audit.plain_signal(e, kind, test=True) for n, e in ensembles.items()}
+    for kind in ("correct", "confidence")
+}
+gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}
+accuracy = audit.accuracies(ensembles)
+shown(accuracy[accuracy.metric.isin(["test_accuracy", "train_accuracy"])])
+
+# %% [markdown]
+# ## The gain in five buckets
+#
+# **Claim.** SAM's gain lies in bucket 1, the fifth of the test points with the lowest entropy; bucket 5 gains nothing.
+#
+# **How we test it.** Entropies come from the baseline's models alone, on *one half* of them; the gain of each bucket is
+# measured on the *other* half, then the halves change places. On the same models both would share their accidents: a test point that some models
+# happen to miss has few influences *and* looks like a place to gain. Intervals are for new models and new test points.
+
+
+# %%
+def by_entropy(rows, values, within=None, **kind):
+    """Buckets [T] of the entropies that models `rows` give."""
+    return buckets(influence_entropy(member[rows], values[rows], y, y_test, **kind), n_buckets, within, run.seed)
+
+
+correct, confidence = tests["correct"][baseline], tests["confidence"][baseline]
+label = cross_fitted(lambda rows: by_entropy(rows, correct), member)
+main = {}
+for name in run.names[1:]:
+    main[name] = gains(gain[name], label, "bucket", total=True)
+    results.add(main[name], optimizer=f"{name}-{baseline}")
+frame = main[other]
+shown(frame.assign(optimizer=pair))
+
+
+# %% [markdown]
+# In points of test accuracy, and as a share of the whole.
+
+
+# %%
+def panel(table, name):
+    """The rows of the buckets alone, in points."""
+    rows = table[table.metric.str.fullmatch(rf"gain_{name}_\d+")]
+    return rows.assign(**{c: 100 * rows[c] for c in ("value", "ci_low", "ci_high")})
+
+
+first, last, step = (frame[frame.metric == f"gain_bucket_{b}"].iloc[0] for b in (1, n_buckets, f"1_minus_{n_buckets}"))
+share, whole = (frame[frame.metric == m].iloc[0] for m in ("gain_share_bucket_1", "gain"))
+say(f"{other} gains {points(first)} in bucket 1 and {points(last)} in bucket {n_buckets}; overall {points(whole)}.")
+if sign(whole):
+    say(f"Bucket 1 holds {share.value:.0%} [{share.ci_low:.0%}, {share.ci_high:.0%}] of the overall change.")
+else:
+    say("The overall change is not clear of zero, so a share of it would mean nothing.")
+
+# %% [markdown]
+# ### Other ways of counting
+#
+# The same with absolute influences; with all training examples as candidates; with influences on the confidence $p_y$
+# instead of correctness; and, as a warning, formed and measured on the same models.
+
+# %%
+variants = {
+    "absolute influence": (correct, {"part": "absolute"}),
+    "all classes": (correct, {"same_class": False}),
+    "influence on p_y": (confidence, {}),
+}
+labels = {
+    title: cross_fitted(lambda rows, v=values, k=kind: by_entropy(rows, v, **k), member)
+    for title, (values, kind) in variants.items()
+}
+labels["formed on the same models"] = np.tile(by_entropy(slice(None), correct), (len(member), 1))
+
+# %% [markdown]
+# Each of them on the same axis. The last panel shows what the precaution of two halves is worth here.
+
+# %%
+panels = {"as above": panel(frame, "bucket")}
+for title, found in labels.items():
+    table = gains(gain[other], found, "bucket", total=True)
+    results.add(table, optimizer=pair, note=title)
+    panels[title] = panel(table, "bucket")
+plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "buckets")
+
+# %% [markdown]
+# **How to read it.** Bucket 1 holds the fifth of the test points with the lowest entropy. With correctness, a test point that all models get right
+# (or all get wrong) is influenced by nothing: it counts as the largest entropy, and such ties are cut at random.
+
+# %%
+never = (correct == correct[0]).all(0).mean()
+say(f"{never:.0%} of the test points are influenced by nothing: all {len(member)} models of {baseline} agree on them.")
+
+# %% [markdown]
+# ## What the buckets look like
+#
+# For the test points of lowest and of highest entropy (among those that something influences), the most
+# influential training example of the same class beneath.
+
+# %%
+entropy = influence_entropy(member, correct, y, y_test)
+moved = np.flatnonzero(~(correct == correct[0]).all(0))
+moved = moved[np.argsort(entropy[moved])]
+rows = {}
+for title, chosen in (("lowest entropy", moved[:8]), ("highest entropy", moved[-8:])):
+    infl = memorization.influence(member, correct[:, chosen])
+    best = np.where(y[:, None] == y_test[chosen], infl, -np.inf).argmax(0)
+    classes = [run.dataset.classes[c] for c in y_test[chosen]]
+    rows[f"test, {title}"] = [(run.dataset.x_test[j], f"a '{c}'") for j, c in zip(chosen, classes, strict=True)]
+    top = infl[best, np.arange(len(chosen))]
+    rows[f"train, beside them ({title})"] = [(run.dataset.x[i], f"{v:+.2f}") for i, v in zip(best, top, strict=True)]
+plots.save(plots.captioned(rows), run, "influences")
+
+# %% [markdown]
+# **How to read it.** Under a training image, how much more often models that trained with it are right about the test image above. With
+# few models the largest of many noisy influences is large by chance. An influence near zero beside a *low* entropy is a test point that
+# hardly any model gets wrong: the few that do share few examples, whatever the reason. The next section follows this up.
+
+# %% [markdown]
+# ## Check 1: how much of the entropy is noise?
+#
+# **Claim.** The entropy is a property of the test point, not of the estimate.
+#
+# **How we test it.** Every influence is estimated with an error that falls only with the root of the number of models, and
+# the positive parts of pure noise have an entropy too. We compute the entropies from more and more models, on the true membership
+# and on a *shuffled* one (of the same design, but unrelated to training), and compare two disjoint halves of the models.
+
+# %%
+counts = [c for c in (16, 32, 64, 128, 256, 512, 1024) if c <= len(member)]
+shuffled = attacks.null_member(member, run.seed)
+lines = []
+for count in counts:
+    for kind, design in (("true membership", member), ("shuffled membership", shuffled)):
+        found = influence_entropy(design[:count], confidence[:count], y, y_test)
+        low, middle, high = np.quantile(found, [0.1, 0.5, 0.9])
+        lines.append((kind, count, middle, low, high))
+noise = pd.DataFrame(lines, columns=["series", "models", "value", "ci_low", "ci_high"])
+display(plots.save(plots.entropy_and_noise(noise, np.log(np.bincount(y)).mean()), run, "entropy_noise"))
+results.add(noise.assign(metric="influence_entropy", note=noise.series, n_models=noise.models), optimizer=baseline)
+
+# %% [markdown]
+# A score that means something is the same when it is measured again. So: the entropies from one half of the models against those
+# from the other.
+
+# %%
+fold = np.arange(len(member)) // 2 % 2 == 0
+reliability = {}
+for kind, values in (("correctness", correct), ("confidence", confidence)):
+    for name, design in (("true", member), ("shuffled", shuffled)):
+        halves = [influence_entropy(design[f], values[f], y, y_test) for f in (fold, ~fold)]
+        reliability[kind, name] = memorization.spearman(*halves)
+    say(f"Entropies of {kind} from two halves of the models correlate by {reliability[kind, 'true']:.2f} in rank, "
+        f"and by {reliability[kind, 'shuffled']:.2f} with shuffled membership.")  # fmt: skip
+
+# %% [markdown]
+# And the control that decides: buckets formed with shuffled membership, whose "influences" say nothing about any training
+# example. Should they separate the gain as well as the true ones, then it was never influence that did.
+
+# %% [markdown]
+# We ask it of correctness, and of the confidence $p_y$.
+
+# %%
+panels, beyond = {}, {}
+for kind, values, true in (("correctness", correct, label), ("p_y", confidence, labels["influence on p_y"])):
+    fake = cross_fitted(
+        lambda rows, v=values: buckets(
+            influence_entropy(shuffled[rows], v[rows], y, y_test), n_buckets, seed=run.seed
+        ), member)  # fmt: skip
+    control = gains(gain[other], fake, "bucket", total=True)
+    results.add(control, optimizer=pair, note=f"shuffled membership, {kind}")
+    panels |= {f"{kind}, true": panel(gains(gain[other], true, "bucket"), "bucket")}
+    panels |= {f"{kind}, shuffled": panel(control, "bucket")}
+    excess = memorization.step_cells(gain[other], true) - memorization.step_cells(gain[other], fake)
+    beyond[kind] = pd.DataFrame([audit.row("gain_beyond_shuffled", metrics.estimate(excess))])
+    results.add(beyond[kind], optimizer=pair, note="" if kind == "correctness" else "influence on p_y")
+
+# %%
+display(plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "shuffled"))
+for kind, found in beyond.items():
+    words = verb(found.iloc[0], "further than", "less far than", "no further than")
+    say(f"Entropies of {kind}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled "
+        f"membership does ({points(found.iloc[0])} of gain).")  # fmt: skip
+
+# %% [markdown]
+# **How to read it.** Points are medians over the test points (influence on $p_y$, which every example has), bars hold 80% of them. The line on top is the largest
+# entropy possible. Where true and shuffled membership give the same entropies, noise decides them. The correlation with shuffled
+# membership is *not* zero where noise has structure: entropy then measures how much the models differ on a test point,
+# which is a kind of difficulty.
+
+# %% [markdown]
+# ## Check 2: is it more than difficulty?
+#
+# **Claim.** Entropy tells where SAM gains, beyond telling which test points are hard.
+#
+# **How we test it.** Only points that some models get wrong can gain. So we form five buckets by plain difficulty (the mean confidence $p_y$
+# of the baseline's models, lowest first), again on the other half of the models; then buckets by entropy *within* each
+# fifth of difficulty, and buckets by difficulty within each fifth of entropy. What still separates within the other is what it adds.
+
+
+# %%
+def by_difficulty(rows, within=None):
+    """Buckets [T] of the mean confidence of models `rows`."""
+    return buckets(confidence[rows].mean(0), n_buckets, within, run.seed)
+
+
+forms = {
+    "entropy": lambda rows: by_entropy(rows, correct),
+    "difficulty": by_difficulty,
+    "entropy_within_difficulty": lambda rows: by_entropy(rows, correct, within=by_difficulty(rows)),
+    "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, correct)),
+}
+tables = {name: gains(gain[other], cross_fitted(form, member), name, total=True) for name, form in forms.items()}
+
+# %% [markdown]
+# Left to right: entropy alone, difficulty alone, and each with the other held fixed. "1" is always the end where a gain is
+# expected: the lowest entropies, the lowest confidences.
+
+# %%
+for table in list(tables.values())[1:]:
+    results.add(table, optimizer=pair)
+panels = {name.replace("_", " "): panel(table, name) for name, table in tables.items()}
+plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "difficulty")
+
+# %%
+steps = {name: table[table.metric == f"gain_{name}_1_minus_{n_buckets}"].iloc[0] for name, table in tables.items()}
+for name, row in steps.items():
+    words = verb(row, "more than", "less than", "no differently from")
+    say(f"By {name.replace('_', ' ')}: bucket 1 gains {words} bucket {n_buckets} ({points(row)}).")
+both = np.mean(label == cross_fitted(by_difficulty, member))
+say(
+    f"Entropy and difficulty put {both:.0%} of the test points into the same bucket; by chance it would be {1 / n_buckets:.0%}."
+)
+
+# %% [markdown]
+# **How to read it.** If the first two panels look alike and the third is flat, entropy is difficulty under another name. If the third falls from left to right and the
+# fourth is flat, it is the other way round: points are hard *because* they lean on few.
+
+# %% [markdown]
+# ## What this run shows
+#
+# Computed from the numbers above, whatever they are.
+
+# %%
+say(
+    f"**Buckets.** Bucket 1 gains {verb(step, 'more than', 'less than', 'no differently from')} bucket {n_buckets}: {points(step)}."
+)
+if sign(last):
+    say(f"**The last bucket** {verb(last, 'gains', 'loses', '')} too: {points(last)}.")
+within = steps["entropy_within_difficulty"]
+say(f"**Beyond difficulty.** Among equally hard points, the lowest entropies gain "
+    f"{verb(within, 'more than', 'less than', 'no differently from')} the highest ({points(within)}).")  # fmt: skip
+found = beyond["correctness"].iloc[0]
+say(f"**Control.** True influences separate the gain {verb(found, 'better than', 'worse than', 'no better than')} "
+    f"shuffled ones ({points(found)}).")  # fmt: skip
+say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

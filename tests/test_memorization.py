@@ -1,0 +1,274 @@
+"""Memorization and influence against closed forms, brute force and the authors' own arithmetic."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lib import memorization as mem
+from lib.ensemble import Recipe, membership
+
+RNG = np.random.default_rng(0)
+
+
+def coins(m, n, p=0.5, seed=0):
+    return np.random.default_rng(seed).random((m, n)) < p
+
+
+def halves(m, n):
+    return membership(Recipe(), n, range(m))
+
+
+def ridge(x, y, chosen, penalty=1.0):
+    """Predictions [N] on all examples of ridge regression on the chosen ones."""
+    xs = x[chosen]
+    return x @ np.linalg.solve(xs.T @ xs + penalty * np.eye(x.shape[1]), xs.T @ y[chosen])
+
+
+def leave_one_out(x, y, chosen, i, penalty=1.0):
+    """f_S(x_i) - f_(S without i)(x_i) in closed form: h (y - f) / (1 - h), with the leverage h."""
+    xs = x[chosen]
+    h = x[i] @ np.linalg.solve(xs.T @ xs + penalty * np.eye(x.shape[1]), x[i])
+    return h * (y[i] - ridge(x, y, chosen, penalty)[i]) / (1 - h)
+
+
+@pytest.fixture(scope="module")
+def regression():
+    """Ten examples, all 1,024 subsets, ridge predictions on each, and the mean exact leave-one-out difference."""
+    x, y = RNG.normal(size=(10, 3)), RNG.normal(size=10)
+    subsets = np.array(list(itertools.product([False, True], repeat=10)))
+    predicted = np.stack([ridge(x, y, s) for s in subsets])
+    truth = [np.mean([leave_one_out(x, y, s, i) for s in subsets[subsets[:, i]]]) for i in range(10)]
+    return subsets, predicted, np.array(truth)
+
+
+def test_over_all_subsets_the_estimate_is_exact_leave_one_out(regression):
+    subsets, predicted, truth = regression
+    np.testing.assert_allclose(mem.memorization(predicted, subsets).value, truth, atol=1e-12)
+    assert np.abs(truth).max() > 0.1
+
+
+@pytest.mark.parametrize("m", [32, 512])
+def test_the_standard_error_is_the_spread_about_leave_one_out(regression, m):
+    subsets, predicted, truth = regression
+    z = []
+    for seed in range(200):
+        drawn = np.random.default_rng(seed).integers(len(subsets), size=m)
+        found = mem.memorization(predicted[drawn], subsets[drawn])
+        z.append((found.value - truth) / found.se)
+    assert np.abs(np.mean(z)) < 0.15 and np.sqrt(np.mean(np.square(z))) == pytest.approx(1, abs=0.12)
+
+
+def test_equals_feldman_and_zhangs_arithmetic():
+    member, hits = coins(60, 40), coins(60, 40, 0.8, seed=1)
+    mask, inverse = member.astype(float), 1 - member.astype(float)
+
+    def average(x, mask):  # _masked_avg and _masked_dot of their published code
+        return (np.sum(x * mask, axis=0) / np.maximum(np.sum(mask, axis=0), 1e-10)).astype(np.float32)
+
+    def dot(x, mask):
+        return (np.matmul(x.T, mask) / np.maximum(np.sum(mask, axis=0, keepdims=True), 1e-10)).astype(np.float32)
+
+    np.testing.assert_allclose(mem.memorization(hits, member).value, average(hits, mask) - average(hits, inverse),
+                               atol=1e-6)  # fmt: skip
+    tests = coins(60, 25, 0.7, seed=2)
+    theirs = (dot(tests, mask) - dot(tests, inverse)).T
+    np.testing.assert_allclose(mem.influence(member, tests, block=7), theirs, atol=1e-6)
+
+
+def test_influence_on_the_pool_itself_has_memorization_on_its_diagonal():
+    member, values = halves(20, 12), RNG.random((20, 12))
+    diagonal = np.diag(mem.influence(member, values))
+    np.testing.assert_allclose(diagonal, mem.memorization(values, member).value, atol=1e-6)
+
+
+def test_mean_memorization_is_accuracy_in_minus_accuracy_out():
+    member, hits = halves(16, 50), coins(16, 50, 0.7, seed=3)
+    found = mem.memorization(hits, member).value.mean()
+    assert found == pytest.approx(hits[member].mean() - hits[~member].mean(), abs=1e-12)
+    assert found != 0
+
+
+def test_the_standard_error_of_a_proportion_is_agresti_and_caffos_and_never_zero():
+    member = halves(8, 6)
+    found = mem.memorization(np.ones((8, 6), bool), member)
+    # 4 of 4 on both sides: p = 5/6, p (1 - p) / 6 twice
+    np.testing.assert_allclose(found.se, np.sqrt(2 * 5 / 36 / 6))
+    numbers = RNG.random((8, 6))
+    one = mem.memorization(numbers, member)
+    inside, outside = numbers[member[:, 0], 0], numbers[~member[:, 0], 0]
+    assert one.se[0] == pytest.approx(np.sqrt(inside.var(ddof=1) / 4 + outside.var(ddof=1) / 4))
+
+
+def test_models_needed_scales_with_the_square():
+    assert mem.models_needed(0.1, 64, 0.05) == 256
+    np.testing.assert_array_equal(mem.models_needed(np.array([0.1, 0.2]), 10, 0.1), [10, 40])
+
+
+def test_bands_are_the_issues():
+    shares = mem.band_shares(np.array([-0.2, 0.0999, 0.1, 0.4, 0.6 - 1e-12, 0.7, 0.85, 1.0]))
+    np.testing.assert_allclose(shares, np.array([2, 1, 1, 2, 2]) / 8)
+
+
+def test_the_jackknife_covers_a_mean_over_models_and_examples():
+    hit, widths = 0, []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        values = rng.normal(size=(40, 1)) / 3 + rng.normal(size=60) / 3 + rng.normal(size=(40, 60))
+        member = np.zeros(values.shape, bool)
+        member[::2] = True
+        found = mem.jackknife(lambda r, c, v=values: v[np.ix_(r, c)].mean(), member)[0]
+        hit += found.low <= 0 <= found.high
+        widths.append(found.high - found.low)
+    assert 0.9 <= hit / 150 <= 1 and np.mean(widths) < 0.6
+    # an ideal interval has a width of 2 * 1.96 * sqrt(1/9/40 + 1/9/60 + 1/2400) = 0.28
+
+
+def test_the_table_is_paired_and_holds_the_identity():
+    member = halves(24, 80)
+    a = np.where(member, coins(24, 80, 0.95, 4), coins(24, 80, 0.6, 5))
+    b = np.where(member, a, a | coins(24, 80, 0.2, 6))  # the same, but better on what it did not see
+    frame = mem.memorization_table({"sgd": a, "sam": b}, member).set_index(["optimizer", "metric"])
+    means = frame.value[:, "mean_memorization"]
+    assert means["sam-sgd"] == pytest.approx(means["sam"] - means["sgd"])
+    assert frame.ci_high["sam-sgd", "mean_memorization"] < 0
+    for name in ("sgd", "sam"):
+        assert frame.value[name].filter(like="share").sum() == pytest.approx(1)
+    assert 0 < frame.value["sam-sgd", "memorization_spearman"] <= 1
+
+
+def test_exposure_is_the_auc_of_each_example():
+    from sklearn.metrics import roc_auc_score
+
+    member, scores = halves(30, 5), RNG.integers(0, 6, (30, 5)).astype(float)
+    expected = [roc_auc_score(member[:, i], scores[:, i]) for i in range(5)]
+    np.testing.assert_allclose(mem.exposure(scores, member), expected)
+
+
+def test_atypicality_singles_out_a_mislabelled_point():
+    x = np.concatenate([RNG.normal(0, 1, (20, 2)), RNG.normal(8, 1, (20, 2))])
+    y = np.repeat([3, 7], 20)
+    y[0] = 7
+    found = mem.atypicality(x, y)
+    assert found.argmax() == 0 and found[0] > 1 and np.median(found) < 0.5
+    inside = np.sort(np.linalg.norm(x[1] - x[(y == 3) & (np.arange(40) != 1)], axis=1))[:5].mean()
+    other = np.sort(np.linalg.norm(x[1] - x[y == 7], axis=1))[:5].mean()
+    assert found[1] == pytest.approx(inside / other)
+    with pytest.raises(ValueError, match="k=30"):
+        mem.atypicality(x, y, k=30)
+
+
+# ---- influence and its entropy ------------------------------------------------------------------------------
+
+
+def entropy_by_hand(infl, y, y_test, part, same_class):
+    out = []
+    for j in range(infl.shape[1]):
+        chosen = infl[y == y_test[j], j] if same_class else infl[:, j]
+        mass = np.maximum(chosen, 0) if part == "positive" else np.abs(chosen)
+        out.append(stats.entropy(mass) if mass.sum() else np.log(len(mass)))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("part", ["positive", "absolute"])
+@pytest.mark.parametrize("same_class", [True, False])
+def test_entropy_is_that_of_the_normalized_influences(part, same_class):
+    member, values = coins(40, 30), RNG.random((40, 23))
+    y, y_test = np.arange(30) % 3, np.arange(23) % 3
+    values[:, 4] = 0.5  # nothing influences this one: the limit
+    found = mem.influence_entropy(member, values, y, y_test, part, same_class, block=4)
+    expected = entropy_by_hand(mem.influence(member, values), y, y_test, part, same_class)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert found[4] == pytest.approx(np.log(10 if same_class else 30))
+
+
+def test_entropy_is_low_for_a_test_point_that_leans_on_one_example():
+    member = halves(64, 40)
+    values = np.stack([member[:, 0], member[:, :20].mean(1)], 1).astype(float)
+    leaning, spread = mem.influence_entropy(member, values, np.zeros(40, int), np.zeros(2, int))
+    assert leaning < spread
+
+
+def test_buckets_are_equal_rising_and_within_groups():
+    score = RNG.random(103)
+    bucket = mem.buckets(score)
+    assert np.ptp(np.bincount(bucket)) <= 1
+    assert all(score[bucket == b].max() <= score[bucket == b + 1].min() for b in range(4))
+    group = np.arange(103) % 2
+    nested = mem.buckets(score, 4, within=group)
+    assert all(np.ptp(np.bincount(nested[group == g])) <= 1 for g in (0, 1))
+    assert len(set(mem.buckets(np.zeros(50), 5))) == 5  # ties are cut too
+
+
+def test_buckets_are_formed_on_the_other_half_of_the_models():
+    member = halves(12, 20)
+    seen = []
+    label = mem.cross_fitted(lambda rows: seen.append(set(rows)) or np.full(7, len(seen)), member)
+    assert label.shape == (12, 7) and not seen[0] & seen[1] and seen[0] | seen[1] == set(range(12))
+    for m in range(12):
+        assert m not in seen[label[m, 0] - 1] and (m ^ 1) not in seen[label[m, 0] - 1]
+
+
+def test_forming_and_measuring_on_the_same_models_is_biased_and_cross_fitting_is_not():
+    member, difference = halves(40, 20), np.random.default_rng(5).normal(size=(40, 400))
+    same = np.tile(mem.buckets(-difference.mean(0)), (40, 1))  # nothing to find, but the first bucket gains
+    cross = mem.cross_fitted(lambda rows: mem.buckets(-difference[rows].mean(0)), member)
+    biased, honest = (mem.gains(difference, b, "bucket").set_index("metric") for b in (same, cross))
+    assert biased.ci_low["gain_bucket_1"] > 0.1
+    assert honest.ci_low["gain_bucket_1"] < 0 < honest.ci_high["gain_bucket_1"]
+
+
+def test_gains_find_a_planted_gain_and_its_share():
+    label = np.tile(np.arange(500) % 5, (40, 1))
+    difference = RNG.normal(size=(40, 500)) / 10 + 0.5 * (label == 0)
+    frame = mem.gains(difference, label, "bucket", total=True).set_index("metric")
+    assert frame.ci_low["gain_bucket_1"] < 0.5 < frame.ci_high["gain_bucket_1"]
+    assert frame.ci_low["gain_bucket_5"] < 0 < frame.ci_high["gain_bucket_5"]
+    assert frame.value["gain_share_bucket_1"] == pytest.approx(1, abs=0.05)
+    assert frame.value["gain_bucket_1_minus_5"] == pytest.approx(
+        frame.value["gain_bucket_1"] - frame.value["gain_bucket_5"]
+    )
+    assert frame.value["gain"] == pytest.approx(difference.mean())
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: mem.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
+        (lambda: mem.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
+        (lambda: mem.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
+        (lambda: mem.memorization(np.ones((2, 6)), halves(2, 6)), "n_models=2 is too few: example 0 is in 1 and out"),
+        (lambda: mem.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "out of 0"),
+        (lambda: mem.influence(halves(8, 6), np.ones((7, 4))), "values: shape"),
+        (lambda: mem.influence(halves(8, 6), np.ones((8, 4)), block=0), "block=0"),
+        (
+            lambda: mem.influence_entropy(halves(8, 6), np.ones((8, 4)), np.zeros(6), np.zeros(4)),
+            "nothing has any influence",
+        ),
+        (lambda: mem.influence_entropy(halves(8, 6), np.eye(8), np.zeros(6), np.zeros(8), part="both"), "part='both'"),
+        (lambda: mem.buckets(np.ones(4), 5), "n=5 buckets; valid are 2 to 4"),
+        (lambda: mem.buckets(np.ones(4), 1), "n=1"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_planting_changes_what_it_says_and_nothing_else():
+    from tests.conftest import blobs
+
+    dataset = blobs()
+    planted, wrong, copied = mem.plant(dataset, [3, 5], 4, copies=2)
+    assert (planted.y[wrong] != dataset.y[wrong]).all() and copied.shape == (2, 2)
+    np.testing.assert_array_equal(planted.x[copied], dataset.x[[3, 5]][:, None].repeat(2, 1))
+    same = np.setdiff1d(np.arange(len(dataset.y)), np.concatenate([wrong, copied.ravel()]))
+    np.testing.assert_array_equal(planted.x[same], dataset.x[same])
+    np.testing.assert_array_equal(planted.y[same], dataset.y[same])
+    assert planted.hash != dataset.hash and not {3, 5} & {*wrong, *copied.ravel()}
+    with pytest.raises(ValueError, match="no room"):
+        mem.plant(dataset, [3, 5], len(dataset.y))

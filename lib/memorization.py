@@ -281,7 +281,8 @@ def buckets(score, n=5, within=None, seed=0):
     group = np.zeros(len(score), int) if within is None else np.asarray(within)
     smallest = np.unique(group, return_counts=True)[1].min()
     if not 2 <= n <= smallest:
-        raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the number of test examples")
+        what = "test examples" if within is None else "test examples in the smallest group"
+        raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the number of {what}")
     out, order = np.empty(len(score), int), np.random.default_rng(seed).permutation(len(score))
     for g in np.unique(group):
         own = order[group[order] == g]

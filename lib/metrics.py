@@ -9,8 +9,8 @@ new examples.
 Every model is also a shadow of the others. What that adds example by example runs through the columns, and
 the column term carries it. What a whole model adds (one of wider scale widens everyone's estimate of the
 spread) is common to all rows, and no sum over rows can see it: in a simulation with such model effects the
-plain interval of a LiRA AUC difference covered 86 and 89% with 8 and 16 models. So `evaluate` and `compare`
-widen the row term of AUC and accuracy by 1 + SHADOWS / (row clusters), fitted to that simulation (then 93 and
+plain interval of a LiRA AUC difference covered 86 and 89% with 8 and 16 models. So `table` widens
+the row term of AUC and accuracy by 1 + SHADOWS / (row clusters), fitted to that simulation (then 93 and
 94%); it fades as models are added. TPR needs none of it: its intervals are wide for few models as they are.
 """
 
@@ -69,6 +69,18 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimat
     return Estimate(value, float(ends[0]), float(ends[1]))
 
 
+def paired(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> dict[str, Estimate]:
+    """`estimate` of each optimizer's cells, and of the differences from the first as 'sam-sgd'.
+
+    cells: dict optimizer -> [M, N], rows and columns alike; the rest as in `estimate` (a difference is no rate).
+    """
+    first, *others = cells
+    found = {name: estimate(c, clusters, level, rate, widen) for name, c in cells.items()}
+    for name in others:
+        found[f"{name}-{first}"] = estimate(cells[name] - cells[first], clusters, level, widen=widen)
+    return found
+
+
 def _variance(cells, value, clusters, widen):
     """Variance of the mean of cells and its degrees of freedom (0: not estimable)."""
     names, group = np.unique(clusters, return_inverse=True)
@@ -117,14 +129,11 @@ def _placements(s, member):
     """Per member the share of non-members below it, per non-member the share of members above; ties half."""
     order = np.argsort(s)
     s, inside = s[order], member[order]
-    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # last position of each run of ties
-    which = np.repeat(np.arange(len(last)), np.diff(last, prepend=-1))
-    below = {}
-    for name, chosen in (("in", inside), ("out", ~inside)):
-        upto = np.cumsum(chosen)[last]
-        below[name] = ((upto + np.append(0, upto[:-1])) / (2 * upto[-1]))[which]
-    place = np.empty(len(s))
-    place[order] = np.where(inside, below["out"], 1 - below["in"])
+    left, right = (np.searchsorted(s, s, side) for side in ("left", "right"))  # the ends of each run of ties
+    before = np.append(0, np.cumsum(inside))
+    members, place = before[left] + before[right], np.empty(len(s))  # twice the members below
+    outside = (left + right - members) / (2 * (len(s) - before[-1]))
+    place[order] = np.where(inside, outside, 1 - members / (2 * before[-1]))
     return place
 
 
@@ -279,45 +288,43 @@ def pairs(member) -> np.ndarray:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def evaluate(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
-    """All metrics of one attack: a tidy frame with columns metric, value, ci_low, ci_high.
+def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
+    """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
-    Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is
-    reported only where each fold expects at least ten false positives at it. `threshold`: as in
-    balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
+    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N]. Columns metric,
+    value, ci_low, ci_high, optimizer ('sam-sgd' for a difference). Metrics: auc, balanced_accuracy, advantage
+    (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is reported only where each fold expects at least ten
+    false positives at it. `threshold`: as in balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
     """
-    clusters, cells = pairs(checked(scores, member)[1]), _all_cells(scores, member, fprs, threshold, seed)
-    return _table({name: estimate(c, clusters, level, rate=True, widen=_widen(name)) for name, c in cells})
+    clusters, rows = pairs(checked(next(iter(scores.values())), member)[1]), {}
+    for metric, cells in _all_cells(scores, member, fprs, threshold, seed):
+        found = paired(cells, clusters, level, rate=True, widen=0.0 if "@" in metric else SHADOWS)
+        for name, e in found.items():
+            rows.setdefault(name, []).append((metric, *e, name))
+            if metric == "balanced_accuracy":  # advantage = TPR - FPR = 2 balanced accuracy - 1
+                rows[name].append(("advantage", *(2 * np.array(e) - (name in scores)), name))
+    return pd.DataFrame(sum(rows.values(), []), columns=["metric", "value", "ci_low", "ci_high", "optimizer"])
 
 
-def compare(scores_a, scores_b, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
-    """Paired differences b minus a of all metrics: the same columns as `evaluate`.
-
-    scores_a, scores_b: [M, N] of two ensembles that trained on the same halves, member [M, N].
-    """
-    cells = zip(
-        _all_cells(scores_a, member, fprs, threshold, seed),
-        _all_cells(scores_b, member, fprs, threshold, seed),
-        strict=True,
-    )
-    clusters = pairs(checked(scores_a, member)[1])
-    found = {name: estimate(b - a, clusters, level, widen=_widen(name)) for (name, a), (_, b) in cells}
-    return _table(found, difference=True)
+def evaluate(scores, member, **how) -> pd.DataFrame:
+    """`table` of one ensemble's scores [M, N], without the column optimizer. how: the arguments of `table`."""
+    return table({"": scores}, member, **how).drop(columns="optimizer")
 
 
-def _widen(name):
-    return 0.0 if "@" in name else SHADOWS
+def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
+    """The paired differences b minus a of `table`, without the column optimizer."""
+    frame = table({"a": scores_a, "b": scores_b}, member, **how)
+    return frame[frame.optimizer == "b-a"].drop(columns="optimizer").reset_index(drop=True)
 
 
 def _all_cells(scores, member, fprs, threshold, seed):
-    """(name, cells) one by one, so that only one metric's cells are in memory at a time."""
-    scores, member = checked(scores, member)
-    yield "auc", auc_cells(scores, member)
-    yield "balanced_accuracy", balanced_accuracy_cells(scores, member, threshold, seed)
+    """(metric, dict optimizer -> cells) one by one, so that only one metric's cells are in memory at a time."""
+    yield "auc", {name: auc_cells(s, member) for name, s in scores.items()}
+    yield "balanced_accuracy", {k: balanced_accuracy_cells(s, member, threshold, seed) for k, s in scores.items()}
     for fpr in reportable(member, fprs):
-        tpr, realised = tpr_cells(scores, member, fpr)
-        yield f"tpr@{fpr}", tpr
-        yield f"realised_fpr@{fpr}", realised
+        both = {name: tpr_cells(s, member, fpr) for name, s in scores.items()}
+        yield f"tpr@{fpr}", {name: tpr for name, (tpr, _) in both.items()}
+        yield f"realised_fpr@{fpr}", {name: realised for name, (_, realised) in both.items()}
 
 
 def reportable(member, fprs=FPRS) -> list[float]:
@@ -325,15 +332,6 @@ def reportable(member, fprs=FPRS) -> list[float]:
     member = np.asarray(member)
     counts = [int((~member[f]).sum()) for f in _folds(member)]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
-
-
-def _table(estimates, difference=False):
-    rows = []
-    for name, e in estimates.items():
-        rows.append((name, *e))
-        if name == "balanced_accuracy":  # advantage = TPR - FPR = 2 balanced accuracy - 1
-            rows.append(("advantage", *(2 * np.array(e) - (0 if difference else 1))))
-    return pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"])
 
 
 def roc(scores, member, grid) -> np.ndarray:
@@ -352,10 +350,9 @@ def checked(scores, member) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"scores: shape {scores.shape}; valid is the shape of member [M, N], {member.shape}")
     if member.dtype != bool:
         raise ValueError(f"member: dtype {member.dtype}; valid is bool")
-    inside = member.sum(1)
-    if ((inside == 0) | (inside == member.shape[1])).any():
-        m = int(np.flatnonzero((inside == 0) | (inside == member.shape[1]))[0])
-        raise ValueError(f"member: row {m} has {inside[m]} members of {member.shape[1]}; valid are both")
+    inside, n = member.sum(1), member.shape[1]
+    for m in np.flatnonzero((inside == 0) | (inside == n)):
+        raise ValueError(f"member: row {m} has {inside[m]} members of {n}; valid are both")
     if np.isnan(scores).any():
         m, i = np.argwhere(np.isnan(scores))[0]
         raise ValueError(f"scores: NaN at model {m}, example {i}; valid are numbers")

@@ -38,7 +38,7 @@ class Results:
         if "rho" not in frame:
             frame["rho"] = frame.optimizer.map(self.radius)
         for column in ("value", "ci_low", "ci_high"):
-            frame[column] = frame[column].map("{:.6g}".format)
+            frame[column] = [f"{v:.6g}" if v == v else "" for v in frame[column]]  # NaN: no interval
         self.rows.append(frame.reindex(columns=COLUMNS).astype(object))
         self.write()
 

@@ -158,7 +158,7 @@ say(f"On random subsets the error falls as the number of models to the power {sl
 # label that was never fitted was not memorized.
 
 # %%
-n = max(2, len(run.dataset.y) // 200)
+n = max(1, len(run.dataset.y) // 200)
 top = np.argsort(-mem["confidence"][baseline].value)
 sources = np.concatenate([top[:n], rng.choice(top[len(top) // 2 :], n, replace=False)])
 faulty, wrong, twins = memorization.plant(run.dataset, sources, n_wrong=2 * n, seed=run.seed)

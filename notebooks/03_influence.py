@@ -79,9 +79,9 @@ from lib.prose import points, say, shown, sign, verb
 from lib.results import Results
 
 plots.style()
-baseline, other = run.names[0], run.names[-1]
-pair, n_buckets = f"{other}-{baseline}", 5
-say(run.describe())
+baseline, other, n_buckets = run.names[0], run.names[-1], 5
+pair, y, y_test = f"{other}-{baseline}", run.dataset.y, run.dataset.y_test
+buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))  # raises now, not later, if the test part is too small
 
 # %% [markdown]
 # ## The ensembles
@@ -89,8 +89,9 @@ say(run.describe())
 # Those of the first notebooks. $V$ comes from the test part, which no model trained on.
 
 # %%
+say(run.describe())
 ensembles = audit.align({name: run.train(name) for name in run.names})
-member, y, y_test = np.array(ensembles[baseline].member), run.dataset.y, run.dataset.y_test
+member = np.array(ensembles[baseline].member)
 results = Results("03_influence", run, n_models=len(member))
 tests = {
     kind: {n: audit.plain_signal(e, kind, test=True) for n, e in ensembles.items()}
@@ -217,7 +218,8 @@ plots.save(plots.captioned(rows), run, "influences")
 # and on a *shuffled* one (of the same design, but unrelated to training), and compare two disjoint halves of the models.
 
 # %%
-counts = [c for c in (16, 32, 64, 128, 256, 512, 1024) if c <= len(member)]
+scarcest = {c: min(member[:c].sum(0).min(), (~member[:c]).sum(0).min()) for c in (16, 32, 64, 128, 256, 512, 1024)}
+counts = [c for c, models in scarcest.items() if c <= len(member) and models >= 2] or [len(member)]
 shuffled = attacks.null_member(member, run.seed)
 lines = []
 for count in counts:

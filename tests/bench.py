@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lib import attacks, data, ensemble
+from lib import attacks, data, ensemble, memorization
 from lib.ensemble import Recipe
 from lib.study import ROOT
 
@@ -111,10 +111,15 @@ def many(dataset, optimizer, n_models, folder, compiled=True):
     return taken / n_models
 
 
+def sgemm():
+    """This machine's best float32 matrix rate, in operations a second."""
+    a = torch.rand(2048, 2048)
+    return 2 * 2048**3 / seconds(lambda: a @ a, repeats=10)
+
+
 def least():
     """Seconds a model if its matrix products ran at this machine's best float32 rate and nothing else took time."""
-    a = torch.rand(2048, 2048)
-    rate = 2 * 2048**3 / seconds(lambda: a @ a, repeats=10)
+    rate = sgemm()
     # a step of 64 examples: x W1 and its weight gradient; h W2, its weight gradient and its input gradient
     flops = 2 * 64 * (2 * 64 * 256 + 3 * 256 * 10)
     return RECIPE.epochs * (600 // 64) * flops / rate
@@ -169,10 +174,36 @@ def scoring(n_models=256, n=50_000):
     return [(name, taken, "s", "", "", "<= 5"), (f"peak memory of the process: {name}", peak(), "GB", "", "", "<= 2")]
 
 
+def influences(m=2000, n=50_000, t=10_000):
+    """All influences of the paper's scale, block by block, and the entropies, from random memberships and outcomes."""
+    rng = np.random.default_rng(0)
+    member, y, y_test = rng.random((m, n), np.float32) < 0.5, rng.integers(0, 10, n), rng.integers(0, 10, t)
+    values = rng.random((m, t), np.float32) < 0.9
+
+    def every():
+        for _, block in memorization.influence_blocks(member, values):
+            assert block.shape[0] == n
+
+    size, before = f"{m} models, {n} x {t} examples", sgemm()
+    taken = seconds(every)
+    rate = 2 * m * n * t / taken / 1e9
+    best = (before + sgemm()) / 2 / 1e9
+    held = peak()
+    whole = seconds(lambda: memorization.influence_entropy(member, values, y, y_test))
+    return [
+        (f"influence: {size}", taken, "s", "", "", ""),
+        ("influence, rate", rate, "GFLOP/s", "sgemm", rate / best, ">= 0.5"),
+        ("peak memory of the process: influence", held, "GB", "", "", ""),
+        ("influence entropy, same class", whole, "s", "", "", ""),
+    ]
+
+
 def main():
     dataset = data.load("digits")
     with get_context("spawn").Pool(1) as fresh:  # a process of its own: its peak memory is the scoring's
         rows = fresh.apply(scoring)
+    with get_context("spawn").Pool(1) as fresh:
+        rows += fresh.apply(influences)
     rows = memory(dataset) + training(dataset) + rows
     if not torch.cuda.is_available():
         rows.append(("training on a GPU", "not measured", "", "", "", ""))

@@ -278,6 +278,31 @@ def test_compare_is_b_minus_a_and_antisymmetric():
     assert (same[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
 
 
+def test_table_has_every_optimizer_and_its_difference_from_the_first():
+    a, member = example(n_models=12, n=400)
+    scores = {"sgd": a, "sam": a + 0.5 * member, "asam": a + 0.2 * member}
+    found = metrics.table(scores, member, fprs=(0.1,), threshold=0.0)
+    assert found.optimizer.unique().tolist() == ["sgd", "sam", "asam", "sam-sgd", "asam-sgd"]
+    for name, part in found.groupby("optimizer"):
+        first, _, second = name.partition("-")
+        expected = (
+            metrics.compare(a, scores[first], member, fprs=(0.1,), threshold=0.0)
+            if second
+            else metrics.evaluate(scores[first], member, fprs=(0.1,), threshold=0.0)
+        )
+        pd.testing.assert_frame_equal(part.drop(columns="optimizer").reset_index(drop=True), expected)
+
+
+def test_cells_are_computed_once_for_values_and_differences(monkeypatch):
+    a, member = example(n_models=12, n=400)
+    calls = []
+    for name in ("auc_cells", "balanced_accuracy_cells", "tpr_cells"):
+        whole = getattr(metrics, name)
+        monkeypatch.setattr(metrics, name, lambda *x, whole=whole, name=name: calls.append(name) or whole(*x))
+    metrics.table({"sgd": a, "sam": a + member}, member, fprs=(0.1,))
+    assert sorted(calls) == sorted(2 * ["auc_cells", "balanced_accuracy_cells", "tpr_cells"])
+
+
 def test_pairing_narrows_the_difference():
     rng = np.random.default_rng(1)
     a, member = example(n_models=16, n=300)

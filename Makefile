@@ -1,4 +1,5 @@
 # make study [DATASET=cifar10 DATA=path PRESET=small N_MODELS=32 ...]: run the notebooks into outputs/<dataset>/
+# make report [DATASET=cifar10 | OUT=folder]: outputs/<dataset>/report/index.html anew, from the notebooks run so far
 # make lab [LAB='--port 8899 --no-browser']: JupyterLab on the notebooks
 # Any parameter of `python -m lib.study --help`, in upper case, may follow; an unknown one is an error.
 
@@ -7,10 +8,13 @@ BIN := .venv/bin
 PARAMETERS = $(filter-out PYTHON=% LAB=%,$(MAKEOVERRIDES))
 
 .DEFAULT_GOAL := study
-.PHONY: study test lab bench lint sync
+.PHONY: study report test lab bench lint sync
 
 study: .venv/.ready
 	@$(BIN)/python -m lib.study $(PARAMETERS)
+
+report: .venv/.ready
+	@$(BIN)/python -m lib.report $(PARAMETERS)
 
 test: .venv/.ready
 	@$(BIN)/python -m pytest

@@ -288,25 +288,32 @@ def entropy_and_noise(frame, most):
 # ---- notebook 04: variance contraction -------------------------------------------------------------------------
 
 
-def curves(frame, xlabel, ylabels, xscale="linear", yscale="linear"):
+def curves(frame, xlabel, ylabels, levels=False, **axes):
     """Values with intervals against x, a line per series. frame: panel, series, x, value, ci_low, ci_high.
 
-    ylabels: panel -> label. Where a column `predicted` is given, it is the line and the values are points.
+    ylabels: panel -> label. levels: the x stand side by side, evenly. Where a column `predicted` is given, it is the
+    line and the values are points.
     """
-    figure, axes = plt.subplots(1, len(ylabels), figsize=(4.4 * len(ylabels), 3.7), squeeze=False, layout="constrained")
-    for axis, (panel, label) in zip(axes[0], ylabels.items(), strict=True):
-        for index, (name, rows) in enumerate(frame[frame.panel == panel].groupby("series", sort=False)):
-            points = "predicted" in rows and rows.predicted.notna().all()
-            error_bars(axis, rows.x, rows, index, label=name, **({"linestyle": ""} if points else {}))
+    n, same = len(ylabels), len(set(ylabels.values())) == 1
+    size = (4.4 * n, 4.1) if n > 1 else (7.4, 3.7)
+    figure, panels = plt.subplots(1, n, figsize=size, squeeze=False, sharey=same, layout="constrained")
+    for axis, (panel, label) in zip(panels[0], ylabels.items(), strict=True):
+        rows, ticks = frame[frame.panel == panel], np.unique(frame.x)
+        for index, (name, part) in enumerate(rows.groupby("series", sort=False)):
+            x = np.searchsorted(ticks, part.x) + 0.14 * (index - 1) if levels else part.x
+            points = "predicted" in part and part.predicted.notna().all()
+            error_bars(axis, x, part, index, label=name, **({"linestyle": ""} if points else {}))
             if points:
-                axis.plot(rows.x, rows.predicted, color=COLOURS[index], linestyle=LINES[index % 4])
-        if xscale == "symlog":
-            axis.set_xscale("symlog", linthresh=0.3)
-            axis.set_xlim(-0.02, None)
-        axis.set(
-            title=panel, xlabel=xlabel, ylabel=label, yscale=yscale, xlim=(0, None) if xscale == "symlog" else None
+                axis.plot(x, part.predicted, color=COLOURS[index], linestyle=LINES[index % 4])
+        if levels:
+            axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+        axis.set(title=panel, xlabel=xlabel, ylabel=label, **axes)
+        beside, below = (
+            dict(loc="upper left", bbox_to_anchor=(1, 1)),
+            dict(loc="upper center", bbox_to_anchor=(0.5, -0.2)),
         )
-        axis.legend(fontsize=9)
+        short = max(map(len, axis.get_legend_handles_labels()[1]), default=0) < 13
+        axis.legend(fontsize=9, **(beside if n == 1 else {**below, "ncols": 3 if short else 2}))
     return figure
 
 
@@ -315,8 +322,7 @@ def contraction(etas, curve, eta, v):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     left.plot(etas, curve, color=COLOURS[0], lw=2)
     left.plot(eta, v, "o", color=COLOURS[1], ms=9)
-    left.set_xscale("symlog", linthresh=0.1)
-    left.set(xlabel=r"$\eta$", ylabel=r"$V(\eta)$", ylim=(0, None), xlim=(0, None))
+    left.set(xlabel=r"$\eta$", ylabel=r"$V(\eta)$", ylim=(0, None))
     grid = np.linspace(-3.5, 3.5, 701) * np.sqrt(curve[0])
     for index, (name, variance) in enumerate(((r"non-members, $\eta = 0$", curve[0]), (rf"$\eta = {eta:.3g}$", v))):
         density = np.exp(-(grid**2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)

@@ -163,7 +163,7 @@ top = np.argsort(-mem["confidence"][baseline].value)
 sources = np.concatenate([top[:n], rng.choice(top[len(top) // 2 :], n, replace=False)])
 faulty, wrong, twins = memorization.plant(run.dataset, sources, n_wrong=2 * n, seed=run.seed)
 longest = run.recipe(baseline, epochs=run.regimes()[-1])
-controls = ensemble.train(longest, faulty, run.sweep, run.store, run.device)
+controls = ensemble.train(longest, faulty, min(run.n_models, 32), run.store, run.device)
 known = np.array(controls.member)
 after = memorization.memorization(audit.plain_signal(controls, "confidence"), known).value
 fitted = memorization.memorization(audit.plain_signal(controls, "correct"), known).inside[wrong].mean()

@@ -76,6 +76,38 @@ def test_the_null_control_of_notebook_01_holds_a_half(run):
     assert ((low <= 0.5) & (high >= 0.5)).sum() >= len(null) - 2  # 95% intervals of 14 attacks that are not independent
 
 
+def numbers(run, notebook, note=""):
+    """(optimizer, metric) -> value of a notebook's rows with this note."""
+    found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
+    found = found[(found.notebook == notebook) & (found.note == note)]
+    return found.set_index(["optimizer", "metric"]).value.astype(float)
+
+
+def test_mean_memorization_in_notebook_02_is_the_generalization_gap_of_notebook_01(run):
+    one, two = numbers(run, "01_phenomenon"), numbers(run, "02_memorization")
+    for name in ("sgd", "sam", "sam-sgd"):
+        assert two[name, "mean_memorization"] == pytest.approx(one[name, "generalization_gap"].iloc[0], abs=2e-6)
+    for name in ("sgd", "sam"):
+        shares = two[name][two[name].index.str.startswith("memorization_share")]
+        assert len(shares) == 5 and shares.sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_planted_labels_rank_above_and_twins_below_in_notebook_02(run):
+    rank = {
+        kind: numbers(run, "02_memorization", kind)["sgd", "rank_of_planted"]
+        for kind in ("wrong label", "memorized, now with twins", "ordinary, with twins")
+    }
+    assert rank["wrong label"] > 0.6 and rank["wrong label"] > rank["ordinary, with twins"]
+
+
+def test_the_buckets_of_notebook_03_share_out_the_gain_of_notebook_01(run):
+    one, three = numbers(run, "01_phenomenon"), numbers(run, "03_influence")["sam-sgd"]
+    whole = one["sam-sgd", "test_accuracy"].iloc[0]
+    assert three["gain"].iloc[0] == pytest.approx(whole, abs=1e-6)
+    for name in ("bucket", "difficulty", "entropy_within_difficulty"):
+        assert three[[f"gain_{name}_{b}" for b in range(1, 6)]].mean() == pytest.approx(whole, abs=1e-5)
+
+
 def test_figures_and_a_clean_copy_are_left(run):
     figures = {p.stem for p in (run / "out" / "figures").glob("*.png")}
     assert {
@@ -103,6 +135,15 @@ def test_papermill_by_hand_works_from_both_folders_and_trains_nothing_twice(run,
     first, again = (pd.read_csv(f / "results.csv", keep_default_na=False) for f in (run / "out", tmp_path))
     pd.testing.assert_frame_equal(first, again)
     assert flags == {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
+
+
+@pytest.mark.parametrize("book", [b for b in NOTEBOOKS if b.stem != "01_phenomenon"], ids=lambda b: b.stem)
+def test_each_notebook_runs_alone_from_nothing_with_odd_parameters(tmp_path, book):
+    odd = {"preset": "tiny", "n_models": 40, "n_examples": 90, "epochs": 3, "subset": 0.6, "batch_size": 7, "seed": 3,
+           "optimizers": "adam,sam+adam,sam", "lr": 0.01, "store": tmp_path / "store", "out": tmp_path}  # fmt: skip
+    parameters = [word for name, value in odd.items() for word in ("-p", name, str(value))]
+    done = papermill(ROOT, f"notebooks/{book.name}", tmp_path / "out.ipynb", *parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name, value", [("n_model", "16"), ("n_models", "sixteen")])

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lib import plots
+from lib import plots, verdict
 from lib.prose import points, verb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,9 +103,27 @@ def bench_table():
     return "\n".join([*lines, "", f"Machine: {bench.machine[0]}."])
 
 
+def verdict_table():
+    """A line per claim, a column per run: the verdicts by rule, the attacks of each run counted in one cell."""
+    ledgers = {p.parent.name: verdict.ledger(verdict.read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
+    lines = [f"| claim | {' | '.join(ledgers)} |", "|---" * (1 + len(ledgers)) + "|"]
+    attacks = {}
+    for name, ledger in ledgers.items():
+        counts = ledger[ledger.claim.str.startswith("leaks_more_")].verdict.value_counts()
+        attacks[name] = ", ".join(f"{counts[word]} {word}" for word in verdict.SHADES if word in counts)
+    first = next(iter(ledgers.values()))
+    for row in first[~first.claim.str.startswith("leaks_more_")].itertuples():
+        cells = [ledger[ledger.claim == row.claim].verdict.iloc[0] for ledger in ledgers.values()]
+        lines.append(f"| {row.statement} | {' | '.join(cells)} |")
+    lines.insert(3, f"| SAM leaks more than SGD, by attack ({counts.sum()}). | {' | '.join(attacks.values())} |")
+    return "\n".join(lines)
+
+
 def filled(text):
     """The README with its tables made anew."""
-    for name, table in (("results", results_table()), ("equal", equal_table()), ("bench", bench_table())):
+    tables = {"results": results_table, "equal": equal_table, "verdict": verdict_table, "bench": bench_table}
+    for name, made in tables.items():
+        table = made()
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S
         )

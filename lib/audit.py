@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from lib import attacks, data, metrics, sharpness
@@ -52,26 +52,17 @@ def leakage(ensembles, scored):
 
     scored: dict optimizer -> dict attack -> scores [M, N]. Differences are rows with optimizer 'sam-sgd'.
     """
-    baseline, *others = ensembles
-    member = np.array(ensembles[baseline].member)
-    frames = []
+    member, frames = np.array(next(iter(ensembles.values())).member), []
     for attack in tqdm(attacks.NAMES, "scoring", delay=2, leave=False):
         threshold = 0.0 if attack in attacks.FIXED else None
-        for name in ensembles:
-            frame = metrics.evaluate(scored[name][attack], member, threshold=threshold)
-            frames.append(frame.assign(optimizer=name, attack=attack))
-        for name in others:
-            frame = metrics.compare(scored[baseline][attack], scored[name][attack], member, threshold=threshold)
-            frames.append(frame.assign(optimizer=f"{name}-{baseline}", attack=attack))
+        frame = metrics.table({name: scored[name][attack] for name in ensembles}, member, threshold=threshold)
+        frames.append(frame.assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
 def compared(ensembles, cells_of, metric, rate=False, widen=0.0):
     """One metric for each optimizer and difference: a tidy frame. cells_of: Ensemble -> cells [M, N]."""
-    cells = {name: cells_of(e) for name, e in ensembles.items()}
-    baseline, *others = cells
-    found = {name: metrics.estimate(c, rate=rate, widen=widen) for name, c in cells.items()}
-    found |= {f"{name}-{baseline}": metrics.estimate(cells[name] - cells[baseline], widen=widen) for name in others}
+    found = metrics.paired({name: cells_of(e) for name, e in ensembles.items()}, rate=rate, widen=widen)
     return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
 
 
@@ -107,29 +98,57 @@ def accuracies(ensembles):
     )
 
 
-def variances(ensembles):
-    """Variance of the outputs on non-members, of phi and of p_y, in both of its meanings.
+def variances(ensembles, kinds=("across_examples", "across_models"), members=False):
+    """Variance of the outputs on non-members (or on members), of phi and of p_y, in each of its meanings.
 
-    across examples: of one model's outputs over the examples it did not see (what the paper's theorem is about);
-    across models: of one example's outputs over the models that did not see it (what LiRA's denominator is).
+    across_examples: of one model's outputs over the examples it did not see (what the paper's theorem is about);
+    within_class: the same within each class, the classes weighted by their size;
+    across_models: of one example's outputs over the models that did not see it (what LiRA's denominator is).
     """
+    who = "member" if members else "nonmember"
+    frames = [
+        compared(ensembles, lambda e, n=n, k=k: variance_cells(e, n, k, members), f"{who}_variance_{n}_{k}")
+        for n in ("phi", "confidence")
+        for k in kinds
+    ]
+    return pd.concat(frames, ignore_index=True)
 
-    def cells(e, name, axis):
-        values, out = plain_signal(e, name).astype(float), ~np.array(e.member)
-        centre = (values * out).sum(axis, keepdims=True) / out.sum(axis, keepdims=True)
-        n = out.sum(axis, keepdims=True)
-        # s^2 = sum (x - mean)^2 / (n - 1), as the mean over the non-members of (x - mean)^2 n / (n - 1)
-        return metrics.ratio_cells((values - centre) ** 2 * n / (n - 1), out)
 
-    kinds = [(name, axis) for name in ("phi", "confidence") for axis in (1, 0)]
-    label = {1: "across_examples", 0: "across_models"}
-    return pd.concat(
-        [
-            compared(ensembles, lambda e, n=n, a=a: cells(e, n, a), f"nonmember_variance_{n}_{label[a]}")
-            for n, a in kinds
-        ],
-        ignore_index=True,
-    )
+def variance_cells(ensemble, name, kind, members=False):
+    """Cells [M, N] of the variance of one signal, in one of the meanings of `variances`."""
+    values, chosen = plain_signal(ensemble, name).astype(float), np.array(ensemble.member) == members
+    y = ensemble.dataset.y if kind == "within_class" else np.zeros(values.shape[1], int)
+
+    def total(x):
+        return x.sum(0, keepdims=True) if kind == "across_models" else (x @ np.eye(y.max() + 1)[y])[:, y]
+
+    n = total(chosen.astype(float))
+    centre = total(np.where(chosen, values, 0.0)) / np.maximum(n, 1)
+    # s^2 = sum (x - mean)^2 / (n - 1), as the mean over the chosen of (x - mean)^2 n / (n - 1)
+    return metrics.ratio_cells((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
+
+
+def ratio(cells, reference):
+    """Ratio of the means of two matrices of cells [M, N], with its paired interval (delta method): an Estimate."""
+    value, below = cells.mean() / reference.mean(), reference.mean()
+    # A/B about (a, b):  a/b + (A - (a/b) B) / b
+    return metrics.estimate(value + (cells - value * reference) / below)
+
+
+def extremes(ensembles):
+    """Share of each model's non-members with p_y > 0.99, and with phi above the median of its members."""
+
+    def above_median(e):
+        phi, member = plain_signal(e, "phi"), np.array(e.member)
+        median = np.nanmedian(np.where(member, phi, np.nan), axis=1, keepdims=True)
+        return metrics.ratio_cells(phi > median, ~member)
+
+    def certain(e):
+        return metrics.ratio_cells(plain_signal(e, "confidence") > 0.99, ~np.array(e.member))
+
+    share = "nonmember_share_above"
+    kinds = ((certain, f"{share}_0.99"), (above_median, f"{share}_member_median"))
+    return pd.concat([compared(ensembles, cells, name, rate=True) for cells, name in kinds], ignore_index=True)
 
 
 def lira_cells(ensemble):
@@ -154,13 +173,13 @@ def row(metric, found, **more):
     return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
 
 
-def dose_table(doses, other, baseline):
-    """`contrast` of every radius with radius 0. doses: dict rho -> Ensemble, 0.0 first; baseline's rows come once."""
+def dose_table(doses, other, baseline, table=contrast):
+    """`table` of every radius with radius 0. doses: dict rho -> Ensemble, 0.0 first; baseline's rows come once."""
     frames = []
     for rho, ensemble in tqdm(list(doses.items())[1:], "doses", delay=2, leave=False):
-        frame = contrast({baseline: doses[0.0], other: ensemble})
+        frame = table({baseline: doses[0.0], other: ensemble})
         frames.append(frame.assign(rho=np.where(frame.optimizer == baseline, 0.0, rho)))
-    frame = pd.concat(frames or [contrast({baseline: doses[0.0]}).assign(rho=0.0)], ignore_index=True)
+    frame = pd.concat(frames or [table({baseline: doses[0.0]}).assign(rho=0.0)], ignore_index=True)
     return frame.drop_duplicates(["optimizer", "rho", "metric"])
 
 
@@ -306,3 +325,26 @@ def t_interval(values, level=0.95):
     mean = pairs.mean()
     half = stats.t.ppf(0.5 + level / 2, len(pairs) - 1) * stats.sem(pairs)
     return metrics.Estimate(mean, mean - half, mean + half)
+
+
+# ---- a trained network's linear model ------------------------------------------------------------------------
+
+
+def tangent_features(ensemble, k, chosen, most=100_000):
+    """Gradient of phi in the weights of model k (< 16), at examples `chosen` of the pool: [len(chosen), P] float64.
+
+    P: all the weights, or those of the last layers while they are at most `most`.
+    """
+    net, params, buffers = ensemble.weights(k)
+    x, y = (torch.from_numpy(a[chosen]) for a in (data.inputs(ensemble.dataset)[0], ensemble.dataset.y))
+    sizes = np.cumsum([p.numel() for p in reversed(params.values())])
+    names = list(reversed(params))[: max(1, np.sum(sizes <= most))]
+
+    def phi(some, x, own):
+        logits = functional_call(net, ({**params, **some}, buffers), (x[None],))[0]
+        # phi = z_y - logsumexp_{j != y} z_j
+        return (logits * own).sum() - torch.logsumexp(logits.masked_fill(own, -torch.inf), 0)
+
+    own = F.one_hot(y, ensemble.dataset.n_classes).bool()
+    gradients = vmap(grad(phi), (None, 0, 0), chunk_size=64)({n: params[n] for n in names}, x, own)
+    return torch.cat([g.flatten(1) for g in gradients.values()], 1).double().numpy()

@@ -295,8 +295,9 @@ def curves(frame, xlabel, ylabels, levels=False, **axes):
     line and the values are points.
     """
     n, same = len(ylabels), len(set(ylabels.values())) == 1
-    size = (4.4 * n, 4.1) if n > 1 else (7.4, 3.7)
-    figure, panels = plt.subplots(1, n, figsize=size, squeeze=False, sharey=same, layout="constrained")
+    figure, panels = plt.subplots(
+        1, n, figsize=(4.4 * n + 2 * (n < 3), 4), squeeze=False, sharey=same, layout="constrained"
+    )
     for axis, (panel, label) in zip(panels[0], ylabels.items(), strict=True):
         rows, ticks = frame[frame.panel == panel], np.unique(frame.x)
         for index, (name, part) in enumerate(rows.groupby("series", sort=False)):
@@ -308,12 +309,11 @@ def curves(frame, xlabel, ylabels, levels=False, **axes):
         if levels:
             axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
         axis.set(title=panel, xlabel=xlabel, ylabel=label, **axes)
-        beside, below = (
-            dict(loc="upper left", bbox_to_anchor=(1, 1)),
-            dict(loc="upper center", bbox_to_anchor=(0.5, -0.2)),
-        )
         short = max(map(len, axis.get_legend_handles_labels()[1]), default=0) < 13
-        axis.legend(fontsize=9, **(beside if n == 1 else {**below, "ncols": 3 if short else 2}))
+        if short:
+            axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+        elif axis is panels[0, -1]:  # one for all
+            axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

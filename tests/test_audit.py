@@ -115,3 +115,64 @@ def test_null_table_holds_a_half_and_the_true_membership_does_not(pair):
     null = audit.null_table(pair["sgd"], seed=1).set_index("attack")
     assert (null.ci_low.lira_pooled <= 0.5) and (null.ci_high.lira_pooled >= 0.5)
     assert metrics.estimate(audit.lira_cells(pair["sgd"]), widen=metrics.SHADOWS).low > 0.5
+
+
+def test_variances_within_classes_and_of_members(pair):
+    kinds = ("across_examples", "within_class")
+    frame = audit.variances({"sgd": pair["sgd"]}, kinds, members=True).set_index("metric").value
+    y, member = pair["sgd"].dataset.y, np.array(pair["sgd"].member)
+    confidence = audit.plain_signal(pair["sgd"], "confidence").astype(float)
+    whole = np.mean([confidence[m, member[m]].var(ddof=1) for m in range(16)])
+    within = [
+        sum(confidence[m, member[m] & (y == c)].var(ddof=1) * (member[m] & (y == c)).sum() for c in range(4)) / 60
+        for m in range(16)
+    ]
+    assert frame["member_variance_confidence_across_examples"] == pytest.approx(whole)
+    assert frame["member_variance_confidence_within_class"] == pytest.approx(np.mean(within))
+
+
+def test_extremes_are_shares_of_non_members(pair):
+    frame = audit.extremes(pair).set_index(["metric", "optimizer"]).value
+    phi, member = audit.plain_signal(pair["sam"], "phi"), np.array(pair["sam"].member)
+    out = ~member
+    certain = np.mean([(1 / (1 + np.exp(-phi[m, out[m]].astype(float))) > 0.99).mean() for m in range(16)])
+    above = np.mean([(phi[m, out[m]] > np.median(phi[m, member[m]])).mean() for m in range(16)])
+    assert frame["nonmember_share_above_0.99", "sam"] == pytest.approx(certain)
+    assert frame["nonmember_share_above_member_median", "sam"] == pytest.approx(above)
+    assert 0 < above < 0.5
+
+
+def test_a_ratio_covers_the_truth_and_of_a_thing_with_itself_is_one():
+    covered = 0
+    for seed in range(200):
+        noise = np.random.default_rng(seed).normal(size=(3, 12, 40))
+        below = 2 + 0.5 * noise[0]
+        found = audit.ratio(0.6 * below + 0.3 * noise[1], below)
+        covered += found.low <= 0.6 <= found.high
+    assert 180 <= covered <= 199
+    same = audit.ratio(below, below)
+    assert same.value == 1 and same.high - same.low < 1e-12
+
+
+@pytest.mark.parametrize("most", [10, 100_000])
+def test_tangent_features_are_the_slope_of_phi(pair, most):
+    import torch
+    from torch.func import functional_call
+
+    from lib import data
+    from lib.signals import signals
+
+    ensemble, chosen = pair["sgd"], np.array([3, 50])
+    net, params, buffers = ensemble.weights(2)
+    found = audit.tangent_features(ensemble, 2, chosen, most)
+    names = list(reversed(params)) if most > 10 else list(reversed(params))[:1]
+    direction = {n: torch.randn(params[n].shape, generator=torch.Generator().manual_seed(0)) for n in names}
+    x = torch.from_numpy(data.inputs(ensemble.dataset)[0][chosen]).double()
+
+    def phi(step):
+        moved = {n: (p + step * direction[n] if n in direction else p).double() for n, p in params.items()}
+        logits = functional_call(net, (moved, buffers), (x,)).detach().numpy()
+        return signals(logits, ensemble.dataset.y[chosen], only=("phi",))["phi"].astype(float)
+
+    slope = found @ torch.cat([direction[n].flatten() for n in names]).numpy()
+    np.testing.assert_allclose(slope, (phi(1e-3) - phi(-1e-3)) / 2e-3, rtol=1e-2, atol=1e-2)

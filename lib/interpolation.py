@@ -1,0 +1,254 @@
+"""Minimum G-norm interpolation by a linear model: its weights, how its outputs contract, and what an attacker gains.
+
+Shapes: n training examples of d > n features, x [n, d], y [n]; sigma and g [d, d], symmetric. The variance of the
+outputs on new examples is V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
+sigma may be singular (only semi-definite): I + eta Σ never is, and the limit eta = inf is in `contraction`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.linalg import eigh, qr, solve_triangular
+from scipy.special import ndtr, owens_t
+
+SPECTRA = ("isotropic", "power law", "spiked")
+EPS, INF = np.finfo(float).eps, 1e300  # eta = INF gives the limit eta = inf to the last digit
+
+
+# ---- interpolators -------------------------------------------------------------------------------------------
+
+
+def minimum_norm(x, y, g=None) -> np.ndarray:
+    """w_G = argmin w'Gw subject to Xw = y: [d], or [d, k] for y [n, k]. g: positive definite, None for I.
+
+    Raises ValueError naming x, y or g: n >= d, dependent rows, shapes that disagree, NaN, g not positive definite.
+    """
+    x, y = _system(x, y)
+    if g is None:
+        q, r = _row_space(x)
+        return q @ solve_triangular(r, y, trans="T")
+    lower = _cholesky("g", g, x.shape[1])
+    # G = LL' and L^-1 X' = QR:  w = G^-1 X' (X G^-1 X')^-1 y = L^-T Q R^-T y
+    q, r = _row_space(solve_triangular(lower, x.T, lower=True).T)
+    return solve_triangular(lower, q @ solve_triangular(r, y, trans="T"), lower=True, trans="T")
+
+
+def penalty(sigma, eta) -> np.ndarray:
+    """G_eta = I + eta Σ: [d, d]. sigma: positive semi-definite; eta: a finite number >= 0."""
+    _cholesky("sigma", sigma, np.size(sigma, 0) if np.ndim(sigma) else 1, semi=True)
+    return np.eye(len(sigma)) + _finite("eta", eta, 0) * np.asarray(sigma)
+
+
+def variance(w, sigma) -> np.ndarray:
+    """Variance of the outputs x'w where x has covariance sigma: w'Σw, for w [d] a number, for w [d, k] [k]."""
+    return np.sum(w * (sigma @ w), axis=0)
+
+
+def independent_rows(x) -> np.ndarray:
+    """Indices, in order, of a largest set of linearly independent rows of x [n, d], by pivoted QR."""
+    r, order = qr(np.transpose(x), mode="r", pivoting=True)
+    size = np.abs(np.diag(r))
+    return np.sort(order[: np.sum(size > 1e-10 * size[0])])
+
+
+# ---- Theorem 1: contraction ------------------------------------------------------------------------------------
+
+
+class Path(NamedTuple):
+    """The interpolators w_eta = w_0 - B diag(eta / (1 + eta s)) b of G_eta = I + eta Σ, for every eta at once."""
+
+    w0: np.ndarray  # [d] the minimum 2-norm interpolator
+    v0: float  # w_0'Σw_0
+    basis: np.ndarray  # [d, r] B = NE: orthonormal, orthogonal to the rows of X
+    s: np.ndarray  # [r] the positive eigenvalues of N'ΣN = E diag(s) E'
+    b: np.ndarray  # [r] B'Σw_0
+
+
+def spectral(x, y, sigma) -> Path:
+    """Everything that w_eta and V(eta) depend on, by one eigendecomposition. Raises ValueError as `minimum_norm`.
+
+    Directions with s = 0 have b = 0 (Σ is semi-definite) and are left out. With Σ = X'X/n all have: r = 0.
+    """
+    x, y = _system(x, y, outputs=False)
+    _cholesky("sigma", sigma, x.shape[1], semi=True)
+    sigma, n = np.asarray(sigma, float), len(x)
+    q, r = _row_space(x, mode="full")
+    # w_0 = X'(XX')^-1 y, and N: the columns of Q that X does not reach
+    w0, null = q[:, :n] @ solve_triangular(r[:n], y, trans="T"), q[:, n:]
+    s, e = eigh(null.T @ sigma @ null)
+    some = s > len(sigma) * EPS * np.linalg.norm(sigma)
+    basis = null @ e[:, some]
+    return Path(w0, float(variance(w0, sigma)), basis, s[some], basis.T @ (sigma @ w0))
+
+
+def contraction(path, eta) -> tuple[np.ndarray, np.ndarray]:
+    """(V(eta), V'(eta)) for eta >= 0, inf too (its limit): two arrays of eta's shape."""
+    eta, t = _shrinkage(path, eta)
+    # V(eta) = w_0'Σw_0 - sum b^2 eta (2 + eta s) / (1 + eta s)^2 = w_0'Σw_0 - sum b^2 t (2 - s t)
+    v = path.v0 - np.sum(path.b**2 * t * (2 - path.s * t), axis=-1)
+    # V'(eta) = -2 sum b^2 / (1 + eta s)^3
+    return v, -2 * np.sum(path.b**2 * (1 / (1 + eta * path.s)) ** 3, axis=-1)
+
+
+def weights(path, eta) -> np.ndarray:
+    """w_eta: [d], eta one number >= 0 or inf."""
+    # w_eta = w_0 - B diag(t) b
+    return path.w0 - path.basis @ (_shrinkage(path, eta)[1] * path.b)
+
+
+def _shrinkage(path, eta):
+    """(eta, t), t = eta / (1 + eta s), with its limits 0 at eta = 0 and 1/s at eta = inf. eta [...] -> [..., 1]."""
+    eta = _finite("eta", np.minimum(eta, INF), 0)[..., None]
+    with np.errstate(divide="ignore"):
+        return eta, 1 / (1 / eta + path.s)
+
+
+# ---- Theorems 2 and 3: attackers -------------------------------------------------------------------------------
+
+
+def threshold_advantage(v, mean=0.0) -> np.ndarray:
+    """TPR - FPR of "member if margin >= 1", the best threshold: members at 1, non-members N(mean, v).
+
+    At v = 0 the limit: 1, 1/2 or 0 for a mean below, at or above 1.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = (1 - np.asarray(mean, float)) / np.sqrt(_finite("v", v, 0))
+    # Adv = 1 - P(N(mean, V) >= 1) = Phi((1 - mean) / sqrt(V))
+    return ndtr(np.where(_finite("mean", mean) == 1, 0.0, z))
+
+
+def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
+    """The same for x ~ N(0, Σ) and labels sign(x'teacher), flipped with probability `noise`. w [d] or [d, k].
+
+    The margin is then skew-normal (Azzalini 1985, eq. 1 and 9); noise 1/2 gives threshold_advantage(V).
+    """
+    v, noise = variance(w, sigma), _finite("noise", noise, 0, 1)
+    cosine = (sigma @ teacher) @ w / np.sqrt(v * variance(teacher, sigma))
+    slant = cosine / np.sqrt(np.maximum(1 - cosine**2, EPS))
+    # Adv = Phi(h) - 2 (1 - 2 noise) T(h, slant),  h = 1 / sqrt(V),  T: Owen's function
+    return ndtr(1 / np.sqrt(v)) - 2 * (1 - 2 * noise) * owens_t(1 / np.sqrt(v), slant)
+
+
+def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
+    """Largest TPR - FPR of any rule that tells N(mean_in, sd_in^2) from N(mean_out, sd_out^2): their total variation.
+
+    A standard deviation of 0 is a point mass: the advantage is 1, or 0 if both are and coincide. Arrays broadcast.
+    """
+    y, z, sd_in, sd_out, same = _crossings(mean_in, sd_in, mean_out, sd_out)
+    # Adv = P_in(A) - P_out(A),  A = {p_in > p_out}
+    value = ndtr(y[0]) - ndtr(y[1]) - ndtr(z[0]) + ndtr(z[1])
+    return np.where(same, 0.0, np.where((sd_in == 0) | (sd_out == 0), 1.0, value))
+
+
+def advantage_slope(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
+    """Its derivative in sd_out > 0. Negative: a smaller OUT variance raises the advantage.
+
+    0 where IN is a point mass (the advantage is 1 anyway) and where IN and OUT coincide (it is 0, a kink).
+    """
+    _, z, sd_in, sd_out, same = _crossings(mean_in, sd_in, mean_out, sd_out)
+    if (sd_out == 0).any():
+        raise ValueError("sd_out=0; valid are positive numbers (there is no slope where OUT is a point mass)")
+    # -d/ds P_out(A) = (z_1 phi(z_1) - z_2 phi(z_2)) / s: where p_in = p_out, moving the ends of A changes nothing
+    first, second = (at * np.exp(-(at**2) / 2) for at in np.clip(z, -40, 40))
+    return np.where(same | (sd_in == 0), 0.0, (first - second) / np.sqrt(2 * np.pi) / sd_out)
+
+
+def _crossings(mean_in, sd_in, mean_out, sd_out):
+    """Where the densities cross, standardised by IN (y_1, y_2) and by OUT (z_1, z_2); both sds; who coincide.
+
+    IN is the likelier between the two if sd_out > sd_in, outside them if sd_out < sd_in, beyond y_2 if they are
+    equal (y_1 = z_1 = -inf). Written so that nothing cancels. Meaningless where an sd is 0.
+    """
+    mean_in, mean_out = _finite("mean_in", mean_in), _finite("mean_out", mean_out)
+    sd_in, sd_out = _finite("sd_in", sd_in, 0), _finite("sd_out", sd_out, 0)
+    mean_in, sd_in, mean_out, sd_out = np.broadcast_arrays(mean_in, sd_in, mean_out, sd_out)
+    same = (mean_in == mean_out) & (sd_in == sd_out)
+    safe = same | (sd_in == 0) | (sd_out == 0)
+    r = np.where(safe, 1.0, sd_out) / np.where(safe, 1.0, sd_in)
+    delta = np.where(safe, 1.0, np.abs(mean_in - mean_out) / np.where(safe, 1.0, sd_in))
+    # (1 - r^2) y^2 + 2 delta y + delta^2 + 2 r^2 log r = 0,  z = (y + delta) / r,  r = sd_out / sd_in
+    root = np.sqrt(delta**2 + 2 * (r**2 - 1) * np.log(r))
+    with np.errstate(divide="ignore"):
+        y1, z1 = -(delta + r * root) / (1 - r**2), -(r * delta + root) / (1 - r**2)
+    y2, z2 = -(delta**2 + 2 * r**2 * np.log(r)) / (delta + r * root), (delta**2 - 2 * np.log(r)) / (r * delta + root)
+    return np.stack([y1, y2]), np.stack([z1, z2]), sd_in, sd_out, same
+
+
+# ---- data, and descent -----------------------------------------------------------------------------------------
+
+
+def spectrum(kind, d) -> np.ndarray:
+    """Eigenvalues of Σ, largest first, [d] with sum d: isotropic, power law (1/i), spiked (a tenth hold 90%)."""
+    if kind not in SPECTRA:
+        raise ValueError(f"kind={kind!r}; valid are {', '.join(SPECTRA)}")
+    rank = np.arange(1, d + 1)
+    spikes = np.where(rank <= max(1, d // 10), 81.0, 1.0)
+    values = {"isotropic": np.ones(d), "power law": 1 / rank, "spiked": spikes}[kind]
+    return d * values / values.sum()
+
+
+def draw(n, values, teacher=None, noise=0.0, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """x [n, d] from N(0, diag(values)) and labels y [n] in {-1, 1}: sign(x'teacher), each flipped with probability
+    `noise`; without a teacher, random signs."""
+    rng, values, noise = np.random.default_rng(seed), _finite("values", values, 0), _finite("noise", noise, 0, 1)
+    x = rng.normal(size=(n, len(values))) * np.sqrt(values)
+    signs = np.where(rng.random(n) < (0.5 if teacher is None else noise), -1.0, 1.0)
+    return x, signs if teacher is None else signs * np.where(x @ teacher >= 0, 1.0, -1.0)
+
+
+def gradient_descent(x, y, rho=0.0, steps=4000) -> np.ndarray:
+    """w [d] after full-batch descent on |Xw - y|^2 / 2n from w = 0, with a cosine learning rate. rho > 0: SAM."""
+    (x, y), w, rho = _system(x, y, outputs=False), np.zeros(np.shape(x)[1]), _finite("rho", rho, 0)
+    top = np.linalg.norm(x, 2) ** 2 / len(x)
+    for t in range(steps):
+        g = x.T @ (x @ w - y) / len(x)
+        if rho:
+            # g_SAM = grad L(w + rho g / |g|)
+            g = x.T @ (x @ (w + rho * g / (np.linalg.norm(g) + 1e-30)) - y) / len(x)
+        # w <- w - lr_t g,  lr_t = (1 + cos(pi t / T)) / (2 largest curvature)
+        w = w - (1 + np.cos(np.pi * t / steps)) / (2 * top) * g
+    return w
+
+
+# ---- input, checked --------------------------------------------------------------------------------------------
+
+
+def _finite(name, value, least=-np.inf, most=np.inf):
+    """value as floats, all finite and between `least` and `most`."""
+    value = np.asarray(value, float)
+    bad = ~(np.isfinite(value) & (value >= least) & (value <= most))
+    if bad.any():
+        raise ValueError(f"{name}={value[bad][0]}; valid are finite numbers from {least} to {most}")
+    return value
+
+
+def _system(x, y, outputs=True):
+    x, y = _finite("x", x), _finite("y", y)
+    if x.ndim != 2 or not 0 < len(x) < x.shape[1]:
+        why = "with n >= d one solution at most is left: no interpolation to speak of"
+        raise ValueError(f"x: shape {x.shape}; valid is [n, d] with n < d ({why})")
+    if y.shape[:1] != x.shape[:1] or y.ndim > 1 + outputs:
+        raise ValueError(f"y: shape {y.shape}; valid is ({len(x)},){f' or ({len(x)}, k)' * outputs}")
+    return x, y
+
+
+def _row_space(x, mode="economic"):
+    """(Q, R) of X' = QR. Raises ValueError if the rows of x are dependent."""
+    q, r = qr(x.T, mode=mode)
+    size = np.abs(np.diag(r))
+    if size.min() <= max(x.shape) * EPS * size.max():
+        raise ValueError(f"x: row {size.argmin()} depends on those before it; valid is full row rank")
+    return q, r
+
+
+def _cholesky(name, matrix, d, semi=False):
+    """L of a symmetric [d, d] matrix = LL', or a ValueError; semi: zero eigenvalues will do."""
+    matrix, kind = _finite(name, matrix), "semi-definite" if semi else "definite"
+    if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T, rtol=1e-8, atol=1e-12 * np.abs(matrix).max()):
+        what = "not symmetric" if matrix.shape == (d, d) else f"shape {matrix.shape}"
+        raise ValueError(f"{name}: {what}; valid is a symmetric matrix ({d}, {d}), positive {kind}")
+    try:
+        return np.linalg.cholesky(matrix + semi * (1e-10 * np.linalg.norm(matrix) + 1e-300) * np.eye(d))
+    except np.linalg.LinAlgError:
+        low = np.linalg.eigvalsh(matrix)[0]
+        raise ValueError(f"{name}: smallest eigenvalue {low:.3g}; valid is positive {kind}") from None

@@ -365,7 +365,13 @@ def slider(draw, **ranges):
     if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
         return False
     moved = {n: FloatSlider(start, min=low, max=high, step=0.05) for n, (low, high, start) in ranges.items()}
-    interact(draw, **moved)
+
+    def drawn(**values):
+        figure = draw(**values)
+        plt.close(figure)  # shown once, by interact
+        return figure
+
+    interact(drawn, **moved)
     return True
 
 

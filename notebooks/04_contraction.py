@@ -71,15 +71,18 @@ import pandas as pd
 import sympy as sp
 from IPython.display import display
 from scipy.linalg import qr
+from threadpoolctl import threadpool_limits
 
 from lib import attacks, audit, interpolation, metrics, plots
 from lib.ensemble import KEEP_WEIGHTS, Recipe, membership
 from lib.prose import difference, number, say, shown, sign, verb
 from lib.results import Results
-
-plots.style()
+from lib.signals import parallel
 
 # %%
+plots.style()
+d, n_simulated = (100, 32) if run.preset == "tiny" else (300, 48)  # features and models of the simulations
+etas = [0.0, 0.3, 1.0, 3.0, 10.0]
 baseline, other = run.names[0], run.names[-1]
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("04_contraction", run)
@@ -330,11 +333,8 @@ say(f"The slope's sign and the stated region agree at {agree:.2%} of {wider.sum(
 # power-law spectrum, $n/d = 0.5$ and random labels (label noise 0.5): the spectrum, $n/d$, and the label noise about a
 # random teacher.
 
+
 # %%
-d, n_simulated = (100, 32) if run.preset == "tiny" else (300, 48)
-etas = [0.0, 0.3, 1.0, 3.0, 10.0]
-
-
 def simulate(kind, share, noise):
     """Margins [etas, M, N] of interpolators of halves of one pool, members [M, N]; closed forms V and Adv, [etas]."""
     values, teacher = interpolation.spectrum(kind, d), np.random.default_rng(run.seed).normal(size=d)
@@ -342,7 +342,9 @@ def simulate(kind, share, noise):
     x, y = interpolation.draw(2 * round(share * d), values, teacher, noise, run.seed + 1)
     member = membership(Recipe(seed=run.seed), len(y), range(n_simulated))
     penalties = [interpolation.penalty(sigma, eta) for eta in etas]
-    w = np.array([[interpolation.minimum_norm(x[m], y[m], g) for m in member] for g in penalties])
+    with threadpool_limits(1):  # a model a thread: on matrices this small, more only get in each other's way
+        w = [parallel(lambda m, g=g: interpolation.minimum_norm(x[m], y[m], g), member) for g in penalties]
+    w = np.array(w)
     v = interpolation.variance(np.moveaxis(w, -1, 0).reshape(d, -1), sigma).reshape(w.shape[:2]).mean(1)
     return y * (w @ x.T), member, v, [interpolation.teacher_advantage(one.T, sigma, teacher, noise).mean() for one in w]
 

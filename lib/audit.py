@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
@@ -321,10 +320,7 @@ def flatness_table(ensembles, rho):
 
 def t_interval(values, level=0.95):
     """Mean of one value per model [n], partners side by side, with Student's t interval over the means of pairs."""
-    pairs = values.reshape(-1, 2).mean(1)
-    mean = pairs.mean()
-    half = stats.t.ppf(0.5 + level / 2, len(pairs) - 1) * stats.sem(pairs)
-    return metrics.Estimate(mean, mean - half, mean + half)
+    return metrics.t_interval(values.reshape(-1, 2).mean(1), level)
 
 
 # ---- a trained network's linear model ------------------------------------------------------------------------

@@ -123,10 +123,13 @@ def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
     The margin is then skew-normal (Azzalini 1985, eq. 1 and 9); noise 1/2 gives threshold_advantage(V).
     """
     v, noise = variance(w, sigma), _finite("noise", noise, 0, 1)
-    cosine = (sigma @ teacher) @ w / np.sqrt(v * variance(teacher, sigma))
+    size = np.sqrt(v * variance(teacher, sigma))
+    cosine = np.divide((sigma @ teacher) @ w, size, out=np.zeros_like(v), where=size > 0)
     slant = cosine / np.sqrt(np.maximum(1 - cosine**2, EPS))
+    with np.errstate(divide="ignore"):
+        h = 1 / np.sqrt(v)
     # Adv = Phi(h) - 2 (1 - 2 noise) T(h, slant),  h = 1 / sqrt(V),  T: Owen's function
-    return ndtr(1 / np.sqrt(v)) - 2 * (1 - 2 * noise) * owens_t(1 / np.sqrt(v), slant)
+    return ndtr(h) - 2 * (1 - 2 * noise) * owens_t(h, slant)
 
 
 def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
@@ -166,6 +169,7 @@ def _crossings(mean_in, sd_in, mean_out, sd_out):
     safe = same | (sd_in == 0) | (sd_out == 0)
     r = np.where(safe, 1.0, sd_out) / np.where(safe, 1.0, sd_in)
     delta = np.where(safe, 1.0, np.abs(mean_in - mean_out) / np.where(safe, 1.0, sd_in))
+    r, delta = np.clip(r, 1e-60, 1e60), np.minimum(delta, 1e60)  # further off, nothing changes but overflows
     # (1 - r^2) y^2 + 2 delta y + delta^2 + 2 r^2 log r = 0,  z = (y + delta) / r,  r = sd_out / sd_in
     root = np.sqrt(delta**2 + 2 * (r**2 - 1) * np.log(r))
     with np.errstate(divide="ignore"):

@@ -84,9 +84,15 @@ def _checked(values, member, same=False):
 
 
 def models_needed(se, n_models, wanted):
-    """How many models would bring a standard error (a number or an array) down to `wanted`."""
+    """How many models would bring a standard error (a number or an array) down to `wanted`, 4 at least.
+
+    For examples on which the models differ. No proportion needs more than wanted^(-2), whatever the example.
+    Raises ValueError for wanted <= 0.
+    """
+    if not wanted > 0:
+        raise ValueError(f"wanted={wanted!r}; valid are positive standard errors")
     # se is proportional to M^(-1/2)
-    return np.ceil(n_models * (np.asarray(se) / wanted) ** 2).astype(int)
+    return np.maximum(np.ceil(n_models * (np.asarray(se) / wanted) ** 2), 4).astype(int)
 
 
 def band_shares(memorized):
@@ -182,11 +188,14 @@ def atypicality(x, y, k=5):
     """Mean distance to the k nearest of its own class over that to the k nearest of the nearest other class: [N].
 
     x: [N, ...] inputs, compared in Euclidean distance; y: [N]. Above 1, an example lies nearer to another class.
-    Raises ValueError if a class has k or fewer examples.
+    Raises ValueError for one class only, k < 1, or a class with k or fewer examples.
     """
     x, (labels, y) = np.reshape(x, (len(x), -1)), np.unique(y, return_inverse=True)
-    if np.bincount(y).min() <= k:
-        raise ValueError(f"k={k}: class {labels[np.bincount(y).argmin()]} has {np.bincount(y).min()}; more are needed")
+    fewest = np.bincount(y).min()
+    if len(labels) < 2 or not 1 <= k < fewest:
+        raise ValueError(
+            f"k={k}: {len(labels)} classes of {fewest} examples or more; valid are two, of more than k >= 1"
+        )
     distance = np.empty((len(x), len(labels)))
     for c in range(len(labels)):
         own = y == c
@@ -243,30 +252,34 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
 
     part: "positive" keeps the positive influences, "absolute" their sizes; same_class: only training examples of
     the test example's class. Low: it leans on few. A test example that nothing influences gets the largest
-    entropy possible, log of the number of candidates. Raises ValueError if that holds for all of them.
+    entropy possible, log of the number of candidates (of the largest class). Entropies of classes of different
+    sizes compare after division by log of that size. Raises ValueError if nothing influences any of them, or for a
+    test class without training examples.
     """
     if part not in ("positive", "absolute"):
         raise ValueError(f"part={part!r}; valid are 'positive' and 'absolute'")
     values, y, y_test = np.asarray(values), np.asarray(y), np.asarray(y_test)
     if len(values) and (values == values[0]).all():
         raise ValueError("values: every model gives the same outputs, so nothing has any influence")
+    if same_class and (lost := set(y_test.tolist()) - set(y.tolist())):
+        raise ValueError(f"y_test: class {min(lost)} has no training example; valid are the classes of y")
     everyone = [(np.ones(len(y), bool), np.ones(len(y_test), bool))]
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else everyone
-    out = np.empty(len(y_test))
+    out, most = np.empty(len(y_test)), max(rows.sum() for rows, _ in groups)
     for rows, columns in groups:
         places = np.flatnonzero(columns)
         for where, infl in influence_blocks(member[:, rows], values[:, columns], block):
-            out[places[where]] = entropy(np.maximum(infl, 0) if part == "positive" else np.abs(infl))
+            out[places[where]] = entropy(np.maximum(infl, 0) if part == "positive" else np.abs(infl), most)
     return out
 
 
-def entropy(mass):
-    """Entropy (nats) of each column of mass [N, T] >= 0, normalized; log N for a column of zeros."""
+def entropy(mass, most):
+    """Entropy (nats) of each column of mass [N, T] >= 0, normalized; log `most` for a column of zeros."""
     total = mass.sum(0, dtype=np.float64)
     # H = -sum p log p = log s - sum m log m / s for p = m / s
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.log(total) - xlogy(mass, mass).sum(0, dtype=np.float64) / total
-    return np.where(total > 0, found, np.log(len(mass)))
+    return np.where(total > 0, found, np.log(most))
 
 
 # ---- buckets ------------------------------------------------------------------------------------------------
@@ -275,9 +288,11 @@ def entropy(mass):
 def buckets(score, n=5, within=None, seed=0):
     """Equal buckets by rising score, 0..n-1: [T]; ties fall at random. within: [T] groups, each cut by itself.
 
-    Raises ValueError unless 2 <= n <= the size of (each group of) the test set.
+    Raises ValueError for NaN, and unless 2 <= n <= the size of (each group of) the test set.
     """
     score = np.asarray(score)
+    if np.isnan(score).any():
+        raise ValueError("score: NaN; valid are numbers")
     group = np.zeros(len(score), int) if within is None else np.asarray(within)
     smallest = np.unique(group, return_counts=True)[1].min()
     if not 2 <= n <= smallest:
@@ -307,17 +322,19 @@ def step_cells(difference, label):
 def gains(difference, label, name, total=False):
     """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a tidy frame.
 
-    Metrics gain_<name>_1 and so on, gain_<name>_1_minus_<n>; with `total`, also the overall mean (gain) and the
-    first bucket's share of it (gain_share_<name>_1), a ratio, by the delta method.
+    Metrics gain_<name>_1 and so on, gain_<name>_1_minus_<n>; with `total`, also the overall mean (gain) and, unless
+    that is zero, the first bucket's share of it (gain_share_<name>_1), a ratio, by the delta method.
     """
     n = label.max() + 1
     cells = [metrics.ratio_cells(difference, label == b) for b in range(n)]
     found = {f"gain_{name}_{b + 1}": c for b, c in enumerate(cells)}
     found[f"gain_{name}_1_minus_{n}"] = step_cells(difference, label)
+    whole, weight = difference.mean(), (label == 0).mean()
     if total:
-        whole, weight = difference.mean(), (label == 0).mean()
+        found["gain"] = difference
+    if total and whole:
         share = weight * cells[0].mean() / whole
         # d(a/b) = (da - (a/b) db) / b
-        found |= {"gain": difference, f"gain_share_{name}_1": share + (weight * cells[0] - share * difference) / whole}
+        found[f"gain_share_{name}_1"] = share + (weight * cells[0] - share * difference) / whole
     rows = {metric: metrics.estimate(c) for metric, c in found.items()}
     return pd.DataFrame([(m, *e) for m, e in rows.items()], columns=["metric", "value", "ci_low", "ci_high"])

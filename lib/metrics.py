@@ -81,6 +81,16 @@ def paired(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> dict[str,
     return found
 
 
+def t_interval(values, level=0.95):
+    """Mean of independent values [n] with Student's t interval; no interval for a single one."""
+    values = np.asarray(values, float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Estimate(mean, np.nan, np.nan)
+    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * stats.sem(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
 def _variance(cells, value, clusters, widen):
     """Variance of the mean of cells and its degrees of freedom (0: not estimable)."""
     names, group = np.unique(clusters, return_inverse=True)

@@ -188,7 +188,7 @@ def memorization_density(memorized, edges):
         1, len(memorized), figsize=(5.4 * len(memorized), 3.4), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    bins = np.linspace(min(-0.3, *(m.min() for m in memorized.values())), 1, 40)
+    bins = np.linspace(min(0.0, *(m.min() for m in memorized.values())), 1, 26)
     for index, (axis, (name, values)) in enumerate(zip(axes[0], memorized.items(), strict=True)):
         axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=COLOURS[index], alpha=0.7)
         for edge in edges:

@@ -16,6 +16,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from lib import verdict
+from lib.results import differing
 from lib.store import write_atomic
 
 CSS = """
@@ -92,8 +93,8 @@ def rendered(path):
     return title, page(title, f'<p><a href="index.html">All verdicts</a></p>{body}')
 
 
-def index(ledger, titles):
-    """The first page: the verdicts, then a link to every page. titles: file name -> title."""
+def index(ledger, titles, differing=()):
+    """The first page: the verdicts, then a link to every page. titles: file name -> title; differing: sentences."""
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
     groups = ledger[verdict.GROUP].drop_duplicates().agg(lambda row: ", ".join(filter(None, row)), axis=1)
@@ -101,11 +102,12 @@ def index(ledger, titles):
     settings = ledger[[*verdict.GROUP, "optimizer", "differs"]].drop_duplicates()
     settings = settings[(settings.optimizer != "") & (settings.differs != "")].drop(columns="run")
     lines = "".join(f"<li>{html.escape(', '.join(row[:-1]))}: {html.escape(row[-1])}</li>" for row in settings.values)
+    mixed = "".join(f"<li>Mind: {html.escape(sentence)}</li>" for sentence in differing)
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     body = f"""<h1>{html.escape(title)}</h1>
 <p>The paper's claims, one by one: {counted}. An effect is a difference to the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
-<ul>{lines or "<li>nothing was run yet</li>"}</ul>
+<ul>{lines or "<li>nothing was run yet</li>"}{mixed}</ul>
 {verdict.table(ledger).to_html()}
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
 <h2>The evidence</h2><ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
@@ -127,7 +129,7 @@ def build(out):
         name = f"{book.stem}.html"
         titles[name], text = rendered(book)
         write_atomic(out / "report" / name, text)
-    write_atomic(out / "report" / "index.html", index(ledger, titles))
+    write_atomic(out / "report" / "index.html", index(ledger, titles, differing(out)))
     return out / "report" / "index.html"
 
 

@@ -1,5 +1,6 @@
 """Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,17 @@ from filelock import FileLock
 from lib.store import write_atomic
 
 COLUMNS = "notebook dataset arch optimizer rho attack metric value ci_low ci_high n_models n_examples note".split()
+
+SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment seed".split()
+
+
+def differing(out):
+    """Sentences on the settings in which the notebooks behind a results.csv differ: one each; none if all agree."""
+    path = Path(out) / "settings.json"
+    made = json.loads(path.read_text()) if path.exists() else {}
+    values = {name: {book: settings[name] for book, settings in made.items()} for name in SETTINGS if made}
+    mixed = {name: of for name, of in values.items() if len(set(map(str, of.values()))) > 1}
+    return [f"{name} differs: " + ", ".join(f"{v} in {b}" for b, v in sorted(of.items())) for name, of in mixed.items()]
 
 
 class Results:
@@ -53,4 +65,8 @@ class Results:
             if self.path.exists():
                 others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
                 own = pd.concat([others[others.notebook != self.about["notebook"]], own])
+            path = self.path.with_name("settings.json")
+            made = json.loads(path.read_text()) if path.exists() else {}
+            made[self.about["notebook"]] = {name: self.run.values[name] for name in SETTINGS}
+            write_atomic(path, json.dumps(made, indent=1))
             write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))

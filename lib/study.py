@@ -131,6 +131,12 @@ class Settings:
         """The optimizers, baseline first."""
         return tuple(name.strip() for name in self.optimizers.split(","))
 
+    @property
+    def other(self):
+        """The last sharpness-aware optimizer, the one that figures and sentences compare with the baseline."""
+        aware = [name for name in self.names if self.recipe(name).parts[0] != "plain"]
+        return (aware or self.names)[-1]
+
     def recipe(self, optimizer, **changes):
         """The run's Recipe for one optimizer, with some fields changed."""
         shared = ("arch", "rho", "lr", "weight_decay", "epochs", "batch_size", "subset", "augment", "seed")

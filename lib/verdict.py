@@ -1,4 +1,4 @@
-"""The paper's claims judged by rule from results.csv: supported, contradicted, inconclusive or not run.
+"""The paper's claims, and checks of ours, judged by rule: supported, contradicted, inconclusive or not run.
 
 An effect e with 95% interval [low, high] is turned so that a positive one speaks for the claim, and is held against
 delta, the smallest effect that matters (DELTAS). Three rules, and inconclusive where neither side of one holds:
@@ -8,7 +8,7 @@ delta, the smallest effect that matters (DELTAS). Three rules, and inconclusive 
     present   supported if low > 0 and e >= delta; contradicted if high < delta (too small to matter, or reversed)
 
 A claim of several tests: not run if any is absent, else contradicted if any is, supported if all are, inconclusive
-else. A deterministic number, recorded without an interval, is its own interval.
+else. A deterministic number (the limits of the theorem) is its own interval; any other without one is inconclusive.
 """
 
 import html
@@ -43,15 +43,17 @@ class Test(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A claim of the paper, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline."""
+    """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline; whose: the paper's
+    claim, or a check of ours that goes beyond what the paper says."""
 
     name: str
     notebook: str
     statement: str
     tests: tuple
+    whose: str = "the paper's"
 
 
-AUC = Test("auc", attack="lira")
+OURS, AUC = "ours", Test("auc", attack="lira")
 SPREAD = [(signal, over) for over in ("examples", "models") for signal in ("confidence", "phi")]
 CLAIMS = (
     Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),)),
@@ -59,27 +61,33 @@ CLAIMS = (
     Claim("more_so_when_strict", "01", "At the strictest FPR {a} leaks more under lira, relatively more than in AUC.",
           (Test("tpr@strictest", 1, "lira", "tpr@"), Test("strict_excess", 1, "lira", "tpr@"))),
     Claim("at_every_length", "01", "{a} leaks more than {b} at every length of training.",
-          (AUC._replace(note="epochs="),)),
+          (AUC._replace(note="epochs="),), OURS),
     Claim("at_equal_loss", "01", "{a} leaks more than {b} at equal train loss.",
-          (AUC._replace(note="at equal train loss"),)),
+          (AUC._replace(note="at equal train loss"),), OURS),
     Claim("memorization_not_lower", "02", "{a} memorizes no less than {b} on average.",
           (Test("mean_memorization", rule="not less"),)),
     Claim("memorization_in_the_middle", "02", "{a} memorizes more examples at 0.6 to 0.85 than {b}.",
           (Test("memorization_share_0.6_0.85"),)),
     Claim("gains_where_few_help", "03", "{a} gains over {b} in bucket 1 (leaning on few examples), not in bucket 5.",
           (Test("gain_bucket_1"), Test("gain_bucket_5", -1, rule="not less"), Test("gain_bucket_1_minus_5"))),
-    Claim("influence_makes_buckets", "03", "It is influence that sets bucket 1 apart: a shuffled membership does not.",
-          (Test("gain_beyond_shuffled", rule="present"),)),
+    Claim("gains_without_ties", "03", "The same by influence on confidence, which leaves no ties: bucket 1 gains most.",
+          (Test("gain_bucket_1_minus_5", note="influence on p_y"),), OURS),
+    Claim("influence_makes_buckets", "03", "It is influence that sets bucket 1 apart: shuffled membership does less.",
+          (Test("gain_beyond_shuffled", note="influence on p_y"),), OURS),
+    Claim("beyond_difficulty", "03", "Within fifths of difficulty too, points that lean on few gain more.",
+          (Test("gain_entropy_within_difficulty_1_minus_5"),), OURS),
     *(Claim(f"varies_less_{s}_{over}", "01", f"On non-members, {{a}}'s {s} varies less across {over} than {{b}}'s.",
             (Test(f"nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
     Claim("fewer_extreme_nonmembers", "04", "{b} has more non-members of extreme confidence than {a}.",
           (Test("nonmember_share_above_0.99", -1),)),
+    Claim("fewer_nonmembers_above", "04", "{b} has more non-members above its median member in confidence than {a}.",
+          (Test("nonmember_share_above_member_median", -1),), OURS),
     Claim("theorem_conclusion", "04", "Theorem: penalizing curvature contracts the variance on non-members.",
           (Test("variance_ratio", -1, note="monte carlo, spectrum=power law", optimizer="eta="),)),
     Claim("premise_interpolator", "04", "Premise: SAM on a linear model ends away from the minimum 2-norm solution.",
-          (Test("distance_to_minimum_norm", note="limit: linear model", optimizer="sam", rule="present"),)),
+          (Test("distance_to_minimum_norm", note="limit: linear model", optimizer="sam", rule="present"),), OURS),
     Claim("premise_curvature", "04", "Premise: the curvature of the training data is enough to contract it.",
-          (Test("variance_ratio", -1, note="limit: empirical curvature", optimizer="eta=", rule="present"),)),
+          (Test("variance_ratio", -1, note="limit: empirical curvature", optimizer="eta=", rule="present"),), OURS),
     Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and leak more under lira.",
           (Test("hessian_top_eigenvalue", -1), AUC)),
     Claim("smaller_gap_larger_advantage", "01", "{a}'s generalization gap is smaller, and lira's advantage larger.",
@@ -87,7 +95,11 @@ CLAIMS = (
 )  # fmt: skip
 ALIKE = {  # claim: (statement, what the verdicts on lira that it compares share, in what they differ)
     "other_optimizers_alike": ("Every sharpness-aware optimizer leaks more under lira.", GROUP, "optimizer"),
-    "other_architectures_alike": ("It leaks more under lira in every architecture.", ["dataset"], "arch"),
+    "other_architectures_alike": (
+        "Sharpness-aware training leaks more under lira in every architecture.",
+        ["dataset"],
+        "arch",
+    ),
 }
 
 
@@ -122,6 +134,8 @@ def judge(effect, low, high, delta, rule="more"):
         return "supported", "holds"
     if high < delta if rule == "present" else high < 0 and effect <= -delta:
         return "contradicted", "fails"
+    if np.isnan([effect, low, high]).any():
+        return "inconclusive", "no interval" if np.isfinite(effect) else "no ratio to the baseline's value"
     small = max(abs(low), abs(high)) < delta or not low <= 0 <= high
     return "inconclusive", "smaller than matters" if small else "the interval holds 0"
 
@@ -138,10 +152,14 @@ def unit(metric):
 
 
 def relative(rows, metric, pair, attack="", floor=0.0):
-    """The pair's difference over the baseline's own value above a floor: [value, low, high], NaN if absent."""
+    """The pair's difference over the baseline's own value above a floor: [value, low, high], NaN without a ratio."""
     rows = rows[(rows.metric == metric) & (rows.attack == attack) & (rows.note == "")].drop_duplicates("optimizer")
     rows = rows.set_index("optimizer")[NUMBERS].reindex([pair, pair.rpartition("-")[2]]).to_numpy(float)
-    return rows[0] / (rows[1, 0] - floor if rows[1, 0] > floor else np.nan)
+    base = rows[1, 0] - floor if rows[1, 0] > floor else np.nan
+    ratio, half = rows[0, 0] / base, np.ptp(rows[:, 1:], axis=1) / 2
+    # Var(d/b) = (Var d + (d/b)^2 Var b) / b^2, the covariance left out
+    half = np.hypot(half[0], ratio * np.nan_to_num(half[1])) / base
+    return ratio + np.array([0, -half, half])
 
 
 def with_strict(rows, pair):
@@ -168,10 +186,12 @@ def measured(rows, test, pair):
         eta = pd.to_numeric(found.optimizer.str.removeprefix("eta="), errors="coerce").dropna()
         found = found.loc[eta.groupby(found.note).idxmax()]
     found = found[(test.optimizer == "eta=") | (found.optimizer == (test.optimizer or pair))].drop_duplicates("note")
-    numbers = found[NUMBERS].T.fillna(found.value).T - float(test.metric == "variance_ratio")
+    numbers = found[NUMBERS] - float(test.metric == "variance_ratio")
+    if test.note.startswith("limit:"):  # deterministic
+        numbers = numbers.T.fillna(numbers.value).T
     if len(found) and unit(test.metric) == "%" and not test.metric.startswith(("variance_ratio", "strict")):
         numbers[:] = relative(rows, test.metric, pair)
-    return found.assign(**numbers).dropna(subset="value")
+    return found.assign(**numbers)
 
 
 def text(row, kind):
@@ -201,6 +221,7 @@ def judged(rows, claim, pair):
     return {
         "optimizer": pair if about_pair else "",
         "claim": claim.name,
+        "whose": claim.whose,
         "statement": claim.statement.format(a=pair.rpartition("-")[0].upper(), b=pair.rpartition("-")[2].upper()),
         "verdict": combine(verdicts),
         "effect": "; ".join(filter(None, effects)),
@@ -275,7 +296,7 @@ def wide(ledger):
 def table(ledger):
     """The ledger for reading, a pandas Styler: the verdict in words and in a shade, all text escaped."""
     shown = [c for c in [*GROUP, "optimizer"] if ledger[c].nunique() > 1 + (c == "optimizer")]
-    shown = ledger[shown + ["statement", "verdict", "effect", "evidence"]].rename(columns={"evidence": "test"})
+    shown = ledger[shown + ["whose", "statement", "verdict", "effect", "evidence"]].rename(columns={"evidence": "test"})
     shade = {name: f"background-color: {c}; color: #1a1a1a; white-space: nowrap" for name, c in SHADES.items()}
     style = shown.style.set_uuid("verdict").map(shade.get, subset=["verdict"])
     style = style.format(lambda cell: html.escape(str(cell)).replace("_", "_&#8203;"))  # lines may break there

@@ -76,7 +76,7 @@ from lib.prose import conclusions, difference, pick, points, say, shown, summary
 from lib.results import Results
 
 plots.style()
-baseline, other = run.names[0], run.names[-1]
+baseline, other = run.names[0], run.other
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 say(run.describe())
 

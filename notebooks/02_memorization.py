@@ -75,13 +75,13 @@ import pandas as pd
 from IPython.display import display
 from scipy import stats
 
-from lib import attacks, audit, ensemble, memorization, plots
+from lib import audit, ensemble, memorization, metrics, plots
 from lib.data import inputs
 from lib.prose import difference, pick, points, say, shown, verb
 from lib.results import Results
 
 plots.style()
-baseline, other = run.names[0], run.names[-1]
+baseline, other = run.names[0], run.other
 pair = f"{other}-{baseline}"
 
 # %% [markdown]
@@ -100,11 +100,11 @@ results = Results("02_memorization", run, n_models=len(member))
 outputs = {kind: {n: audit.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
 mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} for kind, of in outputs.items()}
 for kind, found in mem.items():
-    se = found[baseline].se
-    need = memorization.models_needed(np.median(se), len(member), 0.02)
+    middle, most = np.quantile(found[baseline].se, [0.5, 0.95])
+    need = memorization.models_needed(most, len(member), 0.02)
     say(
-        f"For `{kind}` under {baseline}, {len(member)} models give a standard error of {np.median(se):.3f} in the "
-        f"median and {np.quantile(se, 0.95):.3f} at the 95th percentile; {need} models would bring the median to 0.02."
+        f"For `{kind}` under {baseline}, {len(member)} models give a standard error of {middle:.3f} in the median and "
+        f"{most:.3f} at the 95th percentile; {need} models would bring the latter to 0.02."
     )
 
 # %% [markdown]
@@ -135,7 +135,8 @@ say(f"Over all 1,024 subsets the estimate differs from exact leave-one-out by at
 counts, errors, stated = [16, 32, 64, 128, 256, 512], [], []
 for count in counts:
     draws = [rng.integers(1024, size=count) for _ in range(100)]
-    found = [memorization.memorization(predicted[d], subsets[d]) for d in draws if 1 < subsets[d].sum(0).min()]
+    draws = [d for d in draws if min(subsets[d].sum(0).min(), (~subsets[d]).sum(0).min()) > 1]
+    found = [memorization.memorization(predicted[d], subsets[d]) for d in draws]
     errors.append(np.sqrt(np.mean([(f.value - truth) ** 2 for f in found])))
     stated.append(np.sqrt(np.mean([f.se**2 for f in found])))
 display(plots.save(plots.convergence(counts, errors, stated, "error of memorization"), run, "memorization_convergence"))
@@ -153,38 +154,54 @@ say(f"On random subsets the error falls as the number of models to the power {sl
 # at the bottom.
 #
 # **How we test it.** We train the baseline once more on a pool with planted faults. Some examples get a wrong label:
-# nothing but memory can reproduce it. Some ordinary examples, and some of the most memorized ones, get four twins each: what an
-# example teaches, its twins teach too. This training is as long as the longest of the first notebook, since a wrong
-# label that was never fitted was not memorized.
+# nothing but memory can reproduce it. Some examples drawn at random, and some of the most memorized ones, get four twins each:
+# what an example teaches, its twins teach too. Each is ranked among all the others, before and after. Both trainings are as long as
+# the longest of the first notebook, since a wrong label that was never fitted was not memorized.
 
 # %%
-n = max(1, len(run.dataset.y) // 200)
+n, n_pool = max(2, len(run.dataset.y) // 200), len(run.dataset.y)
 top = np.argsort(-mem["confidence"][baseline].value)
-sources = np.concatenate([top[:n], rng.choice(top[len(top) // 2 :], n, replace=False)])
-faulty, wrong, twins = memorization.plant(run.dataset, sources, n_wrong=2 * n, seed=run.seed)
-longest = run.recipe(baseline, epochs=run.regimes()[-1])
-controls = ensemble.train(longest, faulty, min(run.n_models, 32), run.store, run.device)
-known = np.array(controls.member)
-after = memorization.memorization(audit.plain_signal(controls, "confidence"), known).value
-fitted = memorization.memorization(audit.plain_signal(controls, "correct"), known).inside[wrong].mean()
+sources = np.concatenate([top[:n], rng.choice(top[n:], n, replace=False)])
+faulty, wrong, twins = memorization.plant(run.dataset, sources, 2 * n, copies=min(4, n_pool // 12), seed=run.seed)
+longest = run.recipe(baseline, epochs=run.regimes()[-1], subset=0.5)
+placed = []
+for pool in (run.dataset, faulty):
+    found = ensemble.train(longest, pool, min(run.n_models, 32), run.store, run.device)
+    placed.append(memorization.memorization(audit.plain_signal(found, "confidence"), np.array(found.member)).value)
+fitted = audit.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
 say(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")
 
+# %% [markdown]
+# An example's rank is the share of the pool that is memorized less than it.
+
 # %%
-kinds = {"wrong label": wrong, "memorized, now with twins": sources[:n], "ordinary, with twins": sources[n:]}
-kinds["all others"] = np.setdiff1d(np.arange(len(after)), np.concatenate([*kinds.values(), twins.ravel()]))
-groups = {"the memorized ones, before": mem["confidence"][baseline].value[sources[:n]]}
-groups |= {kind: after[rows] for kind, rows in kinds.items()}
-display(plots.save(plots.planted(groups), run, "planted"))
-for kind in list(kinds)[:3]:
-    ahead = (after[kinds[kind]][:, None] > after[kinds["all others"]]).mean()
-    say(f"An example of the kind '{kind}' ranks above {ahead:.0%} of the untouched ones, on average.")
-    row = dict(metric="rank_of_planted", value=ahead, ci_low=np.nan, ci_high=np.nan, optimizer=baseline)
-    results.add(pd.DataFrame([row]), note=kind, n_models=len(controls.ids))
+kinds = {"wrong label": wrong, "memorized, given twins": sources[:n], "random, given twins": sources[n:]}
+groups = {
+    f"{kind}, {when}": m[rows]
+    for kind, rows in kinds.items()
+    for when, m in zip(("before", "after"), placed, strict=True)
+}
+groups["all others"] = np.delete(placed[1], np.concatenate([sources, wrong, twins.ravel()]))
+plots.save(plots.planted(groups), run, "planted")
 
 # %% [markdown]
-# **How to read it.** A dot is an example, the bar holds the middle half of each kind. Twins take memorization away without
-# changing the example: memorization is a property of an example *in its pool*. (Copies that both sides of a membership
-# game hold are also why duplicates spoil attacks: a "non-member" with a twin among the members is none.)
+# The ranks, before and after, and the change with its interval over the planted examples.
+
+# %%
+ranks = [stats.rankdata(m) / n_pool for m in placed]
+for kind, rows in kinds.items():
+    change = ranks[1][rows] - ranks[0][rows]
+    moved = audit.row("rank_change_of_planted", metrics.t_interval(change), optimizer=baseline)
+    after = {"metric": "rank_of_planted", "value": ranks[1][rows].mean(), "optimizer": baseline}
+    frame = pd.DataFrame([moved, after])
+    results.add(frame, note=kind, n_models=len(found.ids))
+    words = verb(frame.iloc[0], "rises", "falls", "does not move detectably")
+    say(f"{kind}: the mean rank {words}, from {ranks[0][rows].mean():.0%} to {ranks[1][rows].mean():.0%}.")
+
+# %% [markdown]
+# **How to read it.** A dot is an example, the bar holds the middle half of each kind. Where ranks fall with twins, memorization
+# is a property of an example *in its pool*, not of the example. (Twins on both sides of a membership game are also why
+# duplicates spoil attacks: a "non-member" with a twin among the members is none.)
 
 # %% [markdown]
 # ## How much is memorized, and where
@@ -217,8 +234,8 @@ figure = plots.interval_panels(
 display(plots.save(figure, run, "memorization_bands"))
 for kind in outputs:
     middle = difference(tables[kind, other], "memorization_share_0.6_0.85", pair)
-    words = verb(middle, "more examples than", "fewer examples than", "no detectably different number from")
-    say(f"Of {kind}: {other} has {words} {baseline} between 0.6 and 0.85 ({points(middle)}).")
+    words = verb(middle, "more examples than", "fewer examples than", "as many examples, within error, as")
+    say(f"By `{kind}`, {other} has {words} {baseline} between 0.6 and 0.85 ({points(middle)}).")
 
 # %% [markdown]
 # **How to read it.** Most examples are easy and lie at 0; the axis of the first figure is logarithmic so that the tail can be
@@ -265,7 +282,8 @@ say(
 # %%
 moves = outputs["confidence"][other].astype(float) - outputs["confidence"][baseline]
 change = memorization.memorization(moves, member)
-found = stats.false_discovery_control(2 * stats.norm.sf(np.abs(change.value / np.maximum(change.se, 1e-9)))) < 0.05
+df = np.minimum(member.sum(0), (~member).sum(0)) - 1  # at least as cautious as Welch's
+found = stats.false_discovery_control(2 * stats.t.sf(np.abs(change.value) / np.maximum(change.se, 1e-9), df)) < 0.05
 for sign, word in ((1, "more"), (-1, "less")):
     share = (found & (np.sign(change.value) == sign)).mean()
     say(f"{other} memorizes {share:.1%} of the examples detectably {word} than {baseline} (of confidence).")
@@ -298,46 +316,63 @@ say(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3f}, {r
 # on the models that had no say in picking it. A rank correlation near 1 means that the two memorize the same examples.
 
 # %% [markdown]
-# ## Are the movers atypical, and does LiRA find them?
+# ## Are the movers atypical, and do attacks find them?
 #
 # **Claim.** What SAM adds is memory of atypical sub-patterns, and these are the examples that attacks name.
 #
-# **How we test it.** Rank correlations over the examples, of memorization and of its change, with three properties: *atypicality*,
-# the distance to the nearest of the own class over that to the nearest other class (in input space); *ambiguity*, the
-# entropy of predictions by models that did not see the example; and *exposure*, how well LiRA tells the example's members from its
-# non-members (AUC over models), and its change.
+# **How we test it.** Rank correlations over the examples, of memorization and of its change, with four properties: *atypicality*,
+# the distance to the nearest of the own class over that to the nearest of another class (in input space); *ambiguity*, the
+# entropy of predictions by models that did not see the example; *exposure*, how well $\phi$ tells the models with the example from
+# those without it (AUC over models: what LiRA lives on); and the change of exposure.
+
+# %% [markdown]
+# Memorization comes from one half of the models and the properties from the other, then they change places: taken from the
+# same models, both would share their accidents, and correlate where there is nothing.
 
 # %%
-out = (~member).sum(0)
-traits = {"ambiguity": (audit.plain_signal(ensembles[baseline], "entropy") * ~member).sum(0) / out}
+phi = {name: audit.plain_signal(ensembles[name], "phi") for name in (baseline, other)}
+unsure = audit.plain_signal(ensembles[baseline], "entropy")
 k = min(5, np.bincount(run.dataset.y).min() - 1)
-traits["atypicality"] = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, k)
-exposure = {}
-for name in (baseline, other):
-    phi = audit.plain_signal(ensembles[name], "phi")
-    exposure[name] = memorization.exposure(attacks.lira(phi, member), member)
-traits |= {"exposure": exposure[baseline], "change of exposure": exposure[other] - exposure[baseline]}
+atypical = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, k)
+
+
+def traits(half):
+    """Properties [N] of the examples, as one half of the models shows them."""
+    exposed = {name: memorization.exposure(p[half], member[half]) for name, p in phi.items()}
+    ambiguity = (unsure[half] * ~member[half]).sum(0) / (~member[half]).sum(0)
+    found = {"ambiguity": ambiguity, "atypicality": atypical, "exposure": exposed[baseline]}
+    return found | {"change of exposure": exposed[other] - exposed[baseline]}
+
 
 # %%
-quantities = {f"memorization ({baseline})": mem["confidence"][baseline].value, "change of memorization": change.value}
+sides, first = [], outputs["confidence"][baseline]
+for one, two in (halves, halves[::-1]):
+    own, moved = (memorization.memorization(v[one], member[one]).value for v in (first, moves))
+    sides.append(({f"memorization ({baseline})": own, "change of memorization": moved}, traits(two)))
+keys = [(q, t) for q in sides[0][0] for t in sides[0][1]]
 
 
 def correlations(_, columns):
-    return [memorization.spearman(q[columns], t[columns]) for q in quantities.values() for t in traits.values()]
+    return np.mean([[memorization.spearman(qs[q][columns], ts[t][columns]) for q, t in keys] for qs, ts in sides], 0)
 
 
-keys = [(q, t) for q in quantities for t in traits]
 frame = memorization.tidy(keys, memorization.jackknife(correlations, member))
 results.add(frame.assign(metric="spearman_" + frame.metric.str.replace(" ", "_"), note=frame.optimizer), optimizer=pair)
 shown(frame.rename(columns={"optimizer": "quantity"}), across=["quantity"])
-for row in frame[frame.optimizer == "change of memorization"].itertuples():
-    words = verb(row, "rises with", "falls with", "has no detectable relation to")
-    say(f"Of an example, how much more {other} memorizes it {words} {row.metric} ({row.value:+.2f}).")
 
 # %% [markdown]
-# **How to read it.** The intervals are for new examples, given these models. A change that rises with ambiguity and
-# atypicality is what the paper describes; one that falls with them says that SAM memorizes its odd examples *less*. Where the change of
-# exposure follows the change of memorization, the attack finds what the optimizer moved.
+# In words:
+
+# %%
+for row in frame[frame.optimizer == "change of memorization"].itertuples():
+    words = verb(row, "higher", "lower", "neither higher nor lower")
+    say(f"Where {other} memorizes more than {baseline}, {row.metric} is {words} ({row.value:+.2f}).")
+
+# %% [markdown]
+# **How to read it.** The intervals are for new examples, given these models; noise in the estimates pulls correlations
+# towards 0. A change that rises with ambiguity and atypicality is what the paper describes; one that falls with them says that
+# SAM memorizes its odd examples *less*. Where the change of exposure follows the change of memorization, attacks find what
+# the optimizer moved.
 
 # %% [markdown]
 # ## What this run shows
@@ -351,7 +386,6 @@ words = verb(band, "more", "fewer", "not detectably more or fewer")
 say(f"**Where.** Between 0.6 and 0.85 there are {words} examples than under {baseline} ({points(band)}).")
 say(f"**Who.** The two rank the examples alike to {rank.value:.2f}; {found.mean():.1%} of them moved detectably.")
 row = frame[(frame.optimizer == "change of memorization") & (frame.metric == "change of exposure")].iloc[0]
-say(
-    f"**Does it leak?** Examples that {other} memorizes more are exposed {verb(row, 'more', 'less', 'no differently')}."
-)
+words = verb(row, "more exposed", "less exposed", "neither more nor less exposed")
+say(f"**Does it leak?** Examples that {other} memorizes more than {baseline} are {words} under it ({row.value:+.2f}).")
 say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -78,10 +78,8 @@ from lib.memorization import buckets, cross_fitted, gains, influence_entropy
 from lib.prose import points, say, shown, sign, verb
 from lib.results import Results
 
-plots.style()
-baseline, other, n_buckets = run.names[0], run.names[-1], 5
+baseline, other, n_buckets = run.names[0], run.other, 5
 pair, y, y_test = f"{other}-{baseline}", run.dataset.y, run.dataset.y_test
-buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))  # raises now, not later, if the test part is too small
 
 # %% [markdown]
 # ## The ensembles
@@ -89,6 +87,9 @@ buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))  # raises now, not
 # Those of the first notebooks. $V$ comes from the test part, which no model trained on.
 
 # %%
+# raises now, not after training, if the test part is too small
+_ = buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))
+plots.style()
 say(run.describe())
 ensembles = audit.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
@@ -112,20 +113,20 @@ shown(accuracy[accuracy.metric.isin(["test_accuracy", "train_accuracy"])])
 
 
 # %%
-def by_entropy(rows, values, within=None, **kind):
-    """Buckets [T] of the entropies that models `rows` give."""
-    return buckets(influence_entropy(member[rows], values[rows], y, y_test, **kind), n_buckets, within, run.seed)
+def by_entropy(rows, values, within=None, design=member, same_class=True, part="positive"):
+    """Buckets [T] of the entropies that models `rows` give, in units of the largest possible in their class."""
+    most = np.bincount(y)[y_test] if same_class else len(y)
+    found = influence_entropy(design[rows], values[rows], y, y_test, part, same_class) / np.log(most)
+    return buckets(found, n_buckets, within, run.seed)
 
 
 correct, confidence = tests["correct"][baseline], tests["confidence"][baseline]
 label = cross_fitted(lambda rows: by_entropy(rows, correct), member)
-main = {}
-for name in run.names[1:]:
-    main[name] = gains(gain[name], label, "bucket", total=True)
-    results.add(main[name], optimizer=f"{name}-{baseline}")
+main = {name: gains(gain[name], label, "bucket", total=True) for name in run.names[1:]}
+for name, table in main.items():
+    results.add(table, optimizer=f"{name}-{baseline}")
 frame = main[other]
 shown(frame.assign(optimizer=pair))
-
 
 # %% [markdown]
 # In points of test accuracy, and as a share of the whole.
@@ -139,12 +140,29 @@ def panel(table, name):
 
 
 first, last, step = (frame[frame.metric == f"gain_bucket_{b}"].iloc[0] for b in (1, n_buckets, f"1_minus_{n_buckets}"))
-share, whole = (frame[frame.metric == m].iloc[0] for m in ("gain_share_bucket_1", "gain"))
+whole, share = frame[frame.metric == "gain"].iloc[0], frame[frame.metric == "gain_share_bucket_1"]
 say(f"{other} gains {points(first)} in bucket 1 and {points(last)} in bucket {n_buckets}; overall {points(whole)}.")
 if sign(whole):
-    say(f"Bucket 1 holds {share.value:.0%} [{share.ci_low:.0%}, {share.ci_high:.0%}] of the overall change.")
+    held = share.iloc[0]
+    say(f"Bucket 1 holds {held.value:.0%} [{held.ci_low:.0%}, {held.ci_high:.0%}] of the overall change.")
 else:
     say("The overall change is not clear of zero, so a share of it would mean nothing.")
+
+# %% [markdown]
+# And how many of the test points have an influence to speak of?
+
+# %%
+never = (correct == correct[0]).all(0).mean()
+full = n_buckets - int(n_buckets * never)
+say(f"{never:.0%} of the test points are influenced by nothing: all {len(member)} models of {baseline} agree on them.")
+say(f"Only buckets 1 to {full} can hold others; whatever lies beyond is in random order."
+    if full < n_buckets else "Every bucket holds test points that something influences.")  # fmt: skip
+
+# %% [markdown]
+# **How to read it.** Bucket 1 holds the fifth of the test points with the lowest entropy. With correctness, a test point
+# that all models get right (or all get wrong) is influenced by nothing and counts as the largest entropy. Where such
+# points fill whole buckets, "bucket 1" means little more than "some model errs", and only such points can gain. The confidence $p_y$
+# has no such ties: every test point has influences on it. So what follows looks at both.
 
 # %% [markdown]
 # ### Other ways of counting
@@ -170,32 +188,26 @@ labels["formed on the same models"] = np.tile(by_entropy(slice(None), correct), 
 # %%
 panels = {"as above": panel(frame, "bucket")}
 for title, found in labels.items():
-    table = gains(gain[other], found, "bucket", total=True)
-    results.add(table, optimizer=pair, note=title)
-    panels[title] = panel(table, "bucket")
+    for name in run.names[1:]:
+        table = gains(gain[name], found, "bucket", total=True)
+        results.add(table, optimizer=f"{name}-{baseline}", note=title)
+        if name == other:
+            panels[title] = panel(table, "bucket")
 plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "buckets")
-
-# %% [markdown]
-# **How to read it.** Bucket 1 holds the fifth of the test points with the lowest entropy. With correctness, a test point that all models get right
-# (or all get wrong) is influenced by nothing: it counts as the largest entropy, and such ties are cut at random.
-
-# %%
-never = (correct == correct[0]).all(0).mean()
-say(f"{never:.0%} of the test points are influenced by nothing: all {len(member)} models of {baseline} agree on them.")
 
 # %% [markdown]
 # ## What the buckets look like
 #
-# For the test points of lowest and of highest entropy (among those that something influences), the most
-# influential training example of the same class beneath.
+# For the test points of lowest and of highest entropy (of influence on $p_y$, among those that one model in twenty or
+# more gets wrong), the most influential training example of the same class beneath.
 
 # %%
-entropy = influence_entropy(member, correct, y, y_test)
-moved = np.flatnonzero(~(correct == correct[0]).all(0))
-moved = moved[np.argsort(entropy[moved])]
+entropy = influence_entropy(member, confidence, y, y_test)
+disputed = np.flatnonzero(correct.mean(0) <= 0.95)
+disputed = disputed[np.argsort(entropy[disputed])]
 rows = {}
-for title, chosen in (("lowest entropy", moved[:8]), ("highest entropy", moved[-8:])):
-    infl = memorization.influence(member, correct[:, chosen])
+for title, chosen in (("lowest entropy", disputed[:8]), ("highest entropy", disputed[-8:])):
+    infl = memorization.influence(member, confidence[:, chosen])
     best = np.where(y[:, None] == y_test[chosen], infl, -np.inf).argmax(0)
     classes = [run.dataset.classes[c] for c in y_test[chosen]]
     rows[f"test, {title}"] = [(run.dataset.x_test[j], f"a '{c}'") for j, c in zip(chosen, classes, strict=True)]
@@ -204,9 +216,8 @@ for title, chosen in (("lowest entropy", moved[:8]), ("highest entropy", moved[-
 plots.save(plots.captioned(rows), run, "influences")
 
 # %% [markdown]
-# **How to read it.** Under a training image, how much more often models that trained with it are right about the test image above. With
-# few models the largest of many noisy influences is large by chance. An influence near zero beside a *low* entropy is a test point that
-# hardly any model gets wrong: the few that do share few examples, whatever the reason. The next section follows this up.
+# **How to read it.** Under a training image, how much surer of the right label of the test image above are models that trained
+# with it. With few models the largest of many noisy influences is large by chance: the next section follows this up.
 
 # %% [markdown]
 # ## Check 1: how much of the entropy is noise?
@@ -246,48 +257,53 @@ for kind, values in (("correctness", correct), ("confidence", confidence)):
         f"and by {reliability[kind, 'shuffled']:.2f} with shuffled membership.")  # fmt: skip
 
 # %% [markdown]
-# And the control that decides: buckets formed with shuffled membership, whose "influences" say nothing about any training
-# example. Should they separate the gain as well as the true ones, then it was never influence that did.
+# **How to read it.** In the figure, points are medians over the test points (influence on $p_y$, which every example has), bars hold
+# 80% of them, and the line on top is the largest entropy possible. Where true and shuffled membership give the same entropies, noise
+# decides them. A correlation with *shuffled* membership is not zero where noise has structure: entropy then measures
+# how much the models differ on a test point, which is a kind of difficulty.
 
 # %% [markdown]
-# We ask it of correctness, and of the confidence $p_y$.
+# And the control that decides: buckets formed with shuffled membership, whose "influences" say nothing about any training
+# example. Should they separate the gain as well as the true ones, then it was never influence that did. We ask it of
+# correctness, and of the confidence $p_y$.
 
 # %%
-panels, beyond = {}, {}
+panels, excess = {}, []
 for kind, values, true in (("correctness", correct, label), ("p_y", confidence, labels["influence on p_y"])):
-    fake = cross_fitted(
-        lambda rows, v=values: buckets(
-            influence_entropy(shuffled[rows], v[rows], y, y_test), n_buckets, seed=run.seed
-        ), member)  # fmt: skip
+    fake = cross_fitted(lambda rows, v=values: by_entropy(rows, v, design=shuffled), member)
     control = gains(gain[other], fake, "bucket", total=True)
     results.add(control, optimizer=pair, note=f"shuffled membership, {kind}")
     panels |= {f"{kind}, true": panel(gains(gain[other], true, "bucket"), "bucket")}
     panels |= {f"{kind}, shuffled": panel(control, "bucket")}
-    excess = memorization.step_cells(gain[other], true) - memorization.step_cells(gain[other], fake)
-    beyond[kind] = pd.DataFrame([audit.row("gain_beyond_shuffled", metrics.estimate(excess))])
-    results.add(beyond[kind], optimizer=pair, note="" if kind == "correctness" else "influence on p_y")
+    for name in run.names[1:]:
+        steps = [memorization.step_cells(gain[name], found) for found in (true, fake)]
+        row = audit.row("gain_beyond_shuffled", metrics.estimate(steps[0] - steps[1]), optimizer=f"{name}-{baseline}")
+        excess.append({**row, "note": f"influence on {kind}"})
+beyond = pd.DataFrame(excess)
+results.add(beyond)
 
 # %%
 display(plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "shuffled"))
-for kind, found in beyond.items():
-    words = verb(found.iloc[0], "further than", "less far than", "no further than")
-    say(f"Entropies of {kind}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled "
-        f"membership does ({points(found.iloc[0])} of gain).")  # fmt: skip
+beyond = beyond[beyond.optimizer == pair].set_index("note")
+for note, row in beyond.iterrows():
+    words = verb(row, "further than", "less far than", "no further than")
+    say(f"{note}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled "
+        f"membership does ({points(row)} of gain).")  # fmt: skip
 
 # %% [markdown]
-# **How to read it.** Points are medians over the test points (influence on $p_y$, which every example has), bars hold 80% of them. The line on top is the largest
-# entropy possible. Where true and shuffled membership give the same entropies, noise decides them. The correlation with shuffled
-# membership is *not* zero where noise has structure: entropy then measures how much the models differ on a test point,
-# which is a kind of difficulty.
+# **How to read it.** Points are gains with 95% intervals, on common axes. Where the shuffled panel looks like the true one, the
+# buckets sort by something that needs no influence. (Where test points that nothing influences fill all buckets but the first,
+# the control of correctness *cannot* find a difference; that of $p_y$ can.)
 
 # %% [markdown]
 # ## Check 2: is it more than difficulty?
 #
 # **Claim.** Entropy tells where SAM gains, beyond telling which test points are hard.
 #
-# **How we test it.** Only points that some models get wrong can gain. So we form five buckets by plain difficulty (the mean confidence $p_y$
-# of the baseline's models, lowest first), again on the other half of the models; then buckets by entropy *within* each
-# fifth of difficulty, and buckets by difficulty within each fifth of entropy. What still separates within the other is what it adds.
+# **How we test it.** Only points that some models get wrong can gain. So we form five buckets by plain difficulty (the mean
+# confidence $p_y$ of the baseline's models, lowest first), again on the other half of the models; then buckets by entropy
+# (of influence on $p_y$, which has no ties) *within* each fifth of difficulty, and buckets by difficulty within each fifth of entropy. What
+# still separates within the other is what it adds.
 
 
 # %%
@@ -297,20 +313,22 @@ def by_difficulty(rows, within=None):
 
 
 forms = {
-    "entropy": lambda rows: by_entropy(rows, correct),
+    "entropy": lambda rows: by_entropy(rows, confidence),
     "difficulty": by_difficulty,
-    "entropy_within_difficulty": lambda rows: by_entropy(rows, correct, within=by_difficulty(rows)),
-    "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, correct)),
+    "entropy_within_difficulty": lambda rows: by_entropy(rows, confidence, within=by_difficulty(rows)),
+    "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, confidence)),
 }
-tables = {name: gains(gain[other], cross_fitted(form, member), name, total=True) for name, form in forms.items()}
+sorted_by = {name: cross_fitted(form, member) for name, form in forms.items()}
+tables = {name: gains(gain[other], found, name, total=True) for name, found in sorted_by.items()}
 
 # %% [markdown]
 # Left to right: entropy alone, difficulty alone, and each with the other held fixed. "1" is always the end where a gain is
 # expected: the lowest entropies, the lowest confidences.
 
 # %%
-for table in list(tables.values())[1:]:
-    results.add(table, optimizer=pair)
+for name in run.names[1:]:
+    for kind, found in list(sorted_by.items())[1:]:
+        results.add(gains(gain[name], found, kind, total=True), optimizer=f"{name}-{baseline}")
 panels = {name.replace("_", " "): panel(table, name) for name, table in tables.items()}
 plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "difficulty")
 
@@ -319,14 +337,15 @@ steps = {name: table[table.metric == f"gain_{name}_1_minus_{n_buckets}"].iloc[0]
 for name, row in steps.items():
     words = verb(row, "more than", "less than", "no differently from")
     say(f"By {name.replace('_', ' ')}: bucket 1 gains {words} bucket {n_buckets} ({points(row)}).")
-both = np.mean(label == cross_fitted(by_difficulty, member))
+both = np.mean(sorted_by["entropy"] == sorted_by["difficulty"])
 say(
     f"Entropy and difficulty put {both:.0%} of the test points into the same bucket; by chance it would be {1 / n_buckets:.0%}."
 )
 
 # %% [markdown]
 # **How to read it.** If the first two panels look alike and the third is flat, entropy is difficulty under another name. If the third falls from left to right and the
-# fourth is flat, it is the other way round: points are hard *because* they lean on few.
+# fourth is flat, it is the other way round: points are hard *because* they lean on few. (A fifth is a coarse measure: points of the same
+# fifth are not equally hard, so a little of what the third panel shows may still be difficulty.)
 
 # %% [markdown]
 # ## What this run shows
@@ -334,15 +353,17 @@ say(
 # Computed from the numbers above, whatever they are.
 
 # %%
+than = ("more than", "less than", "no differently from")
+within, untied = steps["entropy_within_difficulty"], steps["entropy"]
+say(f"**Buckets.** Bucket 1 gains {verb(step, *than)} bucket {n_buckets}: {points(step)}.")
 say(
-    f"**Buckets.** Bucket 1 gains {verb(step, 'more than', 'less than', 'no differently from')} bucket {n_buckets}: {points(step)}."
+    f"**Ties.** {never:.0%} of the test points are influenced by nothing; bucket {n_buckets} changes by {points(last)}."
 )
-if sign(last):
-    say(f"**The last bucket** {verb(last, 'gains', 'loses', '')} too: {points(last)}.")
-within = steps["entropy_within_difficulty"]
-say(f"**Beyond difficulty.** Among equally hard points, the lowest entropies gain "
-    f"{verb(within, 'more than', 'less than', 'no differently from')} the highest ({points(within)}).")  # fmt: skip
-found = beyond["correctness"].iloc[0]
-say(f"**Control.** True influences separate the gain {verb(found, 'better than', 'worse than', 'no better than')} "
-    f"shuffled ones ({points(found)}).")  # fmt: skip
+say(f"**Without ties**, on p_y, bucket 1 gains {verb(untied, *than)} bucket {n_buckets}: {points(untied)}.")
+say(
+    f"**Beyond difficulty.** Within fifths of it, low entropies gain {verb(within, *than)} high ones: {points(within)}."
+)
+for note, row in beyond.iterrows():
+    say(f"**Control, {note}.** True membership separates the gain {verb(row, 'better than', 'worse than', 'no better than')} "
+        f"a shuffled one ({points(row)}).")  # fmt: skip
 say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -63,11 +63,14 @@ out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 # %%
 run = study.notebook_settings(globals(), before)
 
+import shlex
+
 import pandas as pd
 from IPython.display import display
 
 from lib import plots, verdict
 from lib.prose import number, say
+from lib.results import differing
 from lib.store import write_atomic
 
 plots.style()
@@ -84,8 +87,11 @@ rows = verdict.beside(run.out)
 own = rows[rows.run == here]
 books = ", ".join(sorted(own.notebook.unique()))
 say(f"`{here}` has {len(own)} numbers from {books}." if len(own) else f"`{here}` has no results: nothing was run.")
+given = " ".join(f"--{n} {shlex.quote(str(v))}" for n in study.PARAMETERS if (v := globals()[n]) is not None)
 if own.empty:
-    say(f"`python -m lib.study --dataset {run.dataset.name} --preset {run.preset}` fills it.")
+    say(f"`python -m lib.study {given}` fills it.")
+for sentence in differing(run.out):
+    say(f"**Mind:** {sentence}. Verdicts from different notebooks then speak of different trainings.")
 beside = rows.run[rows.run != here].unique()
 say(f"Beside it: {', '.join(beside)}." if len(beside) else "There are no other runs beside it.")
 
@@ -113,15 +119,15 @@ say("Delta: " + "; ".join(f"{delta:g} ({kind})" for kind, delta in units.items()
 # %% [markdown]
 # "More so at a strict FPR" is two tests. LiRA's TPR at the strictest FPR that was recorded must rise, and its relative
 # increase must exceed the relative increase of AUC over guessing, $(\mathrm{AUC} - \mathrm{AUC}_0)/(\mathrm{AUC}_0 - 1/2)$.
-# The two half-widths are added in quadrature and the baseline's own error is left out; as the two increases
-# move together, that is on the cautious side.
+# Errors of differences and of the baseline are added in quadrature, as if independent.
 
 # %% [markdown]
 # ## The ledger
 #
 # **Claim.** All of them, a line each.
 #
-# **How we test it.** The column *effect* holds what was measured, *test* what it had to reach. Attacks are judged by
+# **How we test it.** The column *effect* holds what was measured, *test* what it had to reach. *Whose* tells the paper's claims
+# from checks of ours, which ask more than the paper says: at every length of training, at equal train loss, without ties, against a control. Attacks are judged by
 # AUC, each by its name.
 
 # %%
@@ -130,10 +136,11 @@ write_atomic(Path(run.out) / "verdict.csv", ledger.to_csv(index=False))
 display(verdict.table(ledger))
 
 # %%
-counts = ledger.verdict.value_counts()
-say("; ".join(f"**{counts[name]}** {name}" for name in verdict.SHADES if name in counts) + ".")
+for whose, part in ledger.groupby("whose", sort=False):
+    counts = part.verdict.value_counts()
+    say(f"Of claims that are {whose}: " + "; ".join(f"**{n}** {name}" for name, n in counts.items()) + ".")
 judged = int((ledger.verdict != "not run").sum())
-say(f"{judged} claims were judged, each with intervals of 95%: about {0.05 * judged:.1f} of them miss by chance.")
+say(f"{judged} claims were judged, nearly all by intervals of 95%, of which one in twenty misses by chance.")
 
 # %% [markdown]
 # **How to read it.** The claims are not independent: the attacks look at the same outputs, and the claims that begin with
@@ -149,7 +156,8 @@ say(f"{judged} claims were judged, each with intervals of 95%: about {0.05 * jud
 
 # %%
 everything = verdict.ledger(rows)
-plots.save(plots.tiles(verdict.wide(everything), verdict.SHADES), run, "verdict")
+statements = everything.drop_duplicates("claim").set_index("claim").statement
+plots.save(plots.tiles(verdict.wide(everything).rename(index=statements), verdict.SHADES), run, "verdict")
 
 # %% [markdown]
 # **How to read it.** A line of one shade is a claim that travels. A line of two shades is where to look for what decides:
@@ -213,14 +221,15 @@ if len(gap) and len(advantage):
 # %%
 missing = ledger[(ledger.verdict == "not run") & ~ledger.claim.isin(verdict.ALIKE)]
 for book, part in missing.groupby("notebook"):
-    command = f"python -m lib.study {book} --dataset {run.dataset.name} --preset {run.preset}"
+    command = f"python -m lib.study {book} {given}"
     say(f"- {len(part)} from notebook {book} ({', '.join(part.claim)}): `{command}`")
 if missing.empty:
     say("None: every claim that one run can test has a verdict.")
 
 # %% [markdown]
 # "Other optimizers alike" needs two sharpness-aware optimizers in one run (`optimizers`), "other architectures alike" the
-# same data set under two networks, each in its own folder (`arch` and `out`). An interval that holds zero narrows
+# same data set under two networks, each in its own folder (`arch` and `out`). Lengths of training are swept for the last
+# sharpness-aware optimizer of a run only. An interval that holds zero narrows
 # with the square root of the number of models (`n_models`; those in the store are kept). The paper's own size is the
 # preset `paper`.
 

@@ -292,3 +292,11 @@ def test_bad_input_is_one_error_that_names_the_parameter(index):
     name, call = bad_inputs()[index]
     with pytest.raises(ValueError, match=rf"^{name}\b.*valid"):
         call()
+
+
+def test_limits_at_the_edge_of_float64_are_numbers():
+    values, teacher = np.array([1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])
+    still = ip.teacher_advantage(np.array([0.0, 0.0, 1.0]), np.diag(values), teacher, 0.1)
+    assert still == 1  # no variance: every non-member is at 0, below the threshold
+    for far in ((1, 1e-160, 0, 1), (1e200, 1, 0, 1), (0, 1, 0, 1e200)):
+        assert ip.likelihood_ratio_advantage(*far) == pytest.approx(1)

@@ -272,3 +272,32 @@ def test_planting_changes_what_it_says_and_nothing_else():
     assert planted.hash != dataset.hash and not {3, 5} & {*wrong, *copied.ravel()}
     with pytest.raises(ValueError, match="no room"):
         mem.plant(dataset, [3, 5], len(dataset.y))
+
+
+def test_entropies_of_a_rare_class_do_not_sink_below_those_of_a_common_one():
+    member = halves(32, 40)
+    y, y_test = np.repeat([0, 1], [36, 4]), np.array([0, 0, 1])
+    values = np.stack([member[:, :18].mean(1), member[:, 0], np.full(32, 0.5)], 1)
+    found = mem.influence_entropy(member, values, y, y_test)
+    assert found[2] == pytest.approx(np.log(36)) and found[2] > found[0] > found[1]  # nothing influences the third
+
+
+def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
+    label = np.tile(np.arange(20) % 5, (8, 1))
+    found = mem.gains(np.zeros((8, 20)), label, "bucket", total=True)
+    assert "gain_share_bucket_1" not in set(found.metric) and found.notna().all().all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: mem.models_needed(0.1, 16, 0), "wanted=0"),
+        (lambda: mem.buckets(np.array([1.0, np.nan, 2, 3]), 2), "score: NaN"),
+        (lambda: mem.atypicality(np.eye(6), np.zeros(6, int)), "1 classes"),
+        (lambda: mem.atypicality(np.eye(6), np.arange(6) % 2, k=0), "k=0"),
+        (lambda: mem.influence_entropy(halves(8, 6), np.eye(8)[:, :2], np.zeros(6), np.array([0, 7])), "class 7"),
+    ],
+)
+def test_more_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lib import prose, study
-from lib.results import COLUMNS, Results
+from lib.results import COLUMNS, Results, differing
 
 ROOT = study.ROOT
 
@@ -123,3 +123,14 @@ def test_a_sentence_follows_its_interval(value, word):
     row = frame(value).iloc[0]
     assert prose.verb(row, "more", "less", "neither") == word
     assert f"{100 * value:+.1f} points" in prose.points(row)
+
+
+def test_settings_that_differ_between_the_notebooks_of_a_folder_are_said(tmp_path):
+    frame = pd.DataFrame([{"metric": "auc", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "optimizer": "sgd"}])
+    for book, rho in (("01_phenomenon", 0.1), ("02_memorization", 0.1)):
+        run = study.settings({"preset": "tiny", "rho": rho, "out": str(tmp_path), "store": str(tmp_path / "store")})
+        Results(book, run).add(frame)
+    assert differing(tmp_path) == []
+    run = study.settings({"preset": "tiny", "rho": 0.2, "out": str(tmp_path), "store": str(tmp_path / "store")})
+    Results("02_memorization", run).add(frame)
+    assert differing(tmp_path) == ["rho differs: 0.1 in 01_phenomenon, 0.2 in 02_memorization"]

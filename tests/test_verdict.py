@@ -37,7 +37,9 @@ def everything(sign=1):
     ]
     out += [row("mean_memorization", 0.01 * sign), row("memorization_share_0.6_0.85", 0.01 * sign)]
     out += [row(f"gain_bucket_{b}", v * sign) for b, v in (("1", 0.03), ("5", -0.005), ("1_minus_5", 0.035))]
-    out += [row("gain_beyond_shuffled", 0.01 * sign)]
+    out += [row(m, 0.01 * sign, note="influence on p_y") for m in ("gain_beyond_shuffled", "gain_bucket_1_minus_5")]
+    out += [row("gain_entropy_within_difficulty_1_minus_5", 0.01 * sign)]
+    out += [row("nonmember_share_above_member_median", -0.01 * sign)]
     out += [row("nonmember_share_above_0.99", -0.01 * sign), row("generalization_gap", -0.01 * sign)]
     for metric in ("hessian_top_eigenvalue", *(f"nonmember_variance_{s}_across_{o}" for s, o in verdict.SPREAD)):
         out += [row(metric, -0.5 * sign, 0.1), row(metric, 2.0, optimizer="sgd")]
@@ -133,9 +135,15 @@ def test_too_small_an_effect_is_inconclusive_and_a_wide_interval_too():
 
 def test_a_variance_is_judged_relative_to_the_baseline():
     metric, claim = "nonmember_variance_phi_across_models", "varies_less_phi_models"
-    for base, wanted in ((2.0, "supported"), (100.0, "inconclusive"), (0.0, "not run")):
+    for base, wanted in ((2.0, "supported"), (100.0, "inconclusive"), (0.0, "inconclusive")):
         assert verdicts(frame([row(metric, -0.5, 0.1), row(metric, base, optimizer="sgd")]))[claim] == wanted
-    assert verdicts(frame([row(metric, -0.5, 0.1)]))[claim] == "not run"  # nothing to be relative to
+    assert verdicts(frame([row(metric, -0.5, 0.1)]))[claim] == "inconclusive"  # nothing to be relative to
+
+
+def test_a_number_without_an_interval_decides_nothing_unless_it_is_deterministic():
+    assert verdicts(frame([row("auc", 0.1, None, attack="lira")]))["leaks_more_lira"] == "inconclusive"
+    limit = row("distance_to_minimum_norm", 0.1, None, "sam", note="limit: linear model from zero")
+    assert verdicts(frame([limit]))["premise_interpolator"] == "supported"
 
 
 def test_the_strictest_rate_and_its_relative_growth():
@@ -144,8 +152,8 @@ def test_the_strictest_rate_and_its_relative_growth():
     known = verdict.with_strict(rows, "sam-sgd")
     extra = known[len(rows):].set_index("metric")  # fmt: skip
     assert extra.loc["tpr@strictest", "note"] == "tpr@0.001" and extra.loc["tpr@strictest", "value"] == 0.02
-    # 0.02/0.02 - 0.02/0.1, and half-widths 0.001/0.02 and 0.001/0.1 in quadrature
-    excess, half = extra.loc["strict_excess"], np.hypot(0.05, 0.01)
+    # 0.02/0.02 - 0.02/0.1; half-widths by the delta method, each 0.001 at first, in quadrature
+    excess, half = extra.loc["strict_excess"], np.hypot(np.hypot(1, 1) * 0.001 / 0.02, np.hypot(1, 0.2) * 0.001 / 0.1)
     np.testing.assert_allclose([excess.value, excess.ci_low, excess.ci_high], [0.8, 0.8 - half, 0.8 + half])
     for tpr, wanted in ((0.0042, "inconclusive"), (0.0025, "contradicted")):  # it grows as the AUC does, and by less
         rows.loc[(rows.metric == "tpr@0.001") & pair, verdict.NUMBERS] = [tpr, tpr - 0.0004, tpr + 0.0004]

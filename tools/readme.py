@@ -35,8 +35,8 @@ def regimes(results):
 
 
 def title(results):
-    """'digits, MLP: 128 models on halves of 1200'."""
-    first = results.iloc[0]
+    """'digits, mlp: 128 models on halves of 1200', the models being those of the lengths of training."""
+    first = results[results.note.str.startswith("epochs=")].iloc[0]
     return f"{first.dataset}, {first.arch}: {first.n_models} models on halves of {first.n_examples}"
 
 
@@ -106,7 +106,7 @@ def bench_table():
 def verdict_table():
     """A line per claim, a column per run: the verdicts by rule, the attacks of each run counted in one cell."""
     ledgers = {p.parent.name: verdict.ledger(verdict.read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
-    lines = [f"| claim | {' | '.join(ledgers)} |", "|---" * (1 + len(ledgers)) + "|"]
+    lines = [f"| claim | whose | {' | '.join(ledgers)} |", "|---" * (2 + len(ledgers)) + "|"]
     attacks = {}
     for name, ledger in ledgers.items():
         counts = ledger[ledger.claim.str.startswith("leaks_more_")].verdict.value_counts()
@@ -114,8 +114,9 @@ def verdict_table():
     first = next(iter(ledgers.values()))
     for row in first[~first.claim.str.startswith("leaks_more_")].itertuples():
         cells = [ledger[ledger.claim == row.claim].verdict.iloc[0] for ledger in ledgers.values()]
-        lines.append(f"| {row.statement} | {' | '.join(cells)} |")
-    lines.insert(3, f"| SAM leaks more than SGD, by attack ({counts.sum()}). | {' | '.join(attacks.values())} |")
+        lines.append(f"| {row.statement} | {row.whose} | {' | '.join(cells)} |")
+    counted = f"| SAM leaks more than SGD, by attack ({counts.sum()}). | the paper's | {' | '.join(attacks.values())} |"
+    lines.insert(3, counted)
     return "\n".join(lines)
 
 

@@ -44,6 +44,7 @@ class Dataset:
     x_test: np.ndarray  # [T, ...]
     y_test: np.ndarray  # [T]
     classes: tuple[str, ...]
+    index: np.ndarray | None = None  # [N] which examples of the training part as loaded these are; None: all, in order
 
     @cached_property
     def hash(self) -> str:
@@ -105,7 +106,8 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
         dataset = replace(dataset, x_test=dataset.x_test[keep], y_test=dataset.y_test[keep])
     if n_examples is not None or n % 2:
         keep = _draw(dataset.y, n_examples or n - 1, seed, least=2)
-        dataset = replace(dataset, x=dataset.x[keep], y=dataset.y[keep])
+        index = keep if dataset.index is None else dataset.index[keep]
+        dataset = replace(dataset, x=dataset.x[keep], y=dataset.y[keep], index=index)
     return validate(dataset)
 
 

@@ -83,6 +83,19 @@ def _checked(values, member, same=False):
     return values, member
 
 
+def per_example(found, dataset):
+    """A frame with a line for each example: its index in the data set as loaded, class, and each estimate with its se.
+
+    found: dict output -> dict optimizer -> Memorization.
+    """
+    index = np.arange(len(dataset.y)) if dataset.index is None else dataset.index
+    frame = pd.DataFrame({"index": index, "class": np.array(dataset.classes)[dataset.y]})
+    for kind, of in found.items():
+        for name, m in of.items():
+            frame[f"{kind}_{name}"], frame[f"{kind}_{name}_se"] = m.value, m.se
+    return frame
+
+
 def models_needed(se, n_models, wanted):
     """How many models would bring a standard error (a number or an array) down to `wanted`, 4 at least.
 

@@ -79,6 +79,7 @@ from lib import audit, ensemble, memorization, metrics, plots
 from lib.data import inputs
 from lib.prose import difference, pick, points, say, shown, verb
 from lib.results import Results
+from lib.store import write_atomic
 
 plots.style()
 baseline, other = run.names[0], run.other
@@ -99,6 +100,9 @@ member = np.array(ensembles[baseline].member)
 results = Results("02_memorization", run, n_models=len(member))
 outputs = {kind: {n: audit.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
 mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} for kind, of in outputs.items()}
+write_atomic(
+    Path(run.out) / "memorization.csv", memorization.per_example(mem, run.dataset).round(5).to_csv(index=False)
+)
 for kind, found in mem.items():
     middle, most = np.quantile(found[baseline].se, [0.5, 0.95])
     need = memorization.models_needed(most, len(member), 0.02)
@@ -106,6 +110,9 @@ for kind, found in mem.items():
         f"For `{kind}` under {baseline}, {len(member)} models give a standard error of {middle:.3f} in the median and "
         f"{most:.3f} at the 95th percentile; {need} models would bring the latter to 0.02."
     )
+
+# %% [markdown]
+# Every example's estimates are kept in `memorization.csv` beside this copy, under its index in the data set as loaded.
 
 # %% [markdown]
 # ## Can the estimates be believed?

@@ -301,3 +301,16 @@ def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
 def test_more_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
+    from lib import data
+    from tests.conftest import blobs
+
+    whole = blobs()
+    pool = data.pool(data.pool(whole, 40, seed=1), 20, seed=2)
+    np.testing.assert_array_equal(whole.x[pool.index], pool.x)
+    found = mem.memorization(coins(10, 20), halves(10, 20))
+    frame = mem.per_example({"correct": {"sgd": found}}, pool)
+    assert list(frame["index"]) == list(pool.index) and frame["class"][3] == whole.classes[whole.y[pool.index[3]]]
+    np.testing.assert_array_equal(frame.correct_sgd, found.value)

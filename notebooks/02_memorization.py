@@ -81,7 +81,6 @@ from lib.prose import difference, pick, points, say, shown, verb
 from lib.results import Results
 from lib.store import write_atomic
 
-plots.style()
 baseline, other = run.names[0], run.other
 pair = f"{other}-{baseline}"
 
@@ -93,6 +92,7 @@ pair = f"{other}-{baseline}"
 # difference it has a standard error, for each example by itself. It falls with the square root of the number of models.
 
 # %%
+plots.style()
 than = ("more than", "less than", "no differently from")
 say(run.describe())
 ensembles = audit.align({name: run.train(name) for name in run.names})
@@ -103,6 +103,11 @@ mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} fo
 write_atomic(
     Path(run.out) / "memorization.csv", memorization.per_example(mem, run.dataset).round(5).to_csv(index=False)
 )
+
+# %% [markdown]
+# How precise are they?
+
+# %%
 for kind, found in mem.items():
     middle, most = np.quantile(found[baseline].se, [0.5, 0.95])
     need = memorization.models_needed(most, len(member), 0.02)

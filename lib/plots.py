@@ -377,7 +377,7 @@ def slider(draw, **ranges):
 
 def tiles(table, shades):
     """Verdicts as tiles, each named in words. table: claims x runs; shades: verdict -> colour."""
-    figure, axis = plt.subplots(figsize=(3 + 1.5 * len(table.columns), 0.27 * len(table) + 1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.5 + 1.3 * len(table.columns), 0.27 * len(table) + 1), layout="constrained")
     codes, shown = table.map(list(shades).index), ListedColormap(list(shades.values()))
     axis.pcolormesh(codes, cmap=shown, vmin=-0.5, vmax=len(shades) - 0.5, edgecolor="0.7", linewidth=0.5)
     for (row, column), word in np.ndenumerate(table.to_numpy()):

@@ -105,7 +105,8 @@ def index(ledger, titles, differing=()):
     mixed = "".join(f"<li>Mind: {html.escape(sentence)}</li>" for sentence in differing)
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     body = f"""<h1>{html.escape(title)}</h1>
-<p>The paper's claims, and checks of ours, one by one: {counted}. An effect is a difference to the baseline, with its 95% interval.
+<p>The paper's claims, and checks of ours, one by one: {counted}.
+An effect is a difference to the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
 <ul>{lines or "<li>nothing was run yet</li>"}{mixed}</ul>
 {verdict.table(ledger).to_html()}

@@ -173,12 +173,13 @@ say(f"On random subsets the error falls as the number of models to the power {sl
 # %%
 n, n_pool = max(2, len(run.dataset.y) // 200), len(run.dataset.y)
 top = np.argsort(-mem["confidence"][baseline].value)
-sources = np.concatenate([top[:n], rng.choice(top[n:], n, replace=False)])
-faulty, wrong, twins = memorization.plant(run.dataset, sources, 2 * n, copies=min(4, n_pool // 12), seed=run.seed)
+sources = np.concatenate([top[:n], rng.choice(top[n:], 3 * n, replace=False)])
+copies = min(4, max(1, n_pool // 24))
+faulty, wrong, twins = memorization.plant(run.dataset, sources, 2 * n, copies, seed=run.seed)
 longest = run.recipe(baseline, epochs=run.regimes()[-1], subset=0.5)
 placed = []
 for pool in (run.dataset, faulty):
-    found = ensemble.train(longest, pool, min(run.n_models, 32), run.store, run.device)
+    found = ensemble.train(longest, pool, min(run.n_models, max(32, run.n_models // 4)), run.store, run.device)
     placed.append(memorization.memorization(audit.plain_signal(found, "confidence"), np.array(found.member)).value)
 fitted = audit.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
 say(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")

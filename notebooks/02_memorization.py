@@ -195,7 +195,7 @@ groups = {
     for when, m in zip(("before", "after"), placed, strict=True)
 }
 groups["all others"] = np.delete(placed[1], np.concatenate([sources, wrong, twins.ravel()]))
-plots.save(plots.planted(groups), run, "planted")
+plots.save(plots.planted({kind: m for kind, m in groups.items() if len(m)}), run, "planted")
 
 # %% [markdown]
 # The ranks, before and after, and the change with its interval over the planted examples.

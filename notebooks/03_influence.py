@@ -240,7 +240,8 @@ for count in counts:
         lines.append((kind, count, middle, low, high))
 noise = pd.DataFrame(lines, columns=["series", "models", "value", "ci_low", "ci_high"])
 display(plots.save(plots.entropy_and_noise(noise, np.log(np.bincount(y)).mean()), run, "entropy_noise"))
-results.add(noise.assign(metric="influence_entropy", note=noise.series, n_models=noise.models), optimizer=baseline)
+about = noise.series + " (median over test points; the interval holds 80% of them)"
+results.add(noise.assign(metric="influence_entropy", note=about, n_models=noise.models), optimizer=baseline)
 
 # %% [markdown]
 # A score that means something is the same when it is measured again. So: the entropies from one half of the models against those

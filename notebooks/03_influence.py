@@ -320,7 +320,7 @@ forms = {
     "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, confidence)),
 }
 sorted_by = {name: cross_fitted(form, member) for name, form in forms.items()}
-tables = {name: gains(gain[other], found, name, total=True) for name, found in sorted_by.items()}
+tables = {name: gains(gain[other], found, name) for name, found in sorted_by.items()}
 
 # %% [markdown]
 # Left to right: entropy alone, difficulty alone, and each with the other held fixed. "1" is always the end where a gain is
@@ -329,7 +329,7 @@ tables = {name: gains(gain[other], found, name, total=True) for name, found in s
 # %%
 for name in run.names[1:]:
     for kind, found in list(sorted_by.items())[1:]:
-        results.add(gains(gain[name], found, kind, total=True), optimizer=f"{name}-{baseline}")
+        results.add(gains(gain[name], found, kind), optimizer=f"{name}-{baseline}")
 panels = {name.replace("_", " "): panel(table, name) for name, table in tables.items()}
 plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "difficulty")
 

@@ -79,14 +79,14 @@ def test_the_null_control_of_notebook_01_holds_a_half(run):
 def numbers(run, notebook, note=""):
     """(optimizer, metric) -> value of a notebook's rows with this note."""
     found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
-    found = found[(found.notebook == notebook) & (found.note == note)]
+    found = found[(found.notebook == notebook) & (found.note == note) & (found.attack == "")]
     return found.set_index(["optimizer", "metric"]).value.astype(float)
 
 
 def test_mean_memorization_in_notebook_02_is_the_generalization_gap_of_notebook_01(run):
     one, two = numbers(run, "01_phenomenon"), numbers(run, "02_memorization")
     for name in ("sgd", "sam", "sam-sgd"):
-        assert two[name, "mean_memorization"] == pytest.approx(one[name, "generalization_gap"].iloc[0], abs=2e-6)
+        assert two[name, "mean_memorization"] == pytest.approx(one[name, "generalization_gap"], abs=2e-6)
     for name in ("sgd", "sam"):
         shares = two[name][two[name].index.str.startswith("memorization_share")]
         assert len(shares) == 5 and shares.sum() == pytest.approx(1, abs=1e-4)
@@ -100,8 +100,8 @@ def test_planted_labels_and_twins_move_apart_in_notebook_02(run):
 
 def test_the_buckets_of_notebook_03_share_out_the_gain_of_notebook_01(run):
     one, three = numbers(run, "01_phenomenon"), numbers(run, "03_influence")["sam-sgd"]
-    whole = one["sam-sgd", "test_accuracy"].iloc[0]
-    assert three["gain"].iloc[0] == pytest.approx(whole, abs=1e-6)
+    whole = one["sam-sgd", "test_accuracy"]
+    assert three["gain"] == pytest.approx(whole, abs=1e-6)
     for name in ("bucket", "difficulty", "entropy_within_difficulty"):
         assert three[[f"gain_{name}_{b}" for b in range(1, 6)]].mean() == pytest.approx(whole, abs=1e-5)
 
@@ -148,7 +148,7 @@ def test_figures_and_a_clean_copy_are_left(run):
         "contraction",
         "verdict",
     } <= figures
-    for book, least in zip(NOTEBOOKS, (9, 6, 6, 6, 1), strict=True):
+    for book, least in zip(NOTEBOOKS, (9, 6, 5, 6, 1), strict=True):
         copy = nbformat.read(run / "out" / book.name, as_version=4)
         outputs = [o for c in copy.cells for o in c.get("outputs", [])]
         assert sum("image/png" in o.get("data", {}) for o in outputs) >= least, book.stem
@@ -161,8 +161,9 @@ def test_papermill_by_hand_works_from_both_folders_and_trains_nothing_twice(run,
     done = papermill(ROOT / folder, book, tmp_path / "out.ipynb", "-p", "preset", "tiny",
                      "-p", "store", str(run / "store"), "-p", "out", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    first, again = (pd.read_csv(f / "results.csv", keep_default_na=False) for f in (run / "out", tmp_path))
-    pd.testing.assert_frame_equal(first, again)
+    read = dict(dtype=str, keep_default_na=False)
+    first, again = (pd.read_csv(f / "results.csv", **read) for f in (run / "out", tmp_path))
+    pd.testing.assert_frame_equal(first[first.notebook == "01_phenomenon"], again)
     assert flags == {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
 
 

@@ -99,7 +99,7 @@ def per_example(found, dataset):
 def models_needed(se, n_models, wanted):
     """How many models would bring a standard error (a number or an array) down to `wanted`, 4 at least.
 
-    For examples on which the models differ. No proportion needs more than wanted^(-2), whatever the example.
+    For examples on which the models differ. With halves, no proportion needs more than wanted^(-2).
     Raises ValueError for wanted <= 0.
     """
     if not wanted > 0:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib import neural
 from lib.metrics import best_thresholds, checked, halves, partners
 from lib.signals import parallel, signals
 
@@ -22,6 +23,8 @@ NAMES = (
     "entropy_classwise",
     "m_entropy",
     "m_entropy_classwise",
+    "neural",
+    "neural_classwise",
     "lira",
     "lira_pooled",
     "lira_offline",
@@ -30,7 +33,7 @@ NAMES = (
     "rmia_offline",
 )
 # these decide "member" by score > 0, by construction
-FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise")
+FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise", "neural_classwise")
 FLOOR = 1e-12  # of a variance
 TINY = 1e-40  # of a loss, an entropy or a confidence that is divided by or put into a logarithm
 
@@ -42,7 +45,7 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0,
     LiRA and RMIA average over the queries, the others see the first. y: [N] labels; member: [M, N] bool.
     population_logits [M, T, C] or [M, Q, T, C] with population_y [T]: examples that no model trained on, for
     RMIA; without them RMIA compares with the pool itself. gamma, a: RMIA's. seed: of the halves on which
-    classwise and loss thresholds are learned. Raises ValueError, naming the argument, where they do not fit.
+    thresholds and the neural attack are learned. Raises ValueError, naming the argument, where they do not fit.
     """
     shape = np.shape(logits)
     if len(shape) not in (3, 4):
@@ -51,8 +54,12 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0,
         raise ValueError(f"member: shape {np.shape(member)}; valid is [M, N] = {(shape[0], shape[-2])}")
     if (population_logits is None) != (population_y is None):
         raise ValueError("population_y: missing or without population_logits; valid are both or neither")
-    plain = signals(logits if len(shape) == 3 else logits[:, 0], y)
-    out = _threshold_attacks(plain, member, y, seed)
+    first = logits if len(shape) == 3 else logits[:, 0]
+    plain = signals(first, y)
+    half = halves(checked(plain["phi"], member)[1], seed, y)
+    out = _threshold_attacks(plain, member, y, half)
+    out["neural"], own = neural.fit(first, y, member, half, seed)
+    out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
     shown = plain if len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
     population = None
     if population_logits is not None:
@@ -87,9 +94,8 @@ def null_member(member, seed=0) -> np.ndarray:
 # ---- thresholds on one model's output --------------------------------------------------------------------
 
 
-def _threshold_attacks(plain, member, y, seed):
-    """Attacks that look at one model only (Yeom et al. 2018; Song & Mittal 2021)."""
-    half = halves(checked(plain["phi"], member)[1], seed, y)
+def _threshold_attacks(plain, member, y, half):
+    """Attacks that look at one number of one model (Yeom et al. 2018; Song & Mittal 2021)."""
     out = {"gap": plain["correct"].astype(np.float32)}
     out["loss"] = yeom(plain["log_confidence"], member, half=half)
     # phi orders as confidence does, -log(entropy) as -entropy; near a threshold neither ties in float32
@@ -121,15 +127,18 @@ def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     return scores
 
 
-def classwise(scores, member, y, seed=0, half=None) -> np.ndarray:
+def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
     """Scores minus their class's threshold: [M, N] float32, decision score > 0 (Song & Mittal 2021, 3.2).
 
     scores: [M, N]; y: [N] labels. Each target's members and non-members are split in two random halves
     (within classes); a class's threshold of best balanced accuracy in one half is subtracted in the other.
     A class without members or non-members in a half takes the threshold of that whole half.
-    half: [M, N] bool, default halves(member, seed, y).
+    half: [M, N] bool, default halves(member, seed, y). own: [M, N], what the thresholds are learned from, default
+    scores. Where the scores of one half are themselves learned on the other (`neural.fit`), so would be the
+    threshold that judges it; own scores come from within the half.
     """
     scores, member = checked(scores, member)
+    own = scores if own is None else checked(own, member)[0]
     if np.shape(y) != scores.shape[1:]:
         raise ValueError(f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
@@ -137,9 +146,9 @@ def classwise(scores, member, y, seed=0, half=None) -> np.ndarray:
 
     def row(m):
         side = half[m].astype(np.uint16)
-        best = best_thresholds(scores[m], member[m], (2 * y + side).astype(np.uint16), 2 * y.max() + 2)
+        best = best_thresholds(own[m], member[m], (2 * y + side).astype(np.uint16), 2 * y.max() + 2)
         if np.isnan(best).any():
-            everyone = best_thresholds(scores[m], member[m], side, 2)
+            everyone = best_thresholds(own[m], member[m], side, 2)
             best = np.where(np.isnan(best), np.tile(everyone, y.max() + 1), best)
         # s = s - t_{class, other half}
         out[m] = scores[m] - best[2 * y + 1 - side]

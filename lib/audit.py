@@ -51,17 +51,23 @@ def leakage(ensembles, scored):
 
     scored: dict optimizer -> dict attack -> scores [M, N]. Differences are rows with optimizer 'sam-sgd'.
     """
-    member, frames = np.array(next(iter(ensembles.values())).member), []
+    first, frames = next(iter(ensembles.values())), []
+    member, groups = np.array(first.member), first.dataset.groups
     for attack in tqdm(attacks.NAMES, "scoring", delay=2, leave=False):
-        threshold = 0.0 if attack in attacks.FIXED else None
-        frame = metrics.table({name: scored[name][attack] for name in ensembles}, member, threshold=threshold)
+        how = {"threshold": 0.0 if attack in attacks.FIXED else None, "columns": groups}
+        frame = metrics.table({name: scored[name][attack] for name in ensembles}, member, **how)
         frames.append(frame.assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
-def compared(ensembles, cells_of, metric, rate=False, widen=0.0):
-    """One metric for each optimizer and difference: a tidy frame. cells_of: Ensemble -> cells [M, N]."""
-    found = metrics.paired({name: cells_of(e) for name, e in ensembles.items()}, rate=rate, widen=widen)
+def compared(ensembles, cells_of, metric, rate=False, widen=0.0, test=False):
+    """One metric for each optimizer and difference: a tidy frame.
+
+    cells_of: Ensemble -> cells [M, N] of the pool, whose groups (patients) count as one, or [M, T] of the test part.
+    """
+    groups = None if test else next(iter(ensembles.values())).dataset.groups
+    cells = {name: cells_of(e) for name, e in ensembles.items()}
+    found = metrics.paired(cells, rate=rate, widen=widen, columns=groups)
     return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
 
 
@@ -76,6 +82,11 @@ def phi_gap(phi, member):
     return (phi * member).sum(0) / member.sum(0) - (phi * ~member).sum(0) / (~member).sum(0)
 
 
+def hits_on_test(ensemble):
+    """Which test points each model gets right: [M, T] float."""
+    return plain_signal(ensemble, "correct", test=True).astype(float)
+
+
 def accuracies(ensembles):
     """Test accuracy, accuracy and loss on the training halves, and the gap between accuracies in and out."""
 
@@ -88,7 +99,7 @@ def accuracies(ensembles):
 
     return pd.concat(
         [
-            compared(ensembles, lambda e: plain_signal(e, "correct", test=True).astype(float), "test_accuracy", True),
+            compared(ensembles, hits_on_test, "test_accuracy", True, test=True),
             compared(ensembles, train("correct"), "train_accuracy", True),
             compared(ensembles, lambda e: -train("log_confidence")(e), "train_loss"),
             compared(ensembles, gap, "generalization_gap"),
@@ -189,7 +200,8 @@ def null_table(ensemble, seed, shuffles=5):
         member = attacks.null_member(np.array(ensemble.member), [seed, shuffle])
         for attack, found in scores(ensemble, member).items():
             cells[attack] = cells.get(attack, 0) + metrics.auc_cells(found, member) / shuffles
-    found = {attack: metrics.estimate(c, rate=True, widen=metrics.SHADOWS) for attack, c in cells.items()}
+    how = {"rate": True, "widen": metrics.SHADOWS, "columns": ensemble.dataset.groups}
+    found = {attack: metrics.estimate(c, **how) for attack, c in cells.items()}
     return pd.DataFrame([row("auc", e, attack=attack) for attack, e in found.items()])
 
 
@@ -248,37 +260,43 @@ def loss_series(regime_frame, dose_frame, baseline, other):
     return both[(both.metric == "auc") & both.optimizer.isin([baseline, other])]
 
 
-def loss_and_cells(ensemble):
-    """(mean train loss, LiRA's AUC cells [M, N])."""
-    member = np.array(ensemble.member)
-    loss = -plain_signal(ensemble, "log_confidence")[member].mean()
-    return float(loss), lira_cells(ensemble).astype(np.float32)
+def log_loss(ensemble):
+    """Logarithm of the mean train loss (nats)."""
+    return float(np.log(-plain_signal(ensemble, "log_confidence")[np.array(ensemble.member)].mean()))
 
 
-def at_equal_loss(baseline, other):
-    """AUC differences, other minus baseline, at the train losses that `other` reached: a tidy frame.
+def at_equal(baseline, other, coordinate):
+    """AUC differences, other minus baseline, where `other` reached a coordinate: a tidy frame.
 
-    baseline, other: lists of Ensembles, one for each number of epochs. The baseline's AUC cells at that loss are
-    interpolated linearly in log loss between its two neighbouring runs (column `between` has their losses); the
-    weight is taken as known. A curve that flattens between two runs lies above the line, so where they are far
-    apart the difference is overstated. Losses that the baseline did not bracket are left out.
+    baseline, other: lists of Ensembles of the same models; coordinate: Ensemble -> float. The baseline's AUC cells
+    there are interpolated linearly between its two neighbouring runs (columns below and above have their coordinates);
+    the weight is taken as known. A curve that bends between two runs lies off the line, so where they are far apart
+    the difference is off too. Coordinates that the baseline did not bracket are left out.
     """
     ids = [e.ids.tolist() for e in [*baseline, *other]]
     if any(i != ids[0] for i in ids):
         raise ValueError("baseline, other: the ensembles hold different models; align them first")
-    points = sorted(map(loss_and_cells, baseline), key=lambda point: point[0])
-    losses = np.log([loss for loss, _ in points])
-    rows = []
-    for loss, cells in map(loss_and_cells, other):
-        right = int(np.searchsorted(losses, np.log(loss)))
+    points = sorted(((coordinate(e), lira_cells(e).astype(np.float32)) for e in baseline), key=lambda point: point[0])
+    places, rows = [place for place, _ in points], []
+    for ensemble in other:
+        at = coordinate(ensemble)
+        right = int(np.searchsorted(places, at))
         if not 0 < right < len(points):
             continue
-        weight = (np.log(loss) - losses[right - 1]) / (losses[right] - losses[right - 1])
-        reference = (1 - weight) * points[right - 1][1] + weight * points[right][1]
-        found = metrics.estimate(cells - reference, widen=metrics.SHADOWS)
-        between = f"{np.exp(losses[right - 1]):.3g} and {np.exp(losses[right]):.3g}"
-        rows.append(row("auc", found, train_loss=loss, between=between))
-    return pd.DataFrame(rows, columns=["train_loss", "between", "metric", "value", "ci_low", "ci_high"])
+        (below, low), (above, high) = points[right - 1 : right + 1]
+        weight = (at - below) / (above - below)
+        cells = lira_cells(ensemble) - (1 - weight) * low - weight * high
+        found = metrics.estimate(cells, widen=metrics.SHADOWS, columns=ensemble.dataset.groups)
+        rows.append(row("auc", found, at=at, below=below, above=above))
+    return pd.DataFrame(rows, columns=["at", "below", "above", "metric", "value", "ci_low", "ci_high"])
+
+
+def at_equal_loss(baseline, other):
+    """`at_equal` in log train loss: columns train_loss (nats), between (the baseline's two), metric, value, ..."""
+    frame = at_equal(baseline, other, log_loss)
+    between = [f"{np.exp(low):.3g} and {np.exp(high):.3g}" for low, high in zip(frame.below, frame.above, strict=True)]
+    kept = frame[["metric", "value", "ci_low", "ci_high"]]
+    return pd.concat([pd.DataFrame({"train_loss": np.exp(frame["at"]), "between": between}), kept], axis=1)
 
 
 # ---- flatness -----------------------------------------------------------------------------------------------

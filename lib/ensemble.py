@@ -9,9 +9,11 @@ are a function of (seed, k) alone, so ensembles of two optimizers are paired mod
 """
 
 import logging
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,109 +22,11 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from lib import data, models, sharpness
+from lib import data, models, optimizers, sharpness
+from lib.recipe import Recipe, averaging, generator, learning_rate, membership
 from lib.store import Store
 
 KEEP_WEIGHTS = 16  # the first models' weights are kept, to measure sharpness on
-BASES = {
-    "sgd": lambda p, lr, r: torch.optim.SGD(p, lr, r.momentum, weight_decay=r.weight_decay),
-    "nesterov": lambda p, lr, r: torch.optim.SGD(p, lr, r.momentum, weight_decay=r.weight_decay, nesterov=True),
-    "adam": lambda p, lr, r: torch.optim.Adam(p, lr, weight_decay=r.weight_decay),
-    "adamw": lambda p, lr, r: torch.optim.AdamW(p, lr, weight_decay=r.weight_decay),
-}
-STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what is trained, except the data. Raises ValueError naming a bad field.
-
-    optimizer: a base (sgd, nesterov, adam, adamw), a rule (sam: on SGD), or both (sam+adamw).
-    rho: radius of SAM's ball; or a list of radii, taken in turn by the pairs of models.
-    warmup: share of the steps with rising learning rate, before the cosine falls to 0.
-    queries: how many flipped and shifted copies of each example the models are asked about (1 = as it is).
-    precision: float32, or bfloat16 (autocast; weights stay float32).
-    """
-
-    arch: str = "mlp"
-    optimizer: str = "sgd"
-    rho: float | tuple[float, ...] = 0.0
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    epochs: int = 100
-    batch_size: int = 64
-    warmup: float = 0.05
-    subset: float = 0.5
-    augment: bool = False
-    queries: int = 1
-    precision: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self):
-        rule, base = self.parts  # raises if unknown
-        rho = tuple(self.rho) if isinstance(self.rho, list | tuple) else float(self.rho)
-        # a plain optimizer has no radius: one store serves it whatever rho the others use
-        object.__setattr__(self, "rho", rho if rule != "plain" else 0.0)
-        require = partial(_require, self)
-        require("arch", self.arch in models.MODELS, f"one of {', '.join(models.MODELS)}")
-        require("rho", min(np.atleast_1d(rho), default=-1) >= 0, "zero or positive")
-        require("lr", self.lr > 0, "positive")
-        require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        require("momentum", base != "nesterov" or self.momentum > 0, "positive for nesterov")
-        require("weight_decay", self.weight_decay >= 0, "zero or positive")
-        require("epochs", self.epochs >= 1, "at least 1")
-        require("batch_size", self.batch_size >= 1, "at least 1")
-        require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
-        require("subset", 0 < self.subset < 1, "strictly between 0 and 1")
-        require("queries", 1 <= self.queries <= 18, "between 1 and 18")
-        require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
-        require("seed", self.seed >= 0, "zero or positive")
-
-    @property
-    def parts(self):
-        """(rule, base) of the optimizer's name."""
-        rule, _, base = self.optimizer.rpartition("+")
-        if base in BASES and rule in ("", *sharpness.RULES):
-            return rule or "plain", base
-        if self.optimizer in sharpness.RULES and self.optimizer != "plain":
-            return self.optimizer, "sgd"
-        known = [*BASES, *(r for r in sharpness.RULES if r != "plain")]
-        raise ValueError(f"optimizers={self.optimizer!r} is unknown: choose from {', '.join(known)}, or sam+adamw")
-
-    def rho_of(self, ids):
-        """Radius of each model: [len(ids)]."""
-        values = np.atleast_1d(self.rho)
-        return values[(np.asarray(ids) // 2) % len(values)]
-
-
-def _require(recipe, name, holds, valid):
-    if not holds:
-        raise ValueError(f"{name}={getattr(recipe, name)!r} is not valid: it must be {valid}")
-
-
-# ---- randomness: a function of (seed, model) alone ----------------------------------------------------------
-
-
-def generator(recipe, stream, k):
-    """NumPy generator of model (or pair) k for one purpose."""
-    return np.random.default_rng([recipe.seed, STREAMS[stream], k])
-
-
-def membership(recipe, n, ids):
-    """Which examples each model trains on: bool [len(ids), n], the same number in every row.
-
-    subset 0.5: models 2k and 2k+1 get complementary halves. Otherwise each model draws its own subset.
-    """
-    size = round(n * recipe.subset)
-    member = np.zeros((len(ids), n), bool)
-    for row, k in enumerate(ids):
-        if recipe.subset == 0.5:
-            order = generator(recipe, "halves", k // 2).permutation(n)
-            member[row, order[:size] if k % 2 == 0 else order[size:]] = True
-        else:
-            member[row, generator(recipe, "halves", k).permutation(n)[:size]] = True
-    return member
 
 
 def initial_state(recipe, shape, n_classes, ids, device):
@@ -151,19 +55,71 @@ def over_models(function, lanes):
     return one
 
 
+class Pass(NamedTuple):
+    """What a pass at some weights gives beside the gradient."""
+
+    loss: torch.Tensor  # mean over the batch
+    accuracy: torch.Tensor
+    buffers: dict  # BatchNorm's, after it
+    losses: torch.Tensor | tuple  # [B], or () where the rule does not ask for them
+
+
+class Batch:
+    """One model's loss and gradients on one batch, as the rules of sharpness.py call them."""
+
+    def __init__(self, net, recipe, buffers, x, y, keep=False):
+        self.net, self.recipe, self.buffers, self.x, self.y = net, recipe, buffers, x, y
+        self.size, self.keep = len(y), keep
+
+    def pass_at(self, params, index=None):
+        """(mean loss, Pass) on the whole batch, or on the examples `index` of it."""
+        x, y = (self.x, self.y) if index is None else (self.x[index], self.y[index])
+        running = {name: b.clone() for name, b in self.buffers.items()}  # BatchNorm writes into these
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = functional_call(self.net, (params, running), (x,)).float()
+        cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
+        loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
+        losses = cross_entropy(logits, reduction="none") if self.keep else ()
+        return loss, Pass(loss, accuracy, running, losses)
+
+    def gradient(self, params, index=None):
+        """(gradient of the mean loss, Pass)."""
+        grads, (_, aux) = grad_and_value(self.pass_at, has_aux=True)(params, index)
+        return grads, aux
+
+    def losses(self, params):
+        """Loss of every example, [B]."""
+        return self.pass_at(params)[1].losses
+
+    def per_example(self, params):
+        """(gradient of every example: dict of [B, ...], Pass)."""
+
+        def alone(params, x, y):
+            loss, aux = Batch(self.net, self.recipe, self.buffers, x[None], y[None]).pass_at(params)
+            return loss, aux.accuracy
+
+        grads, (losses, hits) = vmap(grad_and_value(alone, has_aux=True), (None, 0, 0))(params, self.x, self.y)
+        return grads, Pass(losses.mean(), hits.mean(), self.buffers, ())
+
+
 def gradient_of(net, recipe):
-    """(params, buffers, x, y, rho) of one model -> (grads, (loss, (new buffers, accuracy))) by the recipe's rule."""
-    rule = sharpness.RULES[recipe.parts[0]]
+    """A function of one model: (params, buffers, x, y, context, turn) -> (grads, Pass, memory) by the recipe's rule.
 
-    def gradient(params, buffers, x, y, rho):
-        def loss(params):
-            running = {name: b.clone() for name, b in buffers.items()}  # BatchNorm writes into these
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                logits = functional_call(net, (params, running), (x,))
-            accuracy = (logits.argmax(-1) == y).float().mean()
-            return F.cross_entropy(logits.float(), y), (running, accuracy)
+    context: those of sharpness.CONTEXT that are tensors and that the rule asks for. At rho 0 every rule of
+    sharpness.py is plain; a private one is not, and a reader's own may not be.
+    """
+    named = recipe.named
+    if named.rule_name in sharpness.RULES and recipe.has_radius and not np.any(recipe.rho):
+        named = optimizers.parse("sgd")
+    wants = named.wants
 
-        return rule(grad_and_value(loss, has_aux=True), params, rho)
+    def gradient(params, buffers, x, y, context, turn=True):
+        batch = Batch(net, recipe, buffers, x, y, keep="losses" in wants)
+        context = {name: value for name, value in context.items() if name in wants}
+        offered = {"turn": turn, "size": batch.size, "losses": batch.losses, "per_example": batch.per_example}
+        asked = {**context, **{name: offered[name] for name in wants & set(offered)}}
+        found = named.rule(batch.gradient, params, **asked, **named.options)
+        return found if "memory" in wants else (*found, {})
 
     return gradient
 
@@ -172,19 +128,33 @@ class Stepper:
     """Weights, base optimizer and step of `lanes` models: built (and compiled) once, reset for each next group."""
 
     def __init__(self, recipe, shape, n_classes, lanes, device, compiled):
+        self.recipe, self.named, self.lanes = recipe, recipe.named, lanes
+        self.remembers = "memory" in self.named.wants
         self.net = models.build(recipe.arch, shape, n_classes)
         self.params, self.buffers = initial_state(recipe, shape, n_classes, range(lanes), device)
         self.rate = torch.tensor(recipe.lr) if compiled else recipe.lr  # a tensor: no recompilation when it changes
-        self.optimizer = BASES[recipe.parts[1]](list(self.params.values()), self.rate, recipe)
-        self.gradient = over_models(gradient_of(self.net, recipe), lanes)
-        self.apply({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the optimizer's state
+        self.model_gradient = gradient_of(self.net, recipe)
+        self.optimizer = self.base()
+        if not self.named.own_base:
+            self.apply({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the optimizer's state
         self.run = torch.compile(self.plain_step, dynamic=False) if compiled else self.plain_step
 
+    def base(self):
+        """One of torch's own for the stacked weights of all the models; a reader's own for each of them."""
+        settings = self.rate, self.recipe.momentum, self.recipe.weight_decay
+        if self.named.own_base:
+            return optimizers.Each(self.named, self.params, *settings)
+        return optimizers.build(self.named, list(self.params.values()), *settings)
+
     def reset(self, recipe, shape, n_classes, ids, device):
-        """Fresh weights for models `ids`, and an optimizer that remembers nothing."""
+        """Fresh weights for models `ids`, and an optimizer and a rule that remember nothing."""
         params, self.buffers = initial_state(recipe, shape, n_classes, ids, device)
         for name, weight in self.params.items():
             weight.copy_(params[name])
+        self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if self.remembers else {}
+        if self.named.own_base:
+            self.optimizer = self.base()
+            return
         for state in self.optimizer.state.values():
             for value in state.values():
                 if torch.is_tensor(value):
@@ -196,18 +166,35 @@ class Stepper:
             weight.grad = grads[name]
         self.optimizer.step()
 
-    def plain_step(self, buffers, x, y, rho):
-        grads, (loss, (buffers, accuracy)) = self.gradient(self.params, buffers, x, y, rho)
-        self.apply(grads)
-        return loss, accuracy, buffers
+    def plain_step(self, buffers, x, y, context, memory, turn):
+        if self.remembers:
+            context = {**context, "memory": memory}
 
-    def step(self, x, y, rho, lr):
-        """x [M, B, ...], y [M, B], rho [M] -> loss and accuracy before the step, each [M]."""
-        if torch.is_tensor(self.rate):
+        def gradient(params, buffers, x, y, context):
+            return self.model_gradient(params, buffers, x, y, context, turn)
+
+        grads, aux, memory = over_models(gradient, self.lanes)(self.params, buffers, x, y, context)
+        if self.named.own_base:
+            self.optimizer.step(aux.loss, grads, lambda k, params: self.again(k, params, buffers, x, y, context, turn))
+        else:
+            self.apply(grads)
+        return aux.loss, aux.accuracy, aux.buffers, memory
+
+    def again(self, k, params, buffers, x, y, context, turn):
+        """(loss, gradient) of model k alone, at other weights."""
+        mine = tree_map(lambda t: t[k], (buffers, x, y, context))
+        grads, aux, _ = self.model_gradient(params, *mine, turn)
+        return aux.loss, grads
+
+    def step(self, x, y, context, lr, turn):
+        """x [M, B, ...], y [M, B], context: dict of [M, ...] -> loss and accuracy before the step, each [M]."""
+        if self.named.own_base:
+            self.optimizer.set_rate(lr)
+        elif torch.is_tensor(self.rate):
             self.rate.fill_(lr)
         else:
             self.optimizer.param_groups[0]["lr"] = lr
-        loss, accuracy, self.buffers = self.run(self.buffers, x, y, rho)
+        loss, accuracy, self.buffers, self.memory = self.run(self.buffers, x, y, context, self.memory, turn)
         return loss, accuracy
 
 
@@ -216,7 +203,8 @@ STEPPERS = {}
 
 def stepper(recipe, inputs, lanes, compiled):
     """The stepper for this kind of run; compiled ones are kept, since neither rho nor epochs asks for a new one."""
-    fixed = replace(recipe, rho=0.0, epochs=1, seed=0, subset=0.5, queries=1, warmup=0.0, lr=1.0)
+    radius = float(np.sign(np.max(recipe.rho)) or np.sign(np.min(recipe.rho)))
+    fixed = replace(recipe, rho=radius, epochs=1, seed=0, subset=0.5, queries=1, warmup=0.0, lr=1.0, stop=1.0)
     key = (fixed, inputs.shape, inputs.n_classes, lanes, inputs.device)
     args = (recipe, inputs.shape, inputs.n_classes, lanes, inputs.device, compiled)
     if not compiled:
@@ -232,15 +220,6 @@ def quiet_compiler():
     torch._dynamo.config.recompile_limit = 64
 
 
-def learning_rate(recipe, step, n_steps):
-    """Linear warm-up over the first share of the steps, then a cosine down to 0 (Loshchilov & Hutter 2017, eq. 5)."""
-    rising = recipe.warmup * n_steps
-    if step < rising:
-        return recipe.lr * (step + 1) / (rising + 1)
-    # lr_t = lr/2 (1 + cos(pi t / T))
-    return recipe.lr / 2 * (1 + np.cos(np.pi * (step - rising) / (n_steps - rising)))
-
-
 @cache
 def can_compile():
     """True if torch.compile works on this machine: it needs a C++ compiler, Python's headers and a writable cache."""
@@ -252,9 +231,13 @@ def can_compile():
         return False
 
 
-def worth_compiling(n_steps, device):
-    """Compilation fuses what lies between the matrix products; a short run is over before it pays."""
-    return n_steps >= 300 and device.type in ("cpu", "cuda") and can_compile()
+def worth_compiling(recipe, n_steps, device):
+    """Compilation fuses what lies between the matrix products; a short run is over before it pays.
+
+    A reader's own optimizer is run as it is, and so is what asks for the gradient of every example.
+    """
+    ours = not (recipe.named.own_base or recipe.named.private)
+    return ours and n_steps >= 300 and device.type in ("cpu", "cuda") and can_compile()
 
 
 def lanes_for(net, device):
@@ -281,6 +264,7 @@ class Inputs:
         share = np.bincount(dataset.y) / len(dataset.y)
         self.chance = -(share * np.log(share)).sum()  # the loss of guessing the class shares
         self.n_classes, self.shape, self.device = dataset.n_classes, tuple(x.shape[1:]), device
+        self.groups = dataset.groups
         if recipe.augment or recipe.queries > 1:
             self.border = max(1, self.shape[-1] // 8)
             self.padded, self.padded_test = (
@@ -305,27 +289,48 @@ class Inputs:
         return tuple(image.flip(-1) for image in seen) if q % 2 else seen
 
 
+class Average:
+    """Mean of the weights at the ends of SWA's last epochs (Izmailov et al. 2018, algorithm 1); else nothing."""
+
+    def __init__(self, recipe):
+        start, _ = averaging(recipe) or (np.inf, 0)
+        self.first, self.count, self.mean = start * recipe.epochs, 0, {}
+
+    def take(self, number, params):
+        if number + 1 > self.first:
+            self.count += 1
+            # m_n = m_{n-1} + (w - m_{n-1}) / n
+            self.mean = {n: m + (params[n] - m) / self.count for n, m in (self.mean or params).items()}
+
+    def put(self, params):
+        for name, weight in params.items():
+            weight.copy_(self.mean[name])
+
+
 class Group:
     """Models `ids` in training: their halves, their random streams, their weights."""
 
     def __init__(self, recipe, inputs, ids):
         self.recipe, self.inputs, self.ids = recipe, inputs, ids
         device = inputs.device
-        self.member = membership(recipe, len(inputs.y), ids)
+        self.member = membership(recipe, len(inputs.y), ids, inputs.groups)
         self.examples = torch.from_numpy(np.stack([np.flatnonzero(row) for row in self.member])).to(device)
         self.order = [generator(recipe, "order", k) for k in ids]
         self.augment = [generator(recipe, "augment", k) for k in ids]
+        self.draw = [generator(recipe, "rule", k) for k in ids]
         self.rho = torch.tensor(recipe.rho_of(ids), dtype=torch.float32, device=device)
         self.per_epoch = self.examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
         self.n_steps = self.per_epoch * recipe.epochs
+        options = optimizers.fingerprint(recipe.named)["options"]
+        self.period = options.get("k", 1) if "turn" in recipe.named.wants else 1
         self.net = models.build(recipe.arch, inputs.shape, inputs.n_classes).eval()
-        self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(self.n_steps, device))
+        self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(recipe, self.n_steps, device))
         self.stepper.reset(recipe, inputs.shape, inputs.n_classes, ids, device)
 
     def batches(self):
         """One epoch's batches: x [M, B, ...], y [M, B]."""
         size, n = self.recipe.batch_size, self.examples.shape[1]
-        order = np.stack([rng.permutation(n) for rng in self.order])
+        order = np.stack([self.shuffled(rng, n) for rng in self.order])
         index = self.examples.gather(1, torch.from_numpy(order).to(self.examples.device))
         change = self.changes(n) if self.recipe.augment else None
         for at in range(0, self.per_epoch * size, size):
@@ -337,6 +342,31 @@ class Group:
                 x = self.inputs.crop(batch.flatten(), shift, flip).unflatten(0, batch.shape)
             yield x, self.inputs.y[batch]
 
+    def shuffled(self, rng, n):
+        """Order of one epoch; where privacy is accounted for, every batch is drawn from all, whatever came before."""
+        if not self.recipe.named.private:
+            return rng.permutation(n)
+        return np.concatenate([rng.permutation(n)[: self.recipe.batch_size] for _ in range(self.per_epoch)])
+
+    def context(self, number, lr):
+        """What the rule asks for at step `number`, as tensors [M, ...]."""
+        wants, scalar = self.recipe.named.wants, torch.ones_like(self.rho)
+        found = {"rho": self.rho, "rate": scalar * (lr / self.recipe.lr), "step": scalar * number}
+        found = {name: value for name, value in found.items() if name in wants}
+        sizes = {name: p.shape[1:] for name, p in self.stepper.params.items()}
+        if "uniform" in wants:
+            found["uniform"] = self.on_device([rng.random(len(sizes), np.float32) for rng in self.draw])
+        if "noise" in wants:
+            queries = self.recipe.named.rule.queries
+            found["noise"] = {
+                name: self.on_device([rng.standard_normal((queries, *size), np.float32) for rng in self.draw])
+                for name, size in sizes.items()
+            }
+        return found
+
+    def on_device(self, rows):
+        return torch.from_numpy(np.stack(rows)).to(self.inputs.device)
+
     def changes(self, n):
         """One epoch's augmentation: shifts [M, n, 2] and flips [M, n]."""
         shift = np.stack([rng.integers(0, 2 * self.inputs.border + 1, (n, 2)) for rng in self.augment])
@@ -346,9 +376,9 @@ class Group:
     def epoch(self, number):
         """Train one epoch; returns the mean loss and accuracy over its batches, each [M]."""
         losses, accuracies = [], []
-        for at, (x, y) in enumerate(self.batches()):
-            lr = learning_rate(self.recipe, number * self.per_epoch + at, self.n_steps)
-            loss, accuracy = self.stepper.step(x, y, self.rho, lr)
+        for at, (x, y) in enumerate(self.batches(), number * self.per_epoch):
+            lr = learning_rate(self.recipe, at, self.n_steps)
+            loss, accuracy = self.stepper.step(x, y, self.context(at, lr), lr, at % self.period == 0)
             losses.append(loss)
             accuracies.append(accuracy)
         return torch.stack(losses).mean(0).cpu().numpy(), torch.stack(accuracies).mean(0).cpu().numpy()
@@ -368,20 +398,47 @@ class Group:
         """All the epochs. Returns history [M, epochs, 3]: train loss, train accuracy, test accuracy (some epochs)."""
         recipe, history = self.recipe, np.full((len(self.ids), self.recipe.epochs, 3), np.nan, np.float32)
         self.stuck = np.zeros(len(self.ids), bool)
-        for number in range(recipe.epochs):
+        average = Average(recipe)
+        for number in range(recipe.run_epochs):
             history[:, number, 0], history[:, number, 1] = self.epoch(number)
+            average.take(number, self.stepper.params)
+            if number + 1 == recipe.run_epochs and average.count:
+                average.put(self.stepper.params)
+                self.refresh_batchnorm()
             tick()
             self.stuck |= self.failing(history[:, number, 0], number)
             if self.stuck.all():
                 break
-            if (number + 1) % max(1, recipe.epochs // 5) == 0 or number + 1 == recipe.epochs:
+            if (number + 1) % max(1, recipe.run_epochs // 5) == 0 or number + 1 == recipe.run_epochs:
                 hits = self.predict(self.inputs.x_test).argmax(-1) == self.inputs.y_test.cpu().numpy()
                 history[:, number, 2] = hits.mean(-1)
         return history
 
+    @torch.no_grad()
+    def refresh_batchnorm(self):
+        """BatchNorm's statistics anew, as the mean over one epoch's batches: averaged weights have others."""
+        net = models.build(self.recipe.arch, self.inputs.shape, self.inputs.n_classes)
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+
+        def buffers_after(params, buffers, x):
+            running = {name: b.clone() for name, b in buffers.items()}
+            functional_call(net, (params, running), (x,))
+            return running
+
+        for count, (x, _) in enumerate(self.batches(), 1):
+            for module in norms:
+                module.momentum = 1 / count  # r <- r + (batch - r) / count
+            call, state = over_models(buffers_after, len(self.ids)), self.stepper
+            state.buffers = call(state.params, state.buffers, x)
+
     def failing(self, loss, number):
-        """Which models have a loss that is not finite, or, half-way, no better than guessing the class shares."""
-        late = number + 1 >= max(5, self.recipe.epochs / 2)
+        """Which models have a loss that is not finite, or, half-way, no better than guessing the class shares.
+
+        Private noise alone may keep a loss that high: that is its price, and no failure.
+        """
+        late = number + 1 >= max(5, self.recipe.run_epochs / 2) and not self.recipe.named.private
         return ~np.isfinite(loss) | (late & (loss > 0.999 * self.inputs.chance))
 
     def arrays(self, history):
@@ -459,8 +516,14 @@ def open_store(recipe, dataset, store):
         "history": ((recipe.epochs, 3), np.float32),
         "weights": ((n_weights,), np.float32),
     }
-    name = f"{dataset.name}-{recipe.arch}-{recipe.optimizer}".replace("+", "-")
-    return Store(store, name, {"recipe": asdict(recipe), "data": dataset.hash}, layout)
+    return Store(store, *store_key(recipe, dataset), layout)
+
+
+def store_key(recipe, dataset):
+    """(readable name, everything that names the store by its hash) of a recipe on a data set."""
+    name = re.sub(r"[^\w.]+", "-", f"{dataset.name}-{recipe.arch}-{recipe.optimizer}").strip("-")[:80]
+    own = {"optimizer": optimizers.fingerprint(recipe.named), "arch": optimizers.source(recipe.arch)}
+    return name, {"recipe": asdict(recipe), "own": own, "data": dataset.hash}
 
 
 def check(recipe, dataset, n_models):
@@ -475,14 +538,18 @@ def check(recipe, dataset, n_models):
         raise ValueError(f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
     if (recipe.augment or recipe.queries > 1) and not dataset.is_image:
         raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {dataset.x.shape[1:]}")
-    models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
+    net = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
+    if recipe.named.private and models.has_batchnorm(net):
+        raise ValueError(f"arch={recipe.arch!r} has BatchNorm, which mixes what {recipe.optimizer} must keep apart")
+    membership(recipe, n, [0], dataset.groups)
     if recipe.batch_size > size:
         raise ValueError(f"batch_size={recipe.batch_size!r} is larger than a model's {size} training examples")
 
 
-def train(recipe, dataset, n_models, store, device="auto", quiet=False):
+def train(recipe, dataset, n_models, store, device="auto", quiet=False, notify=None):
     """Models 0..n_models-1 of the recipe, trained where the store lacks them. Returns an Ensemble.
 
+    notify(recipe, n_examples, n_models, seconds) is called after each chunk of models that train together.
     Models whose training diverged are named and left out, with their partner: `ensemble.ids` says who is in.
     Raises ValueError naming the parameter before anything is trained.
     """
@@ -490,7 +557,7 @@ def train(recipe, dataset, n_models, store, device="auto", quiet=False):
     device, kept = device_of(device), open_store(recipe, dataset, store)
     if any(kept.flag(k) is None for k in range(n_models)):
         with kept.lock():
-            train_missing(recipe, dataset, n_models, kept, device, quiet)
+            train_missing(recipe, dataset, n_models, kept, device, quiet, notify)
     lost = {k for k in range(n_models) if kept.flag(k)["status"] == "diverged"}
     if lost:
         print(f"{kept.folder.name}: models {sorted(lost)} diverged: they and their partners are left out", flush=True)
@@ -498,7 +565,7 @@ def train(recipe, dataset, n_models, store, device="auto", quiet=False):
     return Ensemble(recipe, dataset, kept, ids)
 
 
-def train_missing(recipe, dataset, n_models, kept, device, quiet=False):
+def train_missing(recipe, dataset, n_models, kept, device, quiet=False, notify=None):
     """Train each group that lacks a wanted model. Groups start at multiples of their size, so a resumed or a longer
     run trains model k beside the same others, and its arrays come out the same to the last bit."""
     lanes = lanes_for(models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
@@ -511,15 +578,17 @@ def train_missing(recipe, dataset, n_models, kept, device, quiet=False):
     inputs = Inputs(dataset, recipe, device)
     label = f"{recipe.optimizer} rho {recipe.rho}, {lanes * len(starts)} models"
     with tqdm(
-        total=recipe.epochs * len(starts), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
+        total=recipe.run_epochs * len(starts), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
     ) as bar:
         for start in starts:
             group = Group(recipe, inputs, list(range(start, start + lanes)))
             began = time.time()
             arrays = group.arrays(group.train(bar.update))
-            seconds = (time.time() - began) / lanes
+            seconds = (time.time() - began) / lanes  # of one model
             for lane, k in enumerate(group.ids):
                 if kept.flag(k) is None:
                     status = "diverged" if group.stuck[lane] else "finished"
                     rows = {n: a[lane] for n, a in arrays.items() if n != "weights" or k < KEEP_WEIGHTS}
                     kept.save(k, rows, status=status, seconds=seconds, device=str(device), torch=torch.__version__)
+            if notify:
+                notify(recipe, len(dataset.y), lanes, seconds * lanes)

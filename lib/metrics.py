@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
 # ---- intervals -------------------------------------------------------------------------------------------
 
 
-def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimate:
+def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0, columns=None, examples_only=False) -> Estimate:
     """Mean of cells[M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
     clusters[M]: integers that say which models belong together; default the pairs (2k, 2k+1). The variance is
@@ -46,8 +46,11 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimat
     Gallas (2006). The quantile is Student's t with Satterthwaite's degrees of freedom for the two terms.
     rate: the mean is a probability; the interval is made on the logit scale, so it stays inside [0, 1].
     widen: the row term is multiplied by 1 + widen / (row clusters), see the top of this file.
-    With one row cluster or one example nothing is known about new ones: the interval is (nan, nan).
-    Raises ValueError if cells is not a finite matrix or clusters does not have one entry per row.
+    columns[N]: integers that say which examples belong together (a patient's two eyes), default none do: the
+    column term is then over groups. examples_only: the models are given, the column term is all; of one model's
+    AUC this is DeLong's interval.
+    With one row cluster or one example (group) nothing is known about new ones: the interval is (nan, nan).
+    Raises ValueError if cells is not a finite matrix, or clusters (columns) has not one entry per row (column).
     """
     cells = np.asarray(cells)
     if cells.ndim != 2 or cells.size == 0:
@@ -55,12 +58,14 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimat
     clusters = np.arange(len(cells)) // 2 if clusters is None else np.asarray(clusters)
     if clusters.shape != (len(cells),):
         raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(cells)},), one per row of cells")
+    if columns is not None and np.shape(columns) != cells.shape[1:]:
+        raise ValueError(f"columns: shape {np.shape(columns)}; valid is {cells.shape[1:]}, one per column of cells")
     value = float(cells.mean(dtype=np.float64))
     if not np.isfinite(value):
         raise ValueError(f"cells: mean {value}; valid are finite numbers")
-    variance, df = _variance(cells, value, clusters, widen)
+    variance, df, n = _variance(cells, value, clusters, widen, columns, examples_only)
     if rate and (value < 1e-12 or value > 1 - 1e-12):  # 0 or 1 up to rounding
-        return _at_the_end(value, cells.shape[1], level) if df > 0 else Estimate(value, np.nan, np.nan)
+        return _at_the_end(value, n, level) if df > 0 else Estimate(value, np.nan, np.nan)
     half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance) if df > 0 else np.nan
     if not rate:
         return Estimate(value, value - half, value + half)
@@ -69,15 +74,15 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> Estimat
     return Estimate(value, float(ends[0]), float(ends[1]))
 
 
-def paired(cells, clusters=None, level=0.95, rate=False, widen=0.0) -> dict[str, Estimate]:
+def paired(cells, clusters=None, level=0.95, rate=False, **how) -> dict[str, Estimate]:
     """`estimate` of each optimizer's cells, and of the differences from the first as 'sam-sgd'.
 
     cells: dict optimizer -> [M, N], rows and columns alike; the rest as in `estimate` (a difference is no rate).
     """
     first, *others = cells
-    found = {name: estimate(c, clusters, level, rate, widen) for name, c in cells.items()}
+    found = {name: estimate(c, clusters, level, rate, **how) for name, c in cells.items()}
     for name in others:
-        found[f"{name}-{first}"] = estimate(cells[name] - cells[first], clusters, level, widen=widen)
+        found[f"{name}-{first}"] = estimate(cells[name] - cells[first], clusters, level, **how)
     return found
 
 
@@ -91,27 +96,32 @@ def t_interval(values, level=0.95):
     return Estimate(mean, mean - half, mean + half)
 
 
-def _variance(cells, value, clusters, widen):
-    """Variance of the mean of cells and its degrees of freedom (0: not estimable)."""
+def _variance(cells, value, clusters, widen, together, examples_only):
+    """Variance of the mean of cells, its degrees of freedom (0: not estimable), and how many (groups of) examples."""
     names, group = np.unique(clusters, return_inverse=True)
-    g, n = len(names), cells.shape[1]
-    if g < 2 or n < 2:
-        return np.nan, 0
-    sums = np.zeros((g, n))  # a cluster's sum for every example
+    g, n = len(names), cells.shape[1] if together is None else len(np.unique(together))
+    if n < 2 or (g < 2 and not examples_only):
+        return np.nan, 0, n
+    sums = np.zeros((g, cells.shape[1]))  # a cluster's sum for every example
     for row, k in zip(cells, group, strict=True):
         sums[k] += row - value
+    if together is not None:  # for every group of examples
+        index = np.unique(together, return_inverse=True)[1]
+        sums = np.stack([np.bincount(index, row, n) for row in sums])
     # V = V_rows + V_columns - V_both, each G/(G-1) sum_g (sum of the deviations in g)^2 / (M N)^2
-    rows = (1 + widen / g) * g / (g - 1) * np.square(sums.sum(1)).sum() / cells.size**2
     columns = n / (n - 1) * np.square(sums.sum(0)).sum() / cells.size**2
+    if examples_only:
+        return columns, n - 1, n
+    rows = (1 + widen / g) * g / (g - 1) * np.square(sums.sum(1)).sum() / cells.size**2
     both = np.einsum("gn,gn->", sums, sums) / cells.size**2
     variance = max(rows + columns - both, rows, columns)
     # df = V^2 / (V_rows^2 / (G-1) + V_columns^2 / (N-1))
     spread = rows**2 / (g - 1) + columns**2 / (n - 1)
-    return variance, variance**2 / spread if spread > 0 else g - 1
+    return variance, variance**2 / spread if spread > 0 else g - 1, n
 
 
 def _at_the_end(value, n, level):
-    """A rate of exactly 0 or 1: the bound of Clopper & Pearson (1934), each example counted once."""
+    """A rate of exactly 0 or 1: the bound of Clopper & Pearson (1934), each of n (groups of) examples counted once."""
     # (1 - p)^n = (1 - level) / 2
     bound = 1 - ((1 - level) / 2) ** (1 / n)
     return Estimate(0.0, 0.0, bound) if value < 0.5 else Estimate(1.0, 1 - bound, 1.0)
@@ -214,6 +224,28 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     return tpr, realised
 
 
+def tpr_cells_within(scores, member, fpr, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """As `tpr_cells`, for an auditor who knows some non-members of the target itself: one model is enough.
+
+    The threshold comes from a random half of the target's non-members and is applied to the other half of the
+    examples, and vice versa.
+    """
+    scores, member = checked(scores, member)
+    side, tpr, realised = halves(member, seed), np.empty(scores.shape), np.empty(scores.shape)
+
+    def row(m):
+        s, inside, half = scores[m], member[m], side[m].astype(int)
+        limits = np.array([_limit(np.sort(s[~inside & (half == h)]), fpr) for h in (0, 1)])
+        above, slope = s > limits[half], _roc_slope(s, inside, np.sort(s[~inside]), fpr)
+        # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr)
+        excess = ratio_cells(above, ~inside) - above[~inside].mean()
+        tpr[m] = ratio_cells(s > limits[1 - half], inside) - slope * excess
+        realised[m] = ratio_cells(s > limits[1 - half], ~inside)
+
+    parallel(row, range(len(scores)))
+    return tpr, realised
+
+
 def _folds(member):
     """Two folds of models that keep partners together."""
     fold = np.unique(pairs(member), return_inverse=True)[1] % 2
@@ -298,17 +330,20 @@ def pairs(member) -> np.ndarray:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95) -> pd.DataFrame:
+def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) -> pd.DataFrame:
     """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
     scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N]. Columns metric,
     value, ci_low, ci_high, optimizer ('sam-sgd' for a difference). Metrics: auc, balanced_accuracy, advantage
     (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is reported only where each fold expects at least ten
     false positives at it. `threshold`: as in balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
+    how: columns and examples_only, as in `estimate`; with examples_only and one or two models, the thresholds at
+    an FPR come from half of the target's own non-members (tpr_cells_within), since no other model gives any.
     """
     clusters, rows = pairs(checked(next(iter(scores.values())), member)[1]), {}
-    for metric, cells in _all_cells(scores, member, fprs, threshold, seed):
-        found = paired(cells, clusters, level, rate=True, widen=0.0 if "@" in metric else SHADOWS)
+    alone = how.get("examples_only", False) and len(member) < 3
+    for metric, cells in _all_cells(scores, member, fprs, threshold, seed, alone):
+        found = paired(cells, clusters, level, rate=True, widen=0.0 if "@" in metric else SHADOWS, **how)
         for name, e in found.items():
             rows.setdefault(name, []).append((metric, *e, name))
             if metric == "balanced_accuracy":  # advantage = TPR - FPR = 2 balanced accuracy - 1
@@ -327,20 +362,24 @@ def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
     return frame[frame.optimizer == "b-a"].drop(columns="optimizer").reset_index(drop=True)
 
 
-def _all_cells(scores, member, fprs, threshold, seed):
+def _all_cells(scores, member, fprs, threshold, seed, alone):
     """(metric, dict optimizer -> cells) one by one, so that only one metric's cells are in memory at a time."""
     yield "auc", {name: auc_cells(s, member) for name, s in scores.items()}
     yield "balanced_accuracy", {k: balanced_accuracy_cells(s, member, threshold, seed) for k, s in scores.items()}
-    for fpr in reportable(member, fprs):
-        both = {name: tpr_cells(s, member, fpr) for name, s in scores.items()}
+    for fpr in reportable(member, fprs, alone):
+        at_rate = tpr_cells_within if alone else tpr_cells
+        both = {name: at_rate(s, member, fpr) for name, s in scores.items()}
         yield f"tpr@{fpr}", {name: tpr for name, (tpr, _) in both.items()}
         yield f"realised_fpr@{fpr}", {name: realised for name, (_, realised) in both.items()}
 
 
-def reportable(member, fprs=FPRS) -> list[float]:
-    """The rates at which each fold of models expects ten false positives or more; none with one pair."""
+def reportable(member, fprs=FPRS, within=False) -> list[float]:
+    """The rates at which each fold of models expects ten false positives or more; none with one pair.
+
+    within: each half of every model's examples instead, as in tpr_cells_within.
+    """
     member = np.asarray(member)
-    counts = [int((~member[f]).sum()) for f in _folds(member)]
+    counts = (~member).sum(1) // 2 if within else [int((~member[f]).sum()) for f in _folds(member)]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
 
 

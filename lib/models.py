@@ -1,27 +1,44 @@
 """Networks by name: `build(arch, shape, n_classes)`. Each is an ordinary nn.Module for one example batch;
 `ensemble.py` stacks the parameters of many copies and trains them together."""
 
+import importlib
+import os
+import re
+import sys
+from functools import partial
+from math import prod
+
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
+from torchvision.models import vgg
 
 
-def mlp(shape, n_classes, hidden=256):
-    """One hidden layer of ReLUs on the flattened input."""
-    width = 1
-    for side in shape:
-        width *= side
-    return nn.Sequential(nn.Flatten(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
+def mlp(shape, n_classes, hidden=(256,), activation=nn.ReLU, norm=False):
+    """Fully connected layers on the flattened input, by default one of 256 ReLUs; norm: BatchNorm before each.
+
+    mlp3 and mlp3_tanh have the layers 512, 256 and 128 of the networks that membership studies train on Purchase-100
+    and Texas-100; Nasr et al. 2019 (who put one of 1024 before them) have tanh, others ReLU.
+    """
+    widths = [prod(shape), *hidden]
+    layers = [nn.Flatten()]
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers.append(nn.Linear(before, after, bias=not norm))
+        layers += [nn.BatchNorm1d(after), activation()] if norm else [activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
 
 
-def cnn(shape, n_classes, width=32):
-    """Three 3x3 convolutions with BatchNorm, the first with stride 2, then global average pooling."""
+def cnn(shape, n_classes, width=32, norm=True):
+    """Three 3x3 convolutions with BatchNorm (or, without it, biases), the first with stride 2, then average pooling."""
     channels = [shape[0], width, 2 * width, 4 * width]
     layers = []
     for depth, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
         if depth:
             layers.append(nn.MaxPool2d(2))
         stride = 2 if depth == 0 and shape[-1] >= 16 else 1
-        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers.append(nn.Conv2d(before, after, 3, stride, 1, bias=not norm))
+        layers += [nn.BatchNorm2d(after), nn.ReLU()] if norm else [nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, n_classes))
 
 
@@ -32,22 +49,136 @@ def resnet18(shape, n_classes):
     return net
 
 
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}
+class PreActivation(nn.Module):
+    """Residual block of two 3x3 convolutions, each after BatchNorm and ReLU: He et al. 2016b, figure 4e."""
+
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(before), nn.BatchNorm2d(after)
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.shortcut = None if before == after else nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x):
+        active = F.relu(self.norm1(x))
+        # where the width changes, the shortcut branches off after the activation, as in Zagoruyko's code
+        kept = x if self.shortcut is None else self.shortcut(active)
+        return kept + self.conv2(F.relu(self.norm2(self.conv1(active))))
+
+
+def wrn28_2(shape, n_classes, blocks=4, widen=2):
+    """Wide ResNet 28-2: Zagoruyko & Komodakis 2016, table 1 with N = 4 and k = 2, without dropout."""
+    widths = [16, 16 * widen, 32 * widen, 64 * widen]
+    layers = [nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)]
+    for stage, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers.append(PreActivation(before, after, stride=2 if stage else 1))
+        layers += [PreActivation(after, after, stride=1) for _ in range(blocks - 1)]
+    layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return he_normal(nn.Sequential(*layers, nn.Linear(widths[-1], n_classes)))
+
+
+def vgg16_bn(shape, n_classes):
+    """torchvision's VGG-16 features with BatchNorm, then one linear layer on the 512 channels that 32x32 images leave.
+
+    No dropout: it stood between the linear layers of the original head, which are gone, and its random numbers would
+    not be those of (seed, model) alone.
+    """
+    if min(shape[1:]) < 32:
+        raise ValueError(f"arch='vgg16_bn' needs images of 32x32 or more, but an example has shape {tuple(shape)}")
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
+    features[0] = nn.Conv2d(shape[0], 64, 3, 1, 1)
+    return he_normal(nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, n_classes)))
+
+
+def he_normal(net):
+    """Convolutions as He et al. 2015 initialise them, and as torchvision's ResNet and VGG do; returns net."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            # w ~ N(0, 2 / (k^2 channels out)), b = 0
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net
+
+
+MODELS = {
+    "mlp": mlp,
+    "mlp_bn": partial(mlp, norm=True),
+    "mlp3": partial(mlp, hidden=(512, 256, 128)),
+    "mlp3_tanh": partial(mlp, hidden=(512, 256, 128), activation=nn.Tanh),
+    "cnn": cnn,
+    "cnn_plain": partial(cnn, norm=False),
+    "resnet18": resnet18,
+    "wrn28_2": wrn28_2,
+    "vgg16_bn": vgg16_bn,
+}
 
 
 def build(arch, shape, n_classes):
     """A freshly initialised network.
 
-    arch: a name in MODELS; shape: of one example, (channels, H, W) or (D,). Returns an nn.Module that maps
-    [B, *shape] to logits [B, n_classes]. Raises ValueError if the name is unknown or needs images.
+    arch: a name in MODELS, or the import path "package.module:name" of a reader's own callable (shape, n_classes) ->
+    nn.Module; shape: of one example, (channels, H, W) or (D,). Returns an nn.Module that maps [B, *shape] to logits
+    [B, n_classes]. Raises ValueError if the name is unknown, needs images, or what it makes is no such module.
     """
-    if arch not in MODELS:
-        raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}")
-    if arch != "mlp" and len(shape) != 3:
+    if arch not in MODELS and ":" not in arch:
+        raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
+    if arch in MODELS and not arch.startswith("mlp") and len(shape) != 3:
         raise ValueError(f"arch={arch!r} needs images, but an example has shape {tuple(shape)}: use arch='mlp'")
-    return MODELS[arch](shape, n_classes)
+    if arch in MODELS:
+        return MODELS[arch](shape, n_classes)
+    own = resolve(arch, "arch")
+    if not callable(own):
+        raise ValueError(f"arch={arch!r} is {type(own).__name__}: a callable (shape, n_classes) is needed")
+    return checked(own(shape, n_classes), arch, shape, n_classes)
+
+
+def checked(net, arch, shape, n_classes):
+    """net, or a ValueError if it is no nn.Module or does not map two examples of zeros to logits [2, n_classes]."""
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"arch={arch!r} made {type(net).__name__}: an nn.Module is needed")
+    modes = {module: module.training for module in net.modules()}
+    try:
+        with torch.no_grad():
+            logits = net.eval()(torch.zeros(2, *shape))
+    except Exception as error:
+        raise ValueError(f"arch={arch!r} fails on examples of shape {tuple(shape)}: {error}") from error
+    for module, training in modes.items():
+        module.training = training
+    found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    if found != (2, n_classes):
+        raise ValueError(f"arch={arch!r} maps 2 examples to {found}: logits of shape {(2, n_classes)} are needed")
+    return net
+
+
+def resolve(path, parameter):
+    """The object at "package.module:name"; modules in the current directory are found too.
+
+    parameter: whose value the path is, for the message. Raises ValueError naming it where the path is not written
+    so, the module is not there or fails at import, or has no such name.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", path):
+        raise ValueError(f"{parameter}={path!r} is not an import path: it is written package.module:name")
+    module, name = path.split(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise ValueError(f"{parameter}={path!r}: {module} can't be imported: {error!r}") from error
+    finally:
+        sys.path.remove(here)
+    if not hasattr(found, name):
+        raise ValueError(f"{parameter}={path!r}: {module} has no {name!r}")
+    return getattr(found, name)
 
 
 def is_convolutional(net):
     """True if any layer of the network convolves."""
     return any(isinstance(m, nn.Conv2d) for m in net.modules())
+
+
+def has_batchnorm(net):
+    """True if any layer of the network is a BatchNorm, which makes an example's output depend on its batch."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())

@@ -388,3 +388,88 @@ def tiles(table, shades):
     axis.invert_yaxis()
     axis.grid(False)
     return figure
+
+
+# ---- beyond the paper ---------------------------------------------------------------------------------------
+
+SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+
+
+def frontier(points, kept, baseline):
+    """Leakage against accuracy, an ensemble a point, those that none beats ringed.
+
+    points: rows with optimizer, rho and, for test_accuracy and auc, (value, ci_low, ci_high) as <metric>_<column>.
+    kept: the (optimizer, rho) that no other beats.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 5.4), layout="constrained")
+    for index, (name, rows) in enumerate(points.groupby("optimizer", sort=False)):
+        x, y = rows.test_accuracy_value, rows.auc_value
+        spread = [y - rows.auc_ci_low, rows.auc_ci_high - y]
+        shape = dict(color=COLOURS[index % 10], marker=SHAPES[index % 12], markersize=7)
+        axis.errorbar(x, y, spread, capsize=2, lw=1, linestyle=":" if len(rows) > 1 else "", label=name, **shape)
+        for row in rows.itertuples():
+            if row.rho:
+                spot = dict(textcoords="offset points", xytext=(5, 4), fontsize=7, color="0.25")
+                axis.annotate(f"{row.rho:.2g}", (row.test_accuracy_value, row.auc_value), **spot)
+    ringed = points[[key in kept for key in zip(points.optimizer, points.rho, strict=True)]]
+    ring = dict(facecolor="none", edgecolor="0.1", linewidth=1.2, s=190, zorder=5)
+    axis.scatter(ringed.test_accuracy_value, ringed.auc_value, label="beaten by none", **ring)
+    axis.axhline(points.auc_value[points.optimizer == baseline].iloc[0], color="0.5", lw=0.8)
+    axis.axvline(points.test_accuracy_value[points.optimizer == baseline].iloc[0], color="0.5", lw=0.8)
+    axis.set(xlabel="test accuracy (better to the right)", ylabel="AUC of LiRA (leaks less below)")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def effects(frame, xlabel):
+    """One effect with its interval at each level of each factor; the first row's is the grey band. Columns factor, level."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(frame) + 1.2), layout="constrained")
+    factors = list(frame.factor.unique())
+    for place, row in enumerate(frame.itertuples()):
+        shape = look(factors.index(row.factor)) | {"linestyle": ""}
+        axis.errorbar(row.value, place, xerr=[[row.value - row.ci_low], [row.ci_high - row.value]], capsize=3, **shape)
+    axis.axvspan(frame.ci_low.iloc[0], frame.ci_high.iloc[0], color="0.88", zorder=0, label="as it is")
+    axis.axvline(0, color="0.3", lw=1)
+    labels = [f if f == level else f"{f}: {level}" for f, level in zip(frame.factor, frame.level, strict=True)]
+    axis.set(yticks=range(len(frame)), yticklabels=labels, xlabel=xlabel)
+    axis.invert_yaxis()
+    axis.legend(fontsize=9)
+    return figure
+
+
+def side_by_side(frame, panels, baseline):
+    """Rows (defences) down the left, a panel for each metric; the baseline's value is the grey line.
+
+    panels: dict metric -> axis label; frame: label, metric, value, ci_low, ci_high.
+    """
+    order = list(frame.label.unique())
+    size = (3.4 * len(panels) + 1.6, 0.34 * len(order) + 1.1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for index, (axis, (metric, xlabel)) in enumerate(zip(axes[0], panels.items(), strict=True)):
+        rows = frame[frame.metric == metric].set_index("label").reindex(order)
+        spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
+        axis.errorbar(rows.value, range(len(order)), xerr=spread, capsize=3, **(look(index) | {"linestyle": ""}))
+        axis.axvline(rows.value[baseline], color="0.5", lw=1)
+        axis.set(xlabel=xlabel, yticks=range(len(order)), yticklabels=order)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def classes(frame, first, second):
+    """LiRA's AUC within each class under two optimizers, a class a point with both intervals."""
+    frame = frame[frame.metric == "auc"]
+    one, two = (frame[frame.optimizer == name].set_index("class") for name in (first, second))
+    figure, axis = plt.subplots(figsize=(5.4, 4.8), layout="constrained")
+    spread = [[of.value - of.ci_low, of.ci_high - of.value] for of in (two, one)]
+    axis.errorbar(one.value, two.value, *spread, color="0.7", linestyle="", lw=0.8, zorder=1)
+    sizes = axis.scatter(one.value, two.value, c=one["size"], cmap="viridis", s=40, zorder=2)
+    if len(one) <= 12:
+        for name in one.index:
+            spot = dict(textcoords="offset points", xytext=(6, 4), fontsize=8)
+            axis.annotate(name, (one.value[name], two.value[name]), **spot)
+    span = [min(one.value.min(), two.value.min()) - 0.01, max(one.value.max(), two.value.max()) + 0.01]
+    axis.plot(span, span, color="0.4", lw=1, linestyle="--", label="equal")
+    axis.set(xlabel=f"AUC of LiRA within a class, {first}", ylabel=f"under {second}")
+    figure.colorbar(sizes, label="examples of the class in the pool")
+    axis.legend(fontsize=9)
+    return figure

@@ -55,6 +55,17 @@ def points(row):
     return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
 
 
+def joined(names):
+    """'a, b and c'; 'none' of nothing."""
+    names = list(names)
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
+
+
+def label(name, rho):
+    """An optimizer and its radius, if it has one."""
+    return f"{name} {rho:.2g}" if rho else name
+
+
 def summary(rows, subject, baseline):
     """'... more than sgd under 9 attacks, less under 1, and no detectable difference under 4.'"""
     signs = [sign(row) for row in rows.itertuples()]

@@ -1,18 +1,52 @@
 """Sharpness-aware rules, and the sharpness of a minimum.
 
-A rule turns a gradient function into the gradient that the base optimizer then uses. It is written for ONE
-model; `ensemble.py` maps it over all of them, each with its own rho. `gradient(params)` returns
-`(grads, aux)`, and a rule returns the aux of the pass at the *unperturbed* weights: it holds BatchNorm's new
-running statistics, which are therefore updated once a step, whatever the rule.
+A rule turns a gradient function into the gradient that the base optimizer then uses. It is written for ONE model;
+`ensemble.py` maps it over all of them. Its first two arguments are
+
+    gradient(params, index=None) -> (grads, aux)    mean loss over the batch, or over the examples `index` of it
+    params                                          dict of tensors
+
+and it returns `(grads, aux)` with the aux of the pass at the *unperturbed* weights: that holds BatchNorm's new
+running statistics, which are therefore updated once a step, whatever the rule. What else it needs it asks for by
+the names of its arguments (CONTEXT); any other argument must have a default, and is an option of the optimizer:
+`looksam(k=5, alpha=0.7)`. With `memory` in its arguments it returns `(grads, aux, memory)`.
+
+Every rule's radius is `rho`. The authors' radii differ in scale; RADIUS says by what factor from SAM's.
 """
+
+import math
 
 import torch
 from torch.func import grad
+from torch.utils._pytree import tree_map
+
+CONTEXT = {
+    "rho": "radius of the neighbourhood, a scalar tensor",
+    "rate": "learning rate as a share of its peak, a scalar tensor",
+    "step": "how many steps were made before this one, a scalar tensor",
+    "turn": "True on every k-th step, the first included, k being an option of the rule",
+    "memory": "what the rule returned as memory a step ago: a dict like params, zeros at first",
+    "uniform": "uniform random numbers, one for each tensor of params",
+    "noise": "standard normal numbers: a dict like params, with a leading axis of `queries` (an attribute of the rule)",
+    "size": "number of examples in the batch",
+    "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
+    "per_example": "function of params: the gradient of every example, [B, ...] each, and aux",
+}
+LIMITS = {  # of the options of the rules here; the others may have any value
+    "k": (1, math.inf), "m": (1, math.inf), "eta": (0, math.inf), "low": (0, 1), "decay": (0, 1),
+    "beta": (0.01, 1), "gamma": (0.01, 1), "start": (0, 1), "floor": (0, 1),
+}  # fmt: skip
+RADIUS = {"asam": 10.0, "sharpreg": -1.0}  # Kwon et al.: 0.5 on CIFAR-10 where SAM has 0.05; SharpReg descends
 
 
 def norm(tree):
     """Euclidean norm over all the tensors of a dict: a scalar tensor."""
     return torch.sqrt(sum((leaf * leaf).sum() for leaf in tree.values()))
+
+
+def dot(a, b):
+    """Inner product of two dicts of tensors: a scalar tensor."""
+    return sum((a[name] * b[name]).sum() for name in a)
 
 
 def ascend(params, direction, rho):
@@ -21,8 +55,8 @@ def ascend(params, direction, rho):
     return {name: weight + scale * direction[name] for name, weight in params.items()}
 
 
-def plain(gradient, params, rho):
-    """The base optimizer alone: g = grad L(w). rho is ignored."""
+def plain(gradient, params):
+    """The base optimizer alone: g = grad L(w)."""
     return gradient(params)
 
 
@@ -35,7 +69,124 @@ def sam(gradient, params, rho):
     return second, aux
 
 
-RULES = {"plain": plain, "sam": sam}
+def sharpreg(gradient, params, rho):
+    """SharpReg: SAM with a negative radius, which seeks sharper minima; the defence of arXiv 2310.00488, version 1."""
+    # g = grad L(w - |rho| grad L(w) / |grad L(w)|)
+    return sam(gradient, params, rho)
+
+
+def asam(gradient, params, rho, eta=0.01):
+    """ASAM: Kwon et al. 2021, eq. 6 and section 4 (biases are not normalised). Radius ten times SAM's."""
+    first, aux = gradient(params)
+    # T_w = |w| + eta on weights, 1 on biases;   e(w) = rho T_w^2 g / |T_w g|
+    size = {n: w.abs() + eta if "weight" in n else torch.ones_like(w) for n, w in params.items()}
+    scaled = {n: size[n] * g for n, g in first.items()}
+    scale = rho / (norm(scaled) + 1e-16)
+    second, _ = gradient({n: w + scale * size[n] * scaled[n] for n, w in params.items()})
+    return second, aux
+
+
+def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
+    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM, at a constant radius.
+
+    low: the radius at learning rate 0, as a share of rho (their ResNets: 0.02 of 0.04); alpha 0.2: their CIFAR example.
+    """
+    first, aux = gradient(params)
+    if alpha == 0:
+        return gradient(ascend(params, first, rho))[0], aux
+    # rho_t = rho_min + (rho_max - rho_min) lr_t / lr_max
+    second, _ = gradient(ascend(params, first, rho * (low + (1 - low) * rate)))
+    # g = g_SAM - alpha (the part of grad L(w) that is orthogonal to g_SAM)
+    along = dot(first, second) / (dot(second, second) + 1e-24)
+    held = torch.where(rho == 0, 0.0, alpha)  # at rho 0 that part is rounding, and is left alone
+    return {n: g - held * (first[n] - along * g) for n, g in second.items()}, aux
+
+
+def looksam(gradient, params, rho, turn, memory, k=5, alpha=0.7, layerwise=False):
+    """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
+
+    layerwise: norms and angles of each tensor alone, as some implementations have it, instead of the whole gradient.
+    """
+    first, aux = gradient(params)
+    each = [[n] for n in params] if layerwise else [list(params)]
+    if turn:
+        second, _ = gradient(ascend(params, first, rho))
+        # g_v = g_SAM - (g_SAM . g / |g|^2) g: what SAM adds at a right angle to the gradient
+        return second, aux, _merge(_across({n: second[n] for n in part}, {n: first[n] for n in part}) for part in each)
+    # g + alpha |g| / |g_v| g_v
+    reach = torch.where(rho == 0, 0.0, alpha)  # at rho 0 g_v is rounding, and is left alone
+    parts = ({n: first[n] for n in part} for part in each)
+    scale = _merge(dict.fromkeys(p, reach * norm(p) / (norm({n: memory[n] for n in p}) + 1e-12)) for p in parts)
+    return {n: g + scale[n] * memory[n] for n, g in first.items()}, aux, memory
+
+
+def _across(a, b):
+    """The part of a at a right angle to b."""
+    along = dot(a, b) / (dot(b, b) + 1e-24)
+    return {name: a[name] - along * b[name] for name in a}
+
+
+def _merge(dicts):
+    return {name: value for part in dicts for name, value in part.items()}
+
+
+def msam(gradient, params, rho, size, m=2):
+    """mSAM: Behdin et al. 2023, "mSAM: micro-batch-averaged SAM", eq. 4: the mean of m shards' SAM gradients.
+
+    Each shard has its own perturbation and, in BatchNorm, its own statistics; the running ones move by their mean.
+    A batch that m does not divide has shards of two sizes, which count alike.
+    """
+    shards = torch.arange(size, device=next(iter(params.values())).device).chunk(m)
+    # g = 1/m sum_i grad L_i(w + rho grad L_i(w) / |grad L_i(w)|)
+    found = [sam(lambda p, shard=shard: gradient(p, shard), params, rho) for shard in shards]
+    return tree_map(lambda *leaves: (sum(leaves) / len(leaves)).to(leaves[0].dtype), *found)
+
+
+def fsam(gradient, params, rho, step, memory, sigma=1.0, decay=0.9):
+    """Friendly-SAM: Li et al. 2024, algorithm 1: the full gradient, as a moving average, is taken from the ascent.
+
+    As in the authors' code, the average of the steps before is subtracted and the first step has none to subtract.
+    Their radius: SAM's; decay 0.6 to 0.95 by data set. sigma = 0 is SAM.
+    """
+    first, aux = gradient(params)
+    # d_t = g_t - sigma m_{t-1}
+    ahead = {n: g - sigma * memory[n] for n, g in first.items()}
+    # m_t = decay m_{t-1} + (1 - decay) g_t, m_0 = g_0
+    fade = torch.where(step == 0, 0.0, decay)
+    memory = {n: fade * memory[n] + (1 - fade) * g for n, g in first.items()}
+    second, _ = gradient(ascend(params, ahead, rho))
+    return second, aux, memory
+
+
+def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
+    """ESAM: Du et al. 2022, "Efficient sharpness-aware minimization", algorithm 1, with their CIFAR options.
+
+    A random share beta of the tensors, one at least, is perturbed, and the share gamma of the batch whose loss rises
+    most is descended on. A step takes one gradient, one forward pass and gamma of a gradient; leaving tensors out of the
+    first gradient saves nothing here, where all the models' are computed at once.
+    """
+    first, aux = gradient(params)
+    bound = uniform.min().clamp(min=beta)  # with no tensor perturbed, rounding would choose the examples
+    chosen = {n: g * (u <= bound) for (n, g), u in zip(first.items(), uniform, strict=True)}
+    # e(w) = rho / beta * 1{tensor chosen} g / |g|
+    moved = ascend(params, chosen, rho / beta)
+    # B+ = the gamma B examples of largest l(w + e) - l(w)
+    rise = losses(moved) - aux.losses
+    top = rise.topk(max(1, int(gamma * len(rise)))).indices
+    second, _ = gradient(moved, top)
+    return {n: torch.where(rho == 0, first[n], g) for n, g in second.items()}, aux
+
+
+def swa(gradient, params, start=0.75, floor=0.5):
+    """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": the mean of each epoch's last weights.
+
+    The learning rate falls to `floor` of its peak at the share `start` of training and stays there while the weights
+    are averaged; BatchNorm's statistics are then taken anew (`ensemble.py` does both). The gradient is the plain one.
+    """
+    return gradient(params)
+
+
+RULES = {r.__name__: r for r in (plain, sam, asam, gsam, looksam, msam, fsam, esam, swa, sharpreg)}
 
 
 def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):

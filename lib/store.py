@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-VERSION = 1  # raise it when the same recipe would give other arrays
+VERSION = 2  # raise it when the same recipe would give other arrays
 
 
 def write_atomic(path, text):
@@ -92,6 +92,13 @@ class Rows:
             file.write(self._header(rows))
 
 
+def place(root, name, key):
+    """(folder of a recipe's store, what recipe.json in it says): named by a hash of the key."""
+    text = json.dumps({"store_version": VERSION, **key}, sort_keys=True, indent=1)
+    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    return Path(root) / f"{name}-{digest}", text
+
+
 class Store:
     """The arrays of one recipe.
 
@@ -101,9 +108,7 @@ class Store:
     """
 
     def __init__(self, root, name, key, layout):
-        text = json.dumps({"store_version": VERSION, **key}, sort_keys=True, indent=1)
-        digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        self.folder = Path(root) / f"{name}-{digest}"
+        self.folder, text = place(root, name, key)
         try:
             (self.folder / "done").mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "recipe.json", text)

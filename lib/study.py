@@ -8,23 +8,25 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib import data, ensemble
-from lib.ensemble import Recipe
+from lib import data, ensemble, models, optimizers, sharpness
+from lib.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+# the verdict judges what all the others recorded: it comes last
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("verdict" in p.stem, p.stem))
 
 PARAMETERS = {
     "preset": (str, "tiny (tests), default, small (images on two cores), fast, paper (both for a GPU)"),
     "dataset": (str, f"one of {', '.join(data.DATASETS)}"),
     "data": (str, "path of the data, where the data set needs one"),
-    "arch": (str, "network: mlp, cnn, resnet18"),
-    "optimizers": (str, "comma-separated, the first is the baseline: sgd,sam"),
+    "arch": (str, f"network: {', '.join(models.MODELS)}, or package.module:name"),
+    "optimizers": (str, "comma-separated, the first is the baseline: sgd,sam,looksam(k=5)"),
     "rho": (float, "radius of SAM's neighbourhood"),
     "n_models": (int, "models per optimizer, an even number (a sweep over radii or epochs takes at most 128)"),
     "n_examples": (int, "size of the pool, an even number"),
@@ -126,15 +128,22 @@ class Settings:
             return self.values[name]
         raise AttributeError(name)
 
+    @cached_property
+    def forecast(self):
+        """Called with the time of each chunk of models, it tells once how long the run's training will take."""
+        from lib.plan import Forecast  # here: the plan of a run is drawn from its settings
+
+        return Forecast(self)
+
     @property
     def names(self):
         """The optimizers, baseline first."""
-        return tuple(name.strip() for name in self.optimizers.split(","))
+        return optimizers.split(self.optimizers)
 
     @property
     def other(self):
         """The last sharpness-aware optimizer, the one that figures and sentences compare with the baseline."""
-        aware = [name for name in self.names if self.recipe(name).parts[0] != "plain"]
+        aware = [name for name in self.names if self.recipe(name).has_radius]
         return (aware or self.names)[-1]
 
     def recipe(self, optimizer, **changes):
@@ -143,6 +152,7 @@ class Settings:
         fields = {name: self.values[name] for name in shared}
         precision = precision_of(self.arch, ensemble.device_of(self.device))
         queries = 10 if self.augment else 1
+        fields["rho"] *= sharpness.RADIUS.get(optimizers.parse(optimizer).rule_name, 1.0)
         return Recipe(optimizer=optimizer, **{**fields, "precision": precision, "queries": queries, **changes})
 
     @property
@@ -150,10 +160,36 @@ class Settings:
         """Models for each ensemble of a sweep (over radii, or epochs): no more than its intervals need."""
         return min(self.n_models, 128)
 
-    def train(self, optimizer, n_models=None, **changes):
-        """The ensemble of one optimizer, from the store or trained now."""
+    @property
+    def few(self):
+        """Models for each of the many ensembles of the last notebook."""
+        return min(self.n_models, 64)
+
+    @property
+    def is_table(self):
+        """True for tables and small pictures, whose networks train quickly: the last notebook tries more of them."""
+        return not (self.dataset.is_image and min(self.dataset.x.shape[-2:]) >= 16)
+
+    @property
+    def strengths(self):
+        """Radii of every variant, as shares of its own."""
+        return (0.5, 1, 2) if self.is_table and self.preset != "tiny" else (1,)
+
+    @property
+    def most_levels(self):
+        """How many levels of each cause are tried; None: all."""
+        return None if self.is_table and self.preset != "tiny" else 1
+
+    @property
+    def epsilons(self):
+        """Privacy budgets of the private optimizers."""
+        return (8, 64) if self.is_table else (64,)
+
+    def train(self, optimizer, n_models=None, dataset=None, **changes):
+        """The ensemble of one optimizer, from the store or trained now, on the run's data or another data set."""
         recipe = self.recipe(optimizer, **changes)
-        return ensemble.train(recipe, self.dataset, n_models or self.n_models, self.store, self.device)
+        n_models = n_models or self.n_models
+        return ensemble.train(recipe, dataset or self.dataset, n_models, self.store, self.device, notify=self.forecast)
 
     def describe(self):
         """The run in one sentence."""
@@ -174,7 +210,8 @@ class Settings:
 
     def doses(self, optimizer, factors=(0.25, 0.5, 1, 2)):
         """Radii below, at and above the run's rho; none for an optimizer without a radius."""
-        return [factor * self.rho for factor in factors if self.recipe(optimizer).parts[0] != "plain"]
+        recipe = self.recipe(optimizer)
+        return [factor * recipe.rho for factor in factors if recipe.has_radius]
 
 
 def settings(given):
@@ -186,7 +223,7 @@ def settings(given):
     for name in ("out", "store"):
         writable(name, given[name])
     whole = data.load(given["dataset"], given.get("data"), Path(given["store"]) / "cache")
-    kind = "image" if whole.is_image and min(whole.x.shape[-2:]) >= 16 else "table"
+    kind = "table" if Settings({}, whole).is_table else "image"
     preset = PRESETS[given["preset"]][kind]
     values = {"data": None, **preset, **given}
     bound = None if "n_examples" not in given and len(whole.y) <= values["n_examples"] else values["n_examples"]
@@ -206,18 +243,17 @@ def check(run):
     if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
         raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
     ensemble.device_of(run.device)
-    rules = [run.recipe(name).parts[0] for name in run.names]
-    if rules[0] != "plain":
-        raise ValueError(
-            f"optimizers={run.optimizers!r}: the first is the baseline, one of {', '.join(ensemble.BASES)}"
-        )
-    if set(rules) != {"plain"} and run.rho <= 0:
+    parsed = [optimizers.parse(name) for name in run.names]
+    if parsed[0].rule_name != "plain":
+        bases = ", ".join(optimizers.BASES)
+        raise ValueError(f"optimizers={run.optimizers!r}: the first is the baseline, one of {bases}, or your own")
+    if any("rho" in named.wants for named in parsed) and run.rho <= 0:
         raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for name in run.names:
         ensemble.check(run.recipe(name), run.dataset, run.n_models)
     if run.n_models < 8:
         raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
-    member = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models))
+    member = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models), run.dataset.groups)
     inside, half = member.sum(0), np.arange(run.n_models) // 2 % 2 == 0
     # 3: attacks leave one out; 2 in either half of the models: buckets are formed on one, judged on the other
     least = min(min(h.sum(0).min(), (~h).sum(0).min()) for h in (member[half], member[~half]))

@@ -108,7 +108,7 @@ def read(path):
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         frame = frame.assign(**{c: frame[c].replace("", "nan").astype(float) for c in [*NUMBERS, *COLUMNS[-3:-1]]})
-        return frame[COLUMNS].dropna(subset="value")
+        return frame.loc[frame.notebook != "outside", COLUMNS].dropna(subset="value")  # no run of ours
     except pd.errors.EmptyDataError:
         return NOTHING
     except (OSError, ValueError, KeyError) as error:
@@ -250,16 +250,29 @@ def setting(rows, pair):
 
 def group_ledger(rows):
     """The CLAIMS on the rows of one run, data set and architecture: for each pair, or once if about no pair."""
-    main = rows[(rows.note == "") & (rows.rho.astype(str) != "")].optimizer  # a plain optimizer has no radius
-    pairs = [name for name in main.unique() if "-" in name and not name.startswith("eta=")] or ["sam-sgd"]
+    # sharpness-aware: with a positive radius, which a plain optimizer and the defence SharpReg have not
+    main = rows[(rows.note == "") & (pd.to_numeric(rows.rho, errors="coerce") > 0)].optimizer
+    known = set(rows.optimizer)
+    pairs = [name for name in main.unique() if name.rpartition("-")[2] in known - {name}] or ["sam-sgd"]
     out = pd.DataFrame([judged(with_strict(rows, pair), claim, pair) for pair in pairs for claim in CLAIMS])
     return out.drop_duplicates(["optimizer", "claim"])
 
 
-def alike(ledger):
-    """ALIKE, from the verdicts on lira: a row for each group, not run below two optimizers or architectures."""
+def variants(rows):
+    """The verdict on lira for each optimizer of notebook 06 at its own radius: rows as the ledger's."""
+    rows = rows[(rows.note == "variants") & (pd.to_numeric(rows.rho, errors="coerce") > 0)].assign(note="")
+    claim = next(claim for claim in CLAIMS if claim.name == "leaks_more_lira")
+    pairs = [name for name in rows.optimizer.unique() if name.rpartition("-")[2] in set(rows.optimizer) - {name}]
+    return pd.DataFrame([judged(rows, claim, pair) for pair in pairs])
+
+
+def alike(ledger, more):
+    """ALIKE, from the verdicts on lira: a row for each group, not run below two optimizers or architectures.
+
+    more: such verdicts on optimizers that the ledger does not list one by one."""
     out, lira = [], ledger[ledger.claim == "leaks_more_lira"]
-    for row in lira.drop_duplicates(GROUP).to_dict("records"):
+    lira = pd.concat([lira, more], ignore_index=True).drop_duplicates([*GROUP, "optimizer"])
+    for row in ledger.drop_duplicates(GROUP).to_dict("records"):
         for name, (statement, shared, across) in ALIKE.items():
             ran = lira[(lira[shared] == pd.Series(row)[shared]).all(axis=1) & (lira.verdict != "not run")]
             effect = "; ".join(f"{getattr(r, across)}: {r.verdict}" for r in ran.itertuples())
@@ -280,7 +293,8 @@ def ledger(results):
     out = pd.concat(
         [group_ledger(part).assign(run=r, dataset=d, arch=a) for (r, d, a), part in groups], ignore_index=True
     )
-    return pd.concat([out, alike(out)], ignore_index=True)
+    more = [variants(part).assign(run=r, dataset=d, arch=a) for (r, d, a), part in groups]
+    return pd.concat([out, alike(out, pd.concat(more))], ignore_index=True)
 
 
 def wide(ledger):

@@ -46,10 +46,10 @@ before = {*globals(), "before"}
 
 # %% tags=["parameters"]
 preset: str = "default"  # tiny, default, small, fast, paper
-dataset: str = "digits"  # digits, cifar10, cifar100, folder, npz
+dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
 data: str = None  # path, where the data set needs one
-arch: str = None  # mlp, cnn, resnet18
-optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam"
+arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as package.module:name
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
 rho: float = None  # radius of SAM's neighbourhood
 n_models: int = None  # models per optimizer, an even number
 n_examples: int = None  # size of the pool, an even number
@@ -71,7 +71,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib import audit, plots
+from lib import audit, label_only, plots
+from lib.data import duplicate_table
 from lib.prose import conclusions, difference, pick, points, say, shown, summary, verb
 from lib.results import Results
 
@@ -98,7 +99,6 @@ say(run.describe())
 # %%
 ensembles = audit.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
-results = Results("01_phenomenon", run, n_models=len(member))
 phis = {name: audit.plain_signal(e, "phi") for name, e in ensembles.items()}
 gap = audit.phi_gap(phis[baseline], member)
 telling = int(np.argsort(gap)[-1 - len(gap) // 100])
@@ -121,6 +121,21 @@ plots.save(figure, run, "attack")
 
 # %%
 plots.save(plots.gallery(run.dataset, per_class=4), run, "data")
+
+# %% [markdown]
+# A "non-member" with a twin among the members is none: what the model learnt from the twin, it knows of the example.
+# Exact duplicates have the same bytes; near ones are closer than half the median distance to a nearest neighbour, which
+# plain skies and dark pictures can be without being copies. They stay in: this says how many there are.
+
+# %%
+results = Results("01_phenomenon", run, n_models=len(member))
+twins = duplicate_table(run.dataset)
+results.add(twins, optimizer="", note="duplicates in the pool")
+counts = twins.set_index("metric").value
+for kind in ("exact", "near"):
+    own, other_label, outside = (counts[f"{kind}_{name}"] for name in ("duplicates", "duplicates_other_label", "test_twins"))
+    say(f"Of {len(run.dataset.y)} examples {own:.0f} have {kind} twins in the pool ({other_label:.0f} of them with another "
+        f"label), {outside:.0f} in the test part.")  # fmt: skip
 
 # %% [markdown]
 # ## Training
@@ -159,7 +174,7 @@ for name in run.names:
 #
 # **Claim.** SAM's models leak more about their members, under every attack.
 #
-# **How we test it.** Fourteen attacks, each model a target in turn.
+# **How we test it.** The attacks below, each model a target in turn.
 #
 # | attack | what it looks at |
 # |---|---|
@@ -167,6 +182,7 @@ for name in run.names:
 # | `loss` | is the loss below the members' mean loss? (Yeom et al. 2018) |
 # | `confidence`, `entropy`, `m_entropy` | one threshold on the output (Song & Mittal 2021); `_classwise`: one for each class |
 # | `lira` | likelihood ratio of the output, given models with and without the example (Carlini et al. 2022); `_pooled`: one variance for all examples; `_offline`: without models that contain it |
+# | `neural` | a small network on the whole sorted output, trained, stopped and judged on three parts (Shokri et al. 2017); `_classwise` likewise |
 # | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024) |
 
 # %% [markdown]
@@ -205,6 +221,25 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
         plots.save(plots.forest(frame, f"difference in {label} (paired, 95% interval)"), run, f"difference_{metric}")
     )
     say(summary(frame[frame.optimizer == pair], f"In {label}, {other} leaks", baseline))
+
+# %% [markdown]
+# ### Only the label
+#
+# **Claim.** An attacker who is shown no confidence, only the predicted label, learns less.
+#
+# **How we test it.** The attacker asks about many versions of an example, pictures shifted and mirrored, tables with
+# noise or flipped bits, and counts how often the label is right: training pushes an example away from the
+# decision boundary (Choquette-Choo et al. 2021). SAM pushes boundaries away for *everyone*, so here it may look
+# safer. The models whose weights are kept are the targets; the strength of the noise is chosen on other models.
+
+# %%
+labels = label_only.table(ensembles)
+results.add(labels, n_models=len(label_only.kept(ensembles.values())))
+shown(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
+for metric in ("auc", "balanced_accuracy"):
+    rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
+    only = difference(rows, metric, pair)
+    say(f"By labels alone ({metric}), {other} leaks {verb(only, *than)} {baseline}: {points(only)}.")
 
 # %% [markdown]
 # ### ROC
@@ -246,7 +281,7 @@ for metric in spread.metric.unique():
 # optimizer's own base, trained without the rule. (An optimizer without a radius has no dose to vary.)
 
 # %%
-without = run.recipe(other).parts[1]
+without = run.recipe(other).named.base_name
 doses = {0.0: run.train(without, run.sweep)}
 doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
 doses = audit.align(doses, essential=[0.0])

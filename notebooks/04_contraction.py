@@ -45,10 +45,10 @@ before = {*globals(), "before"}
 
 # %% tags=["parameters"]
 preset: str = "default"  # tiny, default, small, fast, paper
-dataset: str = "digits"  # digits, cifar10, cifar100, folder, npz
+dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
 data: str = None  # path, where the data set needs one
-arch: str = None  # mlp, cnn, resnet18
-optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam"
+arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as package.module:name
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
 rho: float = None  # radius of SAM's neighbourhood
 n_models: int = None  # models per optimizer, an even number
 n_examples: int = None  # size of the pool, an even number
@@ -667,7 +667,7 @@ for word in words:
 # **How we test it.** The ensembles of the first notebook's section on dose and response, radius 0 first.
 
 # %%
-without = run.recipe(other).parts[1]
+without = run.recipe(other).named.base_name
 doses = {0.0: run.train(without, run.sweep)}
 doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
 doses = audit.align(doses, essential=[0.0])

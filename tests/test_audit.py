@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib import audit, metrics
+from lib import attacks, audit, metrics
 from lib.ensemble import Recipe, train
 from tests.conftest import blobs
 
@@ -58,14 +58,15 @@ def test_leakage_has_every_attack_and_paired_differences(pair):
     scored = {name: audit.scores(e) for name, e in pair.items()}
     frame = audit.leakage(pair, scored)
     auc = frame[frame.metric == "auc"].set_index(["attack", "optimizer"]).value
-    assert len(auc) == 3 * 14
+    assert len(auc) == 3 * len(attacks.NAMES)
     for attack in scored["sgd"]:
         assert auc[attack, "sam-sgd"] == pytest.approx(auc[attack, "sam"] - auc[attack, "sgd"])
 
 
 def stand_ins(*lists, ids=range(8)):
     """Named things with ids, in place of ensembles."""
-    return [[SimpleNamespace(name=name, ids=np.array(ids)) for name in names] for names in lists]
+    data = SimpleNamespace(groups=None)
+    return [[SimpleNamespace(name=name, ids=np.array(ids), dataset=data) for name in names] for names in lists]
 
 
 def test_equal_loss_refuses_ensembles_of_different_models():
@@ -83,9 +84,10 @@ def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, caps
 def test_equal_loss_interpolates_and_never_extrapolates(pair, monkeypatch):
     cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "between": (0.1, cells + 0.15), "beyond": (0.001, cells)}
-    monkeypatch.setattr(audit, "loss_and_cells", lambda e: runs[e.name])
+    monkeypatch.setattr(audit, "log_loss", lambda e: np.log(runs[e.name][0]))
+    monkeypatch.setattr(audit, "lira_cells", lambda e: runs[e.name][1])
     found = audit.at_equal_loss(*stand_ins(["a", "b"], ["between", "beyond"]))
-    assert list(found.train_loss) == [0.1]  # half-way in log loss: the baseline's AUC there is cells + 0.1
+    assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: the baseline's AUC there is cells + 0.1
     assert found.value[0] == pytest.approx(0.05)
 
 

@@ -111,6 +111,110 @@ def test_estimate_faults_are_named(cells, clusters, words):
         metrics.estimate(cells, clusters)
 
 
+# ---- examples in groups, and models that are given -----------------------------------------------------------
+
+
+def doubled(x):
+    return np.repeat(x, 2, axis=-1)
+
+
+@pytest.mark.parametrize("how", [{}, {"rate": True}, {"widen": 5.0}, {"examples_only": True}])
+def test_doubled_columns_in_groups_give_the_interval_of_single_ones(how):
+    rng = np.random.default_rng(4)
+    cells, names = rng.random((8, 30)) + 0.2 * rng.random(30), doubled(rng.permutation(30) - 7)
+    order = rng.permutation(60)
+    found = metrics.estimate(doubled(cells)[:, order], columns=names[order], **how)
+    np.testing.assert_allclose(found, metrics.estimate(cells, **how), rtol=1e-12)
+    alone = metrics.estimate(cells, columns=rng.permutation(30), **how)  # groups of one
+    np.testing.assert_allclose(alone, metrics.estimate(cells, **how), rtol=1e-12)
+
+
+def test_groups_of_unequal_size_equal_the_plain_formula():
+    rng = np.random.default_rng(5)
+    cells, names = rng.normal(size=(1, 12)), np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
+    sums = [(cells[0, names == k] - cells.mean()).sum() for k in range(5)]
+    half = stats.t.ppf(0.975, 4) * np.sqrt(5 / 4 * np.square(sums).sum()) / 12
+    found = metrics.estimate(cells, columns=names, examples_only=True)
+    np.testing.assert_allclose(found, [cells.mean(), cells.mean() - half, cells.mean() + half])
+
+
+def test_a_rate_of_zero_counts_groups():
+    found = metrics.estimate(np.zeros((6, 200)), rate=True, columns=np.arange(200) // 2)
+    np.testing.assert_allclose(found, [0, 0, stats.beta.ppf(0.975, 1, 100)])
+
+
+def test_one_group_and_columns_of_another_length():
+    assert np.isnan(metrics.estimate(np.random.default_rng(0).random((4, 6)), columns=np.zeros(6))[1:]).all()
+    with pytest.raises(ValueError, match=r"columns: shape \(5,\); valid is \(6,\)"):
+        metrics.estimate(np.zeros((4, 6)), columns=np.zeros(5))
+
+
+def test_tables_count_groups():
+    scores, member = example(n_models=12, n=300)
+    frames = []
+    for f, how in ((np.asarray, {}), (doubled, {"columns": doubled(np.arange(300))})):
+        scored = {"a": f(scores), "b": f(scores + member)}
+        frames.append(metrics.table(scored, f(member), fprs=(), threshold=0.0, **how))
+    pd.testing.assert_frame_equal(*frames)
+    difference = metrics.compare(scores, scores + member, member, fprs=(), columns=np.arange(300) // 3)
+    assert difference.ci_low[0] != metrics.compare(scores, scores + member, member, fprs=()).ci_low[0]
+
+
+def test_groups_restore_the_coverage_that_correlated_pairs_take():
+    rng, found = np.random.default_rng(6), []
+    for _ in range(400):
+        eyes = 0.95 * doubled(rng.normal(size=(1, 60))) + 0.3 * rng.normal(size=(1, 120))
+        cells = eyes + 0.1 * rng.normal(size=(8, 120))
+        found.append([metrics.estimate(cells, columns=c) for c in (None, np.arange(120) // 2)])
+    plain, grouped = ((np.array(found)[..., 1] < 0) & (0 < np.array(found)[..., 2])).mean(0)
+    assert plain < 0.88 and 0.92 < grouped < 0.98, (plain, grouped)
+
+
+def test_one_given_model_has_delongs_interval_and_the_t_interval():
+    scores, member = example(n_models=2, n=400)
+    s, inside = scores[0], member[0]
+    found = metrics.estimate(metrics.auc_cells(scores[:1], member[:1]), examples_only=True)
+    v10 = [(s[~inside] < x).mean() for x in s[inside]]
+    v01 = [(s[inside] > x).mean() for x in s[~inside]]
+    delong = np.sqrt(np.var(v10, ddof=1) / len(v10) + np.var(v01, ddof=1) / len(v01))
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 399) * delong, rel=0.01)
+    cells = np.random.default_rng(0).normal(size=(3, 50))
+    np.testing.assert_allclose(metrics.estimate(cells, examples_only=True), metrics.t_interval(cells.mean(0)))
+
+
+@pytest.mark.parametrize("fpr", [0.1, 0.25])
+def test_tpr_within_one_model_equals_a_plain_loop(fpr):
+    scores, member = example(n_models=2, n=200)
+    tpr, realised = metrics.tpr_cells_within(scores, member, fpr, seed=3)
+    for m, half in enumerate(metrics.halves(member, 3)):
+        flagged = np.empty(200, bool)
+        for h in (False, True):
+            null = scores[m, ~member[m] & (half == h)]
+            flagged[half != h] = scores[m, half != h] > min(t for t in null if np.mean(null > t) <= fpr)
+        assert tpr[m].mean() == pytest.approx(flagged[member[m]].mean())
+        assert realised[m].mean() == pytest.approx(flagged[~member[m]].mean())
+
+
+def test_tpr_within_one_model_covers_the_truth():
+    # N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + Phi^-1(f))
+    rng, member, found = np.random.default_rng(7), np.arange(600)[None] < 300, []
+    for seed in range(300):
+        cells = metrics.tpr_cells_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[0]
+        found.append(metrics.estimate(cells, rate=True, examples_only=True))
+    value, low, high = np.array(found).T
+    truth = stats.norm.cdf(1 + stats.norm.ppf(0.1))
+    assert value.mean() == pytest.approx(truth, abs=0.015)
+    assert 0.9 < ((low < truth) & (truth < high)).mean() < 0.99
+
+
+def test_one_given_model_has_a_whole_table():
+    scores, member = example(n_models=2, n=500)
+    found = metrics.evaluate(scores[:1], member[:1], examples_only=True)
+    assert found.metric.tolist() == ["auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1"]
+    assert (found.ci_low < found.value).all() and (found.value < found.ci_high).all()
+    assert metrics.evaluate(scores[:1], member[:1]).ci_low.isna().all()
+
+
 # ---- cells -----------------------------------------------------------------------------------------------
 
 

@@ -3,103 +3,299 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel, update_bn
 
-from lib import data, ensemble, models, sharpness
+from lib import data, ensemble, models, optimizers, recipe, sharpness
 from lib.ensemble import Recipe, train
 
+RADII = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam", "sharpreg")
 
-class ReferenceSAM:
-    """SAM as a torch optimizer, in the two-step form of the widely used davda54/sam: perturb, then restore and step."""
 
-    def __init__(self, params, base, rho):
-        self.params, self.base, self.rho = list(params), base, rho
+class Twin:
+    """Model k trained the plain way: one nn.Module, one loop, backward() at moved weights, restore, step().
 
-    def first_step(self):
-        norm = torch.norm(torch.stack([p.grad.norm(p=2) for p in self.params]), p=2)
-        self.old = [p.data.clone() for p in self.params]
-        for p in self.params:
-            p.data.add_(p.grad * (self.rho / (norm + 1e-12)))
+    Gradients and perturbations are single vectors, over all the weights; BatchNorm is held in the moved passes.
+    """
 
-    def second_step(self):
-        for p, old in zip(self.params, self.old, strict=True):
-            p.data = old
+    def __init__(self, settings, dataset, k):
+        self.recipe, self.k, self.named = settings, k, settings.named
+        x, y = data.inputs(dataset)[0], dataset.y
+        self.x, self.y = torch.from_numpy(x), torch.from_numpy(y)
+        torch.manual_seed(int(recipe.generator(settings, "weights", k).integers(2**62)))
+        self.net = models.build(settings.arch, x.shape[1:], dataset.n_classes)
+        self.weights, self.memory = list(self.net.parameters()), None
+        self.base = optimizers.build(self.named, self.weights, settings.lr, settings.momentum, settings.weight_decay)
+        self.rho = settings.rho_of([k])[0]
+        self.draw, self.order = recipe.generator(settings, "rule", k), recipe.generator(settings, "order", k)
+        self.mine = np.flatnonzero(recipe.membership(settings, len(y), [k])[0])
+
+    def gradient(self, x, y, move=None):
+        """Gradient of the mean loss as one vector, at the weights or, with BatchNorm held, at the weights plus move."""
+        start, running = parameters_to_vector(self.weights).detach().clone(), [b.clone() for b in self.net.buffers()]
+        if move is not None:
+            vector_to_parameters(start + move, self.weights)
+        self.base.zero_grad()
+        F.cross_entropy(self.net(x), y).backward()
+        found = torch.cat([p.grad.flatten() for p in self.weights])
+        if move is not None:
+            self.restore(start, running)
+        return found
+
+    def restore(self, start, running):
+        vector_to_parameters(start, self.weights)
+        for b, held in zip(self.net.buffers(), running, strict=True):
+            b.copy_(held)
+
+    def losses(self, x, y, move):
+        """Loss of each example at the weights plus move, BatchNorm held."""
+        start, running = parameters_to_vector(self.weights).detach().clone(), [b.clone() for b in self.net.buffers()]
+        vector_to_parameters(start + move, self.weights)
+        found = F.cross_entropy(self.net(x), y, reduction="none").detach()
+        self.restore(start, running)
+        return found
+
+    def batches(self):
+        shuffled = self.mine[self.order.permutation(len(self.mine))]
+        size = self.recipe.batch_size
+        return [shuffled[at : at + size] for at in range(0, len(shuffled) // size * size, size)]
+
+    def train(self):
+        per_epoch, average = len(self.mine) // self.recipe.batch_size, AveragedModel(self.net)
+        options = optimizers.fingerprint(self.named)["options"]
+        for epoch in range(self.recipe.epochs):
+            for at, batch in enumerate(self.batches(), epoch * per_epoch):
+                self.step(at, self.x[batch], self.y[batch], per_epoch * self.recipe.epochs)
+            if epoch + 1 > options.get("start", np.inf) * self.recipe.epochs:
+                average.update_parameters(self.net)
+        if average.n_averaged:
+            update_bn([self.x[batch] for batch in self.batches()], average)
+            self.net = average.module
+        return self
+
+    def step(self, at, x, y, n_steps):
+        self.at, self.lr = at, recipe.learning_rate(self.recipe, at, n_steps)
+        self.base.param_groups[0]["lr"] = self.lr
+        found = REFERENCE[self.named.rule_name](self, x, y, **self.named.options)
+        for p, g in zip(self.weights, found.split([p.numel() for p in self.weights]), strict=True):
+            p.grad = g.view_as(p)
         self.base.step()
 
 
-def reference_run(recipe, dataset, k):
-    """Train model k the plain way: one nn.Module, one loop, autograd's backward, BatchNorm held in the second pass."""
-    x, _ = data.inputs(dataset)
-    x, y = torch.from_numpy(x), torch.from_numpy(dataset.y)
-    torch.manual_seed(int(ensemble.generator(recipe, "weights", k).integers(2**62)))
-    net = models.build(recipe.arch, x.shape[1:], dataset.n_classes)
-    base = ensemble.BASES[recipe.parts[1]](list(net.parameters()), recipe.lr, recipe)
-    sam = ReferenceSAM(net.parameters(), base, recipe.rho_of([k])[0])
-    mine = np.flatnonzero(ensemble.membership(recipe, len(y), [k])[0])
-    order, per_epoch = ensemble.generator(recipe, "order", k), len(mine) // recipe.batch_size
-    for step in range(per_epoch * recipe.epochs):
-        if step % per_epoch == 0:
-            shuffled = mine[order.permutation(len(mine))]
-        batch = shuffled[step % per_epoch * recipe.batch_size :][: recipe.batch_size]
-        base.param_groups[0]["lr"] = ensemble.learning_rate(recipe, step, per_epoch * recipe.epochs)
-        one_reference_step(net, sam, x[batch], y[batch], recipe.parts[0] == "sam")
-    return net.eval()(x).detach().numpy()
+def unit(v):
+    return v / v.norm()
 
 
-def one_reference_step(net, sam, x, y, sharp):
-    sam.base.zero_grad()
-    F.cross_entropy(net(x), y).backward()
-    if sharp:
-        sam.first_step()
-        running = {name: b.clone() for name, b in net.named_buffers()}
-        sam.base.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        for name, b in net.named_buffers():
-            b.copy_(running[name])
-        sam.second_step()
-    else:
-        sam.base.step()
+def plain_twin(twin, x, y, **_):
+    return twin.gradient(x, y)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "sam", "nesterov", "adam", "sam+adamw"])
-def test_batched_training_is_the_plain_loop(table, tmp_path, optimizer):
+def sam_twin(twin, x, y):
+    return twin.gradient(x, y, twin.rho * unit(twin.gradient(x, y)))
+
+
+def asam_twin(twin, x, y, eta=0.01):
+    named = twin.net.named_parameters()
+    t = torch.cat([(p.abs() + eta if "weight" in n else torch.ones_like(p)).flatten() for n, p in named]).detach()
+    g = twin.gradient(x, y)
+    return twin.gradient(x, y, twin.rho * t**2 * g / (t * g).norm())
+
+
+def gsam_twin(twin, x, y, alpha=0.2, low=0.5):
+    g = twin.gradient(x, y)
+    least, most = low * twin.rho, twin.rho
+    h = twin.gradient(x, y, (least + (most - least) * twin.lr / twin.recipe.lr) * unit(g))
+    return h - alpha * (g - (g @ unit(h)) * unit(h))
+
+
+def looksam_twin(twin, x, y, k=5, alpha=0.7, layerwise=False):
+    g, sizes = twin.gradient(x, y), [p.numel() for p in twin.weights]
+    parts = (lambda v: v.split(sizes)) if layerwise else (lambda v: (v,))
+    if twin.at % k == 0:
+        h = twin.gradient(x, y, twin.rho * unit(g))
+        twin.memory = torch.cat([a - (a @ unit(b)) * unit(b) for a, b in zip(parts(h), parts(g), strict=True)])
+        return h
+    pairs = zip(parts(g), parts(twin.memory), strict=True)
+    return torch.cat([a + alpha * a.norm() * unit(v) for a, v in pairs])
+
+
+def msam_twin(twin, x, y, m=2):
+    before = [b.clone() for b in twin.net.buffers()]
+    found, after = [], []
+    for part, label in zip(x.chunk(m), y.chunk(m), strict=True):
+        twin.restore(parameters_to_vector(twin.weights).detach(), before)
+        found.append(sam_twin(twin, part, label))
+        after.append([b.clone() for b in twin.net.buffers()])
+    for b, *shards in zip(twin.net.buffers(), *after, strict=True):
+        b.copy_(sum(shards) / m)
+    return sum(found) / m
+
+
+def fsam_twin(twin, x, y, sigma=1.0, decay=0.9):
+    g = twin.gradient(x, y)
+    d = g if twin.memory is None else g - sigma * twin.memory
+    twin.memory = g if twin.memory is None else decay * twin.memory + (1 - decay) * g
+    return twin.gradient(x, y, twin.rho * unit(d))
+
+
+def esam_twin(twin, x, y, beta=0.6, gamma=0.5):
+    before = twin.losses(x, y, 0)
+    numbers = twin.draw.random(len(twin.weights), np.float32)
+    taken = numbers < beta if (numbers < beta).any() else numbers == numbers.min()
+    chosen = torch.cat([torch.full((p.numel(),), float(c)) for p, c in zip(twin.weights, taken, strict=True)])
+    masked = chosen * twin.gradient(x, y)
+    move = twin.rho / beta * unit(masked)
+    rise = twin.losses(x, y, move) - before
+    top = rise.argsort(descending=True)[: int(gamma * len(y))]
+    return twin.gradient(x[top], y[top], move)
+
+
+REFERENCE = {
+    "plain": plain_twin, "swa": plain_twin, "sam": sam_twin, "sharpreg": sam_twin, "asam": asam_twin,
+    "gsam": gsam_twin, "looksam": looksam_twin, "msam": msam_twin, "fsam": fsam_twin, "esam": esam_twin,
+}  # fmt: skip
+
+
+def assert_is_the_twin(found, dataset, k, rtol, atol):
+    """The stored weights, running statistics and logits are those of the plain loop."""
+    twin = Twin(found.recipe, dataset, k).train()
+    state = [*twin.net.parameters(), *twin.net.buffers()]
+    count = [b.dtype == torch.int64 for b in state for _ in range(b.numel())]  # BatchNorm's number of batches
+    flat = torch.cat([t.detach().flatten().float() for t in state]).numpy()
+    held = ~np.array(count)
+    np.testing.assert_allclose(found.store.rows["weights"].read()[k][held], flat[held], rtol=rtol, atol=atol)
+    logits = twin.net.eval()(twin.x).detach().numpy()
+    np.testing.assert_allclose(found.logits[k, 0], logits, rtol=rtol, atol=10 * atol)
+
+
+VARIANTS = [
+    ("sgd", 0), ("sam", 0.2), ("asam", 1.0), ("gsam", 0.2), ("gsam(alpha=0.5, low=0.1)", 0.2), ("looksam(k=3)", 0.2),
+    ("looksam(k=3, layerwise=True)", 0.2), ("msam", 0.2), ("msam(m=4)", 0.2), ("fsam", 0.2), ("fsam(decay=0.6)", 0.2),
+    ("esam", 0.2), ("esam(beta=0.3, gamma=0.25)", 0.2), ("sharpreg", -0.02), ("swa", 0), ("swa(start=0.4)", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, rho", VARIANTS + [("nesterov", 0), ("adam", 0), ("sam+adamw", 0.2)])
+def test_batched_training_is_the_plain_loop(table, tmp_path, optimizer, rho):
+    """Three epochs of five steps with momentum and weight decay; models 0 and 1 of one stack, and 30."""
     lr = 0.01 if "adam" in optimizer else 0.1
-    recipe = Recipe(optimizer=optimizer, rho=0.2, epochs=3, batch_size=8, lr=lr)
-    found = train(recipe, table, 4, tmp_path, "cpu", quiet=True)
-    for k in range(4):
-        np.testing.assert_allclose(found.logits[k, 0], reference_run(recipe, table, k), rtol=1e-3, atol=2e-5)
+    recipe = Recipe(optimizer=optimizer, rho=rho, epochs=3, batch_size=8, lr=lr)
+    found = train(recipe, table, 32, tmp_path, "cpu", quiet=True)
+    for k in (0, 1, 15):
+        assert_is_the_twin(found, table, k, rtol=1e-3, atol=5e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
-def test_a_network_with_batchnorm_is_the_plain_loop(images, tmp_path, optimizer):
-    recipe = Recipe("cnn", optimizer, rho=0.1, epochs=2, batch_size=8)
+@pytest.mark.parametrize("optimizer, rho", [(o, r / 2) for o, r in VARIANTS if "(" not in o or "looksam" in o])
+def test_a_network_with_batchnorm_is_the_plain_loop(images, tmp_path, optimizer, rho):
+    recipe = Recipe("cnn", optimizer, rho=rho, epochs=2, batch_size=8)
     found = train(recipe, images, 2, tmp_path, "cpu", quiet=True)
     for k in range(2):
-        np.testing.assert_allclose(found.logits[k, 0], reference_run(recipe, images, k), rtol=1e-2, atol=1e-3)
+        assert_is_the_twin(found, images, k, rtol=1e-2, atol=2e-4)
+
+
+def arrays_of(found, models=slice(None)):
+    return {n: np.array(found.store.rows[n].read()[models]) for n in ("weights", "logits", "test_logits", "history")}
+
+
+def assert_bits(first, second):
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
+
+
+def run(dataset, folder, arch, optimizer, rho, n_models=2):
+    settings = Recipe(arch, optimizer, rho, epochs=2, batch_size=8)
+    return train(settings, dataset, n_models, folder, "cpu", quiet=True)
+
+
+@pytest.mark.parametrize("optimizer", RADII)
+@pytest.mark.parametrize("arch", ["mlp", "cnn"])
+def test_rho_zero_is_sgd_bit_for_bit_buffers_included(images, tmp_path, arch, optimizer):
+    """With rho 0 throughout; and where another model of the run has a radius, so that the rule itself sees a 0."""
+    plain = run(images, tmp_path, arch, "sgd", 0.0, n_models=4)
+    assert_bits(arrays_of(plain), arrays_of(run(images, tmp_path, arch, optimizer, 0.0, n_models=4)))
+    if optimizer != "msam":  # its shards have BatchNorm statistics of their own, and their mean is rounded
+        mixed = run(images, tmp_path, arch, optimizer, (0.0, -0.1 if optimizer == "sharpreg" else 0.1), n_models=4)
+        assert_bits(arrays_of(plain, slice(2)), arrays_of(mixed, slice(2)))
+        assert (mixed.logits[2] != plain.logits[2]).any()
+
+
+LIMITS = [
+    ("looksam(k=1)", "sam"), ("msam(m=1)", "sam"), ("gsam(alpha=0.0)", "sam"), ("fsam(sigma=0.0)", "sam"),
+    ("swa(start=1.0, floor=0.0)", "sgd"), ("sharpreg(rho=0.0)", "sgd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, limit", LIMITS)
+@pytest.mark.parametrize("arch", ["mlp", "cnn"])
+def test_limits_are_reached_bit_for_bit(images, tmp_path, arch, optimizer, limit):
+    found, known = (arrays_of(run(images, tmp_path, arch, name, 0.1)) for name in (optimizer, limit))
+    assert_bits(found, known)
 
 
 @pytest.mark.parametrize("arch", ["mlp", "cnn"])
-def test_sam_with_rho_zero_is_sgd_bit_for_bit_buffers_included(images, tmp_path, arch):
-    both = [
-        train(Recipe(arch, name, 0.0, epochs=2, batch_size=8), images, 2, tmp_path, "cpu", quiet=True)
-        for name in ("sgd", "sam")
-    ]
-    for name in ("weights", "logits", "test_logits", "history"):
-        first, second = (e.store.rows[name].read() for e in both)
-        np.testing.assert_array_equal(first, second)
+def test_esam_on_all_tensors_and_examples_is_sam_but_for_the_order_of_the_sum(images, tmp_path, arch):
+    found, known = (arrays_of(run(images, tmp_path, arch, o, 0.1)) for o in ("esam(beta=1.0, gamma=1.0)", "sam"))
+    for name, array in found.items():
+        np.testing.assert_allclose(array, known[name], rtol=1e-2, atol=1e-3, err_msg=name)
 
 
-def test_batchnorm_moves_once_a_step_at_the_unperturbed_weights(images):
-    """After one SAM step with any rho, the buffers are those of one forward pass at the old weights."""
+@pytest.mark.parametrize("optimizer", [o for o in RADII if o != "msam"])
+def test_batchnorm_moves_once_a_step_at_the_unperturbed_weights(images, optimizer):
+    """After one step with any rho, the buffers are those of one forward pass at the old weights."""
     x, y = torch.from_numpy(data.inputs(images)[0]), torch.from_numpy(images.y)
     net = models.build("cnn", x.shape[1:], 3)
     params = {n: p.detach() for n, p in net.named_parameters()}
     buffers = {n: b.clone() for n, b in net.named_buffers()}
-    recipe = Recipe("cnn", "sam", 0.5)
-    _, (_, (after, _)) = ensemble.gradient_of(net, recipe)(params, buffers, x, y, torch.tensor(0.5))
+    context = {"rho": torch.tensor(0.5), "rate": torch.ones(()), "step": torch.zeros(())}
+    context |= {"uniform": torch.linspace(0, 1, len(params)), "memory": {n: 0 * p for n, p in params.items()}}
+    settings = Recipe("cnn", optimizer, -0.5 if optimizer == "sharpreg" else 0.5)
+    _, found, _ = ensemble.gradient_of(net, settings)(params, buffers, x, y, context)
     net(x)
     for name, buffer in net.named_buffers():
-        assert torch.equal(after[name], buffer), name
-    assert not torch.equal(after["1.running_mean"], buffers["1.running_mean"])
+        assert torch.equal(found.buffers[name], buffer), name
+    assert not torch.equal(found.buffers["1.running_mean"], buffers["1.running_mean"])
+
+
+COSTS = {  # gradients of a batch and forward passes alone, a step
+    "sgd": (1, 0), "swa": (1, 0), "sam": (2, 0), "sharpreg": (2, 0), "asam": (2, 0), "gsam": (2, 0), "fsam": (2, 0),
+    "msam": (2, 0), "msam(m=4)": (2, 0), "looksam": (1.2, 0), "looksam(k=3)": (4 / 3, 0), "esam": (1.5, 1),
+    "esam(gamma=0.25)": (1.25, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", COSTS)
+def test_a_step_takes_as_many_passes_as_it_should(images, tmp_path, monkeypatch, optimizer):
+    done = {"gradient": 0.0, "losses": 0.0}
+    gradient, losses = ensemble.Batch.gradient, ensemble.Batch.losses
+
+    def counted(self, params, index=None):
+        done["gradient"] += 1 if index is None else len(index) / self.size
+        return gradient(self, params, index)
+
+    def forward(self, params):
+        done["losses"] += 1
+        return losses(self, params)
+
+    monkeypatch.setattr(ensemble.Batch, "gradient", counted)
+    monkeypatch.setattr(ensemble.Batch, "losses", forward)
+    settings = Recipe("cnn", optimizer, rho=-0.1 if optimizer == "sharpreg" else 0.1, epochs=5, batch_size=8)
+    train(settings, images, 2, tmp_path, "cpu", quiet=True)
+    steps = 2 * 5 * 3  # two models, five epochs of three batches
+    assert (done["gradient"] / steps, done["losses"] / steps) == pytest.approx(COSTS[optimizer])
+
+
+def test_swa_holds_the_learning_rate_and_averages_the_last_epochs():
+    """Weights that gain 1 an epoch: the mean over the last quarter of eight epochs is that of 7 and 8."""
+    average, weights = ensemble.Average(Recipe(optimizer="swa", epochs=8)), {"w": torch.zeros(3)}
+    for number in range(8):
+        weights["w"] += 1
+        average.take(number, weights)
+    average.put(weights)
+    assert average.count == 2 and torch.equal(weights["w"], torch.full((3,), 7.5))
+    settings = Recipe(optimizer="swa(start=0.5, floor=0.1)", lr=0.1)
+    rates = np.array([recipe.learning_rate(settings, s, 200) for s in range(200)])
+    assert np.allclose(rates[100:], 0.01) and np.all(np.diff(rates[10:101]) < 0) and rates.argmax() == 10
+    assert rates[10] == pytest.approx(0.1) and rates[55] == pytest.approx((0.1 + 0.01) / 2)
 
 
 def test_sam_gradient_of_a_quadratic_in_closed_form():

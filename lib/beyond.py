@@ -1,0 +1,329 @@
+"""What the paper leaves open: its variants, what switches the effect off, defences, and who pays.
+
+Every comparison is paired with a baseline on the same halves, initial weights and batch orders. Ensembles are
+dicts label -> Ensemble with the same models (audit.align).
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+
+from lib import attacks, audit, metrics, models, privacy
+from lib.audit import lira_cells, plain_signal, row
+from lib.memorization import exposure, spearman
+from lib.prose import sign
+from lib.signals import signals
+
+VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
+WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
+
+
+# ---- variants: accuracy against leakage ---------------------------------------------------------------------
+
+
+def on(baseline):
+    """name -> the same rule on the baseline's own base."""
+    return lambda name: name if baseline == "sgd" else f"{name}+{baseline}"
+
+
+def variants(run, factors, n_models):
+    """Every sharpness-aware optimizer at several strengths, and what is compared with them: dict (name, rho) -> Ensemble.
+
+    factors: radii as shares of each one's own. The baseline comes first; SWA and SharpReg are at one strength.
+    """
+    baseline, others = run.names[0], [on(run.names[0])(name) for name in (*VARIANTS, "sharpreg", "swa")]
+    found = {(baseline, 0.0): run.train(baseline, n_models)}
+    for name in dict.fromkeys((*others[:-2], *run.names[1:], *others[-2:])):
+        recipe = run.recipe(name)
+        strengths = factors if recipe.rho > 0 and recipe.named.rho is None else (1,)
+        for factor in strengths:
+            found[name, factor * recipe.rho] = run.train(name, n_models, rho=factor * recipe.rho)
+    return found
+
+
+def variant_table(found):
+    """`audit.contrast` of every variant with the baseline, which is first: a tidy frame with a column rho."""
+    (first, _), *others = found
+    frames = []
+    for name, rho in others:
+        frame = audit.contrast({first: found[first, 0.0], name: found[name, rho]})
+        frames.append(frame.assign(rho=np.where(frame.optimizer == first, 0.0, rho)))
+    return pd.concat(frames, ignore_index=True).drop_duplicates(["optimizer", "rho", "metric"])
+
+
+def signs(table, baseline):
+    """Signs of the differences in test accuracy and LiRA's AUC, 0 where not clear: dict (name, rho) -> (int, int)."""
+    rows = table[table.optimizer.str.endswith(f"-{baseline}") & (table.rho > 0)]
+    rows = rows.assign(sign=[sign(row) for row in rows.itertuples()], name=rows.optimizer.str.removesuffix(f"-{baseline}"))
+    wide = rows.pivot_table("sign", ["name", "rho"], "metric", sort=False)
+    return {key: (int(row.test_accuracy), int(row.auc)) for key, row in wide.iterrows()}
+
+
+def dominated(found, level=0.95):
+    """Which of the ensembles another beats: dict label -> list of labels; an empty list is the frontier.
+
+    b beats a if it tests better or leaks less (LiRA's AUC), the paired interval clear of 0, and is not worse in the
+    other by its estimate. Intervals are widened for the number of pairs (Bonferroni).
+    """
+    accuracy = {k: audit.hits_on_test(e) for k, e in found.items()}
+    leak, k = {label: lira_cells(e).astype(np.float32) for label, e in found.items()}, len(found)
+    strict, groups = 1 - (1 - level) / max(1, k * (k - 1)), next(iter(found.values())).dataset.groups
+
+    def beats(b, a):
+        better = metrics.estimate(accuracy[b] - accuracy[a], level=strict)
+        tighter = metrics.estimate(leak[a] - leak[b], level=strict, widen=metrics.SHADOWS, columns=groups)
+        clear = (better.low > 0) or (tighter.low > 0)
+        return clear and better.value >= 0 and tighter.value >= 0
+
+    return {a: [b for b in found if b != a and beats(b, a)] for a in found}
+
+
+# ---- at equal accuracy, loss, compute -----------------------------------------------------------------------
+
+
+def test_accuracy(ensemble):
+    """Mean test accuracy."""
+    return float(audit.hits_on_test(ensemble).mean())
+
+
+def at_equal_accuracy(baseline, other):
+    """As audit.at_equal_loss, at the test accuracies that `other` reached: columns test_accuracy, between, ..."""
+    frame = audit.at_equal(baseline, other, test_accuracy)
+    between = [f"{low:.1%} and {high:.1%}" for low, high in zip(frame.below, frame.above, strict=True)]
+    return frame.drop(columns=["below", "above"]).rename(columns={"at": "test_accuracy"}).assign(between=between)
+
+
+# ---- causes -------------------------------------------------------------------------------------------------
+
+
+def mislabelled(dataset, share, seed=0):
+    """The data set with a share of the pool's labels replaced by another class, drawn evenly: a Dataset."""
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share!r} is not valid: it must be in [0, 1)")
+    rng, y = np.random.default_rng(seed), dataset.y.copy()
+    wrong = rng.permutation(len(y))[: round(share * len(y))]
+    y[wrong] = (y[wrong] + rng.integers(1, dataset.n_classes, len(wrong))) % dataset.n_classes
+    return replace(dataset, y=y)
+
+
+def levels(run):
+    """What is varied, one thing at a time: dict (factor, level) -> (changes of the recipe, data set). The run first."""
+    data, found = run.dataset, {("as it is", "as it is"): ({}, run.dataset)}
+    size = run.recipe(run.names[0]).batch_size
+    for factor in (0.25, 4):
+        batch = round(factor * size)
+        if 4 <= batch <= round(len(data.y) * run.subset):
+            found["batch size", f"{batch}"] = ({"batch_size": batch}, data)
+    for factor in (0.375, 2.5):
+        epochs = max(1, round(factor * run.epochs))
+        if epochs != run.epochs:
+            found["epochs", f"{epochs}"] = ({"epochs": epochs}, data)
+    for share in (0.1, 0.3):
+        found["label noise", f"{share:.0%}"] = ({}, mislabelled(data, share, run.seed))
+    for decay in (0.0, 5e-3):
+        if decay != run.weight_decay:
+            found["weight decay", f"{decay:g}"] = ({"weight_decay": decay}, data)
+    twin = WITHOUT_NORM.get(run.arch) or {v: k for k, v in WITHOUT_NORM.items()}.get(run.arch)
+    if twin:
+        found["BatchNorm", "without" if run.arch in WITHOUT_NORM else "with"] = ({"arch": twin}, data)
+    return found
+
+
+def chosen_levels(run, most=None):
+    """`levels`, at most the last `most` of each factor."""
+    found, count = levels(run), {}
+    for key in reversed(list(found)):
+        count[key[0]] = count.get(key[0], 0) + 1
+        if most is not None and count[key[0]] > most:
+            del found[key]
+    return found
+
+
+def causes(run, n_models, most=None):
+    """The baseline and run.other at every one of `chosen_levels`: dict level -> dict optimizer -> Ensemble.
+
+    Levels at which most models diverged are left out, and said.
+    """
+    names = run.names[0], run.other
+    wanted = {
+        (*level, name): run.train(name, n_models, dataset=data, **changes)
+        for level, (changes, data) in chosen_levels(run, most).items()
+        for name in names
+    }
+    kept = audit.align(wanted, essential=[key for key in wanted if key[0] == "as it is"])
+    both = [level for level in dict.fromkeys(key[:2] for key in kept) if all((*level, n) in kept for n in names)]
+    return {level: {name: kept[(*level, name)] for name in names} for level in both}
+
+
+def effect_table(found):
+    """Effect on LiRA's AUC at every level, and how far it is from the effect as it is: a tidy frame.
+
+    Columns factor, level, metric (auc, auc_change), value, ci_low, ci_high; train_accuracy, test_gain beside them.
+    """
+    effect, about, groups = {}, {}, next(iter(next(iter(found.values())).values())).dataset.groups
+    for level, (base, other) in ((k, e.values()) for k, e in found.items()):
+        effect[level] = lira_cells(other) - lira_cells(base)
+        member = np.array(base.member)
+        fits = [plain_signal(e, "correct")[member].mean() for e in (base, other)]
+        gain = test_accuracy(other) - test_accuracy(base)
+        about[level] = {"train_accuracy": fits[0], "train_accuracy_other": fits[1], "test_gain": gain}
+    first, rows = effect[next(iter(effect))], []
+    for level, cells in effect.items():
+        for metric, values in (("auc", cells), ("auc_change", cells - first)):
+            found_here = metrics.estimate(values, widen=metrics.SHADOWS, columns=groups)
+            rows.append(row(metric, found_here, factor=level[0], level=level[1], **about[level]))
+    return pd.DataFrame(rows)
+
+
+# ---- defences -----------------------------------------------------------------------------------------------
+
+
+def tempered(ensemble, temperature):
+    """The ensemble as served with its logits divided by a temperature, shadows alike: accuracy does not change."""
+    served = {n: getattr(ensemble, n) / np.float32(temperature) for n in ("logits", "test_logits")}
+    return SimpleNamespace(
+        **served, member=ensemble.member, dataset=ensemble.dataset, ids=ensemble.ids, recipe=ensemble.recipe
+    )
+
+
+def lira_scores(ensemble):
+    """LiRA's scores, online, per-example variance: [M, N]."""
+    phi = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"]
+    return attacks.lira(phi, np.array(ensemble.member))
+
+
+def defence_table(found):
+    """What each defence costs and buys: accuracy, and LiRA's and the confidence attack's metrics, paired with the first.
+
+    found: dict label -> Ensemble, the undefended one first. A tidy frame with column optimizer for the label.
+    """
+    member = np.array(next(iter(found.values())).member)
+    scored = {
+        "lira": {k: lira_scores(e) for k, e in found.items()},
+        "confidence": {k: plain_signal(e, "phi") for k, e in found.items()},
+    }
+    groups = next(iter(found.values())).dataset.groups
+    frames = [audit.accuracies(found)]
+    frames += [metrics.table(scores, member, columns=groups).assign(attack=name) for name, scores in scored.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def noise_levels(run, targets, delta):
+    """dict (rule, epsilon) -> sigma: the noise that gives DP-SGD and DP-SAM each epsilon on this run's halves."""
+    recipe = run.recipe(run.names[0])
+    n = round(len(run.dataset.y) * recipe.subset)
+    steps = n // recipe.batch_size * recipe.epochs
+    return {
+        (rule, target): privacy.noise_for(target, recipe.batch_size, n, steps, delta, queries)
+        for rule, queries in (("dpsgd", 1), ("dpsam", 2))
+        for target in targets
+    }
+
+
+def private(run, targets, n_models, delta):
+    """DP-SGD and DP-SAM at each epsilon, with the undefended baseline on the same network: dict label -> Ensemble."""
+    arch = WITHOUT_NORM.get(run.arch, run.arch)
+    net = models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
+    if models.has_batchnorm(net):
+        return {}
+    found = {(run.names[0], np.inf): run.train(run.names[0], n_models, arch=arch)}
+    for (rule, target), sigma in noise_levels(run, targets, delta).items():
+        name = on(run.names[0])(f"{rule}(sigma={sigma:.4g})")
+        found[rule, target] = run.train(name, n_models, arch=arch)
+    return found
+
+
+def epsilon_table(found, delta):
+    """Claimed epsilon beside the lower bound that LiRA reaches: a frame with optimizer, epsilon, bound."""
+    rows = []
+    for (name, target), ensemble in found.items():
+        bound = privacy.audited_epsilon(lira_scores(ensemble), np.array(ensemble.member), delta)
+        rows.append({"optimizer": name, "epsilon": target, "bound": float(bound)})
+    return pd.DataFrame(rows)
+
+
+# ---- who pays -----------------------------------------------------------------------------------------------
+
+
+def class_table(ensembles):
+    """LiRA's AUC and the test accuracy within each class, for each optimizer and difference: a tidy frame.
+
+    Column `class` and the class's size in the pool; classes without members and non-members in every model are left
+    out. Metrics auc, class_test_accuracy; and balanced_test_accuracy (class ''), the mean over the classes.
+    """
+    dataset = next(iter(ensembles.values())).dataset
+    member, frames = np.array(next(iter(ensembles.values())).member), []
+    scores = {k: lira_scores(e) for k, e in ensembles.items()}
+    right = {k: audit.hits_on_test(e) for k, e in ensembles.items()}
+    for c, name in enumerate(dataset.classes):
+        own, seen = dataset.y == c, dataset.y_test == c
+        inside, groups = member[:, own], None if dataset.groups is None else dataset.groups[own]
+        cells = {}
+        if inside.any(1).all() and (~inside).any(1).all():
+            cells["auc"] = {k: metrics.auc_cells(s[:, own], inside) for k, s in scores.items()}
+        if seen.any():
+            cells["class_test_accuracy"] = {k: r[:, seen] for k, r in right.items()}
+        for metric, of in cells.items():
+            how = {"widen": metrics.SHADOWS, "columns": groups} if metric == "auc" else {}
+            found = metrics.paired(of, rate=True, **how)
+            rows = [row(metric, e, optimizer=k) for k, e in found.items()]
+            frames.append(pd.DataFrame(rows).assign(**{"class": name, "size": own.sum()}))
+    counts = np.bincount(dataset.y_test, minlength=dataset.n_classes)
+    # mean over classes of the accuracy within: each test point weighs T / (C n_class)
+    weight = len(dataset.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[dataset.y_test]
+    balanced = audit.compared(
+        ensembles, lambda e: audit.hits_on_test(e) * weight, "balanced_test_accuracy", test=True
+    )
+    return pd.concat([*frames, balanced.assign(**{"class": "", "size": len(dataset.y)})], ignore_index=True)
+
+
+def agreement(ensembles, parts=8, seed=0):
+    """Does the other expose the same examples? Rank correlations of the examples' exposure between two halves of pairs.
+
+    Exposure: how well LiRA tells an example's members from non-members, over models. Two halves of the *models* of one
+    optimizer agree no better than their noise lets them; across optimizers (again on different models) a lower
+    correlation means other examples. Returns a tidy frame: metric, value and the range over `parts` splits as interval.
+    """
+    (a, first), (b, second) = ensembles.items()
+    scores, member = {a: lira_scores(first), b: lira_scores(second)}, np.array(first.member)
+    rng, found = np.random.default_rng(seed), {}
+    for _ in range(parts):
+        left = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)
+        seen = {(k, side): exposure(scores[k][left == side], member[left == side]) for k in scores for side in (0, 1)}
+        pairs = {a: ((a, 0), (a, 1)), b: ((b, 0), (b, 1)), f"{a} and {b}": ((a, 0), (b, 1))}
+        for name, (one, other) in pairs.items():
+            found.setdefault(name, []).append(spearman(seen[one], seen[other]))
+    rows = [
+        row("exposure_rank_correlation", metrics.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
+        for name, v in found.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def pattern_table(ensembles, memorized):
+    """On data with known sub-patterns: memorization, exposure and SAM's gain by how many examples share the pattern.
+
+    memorized: dict optimizer -> [N]. Rows for each optimizer and class of size; the gain is on the test part.
+    """
+    first = next(iter(ensembles.values()))
+    dataset, member = first.dataset, np.array(first.member)
+    size, size_test = (np.bincount(dataset.pattern)[p] for p in (dataset.pattern, dataset.pattern_test))
+    edges = [1, 3, 10, 30, 100, np.inf]
+    rows = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        own, seen = (size >= low) & (size < high), (size_test >= low) & (size_test < high)
+        label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
+        if own.sum() < 10:
+            continue
+        cells = {k: metrics.auc_cells(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()}
+        for k, e in metrics.paired(cells, rate=True, widen=metrics.SHADOWS).items():
+            rows.append(row("auc", e, optimizer=k, size=label))
+        for k, values in memorized.items():
+            rows.append(row("mean_memorization", metrics.t_interval(values[own]), optimizer=k, size=label))
+        if seen.sum() >= 10:
+            right = {k: plain_signal(e, "correct", test=True)[:, seen].astype(float) for k, e in ensembles.items()}
+            for k, e in metrics.paired(right, rate=True).items():
+                rows.append(row("test_accuracy", e, optimizer=k, size=label))
+    return pd.DataFrame(rows)

@@ -1,0 +1,154 @@
+"""The label-only attack: who is classified right under many small changes of the input is a member.
+
+Choquette-Choo et al. (2021): the attacker sees a model's predicted labels, no confidence. The score is the share of
+queries with the right label, a multiple of 1 / Q. Images are shifted and mirrored (their augmentation attack), tables
+get noise (their random-noise attack: flipped bits, or Gaussian noise), of a strength that other models chose.
+
+The authors' code differs: it shifts along one diamond (|dx| + |dy| = d, border repeated) or rotates, without mirror
+images, and classes each have a network on the vector of hits, learned on a shadow model; here the hits are counted
+and class-wise thresholds do the rest. Its noise attack asks 2,500 to 10,000 times, and gives 0 to an example that is
+wrong as it is. For bits the strengths are theirs, 1 to 10 expected flips, and two more; their Gaussian noise is .02
+to .1 of the range of a pixel, here it is in units of each feature's standard deviation.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from lib import attacks, data, metrics
+from lib.ensemble import KEEP_WEIGHTS
+
+LEAST = 8  # models: fewer pairs give no interval
+COPIES = 50  # noisy copies beside the plain input: an odd number of queries
+FLIPS = (1, 2, 3, 5, 10, 20, 50)  # bits expected to flip
+NOISE = (0.1, 0.2, 0.4, 0.8, 1.6)  # standard deviations of each feature in the pool
+BATCH = 200  # examples: the activations stay in the cache, twice as fast as 500 (small CNN, 2 threads)
+
+
+def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
+    """`metrics.table` of the attacks label_only and label_only_classwise on the models that all ensembles have kept.
+
+    ensembles: dict optimizer -> Ensemble, the first is the baseline. Returns a tidy frame like audit.leakage: metric,
+    value, ci_low, ci_high, optimizer, attack. Raises ValueError if fewer than 8 such models are left.
+    """
+    first = next(iter(ensembles.values()))
+    ids = kept(ensembles.values(), n_models)
+    scored = {name: scores(e.only(ids), n_models, device=device)[0] for name, e in ensembles.items()}
+    member, y = np.array(first.only(ids).member), first.dataset.y
+    by_class = {name: attacks.classwise(s, member, y) for name, s in scored.items()}
+    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0))
+    frames = [metrics.table(s, member, threshold=limit).assign(attack=name) for name, s, limit in kinds]
+    return pd.concat(frames, ignore_index=True)
+
+
+def scores(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+    """Scores [m, N] float32 in [0, 1] of the models whose weights are kept, and their ids [m].
+
+    Images: every shift by up to max(1, side // 8) pixels over a reflected border, and each one's mirror image (162
+    queries at 32 x 32). Tables: the input and COPIES noisy copies; a fold of models takes the strength of best AUC
+    in the other fold. seed: of the noise, which is the same for all models and optimizers. ValueError: see `kept`.
+    """
+    ids = kept([ensemble], n_models)
+    ensemble = ensemble.only(ids)
+    nets, x = [network(ensemble, k, device) for k in ids], torch.from_numpy(data.inputs(ensemble.dataset)[0])
+    if ensemble.dataset.is_image:
+        return shares(nets, x, ensemble.dataset.y, shifted, device), ids
+    found = [shares(nets, x, ensemble.dataset.y, queries, device) for queries in noises(x, seed)]
+    return chosen(np.stack(found), np.array(ensemble.member)), ids
+
+
+def kept(ensembles, n_models=16) -> np.ndarray:
+    """The first n_models models, in whole pairs, that finished in all ensembles and whose weights are kept: ids [m].
+
+    Raises ValueError if n_models is no even number from 8, or fewer than 8 are left.
+    """
+    if n_models % 2 or n_models < LEAST:
+        raise ValueError(f"n_models={n_models!r} is not valid: it must be an even number from {LEAST}")
+    there = set.intersection(*(set(e.ids.tolist()) for e in ensembles))
+    ids = [k for k in range(KEEP_WEIGHTS) if {k, k ^ 1} <= there][:n_models]
+    if len(ids) < LEAST:
+        raise ValueError(f"n_models: only {len(ids)} models finished and kept their weights; {LEAST} are needed")
+    return np.array(ids)
+
+
+def network(ensemble, k, device="cpu"):
+    """Model k in evaluation mode, its convolutions in the layout that is fastest for them."""
+    net, params, buffers = ensemble.weights(k)
+    net.load_state_dict(params | buffers)
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+@torch.inference_mode()
+def shares(nets, x, y, queries, device="cpu") -> np.ndarray:
+    """Share of the queries that each model labels right: [m, N] float32.
+
+    x: [N, ...]; y: [N] labels; queries: a function of a batch of x that yields it as each query shows it.
+    """
+    out = np.empty((len(nets), len(x)), np.float32)
+    for start in range(0, len(x), BATCH):
+        part, labels = x[start : start + BATCH].to(device), torch.as_tensor(y[start : start + BATCH], device=device)
+        hits, count = torch.zeros(len(nets), len(part), device=device), 0
+        for seen in queries(part):
+            hits += torch.stack([net(seen).argmax(-1) == labels for net in nets])
+            count += 1
+        # s = 1/Q sum_q 1{label of query q = y}
+        out[:, start : start + BATCH] = (hits / count).cpu().numpy()
+    return out
+
+
+# ---- queries ---------------------------------------------------------------------------------------------
+
+
+def shifted(x, most=None):
+    """Yield x [B, channels, H, W] at every shift of up to `most` pixels (default max(1, side // 8)), then mirrored."""
+    height, width = x.shape[2:]
+    most = max(1, min(height, width) // 8) if most is None else most
+    padded = F.pad(x, (most,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
+    for down in range(2 * most + 1):
+        for right in range(2 * most + 1):
+            seen = padded[:, :, down : down + height, right : right + width]
+            yield from (seen, seen.flip(-1))
+
+
+def noises(x, seed=0):
+    """One query function for each strength of noise: flipped bits if all of x [N, D] are 0 or 1, else Gaussian."""
+    if ((x == 0) | (x == 1)).all():
+        rates = sorted({min(flips / x.shape[1], 0.5) for flips in FLIPS})
+        return [noisy(lambda part, r, rate=rate: flipped(part, rate, r), seed) for rate in rates]
+    spread = x.std(0, correction=0)
+    return [noisy(lambda part, r, s=s: part + (s * spread).to(part.device) * normal(part, r), seed) for s in NOISE]
+
+
+def noisy(change, seed):
+    """A query function: the batch as it is, then COPIES of change(batch, random)."""
+    random = torch.Generator().manual_seed(seed)
+
+    def queries(part):
+        yield part
+        yield from (change(part, random) for _ in range(COPIES))
+
+    return queries
+
+
+def flipped(part, rate, random):
+    """Bits part [B, D], each flipped with probability `rate`."""
+    flip = torch.rand(part.shape, generator=random) < rate
+    # x = 1 - x where flipped
+    return (part - flip.to(part)).abs()
+
+
+def normal(part, random):
+    """Standard normal noise of part's shape, drawn on the CPU: the same on each device."""
+    return torch.randn(part.shape, generator=random).to(part.device)
+
+
+def chosen(found, member) -> np.ndarray:
+    """Scores [m, N] of those at each strength [S, m, N]: in either fold of models, where the other fold's AUC is best.
+
+    member: [m, N] bool. The folds keep pairs together, as those of the thresholds in `metrics` do.
+    """
+    fold = np.unique(metrics.pairs(member), return_inverse=True)[1] % 2
+    auc = np.array([metrics.auc_cells(s, member).mean(1) for s in found])  # [S, m]
+    best = [auc[:, fold != side].mean(1).argmax() for side in (0, 1)]
+    return np.where((fold == 0)[:, None], found[best[0]], found[best[1]])

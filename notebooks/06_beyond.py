@@ -1,0 +1,402 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Beyond the paper: variants, causes, defences, and who pays
+#
+# The paper's claim is about sharpness-aware training *in general*. It compares a handful of optimizers at one
+# strength each, and leaves open what makes the effect come and go, what protects, and whom it hits. This notebook
+# trains many small ensembles, all on the same halves with the same initial weights and batch orders, and asks.
+#
+# *(This file comes in two copies with the same cells. Edit the `.py`; `make sync` writes the `.ipynb`.)*
+
+# %% [markdown]
+# ## Setting up
+#
+# The first cell finds the library, whether the notebook runs from the root or from `notebooks/`, and notes which
+# names exist, so that a misspelt parameter is seen as one.
+
+# %%
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+
+from lib import study
+
+before = {*globals(), "before"}
+
+# %% [markdown]
+# Parameters left at `None` are filled in by the preset. All are checked in the next cell, before any training.
+
+# %% tags=["parameters"]
+preset: str = "default"  # tiny, default, small, fast, paper
+dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
+data: str = None  # path, where the data set needs one
+arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as package.module:name
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
+rho: float = None  # radius of SAM's neighbourhood
+n_models: int = None  # models per optimizer, an even number
+n_examples: int = None  # size of the pool, an even number
+subset: float = None  # share of the pool that each model trains on
+epochs: int = None  # epochs of the main comparison
+batch_size: int = None  # examples per step
+lr: float = None  # peak learning rate
+weight_decay: float = None  # weight decay
+augment: bool = None  # flips and shifts, in training and as queries of the attacks
+seed: int = None  # seed of everything
+device: str = None  # auto, cpu, cuda, mps
+store: str = None  # folder of the trained ensembles (default: store/)
+out: str = None  # folder of this run's results (default: outputs/<dataset>/)
+
+# %%
+run = study.notebook_settings(globals(), before)
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from lib import audit, beyond, memorization, plots
+from lib.prose import joined, label, pick, points, say, shown, sign, verb
+from lib.results import Results
+
+plots.style()
+baseline, other = run.names[0], run.other
+pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
+results = Results("06_beyond", run, n_models=run.few)
+on = beyond.on(baseline)
+say(run.describe() + f" In this notebook every ensemble has {run.few} models.")
+
+# %% [markdown]
+# ## Variants: who sits on the frontier?
+#
+# **Claim.** Every sharpness-aware optimizer tests better than SGD and leaks more.
+#
+# **How we test it.** SAM and six of its relatives at several radii; weight averaging (SWA), which finds flat minima
+# without looking for them; and SharpReg, which looks for *sharp* ones (a negative radius), an earlier version of the
+# paper's defence.
+#
+# | optimizer | what it changes | gradients a step |
+# |---|---|---|
+# | `sam` | the gradient at the worst point nearby (Foret et al. 2021) | 2 |
+# | `asam` | "nearby" in units of each weight (Kwon et al. 2021): its radii are ten times SAM's | 2 |
+# | `gsam` | also pulls the two losses together (Zhuang et al. 2022) | 2 |
+# | `looksam` | SAM every fifth step, its flat direction reused (Liu et al. 2022) | 1.2 |
+# | `msam` | a worst point for each half of the batch (Behdin et al. 2023) | 2 |
+# | `fsam` | without the full gradient's share of the ascent (Li et al. 2024) | 2 |
+# | `esam` | a random part of the weights, half of the batch (Du et al. 2022) | 1.8 |
+# | `swa` | averages the weights of the last quarter (Izmailov et al. 2018) | 1 |
+
+# %%
+made = beyond.variants(run, run.strengths, run.few)
+made = audit.align(made, essential=[(baseline, 0.0), (other, run.recipe(other).rho)])
+table = beyond.variant_table(made)
+own = np.array([row.rho == run.recipe(row.optimizer.removesuffix(f"-{baseline}")).rho for row in table.itertuples()])
+results.add(table, n_models=len(made[baseline, 0.0].ids), note=np.where(own, "variants", "variants, other radius"))
+wanted = table.metric.isin(["auc", "test_accuracy"]) & ~table.optimizer.isin([n for n, _ in made])
+shown(table[wanted & own], across=["metric"])
+
+# %% [markdown]
+# The table has each optimizer at its own radius (the run's, times the ratio of its authors' radius to SAM's),
+# less the baseline. In the picture an ensemble is a point; numbers are radii, bars 95% intervals, grey lines the
+# baseline's. Ringed are those that no other beats: beaten means that another tests better or leaks less, its paired
+# interval (widened for the number of pairs) clear of zero, and is no worse in the other respect.
+
+# %%
+levels = table[table.optimizer.isin([n for n, _ in made])]
+wide = levels[levels.metric.isin(["auc", "test_accuracy"])].pivot(
+    index=["optimizer", "rho"], columns="metric", values=["value", "ci_low", "ci_high"]
+)
+wide.columns = [f"{metric}_{value}" for value, metric in wide.columns]
+order = {name: place for place, (name, _) in enumerate(reversed(made))}
+wide = wide.reset_index().sort_values("optimizer", key=lambda names: -names.map(order), kind="stable")
+beaten = beyond.dominated(made)
+kept = [key for key, by in beaten.items() if not by]
+plots.save(plots.frontier(wide, kept, baseline), run, "frontier")
+
+# %%
+both = beyond.signs(table, baseline)
+kinds = {"better and leak more": (1, 1), "better and leak less": (1, -1), "no better and leak more": (0, 1)}
+kinds |= {"better and leak no differently": (1, 0)}
+for words, wanted in kinds.items():
+    named = [label(*key) for key, found in both.items() if found == wanted]
+    say(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {words}** than {baseline}: {joined(named)}.")
+say(f"Beaten by none: {joined([label(*key) for key in kept])}.")
+say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
+
+# %% [markdown]
+# **How to read it.** Only an ensemble to the right of *and* below the baseline's lines improves on both. A chain of
+# points that rises to the right is the trade that the paper describes: accuracy bought with privacy, whatever
+# the optimizer's name. A chain that falls to the right contradicts it here.
+#
+# ## At equal test accuracy, equal train loss, equal compute
+#
+# **Claim.** At the same accuracy, or the same fit, or the same cost, SAM still leaks more.
+#
+# **How we test it.** The baseline and SAM are trained for several numbers of epochs (the first notebook's ensembles).
+# At *equal accuracy* and *equal train loss* the baseline's AUC is interpolated between two of its runs to the place that
+# SAM reached; where its runs do not bracket the place, nothing is said. At *equal compute* the baseline gets twice the
+# epochs, since a SAM step takes two gradients.
+
+# %%
+epochs = {(e, name): run.train(name, run.few, epochs=e) for e in run.regimes() for name in (baseline, other)}
+epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in run.between()}
+epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in (2 * run.epochs,)}
+half = max(1, run.epochs // 2)
+epochs |= {(half, other): run.train(other, run.few, epochs=half)}
+epochs = audit.align(epochs, essential=[(run.epochs, baseline), (run.epochs, other)])
+base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, other))
+accuracy, loss = beyond.at_equal_accuracy(base, sharp), audit.at_equal_loss(base, sharp)
+spent = [(e, 2 * e) for e in (half, run.epochs) if (2 * e, baseline) in epochs and (e, other) in epochs]
+frames = [audit.contrast({baseline: epochs[2 * e, baseline], other: epochs[e, other]}).assign(epochs=e) for e, _ in spent]
+compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'test_accuracy']")
+
+# %%
+about = {"optimizer": pair, "attack": "lira", "n_models": len(base[0].ids)}
+results.add(accuracy, note=[f"equal accuracy {a:.4f}" for a in accuracy.test_accuracy], **about)
+results.add(compute, note=[f"equal compute, {other} {e} epochs" for e in compute.epochs], n_models=len(base[0].ids))
+for row in accuracy.itertuples():
+    place = f"At test accuracy {row.test_accuracy:.1%} ({baseline} interpolated between {row.between})"
+    say(f"{place}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
+for row in loss.itertuples():
+    say(f"At train loss {row.train_loss:.2g}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
+for e, twice in spent:
+    gain, leak = (compute[(compute.epochs == e) & (compute.metric == m)].iloc[0] for m in ("test_accuracy", "auc"))
+    say(f"At equal compute ({other} {e} epochs, {baseline} {twice}): accuracy {points(gain)}, AUC {points(leak)}.")
+
+# %%
+reached = [beyond.test_accuracy(e) for e in base]
+most = max(beyond.test_accuracy(e) for e in sharp)
+say(
+    f"{baseline}'s best test accuracy over all lengths of training is {max(reached):.1%}, {other}'s is {most:.1%}. "
+    f"{len(sharp) - len(accuracy)} of {other}'s {len(sharp)} runs lie where {baseline} has no neighbours on both sides."
+)
+
+# %% [markdown]
+# **How to read it.** The three comparisons hold different things fixed, and none is *the* fair one. An engineer who
+# needs a given accuracy cares about the first; whoever asks what sharpness adds beyond a closer fit, about the second;
+# whoever pays for the computer, about the third.
+#
+# ## Why: what switches the effect off?
+#
+# **Claim.** The effect belongs to sharpness-aware training, not to a batch size, a length or a regularizer.
+#
+# **How we test it.** One thing is changed at a time, for both optimizers, and the paired effect on LiRA's AUC is
+# measured anew. The grey band is the effect as the run is. An effect counts as *switched off* at a level if its interval
+# there is not clear of zero on the side where it was, and the change from the run as it is, also paired, is clear of zero.
+
+# %%
+found = beyond.causes(run, run.few, run.most_levels)
+effects = beyond.effect_table(found)
+notes = [f"cause: {f} {level}" for f, level in zip(effects.factor, effects.level, strict=True)]
+n_models = len(next(iter(found.values()))[baseline].ids)
+results.add(effects, optimizer=pair, attack="lira", note=notes, n_models=n_models)
+here = effects[effects.metric == "auc"].reset_index(drop=True)
+plots.save(plots.effects(here, f"{other} minus {baseline}: AUC of LiRA"), run, "causes")
+
+# %%
+change = effects[effects.metric == "auc_change"].reset_index(drop=True)
+columns = ["factor", "level", "train_accuracy", "train_accuracy_other", "test_gain"]
+display(here[columns].style.format(precision=3).hide(axis="index"))
+was = sign(here.iloc[0])
+moved = [i for i in range(1, len(here)) if sign(change.iloc[i]) == -was != 0]
+off = [i for i in moved if sign(here.iloc[i]) != was]
+names = [f"{f} {level}" for f, level in zip(here.factor, here.level, strict=True)]
+say(f"As it is, {other} leaks {verb(here.iloc[0], *than)} {baseline}: {points(here.iloc[0])} of AUC.")
+if was:
+    say(f"**Switched off at**: {joined([names[i] for i in off])}. Weakened: {joined([names[i] for i in moved])}.")
+    turned = [names[i] for i in off if sign(here.iloc[i]) == -was]
+    say(f"Turned into its opposite at: {joined(turned)}.")
+
+# %% [markdown]
+# **How to read it.** `train_accuracy` is the baseline's, `train_accuracy_other` SAM's, at each level; look at them
+# first. A level that keeps SAM from fitting its training half changes two things at once, and says little about
+# sharpness. Label noise also changes the examples: part of what leaks there is which wrong labels were learnt.
+#
+# ## Defences: what each costs and buys
+#
+# **Claim.** Leakage can be bought down; the question is the price in accuracy.
+#
+# **How we test it.** Each defence is trained (or, for temperature, served) on the baseline's halves. The attacker knows
+# the defence: shadow models are trained and served the same way. Beside LiRA stands the attack without shadow
+# models, a threshold on the confidence.
+
+# %%
+changes = {
+    f"{other}": dict(optimizer=other),
+    "label smoothing 0.1": dict(smoothing=0.1),
+    "stopped at a quarter": dict(stop=0.25),
+    "stopped at half": dict(stop=0.5),
+    "weight averaging (swa)": dict(optimizer=on("swa")),
+    "SharpReg": dict(optimizer=on("sharpreg")),
+    f"{other}, smoothing 0.1": dict(optimizer=other, smoothing=0.1),
+}
+defended = {"none": run.train(baseline, run.few)}
+defended |= {name: run.train(**{"optimizer": baseline, "n_models": run.few, **c}) for name, c in changes.items()}
+defended = audit.align(defended, essential=["none"])
+defended |= {f"temperature {t}": beyond.tempered(defended["none"], t) for t in (0.25, 4)}
+costs = beyond.defence_table(defended).rename(columns={"optimizer": "label"})
+
+# %%
+results.add(costs, optimizer=costs.label, rho="", note="defence", n_models=len(defended["none"].ids))
+levels = costs[costs.label.isin(list(defended)) & ~costs.attack.eq("confidence")]
+strict = [m for m in levels.metric.unique() if m.startswith("tpr@")]
+panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
+panels |= {m: f"TPR of LiRA at {float(m[4:]):.1%} FPR" for m in strict[-1:]}
+plots.save(plots.side_by_side(levels, panels, "none"), run, "defences")
+
+# %%
+cheaper = costs[costs.label.str.endswith("-none")].assign(name=lambda f: f.label.str.removesuffix("-none"))
+for name in [n for n in defended if n != "none"]:
+    rows = cheaper[cheaper.name == name]
+    price, auc = rows[rows.metric == "test_accuracy"].iloc[0], rows[(rows.metric == "auc") & (rows.attack == "lira")].iloc[0]
+    simple = rows[(rows.metric == "auc") & (rows.attack == "confidence")].iloc[0]
+    words = verb(auc, "leaks more", "leaks less", "leaks no differently")
+    say(f"**{name}** {words}: accuracy {points(price)}, AUC of LiRA {points(auc)}, of a threshold {points(simple)}.")
+
+# %% [markdown]
+# **How to read it.** Left, what is paid; middle and right, what is bought; grey, the undefended baseline. Temperature
+# changes no ranking that LiRA uses on two classes and little on more: hiding confidence is not removing it. A defence
+# that moves the threshold attack but not LiRA only confuses an attacker who did not adapt.
+#
+# ### With a guarantee: DP-SGD and DP-SAM
+#
+# Clipping every example's gradient and adding noise bounds what *any* attack can learn. The bound, $\epsilon$, is
+# computed by an accountant for what we compare: a training half with the example, against the same half with another
+# in its place, batches drawn without replacement. DP-SAM spends its budget on two noisy gradients a step.
+# From below, our attack certifies an $\epsilon$ of its own: it must not exceed the claimed one.
+
+# %%
+delta = 10.0 ** np.floor(np.log10(1 / (2 * run.n_examples)))
+private = beyond.private(run, run.epsilons, run.few, delta)
+if private:
+    private = audit.align(private, essential=[(baseline, np.inf)])
+    labels = {k: k[0] if np.isinf(k[1]) else f"{k[0]}, epsilon {k[1]:g}" for k in private}
+    guard = beyond.defence_table({labels[k]: e for k, e in private.items()}).rename(columns={"optimizer": "label"})
+    results.add(guard, optimizer=guard.label, rho="", note="privacy", n_models=len(next(iter(private.values())).ids))
+    display(plots.save(plots.side_by_side(guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")],
+                                          {m: panels[m] for m in ("test_accuracy", "auc")}, baseline), run, "privacy"))
+else:
+    say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it.")
+
+# %%
+if private:
+    bounds = beyond.epsilon_table(private, delta)
+    display(bounds.style.format({"epsilon": "{:g}", "bound": "{:.3f}"}).hide(axis="index"))
+    claimed = bounds[np.isfinite(bounds.epsilon)]
+    rows = claimed.rename(columns={"bound": "value"}).assign(metric="epsilon_lower_bound", ci_low=np.nan, ci_high=np.nan)
+    results.add(rows, rho="", attack="lira", note=[f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon])
+    broken = claimed[claimed.bound > claimed.epsilon]
+    verdict = "No bound exceeds its claim" if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
+    loosest = bounds.bound[np.isinf(bounds.epsilon)].iloc[0]
+    say(f"{verdict} (delta {delta:g}). Without noise, LiRA certifies an epsilon of at least {loosest:.2f}.")
+
+# %% [markdown]
+# **How to read it.** Between the bound and the claim lies what the accountant must allow for and our attack does not
+# exploit; a claim can be loose, a bound can be weak, but a bound above a claim would be a bug. On training
+# halves this small, an $\epsilon$ of one digit costs much of the accuracy.
+#
+# ## Who pays?
+#
+# **Claim.** SAM exposes the same examples as SGD, only more.
+#
+# **How we test it.** Per class: LiRA's AUC within each class, and the test accuracy of each class, since an overall accuracy
+# can hide a class that nobody recognizes. Per example: how well LiRA tells an example's members from non-members
+# over the models, ranked; the ranks under the two optimizers are compared on *different* models, and so are those of one
+# optimizer with itself: noise alone keeps the latter from agreeing perfectly.
+
+# %%
+two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, other)}
+by_class = beyond.class_table(two)
+results.add(by_class, attack=["lira" if m == "auc" else "" for m in by_class.metric],
+            note=[f"class={c}" if c else "classes weighted alike" for c in by_class["class"]], n_models=len(two[baseline].ids))  # fmt: skip
+if (by_class.metric == "auc").any():
+    display(plots.save(plots.classes(by_class, baseline, other), run, "classes"))
+balanced = by_class[by_class.metric == "balanced_test_accuracy"]
+shown(balanced, across=["optimizer"])
+
+# %%
+change = by_class[(by_class.metric == "auc") & (by_class.optimizer == pair)]
+signs = [sign(row) for row in change.itertuples()]
+say(
+    f"Of {len(change)} classes, {signs.count(1)} leak more under {other}, {signs.count(-1)} less, "
+    f"{signs.count(0)} without a detectable difference."
+)
+worst = by_class[(by_class.metric == "auc") & by_class.optimizer.isin(two)].sort_values("value")
+for name in two:
+    top = worst[worst.optimizer == name].tail(1).itertuples()
+    for row in top:
+        say(f"Most exposed under {name}: class {row[worst.columns.get_loc('class') + 1]}, {row.value:.3f} "
+            f"[{row.ci_low:.3f}, {row.ci_high:.3f}], with {row.size} examples in the pool.")  # fmt: skip
+
+# %%
+agreement = beyond.agreement(two)
+results.add(agreement, note="range over splits of the models")
+shown(agreement)
+within = [pick(agreement, name, "exposure_rank_correlation") for name in two]
+across = pick(agreement, f"{baseline} and {other}", "exposure_rank_correlation")
+ceiling = np.sqrt(max(0, within[0]) * max(0, within[1]))
+say(
+    f"Across optimizers the ranks agree at {across:.2f}, where noise allows {ceiling:.2f} (the geometric mean of the "
+    f"agreements within): corrected for noise, {across / ceiling:.2f}." if ceiling > 0 else "The ranks are all noise here."
+)
+
+# %% [markdown]
+# **How to read it.** A corrected agreement near 1 means that both optimizers expose the same people, and SAM moves the
+# level; well below 1, that it exposes others. The intervals of this table are the range over random splits of the
+# models, not confidence intervals.
+#
+# ## Where atypical is known
+#
+# **Claim.** SAM memorizes atypical sub-patterns, gains on them, and exposes them.
+#
+# **How we test it.** In the data set `subclasses` every example's sub-pattern is known, and so is how many share it: a
+# ground truth for "atypical" that no estimate had a hand in. On other data this section has nothing to say.
+
+# %%
+if run.dataset.pattern is None:
+    say(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
+else:
+    member = np.array(two[baseline].member)
+    memorized = {n: memorization.memorization(audit.plain_signal(e, "confidence"), member).value for n, e in two.items()}
+    patterns = beyond.pattern_table(two, memorized)
+    results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],
+                note=[f"pattern shared by {s}" for s in patterns["size"]], n_models=len(member))  # fmt: skip
+    for metric in patterns.metric.unique():
+        shown(patterns[patterns.metric == metric].drop(columns="metric").rename(columns={"size": "metric"}))
+
+# %%
+if run.dataset.pattern is not None:
+    rarest = patterns["size"].iloc[0]
+    for metric in ("auc", "test_accuracy"):
+        rows = patterns[(patterns.metric == metric) & (patterns.optimizer == pair)]
+        for row in rows.itertuples():
+            say(f"`{metric}`, sub-patterns shared by {rows.loc[row.Index, 'size']}: {other} less {baseline} {points(row)}.")
+
+# %% [markdown]
+# ## What this run shows
+#
+# Computed from the numbers above, whatever they are.
+
+# %%
+more, less = (sum(leak == s for _, leak in both.values()) for s in (1, -1))
+say(f"**Variants.** {more} of {len(both)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
+for name, frame in (("accuracy", accuracy), ("train loss", loss)):
+    found = [sign(row) for row in frame.itertuples()]
+    say(f"**At equal {name}** {other} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons.")
+if was:
+    say(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
+best = {name: cheaper[(cheaper.name == name) & (cheaper.attack == "lira") & (cheaper.metric == "auc")].iloc[0] for name in defended if name != "none"}
+strongest = min(best, key=lambda name: best[name].value)
+say(f"**Defences.** Of those without a guarantee {strongest} lowers LiRA's AUC most: {points(best[strongest])}.")
+say(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

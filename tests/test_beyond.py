@@ -1,0 +1,154 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import beyond, plan, study
+from lib.ensemble import train
+from lib.optimizers import parse
+from lib.recipe import Recipe
+from tests.conftest import blobs
+
+
+def simulated(leak, skill, m=16, n=200, t=150, seed=0, classes=2):
+    """A stand-in for an Ensemble: members' logits are higher by `leak`, all by `skill`; noise is shared by seed."""
+    rng = np.random.default_rng(seed)
+    y, y_test = np.arange(n) % classes, np.arange(t) % classes
+    member = np.repeat(rng.random((m // 2, n)) < 0.5, 2, axis=0)
+    member[1::2] = ~member[::2]
+    logits, test_logits = rng.normal(size=(m, 1, n, classes)), rng.normal(size=(m, 1, t, classes))
+    logits[:, 0, np.arange(n), y] += skill + leak * member
+    test_logits[:, 0, np.arange(t), y_test] += skill
+    dataset = SimpleNamespace(y=y, y_test=y_test, n_classes=classes, classes=tuple("ab"[:classes]), groups=None)
+    return SimpleNamespace(
+        logits=logits, test_logits=test_logits, member=member, dataset=dataset, ids=np.arange(m), recipe=None
+    )
+
+
+def test_dominated_is_who_another_beats_in_one_respect_and_does_not_trail_in_the_other():
+    made = {"base": (1.0, 1.0), "leaky": (2.0, 1.0), "better": (1.0, 2.0), "trade": (2.0, 2.5)}
+    beaten = beyond.dominated({name: simulated(*of) for name, of in made.items()})
+    assert set(beaten["leaky"]) == {"base", "better", "trade"} - ({"trade"} if "trade" not in beaten["leaky"] else set())
+    assert "better" in beaten["base"] and "base" not in beaten["better"] and not beaten["trade"]
+    assert "leaky" not in beaten["base"]
+
+
+def test_nothing_dominates_its_equal():
+    same = {name: simulated(1.0, 1.0) for name in "ab"}
+    assert beyond.dominated(same) == {"a": [], "b": []}
+
+
+def test_signs_are_those_of_clear_intervals():
+    rows = [("auc", 0.1, 0.05, 0.15), ("test_accuracy", 0.1, -0.05, 0.15)]
+    table = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(optimizer="sam-sgd", rho=0.3)
+    assert beyond.signs(table, "sgd") == {("sam", 0.3): (0, 1)}
+
+
+def test_mislabelled_changes_the_share_it_says_and_always_to_another_class(table):
+    noisy = beyond.mislabelled(table, 0.25, seed=1)
+    assert (noisy.y != table.y).sum() == round(0.25 * len(table.y)) and noisy.hash != table.hash
+    assert set(noisy.y) <= set(range(table.n_classes)) and (noisy.y_test == table.y_test).all()
+    assert beyond.mislabelled(table, 0.0).hash == table.hash
+    with pytest.raises(ValueError, match="share=1.5"):
+        beyond.mislabelled(table, 1.5)
+
+
+def test_temperature_changes_neither_accuracy_nor_two_class_lira_but_the_confidence():
+    plain = simulated(1.0, 1.0)
+    warm = beyond.tempered(plain, 4)
+    assert beyond.test_accuracy(warm) == beyond.test_accuracy(plain)
+    # with two classes phi is a difference of logits: dividing it rescales every Gaussian alike
+    np.testing.assert_allclose(beyond.lira_scores(warm), beyond.lira_scores(plain), rtol=1e-3, atol=1e-3)
+    assert np.abs(warm.logits).max() == pytest.approx(np.abs(plain.logits).max() / 4)
+
+
+def test_effect_table_has_the_effect_and_its_change_from_the_first_level():
+    found = {
+        ("as it is", "as it is"): {"sgd": simulated(1, 1), "sam": simulated(1.5, 1)},
+        ("epochs", "5"): {"sgd": simulated(1, 1), "sam": simulated(1, 1)},
+    }
+    frame = beyond.effect_table(found).set_index(["level", "metric"])
+    assert frame.value["as it is", "auc"] > 0.02 and frame.value["5", "auc"] == 0
+    assert frame.value["as it is", "auc_change"] == 0
+    assert frame.value["5", "auc_change"] == pytest.approx(-frame.value["as it is", "auc"])
+    assert frame.ci_high["5", "auc_change"] < 0
+
+
+def test_class_table_finds_the_class_that_leaks_and_weighs_classes_alike():
+    one, other = simulated(1, 1), simulated(1, 1)
+    second = other.dataset.y == 1
+    other.logits[:, 0, second, 1] += 2.0 * other.member[:, second]
+    frame = beyond.class_table({"sgd": one, "sam": other}).set_index(["metric", "class", "optimizer"])
+    assert frame.ci_low["auc", "b", "sam-sgd"] > 0 and frame.value["auc", "a", "sam-sgd"] == 0
+    balanced = frame.value["balanced_test_accuracy", "", "sgd"]
+    each = [frame.value["class_test_accuracy", c, "sgd"] for c in "ab"]
+    assert balanced == pytest.approx(np.mean(each))
+
+
+def test_agreement_is_high_with_the_same_exposed_and_low_with_others():
+    def exposing(who, seed):
+        found = simulated(0.0, 1.0, m=128, n=100, seed=3)
+        found.logits = found.logits + np.random.default_rng(seed).normal(size=found.logits.shape)
+        found.logits[:, 0, who, found.dataset.y[who]] += 5.0 * found.member[:, who]
+        return found
+
+    few, rest = np.arange(50), np.arange(50, 100)
+    same = beyond.agreement({"a": exposing(few, 1), "b": exposing(few, 2)}).set_index("optimizer").value
+    others = beyond.agreement({"a": exposing(few, 1), "b": exposing(rest, 2)}).set_index("optimizer").value
+    assert same["a and b"] > 0.5 and same["a"] > 0.5 and others["a and b"] < -0.5
+
+
+def test_levels_change_one_thing_at_a_time_and_the_run_comes_first(tmp_path):
+    run = study.settings({"preset": "tiny", "store": str(tmp_path), "out": str(tmp_path)})
+    found = beyond.levels(run)
+    assert list(found)[0] == ("as it is", "as it is")
+    for (factor, _), (changes, data) in list(found.items())[1:]:
+        assert (len(changes) == 1) != (data is not run.dataset), factor
+        run.recipe("sgd", **changes)  # valid
+    fewer = beyond.chosen_levels(run, 1)
+    assert len({f for f, _ in fewer}) == len(fewer) == len({f for f, _ in found})
+
+
+def test_the_plan_counts_what_is_left(tmp_path, table):
+    run = study.settings(
+        {"preset": "tiny", "epochs": 2, "n_models": 8, "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    )
+    before, total = plan.left(run, ["03"])
+    recipe = run.recipe("sgd")
+    # sgd once and sam twice the gradients, of the same models
+    assert before == total == 3 * plan.work(recipe, len(run.dataset.y), 8)
+    assert not list((tmp_path / "s").glob("digits*")), "a plan makes nothing"
+    run.train("sgd")
+    assert plan.left(run, ["03"])[0] == pytest.approx(total * 2 / 3)
+
+
+@pytest.mark.parametrize("name, count", [("sgd", 1), ("sam", 2), ("looksam(k=4)", 1.25), ("swa", 1), ("adam", 1)])
+def test_the_plan_counts_gradients_as_the_papers_do(name, count):
+    assert plan.gradients(Recipe(optimizer=name, rho=0.1)) == count
+
+
+def test_a_forecast_is_told_once_after_the_second_chunk(tmp_path, capsys):
+    run = study.settings({"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)})
+    for _ in range(4):
+        run.forecast(run.recipe("sgd"), 300, 32, 1.0)
+    said = capsys.readouterr().out
+    assert said.count("about") == 1 and "to go, 0% is done" in said
+
+
+def test_variants_are_on_the_baselines_own_base():
+    assert parse(beyond.on("adam")("sam")).base_name == "adam" and beyond.on("sgd")("sam") == "sam"
+
+
+def test_pattern_table_finds_the_rare_ones(tmp_path):
+    data = blobs(n=80, t=60)
+    rng = np.random.default_rng(0)
+    common = replace(data, pattern=np.where(np.arange(80) < 20, np.arange(80), 20), pattern_test=rng.permutation(60) % 21)
+    made = {k: train(Recipe(optimizer=k, rho=0.1, epochs=2, batch_size=8), common, 8, tmp_path, "cpu", quiet=True)
+            for k in ("sgd", "sam")}  # fmt: skip
+    memorized = {k: np.where(np.arange(80) < 20, 0.9, 0.1) for k in made}
+    frame = beyond.pattern_table(made, memorized)
+    found = frame[(frame.metric == "mean_memorization") & (frame.optimizer == "sam")].set_index("size").value
+    assert found.to_dict() == pytest.approx({"1 to 2": 0.9, "30 to 99": 0.1})
+    assert {"auc", "mean_memorization"} <= set(frame.metric) and "sam-sgd" in set(frame.optimizer)

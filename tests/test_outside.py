@@ -1,0 +1,263 @@
+"""Audits of what others trained: files as users make them, from the command to the page; every fault is named."""
+
+import html
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import attacks, metrics, outside
+from lib.results import COLUMNS
+from lib.signals import signals
+
+ALONE = [name for name in attacks.NAMES if not name.startswith(("lira", "rmia", "neural"))]
+
+
+def given(n_models=8, n=80, leak=1.0, classes=4, seed=0, member=None):
+    """Gaussian logits that know their members, as a dict of arrays; complementary halves by default."""
+    rng = np.random.default_rng(seed)
+    if member is None:
+        half = np.argsort(rng.random((n_models // 2, n)), axis=1) < n // 2
+        member = np.stack([half, ~half], axis=1).reshape(-1, n)
+    n_models, n = member.shape
+    y, rng = np.arange(n) % classes, np.random.default_rng(seed + 1)
+    logits = rng.normal(size=(n_models, n, classes)) + rng.normal(size=(n, classes))
+    logits[:, np.arange(n), y] += 1 + leak * member
+    return {"logits": logits.astype(np.float32), "y": y, "member": member}
+
+
+def single(n=400):
+    return given(member=np.random.default_rng(5).permutation(n)[None] < n // 2)
+
+
+def page(out):
+    return (out / "report" / "index.html").read_text(encoding="ascii")
+
+
+def auc(frame, optimizer=None):
+    rows = frame[(frame.metric == "auc") & (frame.note != outside.SHUFFLED)]
+    return rows[rows.optimizer == optimizer].set_index("attack") if optimizer else rows
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two files audited by the command: (folder, what was in the files)."""
+    folder = tmp_path_factory.mktemp("two")
+    arrays = {"sgd": given(), "sam": given(leak=2.5)}
+    for name, one in arrays.items():
+        np.savez(folder / f"{name}.npz", **one)
+    words = [f"DATA={folder / 'sgd.npz'},{folder / 'sam.npz'}", f"OUT={folder / 'out'}"]
+    assert outside.main(words) == 0
+    return folder / "out", arrays
+
+
+def test_the_table_holds_what_attacks_and_metrics_say(two):
+    out, arrays = two
+    frame = pd.read_csv(out / "results.csv", keep_default_na=False)
+    assert list(frame.columns) == COLUMNS and set(frame.notebook) == {"outside"}
+    scored = {name: attacks.run(**one)["rmia"] for name, one in arrays.items()}
+    expected = metrics.table(scored, arrays["sgd"]["member"]).set_index(["optimizer", "metric"])
+    found = frame[(frame.attack == "rmia") & (frame.note != outside.SHUFFLED)].set_index(["optimizer", "metric"])
+    columns = ["value", "ci_low", "ci_high"]
+    np.testing.assert_allclose(found.loc[expected.index, columns].astype(float), expected[columns], rtol=1e-5)
+    assert set(frame.attack) == {"", *attacks.NAMES} and set(frame.n_models) == {8} and set(frame.n_examples) == {80}
+    accuracy = frame[(frame.metric == "train_accuracy") & (frame.optimizer == "sam")].value.iloc[0]
+    one = arrays["sam"]
+    correct = one["logits"].argmax(-1) == one["y"]
+    assert accuracy == pytest.approx(np.mean([c[m].mean() for c, m in zip(correct, one["member"], strict=True)]))
+
+
+def test_the_page_stands_alone_and_holds_the_numbers(two):
+    out, _ = two
+    text, frame = page(out), pd.read_csv(out / "results.csv", keep_default_na=False)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert [s[:22] for s in sources] == ["data:image/png;base64,"] * 4 + ["../results.csv"]
+    assert not re.search(r"<script|<link|<iframe|https?:|url\(|@import", text) and str(out.parent) not in text
+    assert {p.name for p in (out / "figures").iterdir()} == {"auc.png", "difference.png", "roc.png", "phi.png"}
+    for name in ("sgd", "sam", "sam-sgd"):
+        for row in auc(frame, name).itertuples():
+            assert f"<td>{float(row.value):.3f} [{float(row.ci_low):.3f}, {float(row.ci_high):.3f}]</td>" in text
+    more = (auc(frame, "sam-sgd").ci_low.astype(float) > 0).sum()
+    assert more > 8 and f"sam leaks more than sgd under {more} attacks" in text
+    assert "over new models and new examples" in text and "left out" not in text
+
+
+def test_the_null_control_finds_nothing_and_the_attacks_much(two):
+    frame = pd.read_csv(two[0] / "results.csv")
+    control = frame[frame.note == outside.SHUFFLED]
+    assert control.attack.tolist() == list(attacks.NAMES) and control.value.between(0.38, 0.62).all()
+    assert (auc(frame, "sam").value > 0.62).all()
+
+
+def test_one_model_has_a_table_over_examples(tmp_path):
+    one = single()
+    np.savez(tmp_path / "target.npz", logits=one["logits"][0], y=one["y"], member=one["member"][0])
+    frame = outside.audit([tmp_path / "target.npz"], tmp_path / "out")
+    assert auc(frame).attack.tolist() == ALONE
+    row = auc(frame, "target").loc["confidence"]
+    cells = metrics.auc_cells(signals(one["logits"], one["y"])["phi"], one["member"])
+    expected = metrics.estimate(cells, rate=True, examples_only=True)
+    np.testing.assert_allclose(row[["value", "ci_low", "ci_high"]].astype(float), expected)
+    assert {"tpr@0.1", "realised_fpr@0.1"} < set(frame.metric) and frame.ci_low.notna().all()
+    text = page(tmp_path / "out")
+    assert "LiRA and RMIA were left out" in text and "n_models &gt;= 6" in text and "over new examples only" in text
+    assert "difference" not in [p.stem for p in (tmp_path / "out" / "figures").iterdir()]
+
+
+def test_seeds_on_one_split_and_pairs_run_the_attacks_on_single_models(tmp_path):
+    same = np.repeat(single(120)["member"], 4, 0)
+    for k, arrays in enumerate((given(member=same), given(n_models=2))):
+        frame = outside.audit({"x": arrays}, tmp_path / str(k))
+        assert auc(frame).attack.tolist() == ALONE and auc(frame).ci_low.notna().all()
+        only = frame.note.str.contains("examples only").any()
+        assert only == (k == 1) == ("over new examples only" in page(tmp_path / str(k)))
+
+
+def test_subsets_without_partners_run_every_attack(tmp_path):
+    rng = np.random.default_rng(0)
+    member = rng.permuted(np.tile(np.arange(12)[:, None] < 7, 60), axis=0)  # each example in 7 of 12 models
+    assert metrics.partners(member) is None
+    frame = outside.audit({"x": given(member=member)}, tmp_path)
+    assert auc(frame).attack.tolist() == list(attacks.NAMES)
+
+
+def variants(one):
+    rng, (m, n, c) = np.random.default_rng(9), one["logits"].shape
+    p = np.exp(one["logits"].astype(float))
+    less = {k: v for k, v in one.items() if k != "logits"}
+    more = {"population_logits": rng.normal(size=(m, 30, c)).astype(np.float32), "population_y": np.arange(30) % c}
+    return {
+        "one-hot": {**one, "y": np.eye(c)[one["y"]]},
+        "integers": {**one, "member": one["member"].astype(int), "y": one["y"].astype(np.uint8)},
+        "probabilities": {**less, "probabilities": p / p.sum(-1, keepdims=True)},
+        "queries": {**one, "logits": np.stack([one["logits"]] * 2, 1)},
+        "population": {**one, **more},
+        "groups": {**one, "groups": np.array([f"p{i // 2}" for i in range(n)])},
+    }
+
+
+@pytest.mark.parametrize("name", ["one-hot", "integers", "probabilities", "queries", "population", "groups"])
+def test_other_spellings_of_the_same_are_read(name, tmp_path):
+    one = given(n_models=6)
+    e, plain = outside.checked("x", variants(one)[name]), outside.checked("x", one)
+    found, expected = outside.scores(e, e.member), outside.scores(plain, plain.member)
+    for attack in ("confidence", "entropy_classwise", "lira"):
+        np.testing.assert_allclose(found[attack], expected[attack], atol=1e-3)
+    assert (np.abs(found["rmia"] - expected["rmia"]).max() > 0.01) == (name == "population")
+    a, b = (outside.leakage({"x": {"loss": expected["loss"]}}, one) for one in (e, plain))
+    assert (a.ci_low[0] != b.ci_low[0]) == (name == "groups")
+    assert ("logarithms" in " ".join(outside.limits({"x": e}))) == (name == "probabilities")
+    assert ("40 groups" in " ".join(outside.limits({"x": e}))) == (name == "groups")
+
+
+def test_probabilities_of_zero_become_the_smallest_given():
+    p = np.tile([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]], (1, 6, 1))
+    e = outside.checked("x", {"probabilities": p, "y": np.arange(12) % 3, "member": np.arange(12)[None] % 2})
+    np.testing.assert_allclose(e.logits[0, 0], np.log([0.75, 0.25, 0.25]))
+    assert "33.33% that are 0 as 0.25" in e.notes[0]
+
+
+def test_a_class_that_thresholds_lack_is_said_and_an_absent_class_is_none():
+    one = given(classes=6)
+    one["y"] = np.where(np.arange(80) == 7, 4, one["y"] % 4)  # one example of class 4, none of 5
+    assert outside.classes_without(outside.checked("x", one)) == [4]
+    assert outside.classes_without(outside.checked("x", given())) == []
+    assert "Classes [4] lack" in " ".join(outside.limits({"x": outside.checked("x", one)}))
+
+
+def test_names_of_files_are_escaped_wherever_they_are_shown(tmp_path):
+    name = "_<script>alert(1)<\\script>&$\\frac$"
+    frame = outside.audit({name: single(120)}, tmp_path)
+    assert "<script" not in page(tmp_path) and html.escape(name) in page(tmp_path)
+    assert set(frame.optimizer) == {name}
+
+
+def changed(**arrays):
+    return {**given(), **arrays}
+
+
+def at(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+ONE = given()
+NAN, OBJECTS = at(ONE["logits"], (3, 5, 1), np.nan), np.array([{}] * 80, object)
+FAULTS = {
+    "x: logits: missing": {k: ONE[k] for k in ("y", "member")},
+    "x: y: missing": {k: ONE[k] for k in ("logits", "member")},
+    "x: array 'group' is unknown": changed(group=np.zeros(80)),
+    r"x: y: object of shape \(80,\)": changed(y=OBJECTS),
+    r"x: y: int\d+ of shape \(79,\); valid are integers \[80\]": changed(y=ONE["y"][:79]),
+    "x: y: float64 of shape": changed(y=ONE["y"] + 0.5),
+    "x: y: 4 at example 2; valid are 0 to 3": changed(y=at(ONE["y"], 2, 4)),
+    r"x: y: .*\(80, 4\)": changed(y=np.zeros((80, 4))),
+    r"x: member: shape \(8, 79\); valid is \[M, N\] = \(8, 80\)": changed(member=ONE["member"][:, :79]),
+    "x: member: 2 at model 1, example 3; valid are 0 and 1": changed(member=at(ONE["member"].astype(int), (1, 3), 2)),
+    "x: member: nan at model 0, example 0": changed(member=at(ONE["member"].astype(float), (0, 0), np.nan)),
+    "x: member: model 4 has 80 members of 80": changed(member=at(ONE["member"], 4, True)),
+    "x: member: example 6 is in all of the 8": changed(member=at(ONE["member"], (slice(None), 6), True)),
+    "x: member: example 7 is in none of the 8": changed(member=at(ONE["member"], (slice(None), 7), False)),
+    "x: logits: nan at model 3, example 5": changed(logits=NAN),
+    "x: logits: inf at model 0, example 2": changed(logits=at(ONE["logits"], (0, 2, 0), np.inf)),
+    r"x: logits: int\d+ of shape": changed(logits=np.zeros((8, 80, 4), int)),
+    r"x: logits: float32 of shape \(8, 80, 1\)": changed(logits=ONE["logits"][..., :1]),
+    "x: probabilities: beside logits": changed(probabilities=ONE["logits"]),
+    "x: probabilities: .* sum to 1": {k: ONE[k] for k in ("y", "member")} | {"probabilities": np.ones((8, 80, 4))},
+    "x: population_y: missing or without": changed(population_y=ONE["y"]),
+    r"x: population_logits: shape \(7, 80, 4\)": changed(population_logits=ONE["logits"][:7], population_y=ONE["y"]),
+    "x: population_logits: nan at model 3": changed(population_logits=NAN, population_y=ONE["y"]),
+    "x: population_y: 9 at": changed(population_logits=ONE["logits"], population_y=at(ONE["y"], 1, 9)),
+    r"x: groups: shape \(8,\)": changed(groups=np.arange(8)),
+    "x: groups: .* two groups": changed(groups=np.zeros(80)),
+}
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_faults_are_named_before_any_attack(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "scores", lambda *_: pytest.fail("an attack ran"))
+    with pytest.raises(ValueError, match=words):
+        outside.audit({"x": FAULTS[words]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["y", "member", "groups"])
+def test_files_that_cannot_be_paired_are_sent_to_separate_runs(key, tmp_path):
+    other = changed(**{key: {"y": ONE["y"][::-1], "member": ~ONE["member"], "groups": np.arange(80)}[key]})
+    with pytest.raises(ValueError, match=f"sam: {key}: differs from that of sgd; .*one at a time"):
+        outside.audit({"sgd": ONE, "sam": other}, tmp_path)
+
+
+def test_names_that_collide_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="different names"):
+        outside.audit(["a/x.npz", "b/x.npz"], tmp_path)
+    with pytest.raises(ValueError, match="b-a: the name of a file and of a difference"):
+        outside.audit({"a": ONE, "b": ONE, "b-a": ONE}, tmp_path)
+
+
+def test_files_that_are_no_archives_end_the_command_with_one_line(tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("no zip")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "single.npy", ONE["y"])
+    np.savez(tmp_path / "objects.npz", **changed(y=OBJECTS))
+    np.savez(tmp_path / "short.npz", **ONE)
+    whole = (tmp_path / "short.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("text.npz", "empty.npz", "single.npy", "objects.npz", "short.npz", "absent.npz"):
+        assert outside.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and name in said, said
+        assert ("y: Object arrays" in said) == (name == "objects.npz")
+    assert outside.main([]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
+
+
+def test_the_results_of_a_study_are_not_overwritten(tmp_path):
+    (tmp_path / "results.csv").write_text("notebook,value\n01,2\n")
+    with pytest.raises(ValueError, match="holds other results"):
+        outside.audit({"x": single(120)}, tmp_path)
+    (tmp_path / "results.csv").unlink()
+    for _ in range(2):  # its own are
+        frame = outside.audit({"x": single(120)}, tmp_path)
+    assert len(pd.read_csv(tmp_path / "results.csv")) == len(frame)

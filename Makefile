@@ -1,5 +1,6 @@
 # make study [DATASET=cifar10 DATA=path PRESET=small N_MODELS=32 ...]: run the notebooks into outputs/<dataset>/
 # make report [DATASET=cifar10 | OUT=folder]: outputs/<dataset>/report/index.html anew, from the notebooks run so far
+# make audit DATA=logits.npz[,other.npz] OUT=outputs/mine: the audit of logits from any framework
 # make lab [LAB='--port 8899 --no-browser']: JupyterLab on the notebooks
 # Any parameter of `python -m lib.study --help`, in upper case, may follow; an unknown one is an error.
 
@@ -8,13 +9,16 @@ BIN := .venv/bin
 PARAMETERS = $(filter-out PYTHON=% LAB=%,$(MAKEOVERRIDES))
 
 .DEFAULT_GOAL := study
-.PHONY: study report test lab bench lint sync
+.PHONY: study report audit test lab bench lint sync
 
 study: .venv/.ready
 	@$(BIN)/python -m lib.study $(PARAMETERS)
 
 report: .venv/.ready
 	@$(BIN)/python -m lib.report $(PARAMETERS)
+
+audit: .venv/.ready
+	@$(BIN)/python -m lib.outside $(PARAMETERS)
 
 test: .venv/.ready
 	@$(BIN)/python -m pytest

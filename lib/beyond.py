@@ -29,7 +29,7 @@ def on(baseline):
 
 
 def variants(run, factors, n_models):
-    """Every sharpness-aware optimizer at several strengths, and what is compared with them: dict (name, rho) -> Ensemble.
+    """Every sharpness-aware optimizer at several strengths, and what it is held against: dict (name, rho) -> Ensemble.
 
     factors: radii as shares of each one's own. The baseline comes first; SWA and SharpReg are at one strength.
     """
@@ -56,8 +56,9 @@ def variant_table(found):
 def signs(table, baseline):
     """Signs of the differences in test accuracy and LiRA's AUC, 0 where not clear: dict (name, rho) -> (int, int)."""
     rows = table[table.optimizer.str.endswith(f"-{baseline}") & (table.rho > 0)]
-    rows = rows.assign(sign=[sign(row) for row in rows.itertuples()], name=rows.optimizer.str.removesuffix(f"-{baseline}"))
-    wide = rows.pivot_table("sign", ["name", "rho"], "metric", sort=False)
+    rows = rows.assign(sign=[sign(row) for row in rows.itertuples()])
+    names = rows.optimizer.str.removesuffix(f"-{baseline}")
+    wide = rows.assign(name=names).pivot_table("sign", ["name", "rho"], "metric", sort=False)
     return {key: (int(row.test_accuracy), int(row.auc)) for key, row in wide.iterrows()}
 
 
@@ -116,8 +117,7 @@ def levels(run):
         batch = round(factor * size)
         if 4 <= batch <= round(len(data.y) * run.subset):
             found["batch size", f"{batch}"] = ({"batch_size": batch}, data)
-    for factor in (0.375, 2.5):
-        epochs = max(1, round(factor * run.epochs))
+    for epochs in (run.regimes()[-3:][0], run.regimes()[-1]):
         if epochs != run.epochs:
             found["epochs", f"{epochs}"] = ({"epochs": epochs}, data)
     for share in (0.1, 0.3):
@@ -195,7 +195,7 @@ def lira_scores(ensemble):
 
 
 def defence_table(found):
-    """What each defence costs and buys: accuracy, and LiRA's and the confidence attack's metrics, paired with the first.
+    """What each defence costs and buys: accuracies, and the metrics of LiRA and of a confidence threshold, paired.
 
     found: dict label -> Ensemble, the undefended one first. A tidy frame with column optimizer for the label.
     """
@@ -273,9 +273,7 @@ def class_table(ensembles):
     counts = np.bincount(dataset.y_test, minlength=dataset.n_classes)
     # mean over classes of the accuracy within: each test point weighs T / (C n_class)
     weight = len(dataset.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[dataset.y_test]
-    balanced = audit.compared(
-        ensembles, lambda e: audit.hits_on_test(e) * weight, "balanced_test_accuracy", test=True
-    )
+    balanced = audit.compared(ensembles, lambda e: audit.hits_on_test(e) * weight, "balanced_test_accuracy", test=True)
     return pd.concat([*frames, balanced.assign(**{"class": "", "size": len(dataset.y)})], ignore_index=True)
 
 

@@ -38,7 +38,8 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     member, y = np.array(first.only(ids).member), first.dataset.y
     by_class = {name: attacks.classwise(s, member, y) for name, s in scored.items()}
     kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0))
-    frames = [metrics.table(s, member, threshold=limit).assign(attack=name) for name, s, limit in kinds]
+    how = {"columns": first.dataset.groups}
+    frames = [metrics.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
     return pd.concat(frames, ignore_index=True)
 
 

@@ -73,8 +73,9 @@ def split(optimizers):
 
 def written(name, options):
     """name(key=value, ...). No number is written with an exponent: a minus sign joins the two sides of a difference."""
-    shown = {k: np.format_float_positional(v, trim="0") if isinstance(v, float) else repr(v) for k, v in options.items()}
-    return name + (f"({', '.join(f'{k}={v}' for k, v in shown.items())})" if options else "")
+    number = partial(np.format_float_positional, trim="0")
+    shown = [f"{k}={number(v) if isinstance(v, float) else repr(v)}" for k, v in options.items()]
+    return name + (f"({', '.join(shown)})" if options else "")
 
 
 def parse(text) -> Named:
@@ -128,7 +129,7 @@ def _kind(name, found):
         return "base"
     if inspect.isfunction(found):
         return "rule"
-    raise ValueError(f"{name} is {type(found).__name__}: a torch.optim.Optimizer class, or a function as rule, is needed")
+    raise ValueError(f"{name} is {type(found).__name__}: an Optimizer class of torch or a function (a rule) is needed")
 
 
 def _check_rule(name, rule, options):

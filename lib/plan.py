@@ -56,11 +56,11 @@ def beyond_models(run, of):
     rules = [f"{rule}(sigma=1.0)" for rule in ("dpsgd", "dpsam") for _ in run.epsilons]
     if models.has_batchnorm(models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)):
         return made
-    return made + [of(name, run.few, arch=arch) for name in [base, *map(beyond.on(base), rules)]]
+    return made + [of(name, run.private, arch=arch) for name in [base, *map(beyond.on(base), rules)]]
 
 
 def left(run, notebooks=None):
-    """(work still to do, work in all) of a run's notebooks ("01", ...; default all): finished models are in the store."""
+    """(work still to do, work in all) of a run's notebooks ("01", ...; default all); what the store has is done."""
     seen, total, to_do = {}, 0.0, 0.0
     for notebook, ensembles in wanted(run).items():
         for recipe, dataset, n_models in ensembles if notebooks is None or notebook in notebooks else ():

@@ -395,34 +395,41 @@ def tiles(table, shades):
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
 
-def frontier(points, kept, baseline):
-    """Leakage against accuracy, an ensemble a point, those that none beats ringed.
+def frontier(steps, kept, near=0.02):
+    """Paired differences from the baseline in leakage against those in accuracy: all ensembles, and those near 0.
 
-    points: rows with optimizer, rho and, for test_accuracy and auc, (value, ci_low, ci_high) as <metric>_<column>.
-    kept: the (optimizer, rho) that no other beats.
+    steps: rows with optimizer, rho and, for test_accuracy and auc, value, ci_low, ci_high as <metric>_<column>; larger
+    marks have larger radii. kept: the (optimizer, rho) that no other ensemble beats. near: what the right panel spans.
     """
-    figure, axis = plt.subplots(figsize=(8.5, 5.4), layout="constrained")
-    for index, (name, rows) in enumerate(points.groupby("optimizer", sort=False)):
-        x, y = rows.test_accuracy_value, rows.auc_value
-        spread = [y - rows.auc_ci_low, rows.auc_ci_high - y]
-        shape = dict(color=COLOURS[index % 10], marker=SHAPES[index % 12], markersize=7)
-        axis.errorbar(x, y, spread, capsize=2, lw=1, linestyle=":" if len(rows) > 1 else "", label=name, **shape)
-        for row in rows.itertuples():
-            if row.rho:
-                spot = dict(textcoords="offset points", xytext=(5, 4), fontsize=7, color="0.25")
-                axis.annotate(f"{row.rho:.2g}", (row.test_accuracy_value, row.auc_value), **spot)
-    ringed = points[[key in kept for key in zip(points.optimizer, points.rho, strict=True)]]
-    ring = dict(facecolor="none", edgecolor="0.1", linewidth=1.2, s=190, zorder=5)
-    axis.scatter(ringed.test_accuracy_value, ringed.auc_value, label="beaten by none", **ring)
-    axis.axhline(points.auc_value[points.optimizer == baseline].iloc[0], color="0.5", lw=0.8)
-    axis.axvline(points.test_accuracy_value[points.optimizer == baseline].iloc[0], color="0.5", lw=0.8)
-    axis.set(xlabel="test accuracy (better to the right)", ylabel="AUC of LiRA (leaks less below)")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for index, (name, rows) in enumerate(steps.groupby("optimizer", sort=False)):
+        shape = dict(color=COLOURS[index % 10], marker=SHAPES[index % 12])
+        sizes = 5 + 3 * rows.rho.rank().to_numpy()
+        for row, size in zip(rows.itertuples(), sizes, strict=True):
+            bars = [[[getattr(row, f"{m}_value") - getattr(row, f"{m}_ci_low")],
+                     [getattr(row, f"{m}_ci_high") - getattr(row, f"{m}_value")]]
+                    for m in ("test_accuracy", "auc")]  # fmt: skip
+            face = shape["color"] if (name, row.rho) in kept else "white"
+            for axis in axes:
+                axis.errorbar(row.test_accuracy_value, row.auc_value, xerr=bars[0], yerr=bars[1], capsize=2, lw=1,
+                              markersize=size, markerfacecolor=face, **shape)  # fmt: skip
+        axes[0].plot([], [], linestyle="", markersize=8, label=name, **shape)
+    axes[0].plot([], [], "o", color="0.3", markerfacecolor="white", label="open: beaten by another")
+    close = steps[steps.test_accuracy_value.abs() <= near]
+    pad = 1.25 * max(close[["auc_ci_low", "auc_ci_high"]].abs().to_numpy().max(initial=0), 0.005)
+    axes[1].set(xlim=(-near, near), ylim=(-pad, pad), title="near the baseline")
+    for axis in axes:
+        axis.axhline(0, color="0.4", lw=0.8)
+        axis.axvline(0, color="0.4", lw=0.8)
+        axis.locator_params(nbins=5)
+        axis.set_xlabel("test accuracy, minus the baseline's")
+    axes[0].set(ylabel="AUC of LiRA, minus the baseline's", title="all")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right center")
     return figure
 
 
 def effects(frame, xlabel):
-    """One effect with its interval at each level of each factor; the first row's is the grey band. Columns factor, level."""
+    """One effect with its interval at each level (column) of each factor (column); the first row's is the grey band."""
     figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(frame) + 1.2), layout="constrained")
     factors = list(frame.factor.unique())
     for place, row in enumerate(frame.itertuples()):

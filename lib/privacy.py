@@ -118,74 +118,73 @@ def _check_run(batch_size, n, steps, delta, queries):
 
 
 def epsilon_lower_bound(tp, fp, n_in, n_out, delta, level=0.95):
-    """The epsilon that a membership attack's counts rule out anything below, at that level; 0 or more.
+    """The epsilon that a membership attack's counts rule out anything below, at that level: float, 0 or more.
 
-    tp of n_in members and fp of n_out non-members flagged (numbers or arrays), by a rule fixed beforehand; every one
-    an independent trial, as with one example a model. Jagielski, Ullman & Oprea 2020, section 3; Nasr et al. 2021.
+    tp of n_in members and fp of n_out non-members flagged by a rule fixed beforehand; every one an independent trial,
+    as with one example a model. Jagielski, Ullman & Oprea 2020, section 3; Nasr et al. 2021, section IV.
+    Raises ValueError for counts, delta or level out of range.
     """
-    for name, value, most in (("tp", tp, n_in), ("fp", fp, n_out)):
-        _require(
-            name, value, np.all((np.asarray(value) >= 0) & (np.asarray(value) <= most)) and most > 0, f"0 to {most}"
-        )
+    for name, count, n in (("tp", tp, n_in), ("fp", fp, n_out)):
+        _require(name, count, n > 0 and 0 <= count <= n, f"a count of at most {n}")
+    _check_levels(delta, level)
+    tpr, fpr = _least(tp, n_in, level), 1 - _least(n_out - fp, n_out, level)
+    return float(max(_epsilon_of(tpr, fpr, delta), _epsilon_of(1 - fpr, 1 - tpr, delta)))
+
+
+def _check_levels(delta, level):
     _require("delta", delta, 0 <= delta < 1, "from 0 to below 1")
     _require("level", level, 0 < level < 1, "between 0 and 1")
-    return _epsilon_between(_rate_low(tp, n_in, level), _rate_high(fp, n_out, level), delta)
 
 
-def _rate_low(count, n, level):
-    """Lower end of Clopper & Pearson's (1934) interval."""
-    return np.where(np.asarray(count) > 0, stats.beta.ppf((1 - level) / 2, np.maximum(count, 1), n - count + 1), 0.0)
+def _least(count, n, level):
+    """Lower end of Clopper & Pearson's (1934) interval of a rate: count of n."""
+    return np.where(count > 0, stats.beta.ppf((1 - level) / 2, np.maximum(count, 1), n - count + 1), 0.0)
 
 
-def _rate_high(count, n, level):
-    return 1 - _rate_low(n - np.asarray(count), n, level)
-
-
-def _epsilon_between(tpr, fpr, delta):
-    """Least epsilon that allows a TPR this high with an FPR this low."""
-    # TPR <= e^eps FPR + delta  and, of the complement,  1 - FPR <= e^eps (1 - TPR) + delta
-    ratio = np.maximum((tpr - delta) / fpr, (1 - fpr - delta) / (1 - tpr))
-    found = np.log(np.maximum(ratio, 1.0))
-    return float(found) if np.ndim(found) == 0 else found
+def _epsilon_of(tpr, fpr, delta):
+    """The least epsilon that allows these rates, or 0."""
+    # TPR <= e^eps FPR + delta
+    return np.log(np.maximum((tpr - delta) / fpr, 1.0))
 
 
 def audited_epsilon(scores, member, delta, level=0.95):
     """The epsilon that an attack on many models rules out anything below, at that level: float, 0 for a useless one.
 
     scores, member: [M, N], higher = more likely a member; a model's scores must not use its partner, whose half gives
-    the target's away. The models are split in two folds of pairs; the threshold that promises most on one is judged
-    on the other, and the larger of the two results counts, each at half the error (Bonferroni).
+    the target's away. The attack names members (highest scores) and non-members (lowest), each with the threshold
+    that promises most on the other fold of models; the larger result counts, each at half the error (Bonferroni).
 
-    What holds for every example holds for the mean over the examples and models, so the counts are pooled. But the
+    What bounds the rates of every example bounds their mean over examples and models, so these are pooled. But the
     examples of one model are no independent trials: a model may be leakier for all of them. So each rate's end is the
-    more cautious of two: Clopper & Pearson's on the counts, right for rare events, and the interval two-way clustered
-    by pairs of models and examples (`metrics.estimate`). With fewer than two pairs in a fold nothing is known of new
-    models, and the result is 0. Raises ValueError for shapes that differ, or a row without members or non-members.
+    more cautious of two: Clopper & Pearson's on the counts, right for rare events, and that of the interval two-way
+    clustered by pairs of models and examples (`metrics.estimate`). With fewer than four pairs the spread over models
+    is hardly known, and the result is 0. Raises ValueError for shapes that differ, or a row without (non-)members.
     """
     scores, member = checked(scores, member)
-    _require("delta", delta, 0 <= delta < 1, "from 0 to below 1")
-    _require("level", level, 0 < level < 1, "between 0 and 1")
-    fold = np.unique(pairs(member), return_inverse=True)[1] % 2
-    if np.bincount(fold, minlength=2).min() < 4:
+    _check_levels(delta, level)
+    if len(np.unique(pairs(member))) < 4:
         return 0.0
-    half = 1 - (1 - level) / 2
-    parts = [(scores[fold == k], member[fold == k]) for k in (0, 1)]
-    limits = [_best_limit(*part, delta, half) for part in parts]
-    return max(_clustered_bound(*part, limit, delta, half) for part, limit in zip(parts, limits[::-1], strict=True))
+    each = 1 - (1 - level) / 2
+    return float(max(_naming(scores, member, delta, each), _naming(-scores, ~member, delta, each)))
+
+
+def _naming(scores, member, delta, level):
+    """The bound of naming those of high score members."""
+    together = pairs(member)
+    fold = np.unique(together, return_inverse=True)[1] % 2
+    limits = np.array([_best_limit(scores[fold == k], member[fold == k], delta, level) for k in (0, 1)])
+    flagged = scores > limits[1 - fold][:, None]
+    tpr, fpr = (estimate(ratio_cells(flagged, kind), together, level, rate=True) for kind in (member, ~member))
+    low = min(tpr.low, _least(flagged[member].sum(), member.sum(), level))
+    high = max(fpr.high, 1 - _least((~flagged & ~member).sum(), (~member).sum(), level))
+    return _epsilon_of(low, high, delta)
 
 
 def _best_limit(scores, member, delta, level):
-    """The threshold, among 200 from either end of the ranks, of the best bound on these models."""
+    """The threshold of the best bound on these models, among 200 from either end of the ranks."""
     ranks = np.unique(np.geomspace(1, scores.size, 200).astype(int)) - 1
     limits = np.unique(np.sort(scores, axis=None)[np.append(ranks, scores.size - 1 - ranks)])
     inside, outside = np.sort(scores[member]), np.sort(scores[~member])
-    tp, fp = (len(part) - np.searchsorted(part, limits, side="right") for part in (inside, outside))
-    return limits[np.argmax(epsilon_lower_bound(tp, fp, len(inside), len(outside), delta, level))]
-
-
-def _clustered_bound(scores, member, limit, delta, level):
-    flagged, together = scores > limit, pairs(member)
-    tpr, fpr = (estimate(ratio_cells(flagged, kind), together, level, rate=True) for kind in (member, ~member))
-    low = min(tpr.low, _rate_low(flagged[member].sum(), member.sum(), level))
-    high = max(fpr.high, _rate_high(flagged[~member].sum(), (~member).sum(), level))
-    return _epsilon_between(low, high, delta)
+    hits, rejected = len(inside) - np.searchsorted(inside, limits, "right"), np.searchsorted(outside, limits, "right")
+    tpr, fpr = _least(hits, len(inside), level), 1 - _least(rejected, len(outside), level)
+    return limits[np.argmax(_epsilon_of(tpr, fpr, delta))]

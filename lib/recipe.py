@@ -49,8 +49,10 @@ class Recipe:
         object.__setattr__(self, "rho", rho if self.has_radius else 0.0)
         object.__setattr__(self, "optimizer", named.text)  # however it was spaced
         require, sign = partial(_require, self), -1 if named.rule_name == "sharpreg" else 1
-        require("arch", self.arch in models.MODELS or ":" in self.arch, f"one of {', '.join(models.MODELS)}, or package.module:name")
-        require("rho", min(sign * np.atleast_1d(self.rho), default=-1) >= 0, f"zero or {'posi' if sign > 0 else 'nega'}tive")
+        known = f"one of {', '.join(models.MODELS)}, or package.module:name"
+        require("arch", self.arch in models.MODELS or ":" in self.arch, known)
+        side = "zero or positive" if sign > 0 else "zero or negative"
+        require("rho", min(sign * np.atleast_1d(self.rho), default=-1) >= 0, side)
         require("lr", self.lr > 0, "positive")
         require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         require("momentum", named.base_name != "nesterov" or self.momentum > 0, "positive for nesterov")
@@ -123,7 +125,7 @@ def whole_groups(draw, groups, size, tries=50):
                 taken[group], left = True, left - sizes[group]
         if not left:
             return np.flatnonzero(taken[groups])
-    raise ValueError(f"n_examples={len(groups)}: no {size} of them made of whole groups were found: choose another size")
+    raise ValueError(f"n_examples={len(groups)}: no {size} of them made of whole groups were found: choose another")
 
 
 def learning_rate(recipe, step, n_steps):

@@ -162,8 +162,8 @@ def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
     """ESAM: Du et al. 2022, "Efficient sharpness-aware minimization", algorithm 1, with their CIFAR options.
 
     A random share beta of the tensors, one at least, is perturbed, and the share gamma of the batch whose loss rises
-    most is descended on. A step takes one gradient, one forward pass and gamma of a gradient; leaving tensors out of the
-    first gradient saves nothing here, where all the models' are computed at once.
+    most is descended on. A step takes one gradient, one forward pass and gamma of a gradient; leaving tensors out of
+    the first gradient saves nothing here, where all the models' are computed at once.
     """
     first, aux = gradient(params)
     bound = uniform.min().clamp(min=beta)  # with no tensor perturbed, rounding would choose the examples

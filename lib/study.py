@@ -46,14 +46,14 @@ PARAMETERS = {
 # n_examples is an upper bound here: a smaller data set is used whole.
 COMMON = {"optimizers": "sgd,sam", "subset": 0.5, "weight_decay": 5e-4, "lr": 0.1, "seed": 0, "device": "auto"}
 TABLE = {**COMMON, "arch": "mlp", "rho": 0.3, "n_examples": 2000, "batch_size": 64, "augment": False}
-IMAGE = {**COMMON, "arch": "cnn", "rho": 0.1, "n_examples": 3000, "batch_size": 64, "augment": False}
+IMAGE = {**COMMON, "arch": "cnn", "rho": 0.1, "n_examples": 2000, "batch_size": 64, "augment": False}
 PRESETS = {
     "tiny": {
         "table": {**TABLE, "n_models": 16, "n_examples": 300, "epochs": 8, "batch_size": 32},
         "image": {**IMAGE, "n_models": 8, "n_examples": 200, "epochs": 2, "batch_size": 32},
     },
-    "default": {"table": {**TABLE, "n_models": 512, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
-    "small": {"table": {**TABLE, "n_models": 64, "epochs": 40}, "image": {**IMAGE, "n_models": 24, "epochs": 30}},
+    "default": {"table": {**TABLE, "n_models": 512, "epochs": 40}, "image": {**IMAGE, "n_models": 16, "epochs": 20}},
+    "small": {"table": {**TABLE, "n_models": 64, "epochs": 40}, "image": {**IMAGE, "n_models": 16, "epochs": 20}},
     "fast": {
         "table": {**TABLE, "n_models": 512, "epochs": 40},
         "image": {**IMAGE, "arch": "resnet18", "n_models": 64, "n_examples": 50000, "epochs": 30, "batch_size": 256},
@@ -181,6 +181,11 @@ class Settings:
         return None if self.is_table and self.preset != "tiny" else 1
 
     @property
+    def private(self):
+        """Models for each private ensemble: the gradient of every example is dear."""
+        return min(self.few, 32 if self.is_table else 8)
+
+    @property
     def epsilons(self):
         """Privacy budgets of the private optimizers."""
         return (8, 64) if self.is_table else (64,)
@@ -200,17 +205,19 @@ class Settings:
             f"tested on {held}; {self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
         )
 
-    def regimes(self, factors=(0.125, 0.375, 1, 2.5)):
+    def regimes(self, factors=None):
         """Numbers of epochs from far short of the main run to far beyond it."""
+        factors = factors or ((0.125, 0.375, 1, 2.5) if self.is_table else (0.375, 1, 2))
         return sorted({max(1, round(factor * self.epochs)) for factor in factors})
 
     def between(self):
         """More numbers of epochs, between the regimes: the baseline's, to interpolate its leakage by train loss."""
-        return [e for e in self.regimes((0.25, 0.5, 0.75, 1.5)) if e not in self.regimes()]
+        factors = (0.25, 0.5, 0.75, 1.5) if self.is_table else (0.7, 1.4)
+        return [e for e in self.regimes(factors) if e not in self.regimes()]
 
-    def doses(self, optimizer, factors=(0.25, 0.5, 1, 2)):
+    def doses(self, optimizer):
         """Radii below, at and above the run's rho; none for an optimizer without a radius."""
-        recipe = self.recipe(optimizer)
+        recipe, factors = self.recipe(optimizer), (0.25, 0.5, 1, 2) if self.is_table else (0.5, 1, 2)
         return [factor * recipe.rho for factor in factors if recipe.has_radius]
 
 
@@ -254,6 +261,13 @@ def check(run):
     if run.n_models < 8:
         raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
     member = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models), run.dataset.groups)
+    taught = member @ np.eye(run.dataset.n_classes, dtype=int)[run.dataset.y]  # [M, C] examples of each class
+    if not taught.all():
+        k, c = np.argwhere(taught == 0)[0]
+        raise ValueError(
+            f"n_examples={len(run.dataset.y)}: model {k} would train on none of class {run.dataset.classes[c]!r}: "
+            f"{np.bincount(run.dataset.y)[c]} are in the pool; take more examples, or leave the class out"
+        )
     inside, half = member.sum(0), np.arange(run.n_models) // 2 % 2 == 0
     # 3: attacks leave one out; 2 in either half of the models: buckets are formed on one, judged on the other
     least = min(min(h.sum(0).min(), (~h).sum(0).min()) for h in (member[half], member[~half]))

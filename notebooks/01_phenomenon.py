@@ -133,7 +133,9 @@ twins = duplicate_table(run.dataset)
 results.add(twins, optimizer="", note="duplicates in the pool")
 counts = twins.set_index("metric").value
 for kind in ("exact", "near"):
-    own, other_label, outside = (counts[f"{kind}_{name}"] for name in ("duplicates", "duplicates_other_label", "test_twins"))
+    own, other_label, outside = (
+        counts[f"{kind}_{name}"] for name in ("duplicates", "duplicates_other_label", "test_twins")
+    )
     say(f"Of {len(run.dataset.y)} examples {own:.0f} have {kind} twins in the pool ({other_label:.0f} of them with another "
         f"label), {outside:.0f} in the test part.")  # fmt: skip
 
@@ -233,8 +235,8 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 # safer. The models whose weights are kept are the targets; the strength of the noise is chosen on other models.
 
 # %%
-labels = label_only.table(ensembles)
-results.add(labels, n_models=len(label_only.kept(ensembles.values())))
+labels = label_only.table(ensembles, n_models=16 if run.is_table else 8)
+results.add(labels, n_models=len(label_only.kept(ensembles.values(), 16 if run.is_table else 8)))
 shown(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
 for metric in ("auc", "balanced_accuracy"):
     rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]

@@ -74,7 +74,6 @@ plots.style()
 baseline, other = run.names[0], run.other
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("06_beyond", run, n_models=run.few)
-on = beyond.on(baseline)
 say(run.describe() + f" In this notebook every ensemble has {run.few} models.")
 
 # %% [markdown]
@@ -108,21 +107,19 @@ shown(table[wanted & own], across=["metric"])
 
 # %% [markdown]
 # The table has each optimizer at its own radius (the run's, times the ratio of its authors' radius to SAM's),
-# less the baseline. In the picture an ensemble is a point; numbers are radii, bars 95% intervals, grey lines the
-# baseline's. Ringed are those that no other beats: beaten means that another tests better or leaks less, its paired
-# interval (widened for the number of pairs) clear of zero, and is no worse in the other respect.
+# less the baseline. In the picture an ensemble is a mark, its place the paired difference from the baseline, its bars
+# 95% intervals; larger marks have larger radii. Full marks are beaten by none: beaten means that another tests
+# better or leaks less, its paired interval (widened for the number of pairs) clear of zero, and is no worse in the other
+# respect.
 
 # %%
-levels = table[table.optimizer.isin([n for n, _ in made])]
-wide = levels[levels.metric.isin(["auc", "test_accuracy"])].pivot(
-    index=["optimizer", "rho"], columns="metric", values=["value", "ci_low", "ci_high"]
-)
+steps = table[wanted].assign(optimizer=lambda f: f.optimizer.str.removesuffix(f"-{baseline}"))
+wide = steps.pivot(index=["optimizer", "rho"], columns="metric", values=["value", "ci_low", "ci_high"])
 wide.columns = [f"{metric}_{value}" for value, metric in wide.columns]
-order = {name: place for place, (name, _) in enumerate(reversed(made))}
-wide = wide.reset_index().sort_values("optimizer", key=lambda names: -names.map(order), kind="stable")
+wide = wide.loc[[key for key in made if key in wide.index]].reset_index()
 beaten = beyond.dominated(made)
 kept = [key for key, by in beaten.items() if not by]
-plots.save(plots.frontier(wide, kept, baseline), run, "frontier")
+plots.save(plots.frontier(wide, kept), run, "frontier")
 
 # %%
 both = beyond.signs(table, baseline)
@@ -135,9 +132,10 @@ say(f"Beaten by none: {joined([label(*key) for key in kept])}.")
 say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
 
 # %% [markdown]
-# **How to read it.** Only an ensemble to the right of *and* below the baseline's lines improves on both. A chain of
-# points that rises to the right is the trade that the paper describes: accuracy bought with privacy, whatever
-# the optimizer's name. A chain that falls to the right contradicts it here.
+# **How to read it.** Only an ensemble in the lower right quarter improves on the baseline in both respects. A chain of
+# marks that rises to the right is the trade that the paper describes: accuracy bought with privacy, whatever
+# the optimizer's name. A chain that falls to the right contradicts it here. Far to the left lie radii that are too
+# large for this data: an author's default, carried over by the ratio to SAM's, may be one of them.
 #
 # ## At equal test accuracy, equal train loss, equal compute
 #
@@ -158,7 +156,9 @@ epochs = audit.align(epochs, essential=[(run.epochs, baseline), (run.epochs, oth
 base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, other))
 accuracy, loss = beyond.at_equal_accuracy(base, sharp), audit.at_equal_loss(base, sharp)
 spent = [(e, 2 * e) for e in (half, run.epochs) if (2 * e, baseline) in epochs and (e, other) in epochs]
-frames = [audit.contrast({baseline: epochs[2 * e, baseline], other: epochs[e, other]}).assign(epochs=e) for e, _ in spent]
+frames = [
+    audit.contrast({baseline: epochs[2 * e, baseline], other: epochs[e, other]}).assign(epochs=e) for e, _ in spent
+]
 compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'test_accuracy']")
 
 # %%
@@ -232,8 +232,9 @@ if was:
 # models, a threshold on the confidence.
 
 # %%
+on = beyond.on(baseline)
 changes = {
-    f"{other}": dict(optimizer=other),
+    other: dict(optimizer=other),
     "label smoothing 0.1": dict(smoothing=0.1),
     "stopped at a quarter": dict(stop=0.25),
     "stopped at half": dict(stop=0.5),
@@ -259,7 +260,10 @@ plots.save(plots.side_by_side(levels, panels, "none"), run, "defences")
 cheaper = costs[costs.label.str.endswith("-none")].assign(name=lambda f: f.label.str.removesuffix("-none"))
 for name in [n for n in defended if n != "none"]:
     rows = cheaper[cheaper.name == name]
-    price, auc = rows[rows.metric == "test_accuracy"].iloc[0], rows[(rows.metric == "auc") & (rows.attack == "lira")].iloc[0]
+    price, auc = (
+        rows[rows.metric == "test_accuracy"].iloc[0],
+        rows[(rows.metric == "auc") & (rows.attack == "lira")].iloc[0],
+    )
     simple = rows[(rows.metric == "auc") & (rows.attack == "confidence")].iloc[0]
     words = verb(auc, "leaks more", "leaks less", "leaks no differently")
     say(f"**{name}** {words}: accuracy {points(price)}, AUC of LiRA {points(auc)}, of a threshold {points(simple)}.")
@@ -278,14 +282,16 @@ for name in [n for n in defended if n != "none"]:
 
 # %%
 delta = 10.0 ** np.floor(np.log10(1 / (2 * run.n_examples)))
-private = beyond.private(run, run.epsilons, run.few, delta)
+private = beyond.private(run, run.epsilons, run.private, delta)
 if private:
     private = audit.align(private, essential=[(baseline, np.inf)])
     labels = {k: k[0] if np.isinf(k[1]) else f"{k[0]}, epsilon {k[1]:g}" for k in private}
     guard = beyond.defence_table({labels[k]: e for k, e in private.items()}).rename(columns={"optimizer": "label"})
-    results.add(guard, optimizer=guard.label, rho="", note="privacy", n_models=len(next(iter(private.values())).ids))
-    display(plots.save(plots.side_by_side(guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")],
-                                          {m: panels[m] for m in ("test_accuracy", "auc")}, baseline), run, "privacy"))
+    about = {"optimizer": guard.label, "rho": "", "note": "privacy", "n_models": len(private[baseline, np.inf].ids)}
+    results.add(guard, **about)
+    shown_rows = guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")]
+    two_panels = {m: panels[m] for m in ("test_accuracy", "auc")}
+    display(plots.save(plots.side_by_side(shown_rows, two_panels, baseline), run, "privacy"))
 else:
     say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it.")
 
@@ -294,7 +300,9 @@ if private:
     bounds = beyond.epsilon_table(private, delta)
     display(bounds.style.format({"epsilon": "{:g}", "bound": "{:.3f}"}).hide(axis="index"))
     claimed = bounds[np.isfinite(bounds.epsilon)]
-    rows = claimed.rename(columns={"bound": "value"}).assign(metric="epsilon_lower_bound", ci_low=np.nan, ci_high=np.nan)
+    rows = claimed.rename(columns={"bound": "value"}).assign(
+        metric="epsilon_lower_bound", ci_low=np.nan, ci_high=np.nan
+    )
     results.add(rows, rho="", attack="lira", note=[f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon])
     broken = claimed[claimed.bound > claimed.epsilon]
     verdict = "No bound exceeds its claim" if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
@@ -348,7 +356,9 @@ across = pick(agreement, f"{baseline} and {other}", "exposure_rank_correlation")
 ceiling = np.sqrt(max(0, within[0]) * max(0, within[1]))
 say(
     f"Across optimizers the ranks agree at {across:.2f}, where noise allows {ceiling:.2f} (the geometric mean of the "
-    f"agreements within): corrected for noise, {across / ceiling:.2f}." if ceiling > 0 else "The ranks are all noise here."
+    f"agreements within): corrected for noise, {across / ceiling:.2f}."
+    if ceiling > 0
+    else "The ranks are all noise here."
 )
 
 # %% [markdown]
@@ -368,7 +378,9 @@ if run.dataset.pattern is None:
     say(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
 else:
     member = np.array(two[baseline].member)
-    memorized = {n: memorization.memorization(audit.plain_signal(e, "confidence"), member).value for n, e in two.items()}
+    memorized = {
+        n: memorization.memorization(audit.plain_signal(e, "confidence"), member).value for n, e in two.items()
+    }
     patterns = beyond.pattern_table(two, memorized)
     results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],
                 note=[f"pattern shared by {s}" for s in patterns["size"]], n_models=len(member))  # fmt: skip
@@ -381,7 +393,9 @@ if run.dataset.pattern is not None:
     for metric in ("auc", "test_accuracy"):
         rows = patterns[(patterns.metric == metric) & (patterns.optimizer == pair)]
         for row in rows.itertuples():
-            say(f"`{metric}`, sub-patterns shared by {rows.loc[row.Index, 'size']}: {other} less {baseline} {points(row)}.")
+            say(
+                f"`{metric}`, sub-patterns shared by {rows.loc[row.Index, 'size']}: {other} less {baseline} {points(row)}."
+            )
 
 # %% [markdown]
 # ## What this run shows
@@ -393,10 +407,11 @@ more, less = (sum(leak == s for _, leak in both.values()) for s in (1, -1))
 say(f"**Variants.** {more} of {len(both)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
 for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
-    say(f"**At equal {name}** {other} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons.")
+    say(
+        f"**At equal {name}** {other} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons."
+    )
 if was:
     say(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
-best = {name: cheaper[(cheaper.name == name) & (cheaper.attack == "lira") & (cheaper.metric == "auc")].iloc[0] for name in defended if name != "none"}
-strongest = min(best, key=lambda name: best[name].value)
-say(f"**Defences.** Of those without a guarantee {strongest} lowers LiRA's AUC most: {points(best[strongest])}.")
+best = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc")].sort_values("value").iloc[0]
+say(f"**Defences.** Of those without a guarantee '{best['name']}' lowers LiRA's AUC most: {points(best)}.")
 say(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

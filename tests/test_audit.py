@@ -87,7 +87,7 @@ def test_equal_loss_interpolates_and_never_extrapolates(pair, monkeypatch):
     monkeypatch.setattr(audit, "log_loss", lambda e: np.log(runs[e.name][0]))
     monkeypatch.setattr(audit, "lira_cells", lambda e: runs[e.name][1])
     found = audit.at_equal_loss(*stand_ins(["a", "b"], ["between", "beyond"]))
-    assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: the baseline's AUC there is cells + 0.1
+    assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: there it is cells + 0.1
     assert found.value[0] == pytest.approx(0.05)
 
 

@@ -30,7 +30,7 @@ def simulated(leak, skill, m=16, n=200, t=150, seed=0, classes=2):
 def test_dominated_is_who_another_beats_in_one_respect_and_does_not_trail_in_the_other():
     made = {"base": (1.0, 1.0), "leaky": (2.0, 1.0), "better": (1.0, 2.0), "trade": (2.0, 2.5)}
     beaten = beyond.dominated({name: simulated(*of) for name, of in made.items()})
-    assert set(beaten["leaky"]) == {"base", "better", "trade"} - ({"trade"} if "trade" not in beaten["leaky"] else set())
+    assert {"base", "better"} <= set(beaten["leaky"])
     assert "better" in beaten["base"] and "base" not in beaten["better"] and not beaten["trade"]
     assert "leaky" not in beaten["base"]
 
@@ -143,8 +143,8 @@ def test_variants_are_on_the_baselines_own_base():
 
 def test_pattern_table_finds_the_rare_ones(tmp_path):
     data = blobs(n=80, t=60)
-    rng = np.random.default_rng(0)
-    common = replace(data, pattern=np.where(np.arange(80) < 20, np.arange(80), 20), pattern_test=rng.permutation(60) % 21)
+    pattern = np.where(np.arange(80) < 20, np.arange(80), 20)
+    common = replace(data, pattern=pattern, pattern_test=np.arange(60) % 21)
     made = {k: train(Recipe(optimizer=k, rho=0.1, epochs=2, batch_size=8), common, 8, tmp_path, "cpu", quiet=True)
             for k in ("sgd", "sam")}  # fmt: skip
     memorized = {k: np.where(np.arange(80) < 20, 0.9, 0.1) for k in made}

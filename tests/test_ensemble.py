@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import data, ensemble, store
+from lib import data, ensemble, recipe, store
 from lib.ensemble import Recipe, train
 
 
@@ -24,14 +24,50 @@ def assert_same(first, second):
 
 
 def test_halves_are_complementary_pairs_and_each_example_is_in_half_of_the_models():
-    member = ensemble.membership(Recipe(), 50, range(12))
+    member = recipe.membership(Recipe(), 50, range(12))
     assert (member[0::2] != member[1::2]).all()
     assert (member.sum(0) == 6).all() and (member.sum(1) == 25).all()
     assert (member[0] != member[2]).any()
 
 
+@pytest.mark.parametrize("sizes", [[2] * 20, [1, 1] + [2] * 19, [1, 2, 3, 4] * 4, [3, 3, 4, 10]])
+def test_groups_stay_together_in_complementary_halves_of_one_size(sizes):
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    member = recipe.membership(Recipe(), len(groups), range(40), groups)
+    assert (member[0::2] != member[1::2]).all() and (member.sum(1) == len(groups) // 2).all()
+    for group in range(len(sizes)):
+        rows = member[:, groups == group]
+        assert (rows.all(1) | ~rows.any(1)).all()
+    assert len({row.tobytes() for row in member}) > 2 or len(sizes) == 4
+    assert len({row.tobytes() for row in recipe.membership(Recipe(subset=0.3), 40, range(40), np.arange(40))}) == 40
+
+
+def test_groups_that_cannot_be_halved_are_refused_before_training(table, quick, tmp_path):
+    uneven = replace(table, groups=np.repeat([0, 1], [30, 50]))
+    with pytest.raises(ValueError, match="n_examples=80: no 40 .*whole groups"):
+        train(quick, uneven, 2, tmp_path, "cpu", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_reach_the_training(table, quick, tmp_path):
+    paired = replace(table, groups=np.arange(80) // 2)
+    found = train(quick, paired, 4, tmp_path, "cpu", quiet=True)
+    assert (found.member[:, 0::2] == found.member[:, 1::2]).all()
+    assert found.store.folder != ensemble.open_store(quick, table, tmp_path).folder
+
+
+@pytest.mark.parametrize("warmup, n_steps", [(0.05, 400), (0.0, 40), (0.3, 10)])
+def test_learning_rate_in_closed_form(warmup, n_steps):
+    """A line up to the peak over the first share of the steps; then lr/2 (1 + cos(pi t / T))."""
+    settings, rising = Recipe(warmup=warmup, lr=0.2, optimizer="sam"), warmup * n_steps
+    for step in range(n_steps):
+        cosine = 0.1 * (1 + np.cos(np.pi * (step - rising) / (n_steps - rising)))
+        expected = 0.2 * (step + 1) / (rising + 1) if step < rising else cosine
+        assert recipe.learning_rate(settings, step, n_steps) == pytest.approx(expected, rel=1e-12)
+
+
 def test_other_fractions_draw_each_subset_alone():
-    member = ensemble.membership(Recipe(subset=0.7), 50, range(12))
+    member = recipe.membership(Recipe(subset=0.7), 50, range(12))
     assert (member.sum(1) == 35).all()
     assert len({row.tobytes() for row in member}) == 12
 
@@ -41,6 +77,18 @@ def test_model_k_does_not_depend_on_how_many_train_or_on_a_resume(table, quick, 
     train(quick, table, 6, tmp_path / "grown", "cpu", quiet=True)
     grown = train(quick, table, 40, tmp_path / "grown", "cpu", quiet=True)
     assert_same(long, grown)
+
+
+@pytest.mark.parametrize("optimizer", ["looksam(k=3)", "fsam", "esam"])
+def test_neither_do_models_whose_rule_remembers_or_draws(table, quick, tmp_path, optimizer):
+    """Models 0 to 31 are one group and 32 to 63 the next, whose memory and draws start anew."""
+    settings = replace(quick, optimizer=optimizer)
+    long = train(settings, table, 40, tmp_path / "at_once", "cpu", quiet=True)
+    train(settings, table, 6, tmp_path / "grown", "cpu", quiet=True)
+    grown = train(settings, table, 40, tmp_path / "grown", "cpu", quiet=True)
+    assert_same(long, grown)
+    (grown.store.folder / "done" / "00034.json").unlink()  # as if killed before model 34 was saved
+    assert_same(long, train(settings, table, 40, tmp_path / "grown", "cpu", quiet=True))
 
 
 def test_only_new_models_train_when_the_number_is_raised(images, tmp_path, monkeypatch):
@@ -167,16 +215,19 @@ def test_a_loss_stuck_at_chance_counts_as_diverged(table, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["sam", "looksam(k=3)", "fsam", "esam", "gsam"])
+def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch, optimizer):
     if not ensemble.can_compile():
         pytest.skip("torch.compile does not work here")
-    recipe = Recipe(optimizer="sam", rho=0.2, epochs=3, batch_size=8)
-    eager = train(recipe, table, 4, tmp_path / "eager", "cpu", quiet=True)
+    settings = Recipe(optimizer=optimizer, rho=0.2, epochs=3, batch_size=8)
+    eager = train(settings, table, 20, tmp_path / "eager", "cpu", quiet=True)
     monkeypatch.setattr(ensemble, "worth_compiling", lambda *_: True)
-    compiled = train(recipe, table, 20, tmp_path / "compiled", "cpu", quiet=True)
+    ensemble.STEPPERS.clear()
+    compiled = train(settings, table, 20, tmp_path / "compiled", "cpu", quiet=True)
     assert ensemble.STEPPERS, "nothing was compiled"
-    np.testing.assert_allclose(compiled.logits[:4], eager.logits, rtol=1e-3, atol=1e-4)
-    again = train(recipe, table, 20, tmp_path / "again", "cpu", quiet=True)
+    np.testing.assert_allclose(compiled.logits, eager.logits, rtol=1e-3, atol=1e-4)
+    again = train(settings, table, 20, tmp_path / "again", "cpu", quiet=True)
+    assert len(ensemble.STEPPERS) == 1, "a second run compiled again"
     assert_same(compiled, again)
 
 

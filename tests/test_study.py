@@ -83,7 +83,8 @@ def test_a_flag_is_not_guessed_from_its_beginning(capsys):
 
 def test_a_small_table_gets_a_batch_that_fits_and_a_given_batch_is_left_alone(tmp_path):
     assert (
-        tiny(tmp_path, n_examples=40).batch_size == 10 and tiny(tmp_path, n_examples=40, batch_size=15).batch_size == 15
+        tiny(tmp_path, n_examples=110).batch_size == 27
+        and tiny(tmp_path, n_examples=110, batch_size=40).batch_size == 40
     )
 
 
@@ -134,3 +135,9 @@ def test_settings_that_differ_between_the_notebooks_of_a_folder_are_said(tmp_pat
     run = study.settings({"preset": "tiny", "rho": 0.2, "out": str(tmp_path), "store": str(tmp_path / "store")})
     Results("02_memorization", run).add(frame)
     assert differing(tmp_path) == ["rho differs: 0.1 in 01_phenomenon, 0.2 in 02_memorization"]
+
+
+def test_a_class_that_a_half_would_miss_is_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="n_examples=40: model .* none of class"):
+        tiny(tmp_path, n_examples=40)
+    assert not list((tmp_path / "s").glob("*-*"))

@@ -38,8 +38,8 @@ FLOOR = 1e-12  # of a variance
 TINY = 1e-40  # of a loss, an entropy or a confidence that is divided by or put into a logarithm
 
 
-def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0, a=0.3, seed=0):
-    """All attacks in NAMES on one ensemble: a dict name -> scores [M, N] float32.
+def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0, a=0.3, seed=0, learned=True):
+    """All attacks in NAMES on one ensemble: a dict name -> scores [M, N] float32; learned=False: without the neural.
 
     logits: [M, N, C], or [M, Q, N, C] with Q queries (augmentations) of which the first is the plain input;
     LiRA and RMIA average over the queries, the others see the first. y: [N] labels; member: [M, N] bool.
@@ -54,13 +54,8 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0,
         raise ValueError(f"member: shape {np.shape(member)}; valid is [M, N] = {(shape[0], shape[-2])}")
     if (population_logits is None) != (population_y is None):
         raise ValueError("population_y: missing or without population_logits; valid are both or neither")
-    first = logits if len(shape) == 3 else logits[:, 0]
-    plain = signals(first, y)
-    half = halves(checked(plain["phi"], member)[1], seed, y)
-    out = _threshold_attacks(plain, member, y, half)
-    out["neural"], own = neural.fit(first, y, member, half, seed)
-    out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
-    shown = plain if len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
+    out = single(logits if len(shape) == 3 else logits[:, 0], y, member, seed, learned)
+    shown = signals(logits, y, only=("phi", "confidence"))
     population = None
     if population_logits is not None:
         population = signals(population_logits, population_y, only=("confidence",))["confidence"]
@@ -74,7 +69,22 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0,
     out.update(zip(kinds, family, strict=True))
     for name, offline in (("rmia", False), ("rmia_offline", True)):
         out[name] = rmia(shown["confidence"], member, population, offline, gamma, a)
-    return {name: out[name] for name in NAMES}
+    return {name: out[name] for name in NAMES if name in out}
+
+
+def single(logits, y, member, seed=0, learned=True):
+    """The attacks of `run` that look at one model alone and need no shadow models: a dict name -> scores [M, N].
+
+    logits: [M, N, C] on the plain input. Thresholds and the neural attack are learned on one half of each model's
+    members and non-members and judge the other.
+    """
+    plain = signals(logits, y)
+    half = halves(checked(plain["phi"], member)[1], seed, y)
+    out = _threshold_attacks(plain, member, y, half)
+    if learned:
+        out["neural"], own = neural.fit(logits, y, member, half, seed)
+        out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
+    return out
 
 
 def null_member(member, seed=0) -> np.ndarray:

@@ -197,10 +197,10 @@ def lacking(member) -> str:
 
 
 def scores(e, member) -> dict[str, np.ndarray]:
-    """Attack -> scores [M, N]: all attacks.NAMES, or, with too few shadow models, thresholds on one output."""
+    """Attack -> scores [M, N]: all attacks.NAMES, or, with too few shadow models, those that need none."""
     if not lacking(member):
         return attacks.run(e.logits, e.y, member, e.population_logits, e.population_y)
-    found = attacks._threshold_attacks(signals(plain(e), e.y), member, e.y, metrics.halves(member, 0, e.y))
+    found = attacks.single(plain(e), e.y, member)
     return {name: found[name] for name in attacks.NAMES if name in found}
 
 
@@ -336,7 +336,7 @@ def limits(ensembles):
     lack, thin, alone = lacking(e.member), classes_without(e), how(e)["examples_only"]
     groups = 0 if e.groups is None else len(np.unique(e.groups))
     said = {
-        f"Only thresholds on one model's output were tried. LiRA and RMIA were left out: {lack}.": lack,
+        f"Only attacks on one model's output were tried. LiRA and RMIA were left out: {lack}.": lack,
         "The 95% intervals are over new examples only: one or two models cannot say how others would differ.": alone,
         "The 95% intervals are over new models and new examples.": not alone,
         f"They count {groups} groups of examples, not {len(e.y)} examples.": groups,

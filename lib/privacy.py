@@ -121,7 +121,7 @@ def epsilon_lower_bound(tp, fp, n_in, n_out, delta, level=0.95):
     """The epsilon that a membership attack's counts rule out anything below, at that level: float, 0 or more.
 
     tp of n_in members and fp of n_out non-members flagged by a rule fixed beforehand; every one an independent trial,
-    as with one example a model. Jagielski, Ullman & Oprea 2020, section 3; Nasr et al. 2021, section IV.
+    as with one example a model. Jagielski, Ullman & Oprea 2020; Nasr et al. 2021 ("Adversary instantiation").
     Raises ValueError for counts, delta or level out of range.
     """
     for name, count, n in (("tp", tp, n_in), ("fp", fp, n_out)):

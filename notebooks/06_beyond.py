@@ -128,6 +128,9 @@ kinds |= {"better and leak no differently": (1, 0)}
 for words, wanted in kinds.items():
     named = [label(*key) for key, found in both.items() if found == wanted]
     say(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {words}** than {baseline}: {joined(named)}.")
+own_radius = [key for key in both if key[1] == run.recipe(key[0]).rho]
+failing = [label(*key) for key in own_radius if both[key][0] < 0]
+say(f"At their authors' radius, in the ratio to SAM's, these test *worse* than {baseline}: {joined(failing)}.")
 say(f"Beaten by none: {joined([label(*key) for key in kept])}.")
 say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
 
@@ -214,7 +217,8 @@ off = [i for i in moved if sign(here.iloc[i]) != was]
 names = [f"{f} {level}" for f, level in zip(here.factor, here.level, strict=True)]
 say(f"As it is, {other} leaks {verb(here.iloc[0], *than)} {baseline}: {points(here.iloc[0])} of AUC.")
 if was:
-    say(f"**Switched off at**: {joined([names[i] for i in off])}. Weakened: {joined([names[i] for i in moved])}.")
+    weaker = [names[i] for i in moved if i not in off]
+    say(f"**Switched off at**: {joined([names[i] for i in off])}. Weakened, not off: {joined(weaker)}.")
     turned = [names[i] for i in off if sign(here.iloc[i]) == -was]
     say(f"Turned into its opposite at: {joined(turned)}.")
 

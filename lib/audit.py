@@ -18,21 +18,31 @@ from lib.signals import signals
 def align(ensembles, essential=None):
     """The ensembles on the models that finished in all of them, so that every comparison stays paired.
 
-    Keys not in `essential` (default: all are) with under half of the models are dropped, and said; ValueError if
-    an essential one has fewer than 8 models.
+    While fewer than half of the models (or 8) are common, the key with the fewest is dropped, and said, unless it is
+    in `essential` (default: all are). ValueError if fewer than 8 models are left in common.
     """
+    kept, lost = dict(ensembles), []
     enough = max(8, max(len(e.ids) for e in ensembles.values()) / 2)
-    lost = [k for k, e in ensembles.items() if essential is not None and k not in essential and len(e.ids) < enough]
+    while len(common := common_ids(kept)) < enough:
+        fewest = min((k for k in kept if essential is not None and k not in essential),
+                     key=lambda k: len(kept[k].ids), default=None)  # fmt: skip
+        if fewest is None:
+            break
+        lost.append(fewest)
+        del kept[fewest]
     if lost:
-        print(f"left out, since most of their models diverged: {lost}")
-    kept = {name: e for name, e in ensembles.items() if name not in lost}
-    common = sorted(set.intersection(*(set(e.ids.tolist()) for e in kept.values())))
+        print(f"left out, since too many of their models diverged: {lost}")
     if len(common) < 8:
         raise ValueError(
             f"n_models: only {len(common)} models finished under all of {', '.join(map(str, kept))}; 8 are needed: "
             "lower lr or rho, or train more models"
         )
     return {name: e.only(common) for name, e in kept.items()}
+
+
+def common_ids(ensembles):
+    """The models that finished in all of them, in order."""
+    return sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles.values())))
 
 
 def scores(ensemble, member=None):

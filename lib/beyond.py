@@ -223,12 +223,16 @@ def noise_levels(run, targets, delta):
 
 
 def private(run, targets, n_models, delta):
-    """DP-SGD and DP-SAM at each epsilon, with the undefended baseline on the same network: dict label -> Ensemble."""
+    """DP-SGD and DP-SAM at each epsilon, with the undefended baseline on the same network: dict label -> Ensemble.
+
+    Empty where the network has BatchNorm and no twin without it, or where that twin does not learn undefended."""
     arch = WITHOUT_NORM.get(run.arch, run.arch)
     net = models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
     if models.has_batchnorm(net):
         return {}
     found = {(run.names[0], np.inf): run.train(run.names[0], n_models, arch=arch)}
+    if len(found[run.names[0], np.inf].ids) < 8:
+        return {}
     for (rule, target), sigma in noise_levels(run, targets, delta).items():
         name = on(run.names[0])(f"{rule}(sigma={sigma:.4g})")
         found[rule, target] = run.train(name, n_models, arch=arch)

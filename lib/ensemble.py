@@ -262,6 +262,8 @@ class Inputs:
         self.x, self.x_test = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (x, x_test))
         self.y, self.y_test = torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device)
         share = np.bincount(dataset.y) / len(dataset.y)
+        # labels smoothed by s are guessed no better than by (1 - s) share + s / C
+        share = (1 - recipe.smoothing) * share + recipe.smoothing / len(share)
         self.chance = -(share * np.log(share)).sum()  # the loss of guessing the class shares
         self.n_classes, self.shape, self.device = dataset.n_classes, tuple(x.shape[1:]), device
         self.groups = dataset.groups
@@ -434,11 +436,11 @@ class Group:
             state.buffers = call(state.params, state.buffers, x)
 
     def failing(self, loss, number):
-        """Which models have a loss that is not finite, or, half-way, no better than guessing the class shares.
+        """Which models have a loss that is not finite, or at the end is no better than guessing the class shares.
 
         Private noise alone may keep a loss that high: that is its price, and no failure.
         """
-        late = number + 1 >= max(5, self.recipe.run_epochs / 2) and not self.recipe.named.private
+        late = number + 1 == self.recipe.run_epochs >= 5 and not self.recipe.named.private
         return ~np.isfinite(loss) | (late & (loss > 0.999 * self.inputs.chance))
 
     def arrays(self, history):

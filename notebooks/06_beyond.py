@@ -80,11 +80,13 @@ say(run.describe() + f" In this notebook every ensemble has {run.few} models.")
 # ## Variants: who sits on the frontier?
 #
 # **Claim.** Every sharpness-aware optimizer tests better than SGD and leaks more.
-#
+
+# %% [markdown]
 # **How we test it.** SAM and six of its relatives at several radii; weight averaging (SWA), which finds flat minima
 # without looking for them; and SharpReg, which looks for *sharp* ones (a negative radius), an earlier version of the
 # paper's defence.
-#
+
+# %% [markdown]
 # | optimizer | what it changes | gradients a step |
 # |---|---|---|
 # | `sam` | the gradient at the worst point nearby (Foret et al. 2021) | 2 |
@@ -139,11 +141,13 @@ say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.
 # marks that rises to the right is the trade that the paper describes: accuracy bought with privacy, whatever
 # the optimizer's name. A chain that falls to the right contradicts it here. Far to the left lie radii that are too
 # large for this data: an author's default, carried over by the ratio to SAM's, may be one of them.
-#
+
+# %% [markdown]
 # ## At equal test accuracy, equal train loss, equal compute
 #
 # **Claim.** At the same accuracy, or the same fit, or the same cost, SAM still leaks more.
-#
+
+# %% [markdown]
 # **How we test it.** The baseline and SAM are trained for several numbers of epochs (the first notebook's ensembles).
 # At *equal accuracy* and *equal train loss* the baseline's AUC is interpolated between two of its runs to the place that
 # SAM reached; where its runs do not bracket the place, nothing is said. At *equal compute* the baseline gets twice the
@@ -189,11 +193,13 @@ say(
 # **How to read it.** The three comparisons hold different things fixed, and none is *the* fair one. An engineer who
 # needs a given accuracy cares about the first; whoever asks what sharpness adds beyond a closer fit, about the second;
 # whoever pays for the computer, about the third.
-#
+
+# %% [markdown]
 # ## Why: what switches the effect off?
 #
 # **Claim.** The effect belongs to sharpness-aware training, not to a batch size, a length or a regularizer.
-#
+
+# %% [markdown]
 # **How we test it.** One thing is changed at a time, for both optimizers, and the paired effect on LiRA's AUC is
 # measured anew. The grey band is the effect as the run is. An effect counts as *switched off* at a level if its interval
 # there is not clear of zero on the side where it was, and the change from the run as it is, also paired, is clear of zero.
@@ -226,11 +232,13 @@ if was:
 # **How to read it.** `train_accuracy` is the baseline's, `train_accuracy_other` SAM's, at each level; look at them
 # first. A level that keeps SAM from fitting its training half changes two things at once, and says little about
 # sharpness. Label noise also changes the examples: part of what leaks there is which wrong labels were learnt.
-#
+
+# %% [markdown]
 # ## Defences: what each costs and buys
 #
 # **Claim.** Leakage can be bought down; the question is the price in accuracy.
-#
+
+# %% [markdown]
 # **How we test it.** Each defence is trained (or, for temperature, served) on the baseline's halves. The attacker knows
 # the defence: shadow models are trained and served the same way. Beside LiRA stands the attack without shadow
 # models, a threshold on the confidence.
@@ -276,7 +284,8 @@ for name in [n for n in defended if n != "none"]:
 # **How to read it.** Left, what is paid; middle and right, what is bought; grey, the undefended baseline. Temperature
 # changes no ranking that LiRA uses on two classes and little on more: hiding confidence is not removing it. A defence
 # that moves the threshold attack but not LiRA only confuses an attacker who did not adapt.
-#
+
+# %% [markdown]
 # ### With a guarantee: DP-SGD and DP-SAM
 #
 # Clipping every example's gradient and adding noise bounds what *any* attack can learn. The bound, $\epsilon$, is
@@ -297,7 +306,7 @@ if private:
     two_panels = {m: panels[m] for m in ("test_accuracy", "auc")}
     display(plots.save(plots.side_by_side(shown_rows, two_panels, baseline), run, "privacy"))
 else:
-    say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it.")
+    say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it that learns.")
 
 # %%
 if private:
@@ -317,11 +326,13 @@ if private:
 # **How to read it.** Between the bound and the claim lies what the accountant must allow for and our attack does not
 # exploit; a claim can be loose, a bound can be weak, but a bound above a claim would be a bug. On training
 # halves this small, an $\epsilon$ of one digit costs much of the accuracy.
-#
+
+# %% [markdown]
 # ## Who pays?
 #
 # **Claim.** SAM exposes the same examples as SGD, only more.
-#
+
+# %% [markdown]
 # **How we test it.** Per class: LiRA's AUC within each class, and the test accuracy of each class, since an overall accuracy
 # can hide a class that nobody recognizes. Per example: how well LiRA tells an example's members from non-members
 # over the models, ranked; the ranks under the two optimizers are compared on *different* models, and so are those of one
@@ -369,11 +380,13 @@ say(
 # **How to read it.** A corrected agreement near 1 means that both optimizers expose the same people, and SAM moves the
 # level; well below 1, that it exposes others. The intervals of this table are the range over random splits of the
 # models, not confidence intervals.
-#
+
+# %% [markdown]
 # ## Where atypical is known
 #
 # **Claim.** SAM memorizes atypical sub-patterns, gains on them, and exposes them.
-#
+
+# %% [markdown]
 # **How we test it.** In the data set `subclasses` every example's sub-pattern is known, and so is how many share it: a
 # ground truth for "atypical" that no estimate had a hand in. On other data this section has nothing to say.
 
@@ -416,6 +429,7 @@ for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     )
 if was:
     say(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
-best = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc")].sort_values("value").iloc[0]
-say(f"**Defences.** Of those without a guarantee '{best['name']}' lowers LiRA's AUC most: {points(best)}.")
+lowered = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc") & (cheaper.ci_high < 0)].sort_values("value")
+said = [f"{row['name']} ({points(row)})" for _, row in lowered.iterrows()]
+say(f"**Defences.** Of those without a guarantee these lower LiRA's AUC, most first: {joined(said)}.")
 say(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -81,6 +81,13 @@ def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, caps
         audit.align(doses, essential=[9.0])
 
 
+def test_align_drops_as_few_as_it_must_for_half_of_the_models_in_common(pair, capsys):
+    made = {"all": pair["sgd"], "late": pair["sam"].only(range(6, 16)), "early": pair["sam"].only(range(10))}
+    kept = audit.align(made, essential=["all"])  # 4 in common of all three, 10 without one of them
+    assert len(kept) == 2 and "all" in kept and all(len(e.ids) == 10 for e in kept.values())
+    assert "left out" in capsys.readouterr().out
+
+
 def test_equal_loss_interpolates_and_never_extrapolates(pair, monkeypatch):
     cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "between": (0.1, cells + 0.15), "beyond": (0.001, cells)}

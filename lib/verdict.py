@@ -260,9 +260,10 @@ def group_ledger(rows):
 
 def variants(rows):
     """The verdict on lira for each optimizer of notebook 06 at its own radius: rows as the ledger's."""
+    known = set(rows.optimizer)
     rows = rows[(rows.note == "variants") & (pd.to_numeric(rows.rho, errors="coerce") > 0)].assign(note="")
     claim = next(claim for claim in CLAIMS if claim.name == "leaks_more_lira")
-    pairs = [name for name in rows.optimizer.unique() if name.rpartition("-")[2] in set(rows.optimizer) - {name}]
+    pairs = [name for name in rows.optimizer.unique() if name.rpartition("-")[2] in known - {name}]
     return pd.DataFrame([judged(rows, claim, pair) for pair in pairs])
 
 
@@ -270,10 +271,11 @@ def alike(ledger, more):
     """ALIKE, from the verdicts on lira: a row for each group, not run below two optimizers or architectures.
 
     more: such verdicts on optimizers that the ledger does not list one by one."""
-    out, lira = [], ledger[ledger.claim == "leaks_more_lira"]
-    lira = pd.concat([lira, more], ignore_index=True).drop_duplicates([*GROUP, "optimizer"])
+    out, main = [], ledger[ledger.claim == "leaks_more_lira"]
+    every = pd.concat([main, more], ignore_index=True).drop_duplicates([*GROUP, "optimizer"])
     for row in ledger.drop_duplicates(GROUP).to_dict("records"):
         for name, (statement, shared, across) in ALIKE.items():
+            lira = every if across == "optimizer" else main
             ran = lira[(lira[shared] == pd.Series(row)[shared]).all(axis=1) & (lira.verdict != "not run")]
             effect = "; ".join(f"{getattr(r, across)}: {r.verdict}" for r in ran.itertuples())
             count = ran[across].nunique()

@@ -78,9 +78,14 @@ def finding(runs):
     runs: dict title -> tidy frame of the paired differences with columns epochs, metric, value, ci_low, ci_high,
     train_accuracy (of the baseline).
     """
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.6 * len(runs), 4), layout="constrained", squeeze=False)
+    columns = min(3, len(runs))
+    lines = -(-len(runs) // columns)
+    size = (4.9 * columns, 3.7 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     labels = {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}
-    for axis, (title, frame) in zip(axes[0], runs.items(), strict=True):
+    for spare in axes.flat[len(runs) :]:
+        spare.set_axis_off()
+    for axis, (title, frame) in zip(axes.flat, runs.items(), strict=False):
         for index, (metric, label) in enumerate(labels.items()):
             rows = 100 * frame[frame.metric == metric].set_index("epochs").sort_index()[["value", "ci_low", "ci_high"]]
             plots.error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
@@ -90,7 +95,10 @@ def finding(runs):
         axis.axhline(0, color="0.3", lw=1)
         axis.set(title=title, ylabel="SAM minus SGD, points")
         axis.margins(x=0.12)
-    axes[0, 0].legend(fontsize=10)
+    if len(runs) < axes.size:  # the empty place is for the legend
+        axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", fontsize=12)
+    else:
+        axes[0, 0].legend(fontsize=10)
     return figure
 
 

@@ -11,7 +11,7 @@ from lib import attacks, metrics, outside
 from lib.results import COLUMNS
 from lib.signals import signals
 
-ALONE = [name for name in attacks.NAMES if not name.startswith(("lira", "rmia", "neural"))]
+ALONE = [name for name in attacks.NAMES if not name.startswith(("lira", "rmia"))]
 
 
 def given(n_models=8, n=80, leak=1.0, classes=4, seed=0, member=None):

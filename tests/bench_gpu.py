@@ -87,13 +87,14 @@ def trained(recipe, dataset, n_models, device):
     return taken / trained_in_all, float(fits), most
 
 
-def epochs_of(recipe, inputs, device):
-    """One epoch of one group, warm, as a function without arguments; and how many steps it makes."""
-    net = models.build(recipe.arch, inputs.shape, inputs.n_classes)
-    group = ensemble.Group(recipe, inputs, list(range(ensemble.lanes_for(net, device))))
+def steps_of(recipe, inputs, device):
+    """One epoch's steps of one model, warm, as a function without arguments; and how many they are."""
+    group = ensemble.Group(recipe, inputs, [0])
 
     def epoch():
-        group.epoch(0)
+        for at, (x, y) in enumerate(group.batches()):
+            lr = learning_rate(recipe, at, group.n_steps)
+            group.stepper.step(x, y, group.context(at, lr), lr, at % group.period == 0)
         wait(device)
 
     epoch()
@@ -110,7 +111,7 @@ class Pictures(Examples):
         from torchvision import transforms
 
         self.index = np.flatnonzero(membership(recipe, len(dataset.y), [0])[0])
-        self.x, self.y = dataset.x.transpose(0, 2, 3, 1), dataset.y
+        self.x, self.y = np.ascontiguousarray(dataset.x.transpose(0, 2, 3, 1)), dataset.y
         side = dataset.x.shape[-1]
         moved = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(side, padding=side // 8)]
         plain = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
@@ -165,7 +166,7 @@ def measured(sgd, sam, dataset, device, n_models, workers=4, rounds=3):
         yield (name, REACHED), fits, ""
         yield (name, PEAK), "not measured" if most is None else most, ""
     inputs = ensemble.Inputs(dataset, sgd, device)
-    (one, _), (two, steps) = (epochs_of(recipe, inputs, device) for recipe in (sgd, sam))
+    (one, _), (two, steps) = (steps_of(recipe, inputs, device) for recipe in (sgd, sam))
     peers = {kind: peers_epoch(sgd, dataset, device, workers, autocast) for kind, autocast in PEERS.items()}
     taken = in_turn({"sgd": one, "sam": two, **peers}, rounds)
     yield ("sam", STEP), 1e3 * taken["sam"] / steps, taken["sam"] / taken["sgd"]
@@ -178,13 +179,13 @@ def images(path):
     return data.load("cifar10", path) if path else photographs()
 
 
-def gpu(arch, path=None):
-    """The rows of one network: measured where there is a GPU and the network is known, else named all the same."""
+def gpu(arch, path=None, device="cuda"):
+    """The rows of one network; "not measured" in each where there is no GPU."""
     rows = expected(arch)
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         yield from ((name, "not measured", "", baseline, "", goal) for name, _, baseline, goal in rows.values())
         return
-    device, dataset = torch.device("cuda"), data.pool(images(path))
+    device, dataset = torch.device(device), data.pool(images(path))
     for key, value, ratio in measured(*recipes_of(arch, device), dataset, device, WANTED[arch][2]):
         name, unit, baseline, goal = rows[key]
         yield f"{name} (halves of {len(dataset.y)}, {dataset.name})", value, unit, baseline, ratio, goal

@@ -23,9 +23,9 @@ SIZES = {
     (TRAIN, "N"): (640, 1280, 2560, 5120, 10240),
     (TRAIN, "P"): (32, 64, 128, 256, 512),  # hidden units
     (ATTACK, "M"): (32, 64, 128, 256, 512),
-    (ATTACK, "N"): (2500, 5000, 10000, 20000, 40000),
+    (ATTACK, "N"): (2560, 5120, 10240, 20480, 40960),
 }
-FIXED = {"models": 32, "pool": 1280, "scored": 5000, "against": 64}  # what stays while another size changes
+FIXED = {"models": 32, "pool": 1280, "scored": 5120, "against": 64}  # what stays while another size changes
 
 
 def __getattr__(name):
@@ -80,12 +80,23 @@ def slope(sizes, seconds):
 
 
 def power(series, axis, points):
-    """'training (SGD): time ~ M^1.02 ± 0.01' of the points' fit, ± its standard error."""
+    """'training (SGD): time ~ M^1.02 (± 0.01)', the standard error in parentheses."""
     b, error = slope(points["size"], points.seconds)
-    return f"{series}: time ~ {axis}^{b:.2f} ± {error:.2f}"
+    return f"{series}: time ~ {axis}^{b:.2f} (± {error:.2f})"
 
 
-def figure(frame):
+def labels(fixed):
+    """What is along each axis, and what stays meanwhile."""
+    pool, models, scored, against = (f"{fixed[name]:,}" for name in ("pool", "models", "scored", "against"))
+    stays = {
+        "M": f"pool of {pool}; attacked: {scored}",
+        "N": f"{models} models; attacked: {against}",
+        "P": f"{models} models, pool of {pool}",
+    }
+    return {axis: f"{label}\n({stays[axis]})" for axis, label in AXES.items()}
+
+
+def figure(frame, fixed=FIXED):
     """A panel for each axis, the slopes in its title. frame: columns series, axis, size, seconds."""
     import matplotlib.pyplot as plt
 
@@ -93,7 +104,7 @@ def figure(frame):
 
     plots.style()
     made, panels = plt.subplots(1, len(AXES), figsize=(5.2 * len(AXES), 4.6), layout="constrained")
-    for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
+    for panel, (axis, label) in zip(panels, labels(fixed).items(), strict=True):
         titles = []
         for index, series in enumerate((TRAIN, ATTACK)):
             points = frame[(frame.series == series) & (frame.axis == axis)]
@@ -119,12 +130,15 @@ def line(panel, points, index, series):
 
 
 def ticks(panel, sizes):
-    """Plain numbers at a few of the measured sizes."""
-    from matplotlib.ticker import NullLocator
+    """Plain numbers: some of the measured sizes, and seconds."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     few = sizes[:: -(-len(sizes) // 5)]
     panel.set_xticks(few, [f"{size:,}" for size in few])
     panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def scaling(out, recipe=COMPILED, sizes=SIZES, fixed=FIXED, rounds=3):
@@ -139,4 +153,4 @@ def scaling(out, recipe=COMPILED, sizes=SIZES, fixed=FIXED, rounds=3):
         yield f"{name} (± standard error)", f"{b:.2f} ± {error:.2f}", "", "", "", ""
     frame = pd.DataFrame(points, columns=["series", "axis", "size", "seconds"])
     frame.to_csv(out / "bench_scaling.csv", index=False, float_format="%.4g")
-    figure(frame).savefig(out / "bench_scaling.png")
+    figure(frame, fixed).savefig(out / "bench_scaling.png")

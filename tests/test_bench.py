@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.study import PRESETS
 from tests import bench, bench_cpu, bench_gpu, bench_scaling
 from tools import readme
 
@@ -141,18 +142,29 @@ def test_the_figure_names_every_slope():
     points = [(*cell, size, 2.0 * size**1.25) for cell in cells for size in sizes]
     made = bench_scaling.figure(pd.DataFrame(points, columns=["series", "axis", "size", "seconds"]))
     titles = [panel.get_title() for panel in made.axes]
-    assert [title.count("^1.25 ± 0.00") for title in titles] == [2, 2, 1] and "time ~ P^1.25" in titles[2]
+    assert [title.count("^1.25 (± 0.00)") for title in titles] == [2, 2, 1] and "time ~ P^1.25" in titles[2]
 
 
-def test_the_gpu_sections_run_on_any_device():
+def test_the_gpu_sections_run_on_any_device(monkeypatch):
     dataset = bench_gpu.photographs(64, 32, side=16, classes=3)
-    sgd, sam = (replace(TOY, arch="cnn", optimizer=name, rho=0.1, batch_size=16) for name in ("sgd", "sam"))
-    device = torch.device("cpu")
-    found = list(bench_gpu.measured(sgd, sam, dataset, device, 2, workers=0, rounds=1))
-    assert {key for key, *_ in found} == set(bench_gpu.expected("resnet9"))
-    values = {key: (value, ratio) for key, value, ratio in found}
-    assert values["sgd", bench_gpu.RATE][0] > 0 and 0 <= values["sam", bench_gpu.REACHED][0] <= 1
-    assert values["sam", bench_gpu.STEP][1] > 0 and values["sgd", "float32"][1] > 0
+    recipes = [replace(TOY, arch="cnn", optimizer=name, rho=0.1, batch_size=16) for name in ("sgd", "sam")]
+    measured = bench_gpu.measured
+    monkeypatch.setattr(bench_gpu, "images", lambda path: dataset)
+    monkeypatch.setattr(bench_gpu, "recipes_of", lambda arch, device: recipes)
+    monkeypatch.setattr(bench_gpu, "measured", lambda *args: measured(*args, workers=0, rounds=1))
+    rows = {made[0]: made for made in bench_gpu.gpu("resnet18", device="cpu")}
+    assert len(rows) == 8  # the peers' two kinds stand against the same name
+    note = "(halves of 64, synthetic)"
+    assert rows[f"resnet18, sgd, trained to the end {note}"][1] > 0
+    assert 0 <= rows[f"resnet18, sam: train accuracy, the lowest of the models {note}"][1] <= 1
+    assert rows[f"resnet18, sam: a step {note}"][4] > 0 and rows[f"resnet18, sgd: a model {note}"][4] > 0
+
+
+def test_the_networks_are_trained_by_the_preset():
+    sgd, sam = bench_gpu.recipes_of("resnet18", torch.device("cpu"))
+    given = PRESETS["fast"]["image"]
+    assert (sgd.optimizer, sam.optimizer, sam.rho) == ("sgd", "sam", given["rho"])
+    assert sgd.epochs == sam.epochs == given["epochs"] and sgd.batch_size == given["batch_size"]
 
 
 def test_the_peers_see_the_same_half_in_the_same_form():

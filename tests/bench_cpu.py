@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lib import attacks, data, ensemble, memorization, neural, optimizers
+from lib import attacks, data, ensemble, memorization, models, neural, optimizers, step
 from lib.ensemble import Recipe
 from lib.recipe import membership
 
@@ -74,7 +74,7 @@ def rows_of(section, args):
 
 def one_model(dataset, batches, recipe=RECIPE):
     """Train one MLP on the half of model 0 with autograd and torch.optim."""
-    net = ensemble.models.build("mlp", dataset.x.shape[1:], dataset.n_classes)
+    net = models.build("mlp", dataset.x.shape[1:], dataset.n_classes)
     settings = recipe.lr, recipe.momentum, recipe.weight_decay
     optimizer = optimizers.build(recipe.named, list(net.parameters()), *settings)
     for _ in range(recipe.epochs):
@@ -142,13 +142,13 @@ def many(dataset, recipe, n_models, compiled=True):
     """
 
     def run(recipe, count):
-        can = ensemble.can_compile
-        ensemble.can_compile = can if compiled else lambda: False
+        can = step.can_compile
+        step.can_compile = can if compiled else lambda: False
         try:
             with tempfile.TemporaryDirectory() as folder:
                 ensemble.train(recipe, dataset, count, folder, quiet=True)
         finally:
-            ensemble.can_compile = can
+            step.can_compile = can
 
     run(replace(recipe, seed=recipe.seed + 1, stop=1 / recipe.epochs), 2)
     return lambda: run(recipe, n_models)

@@ -160,6 +160,16 @@ def test_the_gpu_sections_run_on_any_device(monkeypatch):
     assert rows[f"resnet18, sam: a step {note}"][4] > 0 and rows[f"resnet18, sgd: a model {note}"][4] > 0
 
 
+def test_peak_memory_is_counted_beside_the_data_and_against_what_was_predicted():
+    dataset = bench_gpu.photographs(64, 32, side=16, classes=3)
+    recipe, device = replace(TOY, arch="cnn"), torch.device("cpu")
+    inputs = bench_gpu.ensemble.Inputs(dataset, recipe, device)
+    data = 4 * 3 * 16 * 16 * (64 + 32) + 8 * (64 + 32)  # float32 images and int64 labels
+    wanted = bench_gpu.step.predicted_memory(recipe, (3, 16, 16), 3)
+    assert bench_gpu.beside_the_data(data + wanted // 2, recipe, inputs) == pytest.approx((wanted / 2e9, 0.5), rel=1e-6)
+    assert bench_gpu.most_used(lambda: 7, device) == (7, None)
+
+
 def test_the_networks_are_trained_by_the_preset():
     sgd, sam = bench_gpu.recipes_of("resnet18", torch.device("cpu"))
     given = PRESETS["fast"]["image"]

@@ -36,7 +36,8 @@ def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
      ({"rho": "nan"}, "rho"), ({"subset": 0.9}, "subset.*n_models"), ({"subset": 0}, "subset"),
      ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"), ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"),
      ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "aug"), ({"seed": -1}, "seed"),
-     ({"device": "tpu"}, "device"), ({"arch": "cnn", "dataset": "npz"}, "data")],
+     ({"device": "tpu"}, "device"), ({"ema": 1}, "ema"), ({"engine": "dask"}, "engine.*ray"), ({"gpus": -1}, "gpus"),
+     ({"arch": "cnn", "dataset": "npz"}, "data")],
 )  # fmt: skip
 def test_bad_input_is_one_error_that_names_the_parameter(tmp_path, given, names):
     with pytest.raises((ValueError, FileNotFoundError), match=names):
@@ -53,7 +54,7 @@ def test_an_unwritable_out_is_named(tmp_path):
 def test_words_of_make_and_flags_mean_the_same():
     one = study.parse(["DATASET=cifar10", "N_MODELS=32", "01"])
     two = study.parse(["--dataset", "cifar10", "--n-models", "32", "01"])
-    assert one == two == ([study.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"})
+    assert one == two == ([study.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"}, "run")
 
 
 def test_a_notebook_run_again_in_the_same_kernel_sees_its_changed_parameters(tmp_path):

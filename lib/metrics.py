@@ -96,6 +96,15 @@ def t_interval(values, level=0.95):
     return Estimate(mean, mean - half, mean + half)
 
 
+def proportion(found, n, level=0.95):
+    """found of n independent trials, with the exact interval of Clopper & Pearson (1934). A tie may count half: the
+    bounds are then those of the whole numbers on either side. Fewer than 6 trials never exclude 1/2 at 95%."""
+    low, high, tail = np.floor(found), np.ceil(found), (1 - level) / 2
+    below = stats.beta.ppf(tail, low, n - low + 1) if low > 0 else 0.0
+    above = stats.beta.ppf(1 - tail, high + 1, n - high) if high < n else 1.0
+    return Estimate(float(found / n), float(below), float(above))
+
+
 def _variance(cells, value, clusters, widen, together, examples_only):
     """Variance of the mean of cells, its degrees of freedom (0: not estimable), and how many (groups of) examples."""
     names, group = np.unique(clusters, return_inverse=True)

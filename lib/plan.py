@@ -1,6 +1,6 @@
 """What a run will train, in units of work, so that its time can be told from the first models' time."""
 
-from lib import beyond, ensemble, models
+from lib import audit, beyond, ensemble, memorization, models
 from lib.optimizers import fingerprint
 from lib.store import place
 
@@ -35,12 +35,24 @@ def wanted(run):
     planted = min(run.n_models, max(32, run.n_models // 4))
     longest = [of(base, planted, epochs=run.regimes()[-1], subset=0.5)]
     return {
-        "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths)],
+        "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths), leak(run, of)],
         "02": [*main, *longest, *longest],  # the second time on data that are not there yet
         "03": main,
         "04": [*main, *doses],
         "06": [*main, *(of(name, run.few, epochs=e) for e, name in lengths), *beyond_models(run, of)],
     }
+
+
+def leak(run, of):
+    """The planted leak of notebook 01, on its data; before the baseline is trained, which chooses the example, on a
+    stand-in of the same size, with another example."""
+    base, data = run.names[0], run.dataset
+    recipe, example = run.recipe(base), 0
+    if count(recipe, data, 0, run.n_models, run.store) == run.n_models:
+        found = audit.align({name: run.train(name) for name in (base,)})[base]
+        example = audit.least_sure(audit.plain_signal(found, "phi"), found.member)
+    leaky, _ = memorization.leak(data, example, audit.leak_times(len(data.y)), seed=run.seed)
+    return of(base, audit.PLANTED, leaky, subset=0.5)
 
 
 def beyond_models(run, of):

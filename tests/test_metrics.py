@@ -85,6 +85,20 @@ def test_rates_of_zero_and_one_have_clopper_pearson_bounds():
     np.testing.assert_allclose(all_, [1, 1 - bound, 1])
 
 
+@pytest.mark.parametrize("found, n", [(0, 5), (3, 8), (5, 5), (8, 8), (6, 7)])
+def test_a_proportion_has_the_exact_interval_and_a_tie_counts_half(found, n):
+    exact = stats.binomtest(found, n).proportion_ci(method="exact")
+    np.testing.assert_allclose(metrics.proportion(found, n), [found / n, *exact])
+    if found < n:
+        tie = metrics.proportion(found + 0.5, n)
+        above = metrics.proportion(found + 1, n)
+        np.testing.assert_allclose(tie, [(found + 0.5) / n, exact.low, above.high])
+
+
+def test_six_trials_are_the_fewest_that_exclude_a_half():
+    assert [n for n in range(1, 12) if metrics.proportion(n, n).low > 0.5][0] == 6
+
+
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("shape", [(2, 40), (1, 40), (6, 1)])
 def test_no_interval_without_two_clusters_and_two_examples(shape, rate):

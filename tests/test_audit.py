@@ -237,3 +237,18 @@ def test_what_the_controls_say_counts_attacks_and_names_them(leaky):
     assert said.startswith("1 of 2 attacks find") and "of 8 pairs" in said and said.endswith("; constant do not.")
     said = prose.null_control(audit.null_table(ensemble, 0, shuffles=1))
     assert "of 16 attacks have 0.5 within their 95% interval; the furthest is " in said
+
+
+# ---- precision ----------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_agrees_with_float32_within_intervals_and_another_learning_rate_does_not(tmp_path):
+    pictures, base = blobs(n=60, t=60, shape=(3, 8, 8), classes=3), Recipe(arch="cnn", epochs=4, batch_size=10)
+    changes = {"float32": {}, "bfloat16": {"precision": "bfloat16"}, "slower": {"lr": base.lr / 10}}
+    made = {name: train(replace(base, **c), pictures, 8, tmp_path, "cpu", quiet=True) for name, c in changes.items()}
+    assert (np.array(made["bfloat16"].logits) != np.array(made["float32"].logits)).any()
+    frame = audit.contrast(made)
+    frame = frame[frame.metric.isin(["auc", "test_accuracy"])].set_index(["optimizer", "metric"])
+    holds_zero = (frame.ci_low <= 0) & (frame.ci_high >= 0)
+    assert holds_zero["bfloat16-float32"].all(), frame.loc["bfloat16-float32"]
+    assert not holds_zero["slower-float32"].any(), frame.loc["slower-float32"]

@@ -380,9 +380,9 @@ say(null_control(null))
 #
 # **Claim.** The attacks find a leak that is certainly there.
 #
-# **How we test it.** One example is put into the pool fifty times (a small pool takes fewer), all copies on the same
+# **How we test it.** One example is put into the pool many times over (fewer in a small pool), all copies on the same
 # side of every half, and the baseline is trained on halves of that pool. So of two partners one was trained on the
-# example fifty times and the other never. It is the example of which the main ensemble's non-members are
+# example that often and the other never. It is the example of which the main ensemble's non-members are
 # least sure: none would know it unseen. Given both partners, an attack finds the pair if it scores the
 # example higher for the one that saw it; a coin would find half.
 

@@ -43,11 +43,12 @@ def title(results):
 
 
 def counted(signs):
-    """'more in 3 of 5, less in 1', from the signs of differences; '' of none."""
-    words = [f"{word} in {signs.count(s)}" for s, word in ((1, "more"), (-1, "less")) if s in signs] or [
-        "no differently in any"
-    ]
-    return f"{words[0]} of {len(signs)}{''.join(f', {word}' for word in words[1:])}"
+    """'more in 3 of 5 comparisons, less in 1', from the signs of differences; 'in none' of none."""
+    kinds = [(word, signs.count(s)) for s, word in ((1, "more"), (-1, "less"), (0, "no differently")) if s in signs]
+    if not kinds:
+        return "in none"
+    (word, count), *others = kinds
+    return f"{word} in {count} of {len(signs)} comparisons" + "".join(f", {word} in {n}" for word, n in others)
 
 
 def answer():
@@ -68,7 +69,7 @@ def answer():
     )
     return (
         f"**{head}** After the longest training SAM leaks {ends}. Where SGD fits at least {FITS:.0%} of its own half, "
-        f"SAM leaks {counted(fitted)} comparisons; short of that, {counted(short)}. At equal train loss, it leaks "
+        f"SAM leaks {counted(fitted)}; short of that, {counted(short)}. At equal train loss, it leaks "
         f"{counted(equal)}. ({len(made)} data sets, leakage by the AUC of the attack LiRA.)"
     )
 

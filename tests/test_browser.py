@@ -196,7 +196,7 @@ def test_notebook_01_runs_by_its_menu_and_shows_its_figures(page, tmp_path, them
         until(lambda: len(page.js(PROMPTS)) > 20, 60, "the notebook")
         page.click(".lm-MenuBar-item", "Run")
         page.click(".lm-Menu-itemLabel", "Run All Cells")
-        until(lambda: "[1]:" in page.js(PROMPTS) and "[*]:" not in page.js(PROMPTS), 180, "the last cell's end")
+        until(lambda: "[1]:" in page.js(PROMPTS) and "[*]:" not in page.js(PROMPTS), 600, "the last cell's end")
         said = "[...document.querySelectorAll('.jp-OutputArea-output pre')].map(e => e.innerText).join()"
         assert "Traceback" not in page.js(said) and "[ ]:" not in page.js(PROMPTS)
         figures = "[...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)"

@@ -1,18 +1,23 @@
 """The lines of README and CONTRIBUTING, typed as they stand, and the README's tables against the committed runs."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from lib import data, study
+from lib.ensemble import train
+from lib.results import SETTINGS
 from lib.study import ROOT
-from tools import readme
+from tools import costs, readme
 
 TEXT, HOW_TO = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 COMMANDS = re.findall(r"^    ((?:make|\.venv/bin/|bash).*?)\s*(?:#.*)?$", TEXT + HOW_TO, flags=re.M)
@@ -147,6 +152,37 @@ def test_every_module_is_on_the_map_of_the_code():
 def test_anchors_lead_somewhere():
     headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", TEXT, flags=re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
+
+
+# ---- what a run costs ---------------------------------------------------------------------------------------
+
+
+def test_disk_is_what_the_store_takes(table, quick, tmp_path):
+    made = [(quick, table, 32), (replace(quick, optimizer="sam"), table, 32)]
+    for recipe, dataset, n_models in made:
+        train(recipe, dataset, n_models, tmp_path, quiet=True)
+    taken = sum(p.stat().st_size for p in tmp_path.glob("*/*.npy"))
+    assert costs.disk(made) == pytest.approx(taken, rel=0.02)  # the files have headers
+
+
+def test_time_is_of_a_run_of_just_these_settings_or_not_measured(tmp_path):
+    run = costs.settings("digits", "tiny", str(tmp_path / "store"))
+    book = {name: run.values[name] for name in SETTINGS}
+    rows = [("01", 16, 3.0), ("01", 16, 7.5), ("02", 8, 4.0)]
+    pd.DataFrame(rows, columns=["notebook", "n_models", "seconds"]).to_csv(tmp_path / "results.csv")
+    (tmp_path / "settings.json").write_text(json.dumps({"01": book, "02": book}))
+    assert costs.measured(run, [tmp_path]) == 11.5
+    (tmp_path / "settings.json").write_text(json.dumps({"01": book, "02": book | {"epochs": 9}}))
+    assert costs.measured(run, [tmp_path]) is None
+
+
+def test_a_larger_preset_costs_more():
+    rows = [
+        row.split("|") for row in re.search("<!-- costs -->(.*?)<!-- /costs", TEXT, re.S)[1].splitlines() if "`" in row
+    ]
+    work = {row[1].strip(" `"): float(row[5]) for row in rows}
+    assert list(work) == [preset for _, preset in costs.PRESETS]
+    assert work["tiny"] < work["small"] < work["default"] < work["fast"] < work["paper"]
 
 
 # ---- what runs on every change ------------------------------------------------------------------------------

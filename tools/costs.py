@@ -5,12 +5,14 @@ Nothing is trained and no data are needed: pictures of CIFAR's size stand in for
 
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pandas as pd
+import torch
 
-from lib import data, ensemble, plan, study
+from lib import data, ensemble, models, plan, step, study
 from lib.results import SETTINGS
 
 PRESETS = [("digits", "tiny"), ("digits", "default"), ("CIFAR", "small"), ("CIFAR", "fast"), ("CIFAR", "paper")]
@@ -64,6 +66,20 @@ def disk(made):
     return total
 
 
+def memory(made):
+    """Bytes that training takes at its peak on a CPU, beside the data, as predicted for the largest of the ensembles.
+
+    In float32: bfloat16, which some processors have, takes less.
+    """
+    most, cpu = 0, torch.device("cpu")
+    for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, _, _ in made}:
+        dataset = made[0][1]
+        shape = dataset.x.shape[1:]
+        lanes = step.lanes_for(models.build(recipe.arch, shape, dataset.n_classes), cpu)
+        most = max(most, step.predicted_memory(recipe, shape, dataset.n_classes, lanes))
+    return most
+
+
 def measured(run, folders):
     """Seconds that a committed run of just these settings took, all notebooks together; None if there is none."""
     for folder in folders:
@@ -81,20 +97,21 @@ def size(n_bytes):
 
 def line(name, preset, folders):
     """One preset's line of the table."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # of networks the sizes are wanted alone
         run = settings(name, preset, folder)
         made, (_, work) = ensembles(run), plan.left(run)
+        stored, held = size(disk(made)), size(memory(made))
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
     models = f"{run.n_models} for each of {len(run.names)}, {sum(n for _, _, n in made):,} in all"
     seconds = measured(run, folders)
     time = NOT_MEASURED if seconds is None else plan.duration(seconds)
-    return f"| `{preset}` | {pool} | {run.arch}, {run.epochs} | {models} | {work:.1e} | {size(disk(made))} | {time} |"
+    return f"| `{preset}` | {pool} | {run.arch}, {run.epochs} | {models} | {work:.1e} | {stored} | {held} | {time} |"
 
 
 def table(folders):
     """The README's table. folders: of the committed runs."""
     lines = [
-        "| preset | pool | network, epochs | models | gradients of one example | disk | time |",
-        "|---|---|---|---|---|---|---|",
+        "| preset | pool | network, epochs | models | gradients of one example | disk | memory | time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(line(name, preset, folders) for name, preset in PRESETS)])

@@ -127,7 +127,8 @@ def page(tmp_path):
         "--no-first-run",
         "--remote-debugging-port=0",
     ]
-    with running([CHROMIUM, *quiet, *root, f"--user-data-dir={home}", "about:blank"]):
+    awake = ["--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"]
+    with running([CHROMIUM, *quiet, *awake, *root, f"--user-data-dir={home}", "about:blank"]):
         told = home / "DevToolsActivePort"
         port = until(lambda: told.exists() and told.read_text().split("\n")[0], 30, "chromium's port")
         with urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
@@ -136,6 +137,8 @@ def page(tmp_path):
         try:
             found = Page(connection)
             found.call("Emulation.setDeviceMetricsOverride", **SCREEN)
+            found.call("Page.bringToFront")
+            found.call("Emulation.setFocusEmulationEnabled", enabled=True)
             yield found
         finally:
             connection.close()
@@ -194,9 +197,15 @@ def test_notebook_01_runs_by_its_menu_and_shows_its_figures(page, tmp_path, them
     with lab(tmp_path, settings) as url:
         page.open(url.format("01_phenomenon.ipynb"))
         until(lambda: len(page.js(PROMPTS)) > 20, 60, "the notebook")
+        until(
+            lambda: page.js("document.querySelector('#jp-main-statusbar').innerText.includes('| Idle')"),
+            120,
+            "a kernel",
+        )
         page.click(".lm-MenuBar-item", "Run")
         page.click(".lm-Menu-itemLabel", "Run All Cells")
-        until(lambda: "[1]:" in page.js(PROMPTS) and "[*]:" not in page.js(PROMPTS), 600, "the last cell's end")
+        until(lambda: "[*]:" in page.js(PROMPTS), 30, "the first cell's start")
+        until(lambda: "[*]:" not in page.js(PROMPTS), 400, "the last cell's end")
         said = "[...document.querySelectorAll('.jp-OutputArea-output pre')].map(e => e.innerText).join()"
         assert "Traceback" not in page.js(said) and "[ ]:" not in page.js(PROMPTS)
         figures = "[...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)"

@@ -367,9 +367,10 @@ def finished(recipe, dataset, n_models, kept):
     return Ensemble(recipe, dataset, kept, ids)
 
 
-def row_bytes(recipe, dataset):
-    """Bytes that one model of the recipe takes in the store, its weights (of the first models) included."""
-    return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in layout(recipe, dataset).values())
+def stored_bytes(recipe, dataset, ids):
+    """Bytes that models `ids` of the recipe take in the store, the weights of the first ones among them included."""
+    sizes = {n: int(np.prod(shape)) * np.dtype(kind).itemsize for n, (shape, kind) in layout(recipe, dataset).items()}
+    return len(ids) * (sum(sizes.values()) - sizes["weights"]) + sum(k < KEEP_WEIGHTS for k in ids) * sizes["weights"]
 
 
 def predicted_memory(recipe, dataset, device):

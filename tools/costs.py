@@ -6,7 +6,6 @@ Nothing is trained and no data are needed: pictures of CIFAR's size stand in for
 import json
 import tempfile
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -37,33 +36,9 @@ def settings(name, preset, folder):
 
 
 def ensembles(run):
-    """What the notebooks train, each ensemble once: a list of (Recipe, Dataset, n_models)."""
-    most = {}
-    for notebook, wanted in plan.wanted(run).items():
-        for recipe, dataset, n_models in wanted:
-            planted = notebook == "02" and n_models != run.n_models  # on data of its own, as in plan.left
-            key = (recipe, dataset.hash, planted)
-            most[key] = max(most.get(key, (recipe, dataset, 0)), (recipe, dataset, n_models), key=lambda made: made[2])
-    return list(most.values())
-
-
-@cache
-def row_bytes(arch, queries, epochs, dataset):
-    """Bytes on disk of one model of an architecture: (all but its weights, its weights)."""
-    recipe = ensemble.Recipe(arch=arch, queries=queries, epochs=epochs)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = ensemble.open_store(recipe, dataset, folder).rows
-    weights = rows["weights"].row_bytes
-    return sum(r.row_bytes for r in rows.values()) - weights, weights
-
-
-def disk(made):
-    """Bytes that ensembles take in the store: of the first models the weights are kept too."""
-    total = 0
-    for recipe, dataset, n_models in made:
-        outputs, weights = row_bytes(recipe.arch, recipe.queries, recipe.epochs, dataset)
-        total += n_models * outputs + min(n_models, ensemble.KEEP_WEIGHTS) * weights
-    return total
+    """What the notebooks train, each model once: a list of (Recipe, Dataset, low, high), as plan.ensembles."""
+    drawn = {"leak": run.dataset, "planted": run.dataset}  # of about its size
+    return [(r, d if isinstance(d, data.Dataset) else drawn[d], *ids) for _, r, d, *ids in plan.ensembles(run)]
 
 
 def memory(made):
@@ -72,7 +47,7 @@ def memory(made):
     In float32: bfloat16, which some processors have, takes less.
     """
     most, cpu = 0, torch.device("cpu")
-    for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, _, _ in made}:
+    for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, *_ in made}:
         dataset = made[0][1]
         shape = dataset.x.shape[1:]
         lanes = step.lanes_for(models.build(recipe.arch, shape, dataset.n_classes), cpu)
@@ -84,7 +59,7 @@ def measured(run, folders):
     """Seconds that a committed run of just these settings took, all notebooks together; None if there is none."""
     for folder in folders:
         made, found = json.loads((folder / "settings.json").read_text()), pd.read_csv(folder / "results.csv")
-        alike = all(book[name] == run.values[name] for book in made.values() for name in SETTINGS)
+        alike = all(book.get(name, run.values[name]) == run.values[name] for book in made.values() for name in SETTINGS)
         if alike and "seconds" in found and found.n_models.max() == run.n_models:
             return found.groupby("notebook").seconds.max().sum()
     return None
@@ -100,9 +75,12 @@ def line(name, preset, folders):
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # of networks the sizes are wanted alone
         run = settings(name, preset, folder)
         made, (_, work) = ensembles(run), plan.left(run)
-        stored, held = size(disk(made)), size(memory(made))
+        stored, held = (
+            size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made)),
+            size(memory(made)),
+        )
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
-    models = f"{run.n_models} for each of {len(run.names)}, {sum(n for _, _, n in made):,} in all"
+    models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
     seconds = measured(run, folders)
     time = NOT_MEASURED if seconds is None else plan.duration(seconds)
     return f"| `{preset}` | {pool} | {run.arch}, {run.epochs} | {models} | {work:.1e} | {stored} | {held} | {time} |"

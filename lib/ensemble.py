@@ -437,11 +437,11 @@ def train_chunks(recipe, inputs, todo, kept, quiet=False, notify=None):
             try:
                 began = time.time()
                 arrays = trained(recipe, inputs, ids, bar.update)
+                seconds = time.time() - began
+                [one.result() for one in saved[-1:]]  # raises what went wrong there
             except BaseException:
                 release(lock)
                 raise
-            seconds = time.time() - began
-            [one.result() for one in saved[-1:]]  # raises what went wrong there
             saved.append(writer.submit(save_chunk, kept, ids, arrays, lock, seconds / len(ids), inputs.device))
             if notify:
                 notify(recipe, len(inputs.y), len(ids), seconds)

@@ -8,246 +8,24 @@ Models 2k and 2k+1 split the pool between them. Model k's half, initial weights,
 are a function of (seed, k) alone, so ensembles of two optimizers are paired model by model.
 """
 
-import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad_and_value, vmap
-from torch.utils._pytree import tree_map
+from torch.func import functional_call
 from tqdm import tqdm
 
-from lib import data, models, optimizers, sharpness
+from lib import data, models, optimizers, step
 from lib.recipe import Recipe, averaging, generator, learning_rate, membership
+from lib.step import over_models, stepper, worth_compiling
 from lib.store import Store
 
 KEEP_WEIGHTS = 16  # the first models' weights are kept, to measure sharpness on
-
-
-def initial_state(recipe, shape, n_classes, ids, device):
-    """Stacked initial parameters and buffers: two dicts of tensors [len(ids), ...]."""
-    nets = []
-    with torch.random.fork_rng(devices=[]):
-        for k in ids:
-            # the CPU's generator alone: torch.manual_seed also visits the GPUs, 3 ms a model
-            torch.default_generator.manual_seed(int(generator(recipe, "weights", k).integers(2**62)))
-            nets.append(models.build(recipe.arch, shape, n_classes))
-    params, buffers = torch.func.stack_module_state(nets)
-    return {n: p.detach().to(device) for n, p in params.items()}, {n: b.to(device) for n, b in buffers.items()}
-
-
-# ---- one step of all the models -----------------------------------------------------------------------------
-
-
-def over_models(function, lanes):
-    """Map a one-model function over the leading axis. One lane skips vmap, which would hide the memory format."""
-    if lanes > 1:
-        return vmap(function)
-
-    def one(*trees):
-        return tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], trees)))
-
-    return one
-
-
-class Pass(NamedTuple):
-    """What a pass at some weights gives beside the gradient."""
-
-    loss: torch.Tensor  # mean over the batch
-    accuracy: torch.Tensor
-    buffers: dict  # BatchNorm's, after it
-    losses: torch.Tensor | tuple  # [B], or () where the rule does not ask for them
-
-
-class Batch:
-    """One model's loss and gradients on one batch, as the rules of sharpness.py call them."""
-
-    def __init__(self, net, recipe, buffers, x, y, keep=False):
-        self.net, self.recipe, self.buffers, self.x, self.y = net, recipe, buffers, x, y
-        self.size, self.keep = len(y), keep
-
-    def pass_at(self, params, index=None):
-        """(mean loss, Pass) on the whole batch, or on the examples `index` of it."""
-        x, y = (self.x, self.y) if index is None else (self.x[index], self.y[index])
-        running = {name: b.clone() for name, b in self.buffers.items()}  # BatchNorm writes into these
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = functional_call(self.net, (params, running), (x,)).float()
-        cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
-        loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
-        losses = cross_entropy(logits, reduction="none") if self.keep else ()
-        return loss, Pass(loss, accuracy, running, losses)
-
-    def gradient(self, params, index=None):
-        """(gradient of the mean loss, Pass)."""
-        grads, (_, aux) = grad_and_value(self.pass_at, has_aux=True)(params, index)
-        return grads, aux
-
-    def losses(self, params):
-        """Loss of every example, [B]."""
-        return self.pass_at(params)[1].losses
-
-    def per_example(self, params):
-        """(gradient of every example: dict of [B, ...], Pass)."""
-
-        def alone(params, x, y):
-            loss, aux = Batch(self.net, self.recipe, self.buffers, x[None], y[None]).pass_at(params)
-            return loss, aux.accuracy
-
-        grads, (losses, hits) = vmap(grad_and_value(alone, has_aux=True), (None, 0, 0))(params, self.x, self.y)
-        return grads, Pass(losses.mean(), hits.mean(), self.buffers, ())
-
-
-def gradient_of(net, recipe):
-    """A function of one model: (params, buffers, x, y, context, turn) -> (grads, Pass, memory) by the recipe's rule.
-
-    context: those of sharpness.CONTEXT that are tensors and that the rule asks for. At rho 0 every rule of
-    sharpness.py is plain; a private one is not, and a reader's own may not be.
-    """
-    named = recipe.named
-    if named.rule_name in sharpness.RULES and recipe.has_radius and not np.any(recipe.rho):
-        named = optimizers.parse("sgd")
-    wants = named.wants
-
-    def gradient(params, buffers, x, y, context, turn=True):
-        batch = Batch(net, recipe, buffers, x, y, keep="losses" in wants)
-        context = {name: value for name, value in context.items() if name in wants}
-        offered = {"turn": turn, "size": batch.size, "losses": batch.losses, "per_example": batch.per_example}
-        asked = {**context, **{name: offered[name] for name in wants & set(offered)}}
-        found = named.rule(batch.gradient, params, **asked, **named.options)
-        return found if "memory" in wants else (*found, {})
-
-    return gradient
-
-
-class Stepper:
-    """Weights, base optimizer and step of `lanes` models: built (and compiled) once, reset for each next group."""
-
-    def __init__(self, recipe, shape, n_classes, lanes, device, compiled):
-        self.recipe, self.named, self.lanes = recipe, recipe.named, lanes
-        self.remembers = "memory" in self.named.wants
-        self.net = models.build(recipe.arch, shape, n_classes)
-        self.params, self.buffers = initial_state(recipe, shape, n_classes, range(lanes), device)
-        self.rate = torch.tensor(recipe.lr) if compiled else recipe.lr  # a tensor: no recompilation when it changes
-        self.model_gradient = gradient_of(self.net, recipe)
-        self.optimizer = self.base()
-        if not self.named.own_base:
-            self.apply({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the optimizer's state
-        self.run = torch.compile(self.plain_step, dynamic=False) if compiled else self.plain_step
-
-    def base(self):
-        """One of torch's own for the stacked weights of all the models; a reader's own for each of them."""
-        settings = self.rate, self.recipe.momentum, self.recipe.weight_decay
-        if self.named.own_base:
-            return optimizers.Each(self.named, self.params, *settings)
-        return optimizers.build(self.named, list(self.params.values()), *settings)
-
-    def reset(self, recipe, shape, n_classes, ids, device):
-        """Fresh weights for models `ids`, and an optimizer and a rule that remember nothing."""
-        params, self.buffers = initial_state(recipe, shape, n_classes, ids, device)
-        for name, weight in self.params.items():
-            weight.copy_(params[name])
-        self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if self.remembers else {}
-        if self.named.own_base:
-            self.optimizer = self.base()
-            return
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
-
-    def apply(self, grads):
-        """One step of the base optimizer."""
-        for name, weight in self.params.items():
-            weight.grad = grads[name]
-        self.optimizer.step()
-
-    def plain_step(self, buffers, x, y, context, memory, turn):
-        if self.remembers:
-            context = {**context, "memory": memory}
-
-        def gradient(params, buffers, x, y, context):
-            return self.model_gradient(params, buffers, x, y, context, turn)
-
-        grads, aux, memory = over_models(gradient, self.lanes)(self.params, buffers, x, y, context)
-        if self.named.own_base:
-            self.optimizer.step(aux.loss, grads, lambda k, params: self.again(k, params, buffers, x, y, context, turn))
-        else:
-            self.apply(grads)
-        return aux.loss, aux.accuracy, aux.buffers, memory
-
-    def again(self, k, params, buffers, x, y, context, turn):
-        """(loss, gradient) of model k alone, at other weights."""
-        mine = tree_map(lambda t: t[k], (buffers, x, y, context))
-        grads, aux, _ = self.model_gradient(params, *mine, turn)
-        return aux.loss, grads
-
-    def step(self, x, y, context, lr, turn):
-        """x [M, B, ...], y [M, B], context: dict of [M, ...] -> loss and accuracy before the step, each [M]."""
-        if self.named.own_base:
-            self.optimizer.set_rate(lr)
-        elif torch.is_tensor(self.rate):
-            self.rate.fill_(lr)
-        else:
-            self.optimizer.param_groups[0]["lr"] = lr
-        loss, accuracy, self.buffers, self.memory = self.run(self.buffers, x, y, context, self.memory, turn)
-        return loss, accuracy
-
-
-STEPPERS = {}
-
-
-def stepper(recipe, inputs, lanes, compiled):
-    """The stepper for this kind of run; compiled ones are kept, since neither rho nor epochs asks for a new one."""
-    radius = float(np.sign(np.max(recipe.rho)) or np.sign(np.min(recipe.rho)))
-    fixed = replace(recipe, rho=radius, epochs=1, seed=0, subset=0.5, queries=1, warmup=0.0, lr=1.0, stop=1.0)
-    key = (fixed, inputs.shape, inputs.n_classes, lanes, inputs.device)
-    args = (recipe, inputs.shape, inputs.n_classes, lanes, inputs.device, compiled)
-    if not compiled:
-        return Stepper(*args)
-    quiet_compiler()
-    return STEPPERS.get(key) or STEPPERS.setdefault(key, Stepper(*args))
-
-
-def quiet_compiler():
-    """The compiler's notes are for its developers. Each kind of run compiles its own step: allow for many."""
-    for name in ("torch._dynamo", "torch._inductor", "torch._logging", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch._dynamo.config.recompile_limit = 64
-
-
-@cache
-def can_compile():
-    """True if torch.compile works on this machine: it needs a C++ compiler, Python's headers and a writable cache."""
-    try:
-        quiet_compiler()
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64))
-        return True
-    except Exception:  # whatever is missing, eager mode serves
-        return False
-
-
-def worth_compiling(recipe, n_steps, device):
-    """Compilation fuses what lies between the matrix products; a short run is over before it pays.
-
-    A reader's own optimizer is run as it is, and so is what asks for the gradient of every example.
-    """
-    ours = not (recipe.named.own_base or recipe.named.private)
-    return ours and n_steps >= 300 and device.type in ("cpu", "cuda") and can_compile()
-
-
-def lanes_for(net, device):
-    """How many models train together, from the device and the network alone: a resumed run cuts the work alike."""
-    if models.is_convolutional(net):
-        return 1
-    size = sum(p.numel() for p in net.parameters())
-    # weights, gradients and momentum of all the lanes stay in the cache (CPU), or in 1 GB (GPU)
-    budget, most = (4e6, 32) if device.type == "cpu" else (1e9, 128)
-    return int(min(most, 2 ** np.floor(np.log2(max(1, budget / (12 * size))))))
+HALF = 1_000_000  # from so many logits a model on, they are stored in half precision (to 1 in 2,000)
 
 
 # ---- a group of models, trained together --------------------------------------------------------------------
@@ -292,13 +70,24 @@ class Inputs:
 
 
 class Average:
-    """Mean of the weights at the ends of SWA's last epochs (Izmailov et al. 2018, algorithm 1); else nothing."""
+    """Averages of the weights that take their place at the end; where neither is asked for, nothing.
+
+    Of SWA, the mean at the ends of the last epochs (Izmailov et al. 2018, algorithm 1); of `ema`, the exponential
+    moving average over all steps (Polyak & Juditsky 1992), whose memory grows from 10 steps to 1 / (1 - ema).
+    """
 
     def __init__(self, recipe):
         start, _ = averaging(recipe) or (np.inf, 0)
-        self.first, self.count, self.mean = start * recipe.epochs, 0, {}
+        self.first, self.count, self.mean, self.ema = start * recipe.epochs, 0, {}, recipe.ema
 
-    def take(self, number, params):
+    def after_step(self, number, params):
+        if self.ema:
+            self.mean, self.count = self.mean or {n: w.clone() for n, w in params.items()}, 1
+            # m <- m + (1 - d) (w - m), d = min(ema, (1 + t) / (10 + t))
+            share = 1 - min(self.ema, (1 + number) / (10 + number))
+            torch._foreach_lerp_(list(self.mean.values()), list(params.values()), share)
+
+    def after_epoch(self, number, params):
         if number + 1 > self.first:
             self.count += 1
             # m_n = m_{n-1} + (w - m_{n-1}) / n
@@ -375,24 +164,25 @@ class Group:
         flip = np.stack([rng.random(n) < 0.5 for rng in self.augment])
         return [torch.from_numpy(c).to(self.inputs.device) for c in (shift, flip)]
 
-    def epoch(self, number):
-        """Train one epoch; returns the mean loss and accuracy over its batches, each [M]."""
+    def epoch(self, number, average):
+        """Train one epoch, the Average looking on: the mean loss and accuracy over its batches, each [M]."""
         losses, accuracies = [], []
         for at, (x, y) in enumerate(self.batches(), number * self.per_epoch):
             lr = learning_rate(self.recipe, at, self.n_steps)
             loss, accuracy = self.stepper.step(x, y, self.context(at, lr), lr, at % self.period == 0)
+            average.after_step(at, self.stepper.params)
             losses.append(loss)
             accuracies.append(accuracy)
         return torch.stack(losses).mean(0).cpu().numpy(), torch.stack(accuracies).mean(0).cpu().numpy()
 
     @torch.no_grad()
-    def predict(self, x, block=2000):
+    def predict(self, x, block=step.BLOCK):
         """Logits [M, len(x), C] float32 in evaluation mode, always at full precision."""
         state = self.stepper.params, self.stepper.buffers
 
         def logits(part):
             call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), len(self.ids))
-            return call(*state).float().cpu().numpy()
+            return call(*state).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
         return np.concatenate([logits(part) for part in x.split(block)], axis=1)
 
@@ -402,8 +192,8 @@ class Group:
         self.stuck = np.zeros(len(self.ids), bool)
         average = Average(recipe)
         for number in range(recipe.run_epochs):
-            history[:, number, 0], history[:, number, 1] = self.epoch(number)
-            average.take(number, self.stepper.params)
+            history[:, number, 0], history[:, number, 1] = self.epoch(number, average)
+            average.after_epoch(number, self.stepper.params)
             if number + 1 == recipe.run_epochs and average.count:
                 average.put(self.stepper.params)
                 self.refresh_batchnorm()
@@ -511,9 +301,11 @@ def open_store(recipe, dataset, store):
     """The store of this recipe on this data set."""
     net = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
     n_weights = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
+    rows = recipe.queries, len(dataset.y), dataset.n_classes
+    kind = np.float16 if np.prod(rows) >= HALF else np.float32
     layout = {
-        "logits": ((recipe.queries, len(dataset.y), dataset.n_classes), np.float32),
-        "test_logits": ((recipe.queries, len(dataset.y_test), dataset.n_classes), np.float32),
+        "logits": (rows, kind),
+        "test_logits": ((recipe.queries, len(dataset.y_test), dataset.n_classes), kind),
         "member": ((len(dataset.y),), bool),
         "history": ((recipe.epochs, 3), np.float32),
         "weights": ((n_weights,), np.float32),
@@ -525,7 +317,8 @@ def store_key(recipe, dataset):
     """(readable name, everything that names the store by its hash) of a recipe on a data set."""
     name = re.sub(r"[^\w.]+", "-", f"{dataset.name}-{recipe.arch}-{recipe.optimizer}").strip("-")[:80]
     own = {"optimizer": optimizers.fingerprint(recipe.named), "arch": optimizers.source(recipe.arch)}
-    return name, {"recipe": asdict(recipe), "own": own, "data": dataset.hash}
+    fields = {n: v for n, v in asdict(recipe).items() if n != "ema" or v}  # without it, the key it always had
+    return name, {"recipe": fields, "own": own, "data": dataset.hash}
 
 
 def check(recipe, dataset, n_models):
@@ -557,9 +350,12 @@ def train(recipe, dataset, n_models, store, device="auto", quiet=False, notify=N
     """
     check(recipe, dataset, n_models)
     device, kept = device_of(device), open_store(recipe, dataset, store)
-    if any(kept.flag(k) is None for k in range(n_models)):
-        with kept.lock():
-            train_missing(recipe, dataset, n_models, kept, device, quiet, notify)
+    train_missing(recipe, dataset, n_models, kept, device, quiet, notify)
+    return finished(recipe, dataset, n_models, kept)
+
+
+def finished(recipe, dataset, n_models, kept):
+    """The Ensemble of models 0..n_models-1, all of which the store has; diverged ones are said and left out."""
     lost = {k for k in range(n_models) if kept.flag(k)["status"] == "diverged"}
     if lost:
         print(f"{kept.folder.name}: models {sorted(lost)} diverged: they and their partners are left out", flush=True)
@@ -567,30 +363,105 @@ def train(recipe, dataset, n_models, store, device="auto", quiet=False, notify=N
     return Ensemble(recipe, dataset, kept, ids)
 
 
-def train_missing(recipe, dataset, n_models, kept, device, quiet=False, notify=None):
-    """Train each group that lacks a wanted model. Groups start at multiples of their size, so a resumed or a longer
-    run trains model k beside the same others, and its arrays come out the same to the last bit."""
-    lanes = lanes_for(models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
-    starts = [
-        s for s in range(0, n_models, lanes) if any(kept.flag(k) is None for k in range(s, min(s + lanes, n_models)))
+def chunks(recipe, dataset, n_models, kept, device):
+    """The chunks of models that train together and lack a wanted one: a list of lists of models.
+
+    They start at multiples of their size, so a resumed or a longer run trains model k beside the same others, and
+    its arrays come out the same to the last bit.
+    """
+    lanes = step.lanes_that_fit(recipe, dataset.x.shape[1:], dataset.n_classes, device)
+    return [
+        list(range(s, s + lanes))
+        for s in range(0, n_models, lanes)
+        if any(kept.flag(k) is None for k in range(s, min(s + lanes, n_models)))
     ]
-    if not starts:
-        return
-    kept.check_disk(lanes * len(starts), {"weights": KEEP_WEIGHTS})
-    inputs = Inputs(dataset, recipe, device)
-    label = f"{recipe.optimizer} rho {recipe.rho}, {lanes * len(starts)} models"
-    with tqdm(
-        total=recipe.run_epochs * len(starts), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
-    ) as bar:
-        for start in starts:
-            group = Group(recipe, inputs, list(range(start, start + lanes)))
-            began = time.time()
-            arrays = group.arrays(group.train(bar.update))
-            seconds = (time.time() - began) / lanes  # of one model
-            for lane, k in enumerate(group.ids):
-                if kept.flag(k) is None:
-                    status = "diverged" if group.stuck[lane] else "finished"
-                    rows = {n: a[lane] for n, a in arrays.items() if n != "weights" or k < KEEP_WEIGHTS}
-                    kept.save(k, rows, status=status, seconds=seconds, device=str(device), torch=torch.__version__)
+
+
+def train_missing(recipe, dataset, n_models, kept, device, quiet=False, notify=None, wait=True):
+    """Train each chunk that lacks a wanted model and that no other process is training.
+
+    wait: for what others are training, until the store has all; a process that dies meanwhile leaves its chunk to us.
+    """
+    inputs = None
+    while todo := chunks(recipe, dataset, n_models, kept, device):
+        inputs = inputs or Inputs(dataset, recipe, device)
+        some = train_chunks(recipe, inputs, todo, kept, quiet, notify)
+        if not wait:
+            return
+        if not some:
+            print(f"another run is training {kept.folder.name}: waiting for it", flush=True)
+            while not any_free(kept, todo):
+                time.sleep(0.5)
+
+
+def any_free(kept, todo):
+    """True once one of the chunks is finished, or nobody trains it any more."""
+    for ids in todo:
+        if all(kept.flag(k) for k in ids) or (lock := kept.claim(ids[0])) and lock.release() is None:
+            return True
+    return False
+
+
+def train_chunks(recipe, inputs, todo, kept, quiet=False, notify=None):
+    """Train those of the chunks that can be claimed: how many. One is saved while the next trains."""
+    kept.check_disk(sum(map(len, todo)), {"weights": KEEP_WEIGHTS})
+    label, saved = f"{recipe.optimizer} rho {recipe.rho}, {sum(map(len, todo))} models", []
+    bar = tqdm(total=recipe.run_epochs * len(todo), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1)
+    with bar, ThreadPoolExecutor(1) as writer:
+        for ids in todo:
+            lock = kept.claim(ids[0])
+            if lock is None or all(kept.flag(k) for k in ids):  # another process trains or has just finished it
+                release(lock)
+                bar.update(recipe.run_epochs)
+                continue
+            try:
+                began = time.time()
+                arrays = trained(recipe, inputs, ids, bar.update)
+            except BaseException:
+                release(lock)
+                raise
+            seconds = time.time() - began
+            [one.result() for one in saved[-1:]]  # raises what went wrong there
+            saved.append(writer.submit(save_chunk, kept, ids, arrays, lock, seconds / len(ids), inputs.device))
             if notify:
-                notify(recipe, len(dataset.y), lanes, seconds * lanes)
+                notify(recipe, len(inputs.y), len(ids), seconds)
+    [one.result() for one in saved]
+    return len(saved)
+
+
+def release(lock):
+    if lock is not None:
+        lock.release()
+
+
+def trained(recipe, inputs, ids, tick):
+    """Train models `ids` together: what the store keeps of each, name -> [len(ids), ...]. Where memory runs out, half
+    of them at a time. Raises ValueError if it does not suffice for one."""
+    try:
+        group = Group(recipe, inputs, ids)
+        history = group.train(tick)
+        return group.arrays(history) | {"stuck": group.stuck}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if len(ids) == 1:
+            raise ValueError(
+                f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one "
+                f"{recipe.arch}: choose a smaller batch_size or arch"
+            ) from error
+    step.STEPPERS.clear()
+    torch.cuda.empty_cache()
+    few, many = len(ids) // 2, len(ids)
+    print(f"memory ran out on {inputs.device}: {few} models are trained at once instead of {many}", flush=True)
+    halves = [trained(recipe, inputs, half, tick) for half in (ids[:few], ids[few:])]
+    return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
+
+
+def save_chunk(kept, ids, arrays, lock, seconds, device):
+    """Save those of the models that the store lacks, and free their claim. seconds: of one model."""
+    try:
+        for lane, k in enumerate(ids):
+            if kept.flag(k) is None:
+                status = "diverged" if arrays["stuck"][lane] else "finished"
+                rows = {n: arrays[n][lane] for n in kept.rows if n != "weights" or k < KEEP_WEIGHTS}
+                kept.save(k, rows, status=status, seconds=seconds, device=str(device), torch=torch.__version__)
+    finally:
+        lock.release()

@@ -49,6 +49,32 @@ def resnet18(shape, n_classes):
     return net
 
 
+def resnet9(shape, n_classes):
+    """Page's ResNet-9 ("How to train your ResNet", 2018): eight convolutions and a linear layer, made to be fast."""
+
+    def block(before, after, pool=False):
+        layers = [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+    def residual(width):
+        return Residual(nn.Sequential(block(width, width), block(width, width)))
+
+    first = [block(shape[0], 64), block(64, 128, True), residual(128), block(128, 256, True)]
+    head = [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(512, n_classes)]
+    return he_normal(nn.Sequential(*first, block(256, 512, True), residual(512), *head))
+
+
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
 class PreActivation(nn.Module):
     """Residual block of two 3x3 convolutions, each after BatchNorm and ReLU: He et al. 2016b, figure 4e."""
 
@@ -108,6 +134,7 @@ MODELS = {
     "mlp3_tanh": partial(mlp, hidden=(512, 256, 128), activation=nn.Tanh),
     "cnn": cnn,
     "cnn_plain": partial(cnn, norm=False),
+    "resnet9": resnet9,
     "resnet18": resnet18,
     "wrn28_2": wrn28_2,
     "vgg16_bn": vgg16_bn,

@@ -22,6 +22,7 @@ class Recipe:
     smoothing: of the labels (Szegedy et al. 2016, section 7).
     queries: how many flipped and shifted copies of each example the models are asked about (1 = as it is).
     precision: float32, or bfloat16 (autocast; weights stay float32).
+    ema: decay of the exponential moving average of the weights that is kept instead of the last ones; 0: none.
     """
 
     arch: str = "mlp"
@@ -39,6 +40,7 @@ class Recipe:
     augment: bool = False
     queries: int = 1
     precision: str = "float32"
+    ema: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -64,6 +66,8 @@ class Recipe:
         require("smoothing", 0 <= self.smoothing < 1, "in [0, 1)")
         require("subset", 0 < self.subset < 1, "strictly between 0 and 1")
         require("queries", 1 <= self.queries <= 18, "between 1 and 18")
+        require("ema", 0 <= self.ema < 1, "in [0, 1)")
+        require("ema", not self.ema or named.rule_name != "swa", "0 for swa, which is an average already")
         require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
         require("seed", self.seed >= 0, "zero or positive")
 

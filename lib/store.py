@@ -5,8 +5,13 @@
         logits.npy          [M, Q, N, C] float32, and so on: plain arrays, memory-mapped, never pickled
         done/00012.json     written, atomically, after model 12's rows were; holds their checksums
 
+        claims/00000.lock   held by the process that trains the chunk of models beginning with 0
+
 A model counts as finished when its flag is there and every checksum matches, so a kill at any moment loses at
-most the models in training, and a damaged row is found, named and trained again.
+most the models in training, and a damaged row is found, named and trained again. Any number of processes may train
+into one store: a chunk belongs to whoever holds its lock, which the system frees when that process ends, however it
+ends, and rows are written one process at a time. (On a network file system its locks must be on, as they are by
+default on NFS.)
 """
 
 import hashlib
@@ -15,7 +20,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -99,38 +103,52 @@ def place(root, name, key):
     return Path(root) / f"{name}-{digest}", text
 
 
+def check_version(root, name, key):
+    """Raise ValueError naming `store` if it holds this recipe as another version of the store wrote it."""
+    for path in Path(root).glob(f"{name}-*/recipe.json"):
+        try:
+            said = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue  # not ours, or torn: it is no model of this recipe then
+        version = said.pop("store_version", None)
+        if version != VERSION and said == json.loads(json.dumps(key)):
+            raise ValueError(
+                f"store={str(root)!r}: {path.parent.name} was written by version {version} of the store, this is "
+                f"{VERSION}: give another folder, or remove that one to train its models anew"
+            )
+
+
 class Store:
     """The arrays of one recipe.
 
     root: folder of all the stores; name: readable prefix; key: a JSON-able dict (recipe and data hash) that
     names the folder by its hash; layout: array name -> (shape of one row, dtype).
-    Raises ValueError naming `store` if the folder can't be written.
+    Raises ValueError naming `store` if the folder can't be written, or holds the same in another version's form.
     """
 
     def __init__(self, root, name, key, layout):
         self.folder, text = place(root, name, key)
+        check_version(root, name, key)
         try:
-            (self.folder / "done").mkdir(parents=True, exist_ok=True)
+            for part in ("done", "claims"):
+                (self.folder / part).mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "recipe.json", text)
         except OSError as error:
             raise ValueError(f"store={str(root)!r} can't be written ({error}): give a writable folder") from error
         self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
         self.verified = {}  # model -> its flag, once its checksums have been seen to match
+        self.writing = FileLock(self.folder / ".lock")
 
-    @contextmanager
-    def lock(self):
-        """Held while training this recipe; a second run on the same store says so and waits."""
-        lock = FileLock(self.folder / ".lock")
+    def claim(self, start):
+        """The lock on the chunk of models that begins with `start`, held by us; None if another process trains it."""
+        lock = FileLock(self.folder / "claims" / f"{start:05d}.lock", thread_local=False)  # freed where it was saved
         try:
             lock.acquire(timeout=0)
+            return lock
         except Timeout:
-            print(f"another run is training {self.folder.name}: waiting for it", flush=True)
-            lock.acquire()
-        try:
-            self.verified.clear()  # the other run may have saved, or mended, since
-            yield
-        finally:
-            lock.release()
+            return None
+        except (OSError, NotImplementedError) as error:
+            raise ValueError(f"store={str(self.folder.parent)!r}: files can't be locked there ({error})") from error
 
     def check_disk(self, n_models, few=()):
         """Raise ValueError naming `store` if n_models more rows do not fit. few: array -> the most rows it gets."""
@@ -151,8 +169,9 @@ class Store:
         sums = {name: checksum(np.asarray(row, self.rows[name].dtype)) for name, row in arrays.items()}
         flag = {"model": int(model), "checksums": sums, **notes}
         try:
-            for name, row in arrays.items():
-                self.rows[name].write(model, row)
+            with self.writing:  # the arrays' headers count the rows of all the processes
+                for name, row in arrays.items():
+                    self.rows[name].write(model, row)
             write_atomic(self._flag(model), json.dumps(flag))
         except OSError as error:
             kept = f"{len(list(self.folder.glob('done/*.json')))} finished models are kept"
@@ -163,6 +182,9 @@ class Store:
         """The model's flag (a dict), or None if it is absent or its rows are damaged (then said, and unflagged)."""
         if model not in self.verified and self._flag(model).exists():
             flag, fault = self._verify(model)
+            if fault:
+                with self.writing:  # not while a header is being rewritten
+                    flag, fault = self._verify(model)
             if fault:
                 warnings.warn(
                     f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import data, ensemble, recipe, store
+from lib import data, ensemble, recipe, step, store
 from lib.ensemble import Recipe, train
 
 
@@ -60,10 +61,10 @@ def test_groups_reach_the_training(table, quick, tmp_path):
 def test_learning_rate_in_closed_form(warmup, n_steps):
     """A line up to the peak over the first share of the steps; then lr/2 (1 + cos(pi t / T))."""
     settings, rising = Recipe(warmup=warmup, lr=0.2, optimizer="sam"), warmup * n_steps
-    for step in range(n_steps):
-        cosine = 0.1 * (1 + np.cos(np.pi * (step - rising) / (n_steps - rising)))
-        expected = 0.2 * (step + 1) / (rising + 1) if step < rising else cosine
-        assert recipe.learning_rate(settings, step, n_steps) == pytest.approx(expected, rel=1e-12)
+    for at in range(n_steps):
+        cosine = 0.1 * (1 + np.cos(np.pi * (at - rising) / (n_steps - rising)))
+        expected = 0.2 * (at + 1) / (rising + 1) if at < rising else cosine
+        assert recipe.learning_rate(settings, at, n_steps) == pytest.approx(expected, rel=1e-12)
 
 
 def test_other_fractions_draw_each_subset_alone():
@@ -105,7 +106,7 @@ def test_optimizers_are_paired_and_seeds_are_not(table, quick, tmp_path):
     other = train(replace(quick, seed=1), table, 4, tmp_path, "cpu", quiet=True)
     np.testing.assert_array_equal(sgd.member, sam.member)
     assert (np.array(sgd.member) != other.member).any()
-    start = [ensemble.initial_state(e.recipe, (6,), 4, range(4), "cpu")[0]["1.weight"] for e in (sgd, sam, other)]
+    start = [step.initial_state(e.recipe, (6,), 4, range(4), "cpu")[0]["1.weight"] for e in (sgd, sam, other)]
     assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
 
 
@@ -182,23 +183,98 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_arrays(images, tmp_path):
     assert_same(resumed, train(recipe, images, 24, tmp_path / "undisturbed", "cpu", quiet=True))
 
 
-def test_a_second_run_on_one_store_says_so_and_waits(images, tmp_path):
+def test_a_run_waits_for_the_chunk_that_another_trains_and_takes_the_others(images, tmp_path):
     recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
-    with ensemble.open_store(recipe, images, tmp_path).lock():
-        second = start(tmp_path)
-        assert "another run is training" in second.stdout.readline()
-        assert second.poll() is None and not list(tmp_path.glob("*/done/*.json"))
+    claim = ensemble.open_store(recipe, images, tmp_path).claim(5)
+    second = start(tmp_path)
+    assert "another run is training" in second.stdout.readline()
+    assert second.poll() is None and len(list(tmp_path.glob("*/done/*.json"))) == 23
+    claim.release()  # as the system does when its holder dies
     second.communicate()
     assert second.returncode == 0 and len(list(tmp_path.glob("*/done/*.json"))) == 24
 
 
+def test_runs_that_share_a_store_share_the_work_and_change_nothing(images, tmp_path):
+    recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
+    runs = [start(tmp_path / "shared") for _ in range(2)]
+    assert [(run.communicate(), run.returncode)[1] for run in runs] == [0, 0]
+    times = [json.loads(f.read_text())["seconds"] for f in (tmp_path / "shared").glob("*/done/*.json")]
+    assert len(times) == 24
+    shared = train(recipe, images, 24, tmp_path / "shared", "cpu", quiet=True)
+    assert_same(shared, train(recipe, images, 24, tmp_path / "alone", "cpu", quiet=True))
+
+
 def test_what_another_run_finished_meanwhile_is_not_trained_again(table, quick, tmp_path, monkeypatch):
-    """The lock is taken after the look into the store: a model saved in between counts."""
+    """A chunk is claimed after the look into the store: a model saved in between counts."""
     train(quick, table, 4, tmp_path, "cpu", quiet=True)
     stale = ensemble.open_store(quick, table, tmp_path)
     monkeypatch.setattr(ensemble, "Group", None)  # training anything would fail
-    ensemble.train_missing(quick, table, 4, stale, torch.device("cpu"), quiet=True)
+    inputs = ensemble.Inputs(table, quick, torch.device("cpu"))
+    assert ensemble.train_chunks(quick, inputs, [list(range(4))], stale, quiet=True) == 0
     assert [stale.flag(k)["status"] for k in range(4)] == ["finished"] * 4
+
+
+def test_a_worker_that_does_not_wait_trains_what_is_free(images, tmp_path):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    kept = ensemble.open_store(recipe, images, tmp_path)
+    claim = kept.claim(2)
+    ensemble.train_missing(recipe, images, 4, kept, torch.device("cpu"), quiet=True, wait=False)
+    assert [kept.flag(k) is not None for k in range(4)] == [True, True, False, True]
+    claim.release()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "looksam(k=2)"])
+def test_a_chunk_for_which_memory_runs_out_is_halved(table, quick, tmp_path, monkeypatch, capsys, optimizer):
+    recipe = replace(quick, optimizer=optimizer)
+    whole, plain, tried = train(recipe, table, 8, tmp_path / "whole", "cpu", quiet=True), ensemble.Group, []
+
+    def small(recipe, inputs, ids):
+        tried.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(recipe, inputs, ids)
+
+    monkeypatch.setattr(step, "lanes_for", lambda net, device: 8)
+    monkeypatch.setattr(ensemble, "Group", small)
+    halved = train(recipe, table, 8, tmp_path / "halved", "cpu", quiet=True)
+    assert tried == [8, 4, 2, 2, 4, 2, 2] and "4 models are trained at once instead of 8" in capsys.readouterr().out
+    np.testing.assert_allclose(halved.logits, whole.logits, rtol=1e-3, atol=1e-4)
+    assert (halved.member == whole.member).all()
+    monkeypatch.setattr(ensemble, "Group", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(ValueError, match="batch_size=8.*memory"):
+        train(recipe, table, 2, tmp_path / "none", "cpu", quiet=True)
+
+
+def test_an_average_over_steps_is_the_moving_average_and_zero_is_none(table, quick, tmp_path):
+    plain = train(quick, table, 2, tmp_path, "cpu", quiet=True)
+    recipe, weights = replace(quick, ema=0.9), []
+    watch = ensemble.Average.after_step
+
+    def look(self, number, params):
+        weights.append({n: w.clone() for n, w in params.items()})
+        watch(self, number, params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble.Average, "after_step", look)
+        averaged = train(recipe, table, 2, tmp_path, "cpu", quiet=True)
+    mean = weights[0]
+    for t, now in enumerate(weights):
+        d = min(0.9, (1 + t) / (10 + t))
+        mean = {n: d * mean[n] + (1 - d) * now[n] for n in mean}
+    _, params, _ = averaged.weights(1)
+    for name, weight in params.items():
+        torch.testing.assert_close(weight, mean[name][1], rtol=1e-4, atol=1e-5)
+    assert (np.asarray(plain.logits) != averaged.logits).any()
+    key = ensemble.store_key(quick, table)[1]["recipe"]
+    assert "ema" not in key and ensemble.store_key(recipe, table)[1]["recipe"]["ema"] == 0.9
+
+
+def test_many_logits_are_kept_in_half_precision(table, quick, tmp_path, monkeypatch):
+    full = train(quick, table, 2, tmp_path / "full", "cpu", quiet=True)
+    monkeypatch.setattr(ensemble, "HALF", 1)
+    half = train(quick, table, 2, tmp_path / "half", "cpu", quiet=True)
+    assert half.logits.dtype == half.test_logits.dtype == np.float16 and half.history.dtype == np.float32
+    np.testing.assert_allclose(half.logits, full.logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_diverging_model_is_named_and_left_out_with_its_partner(table, quick, tmp_path, capsys):
@@ -217,17 +293,17 @@ def test_a_loss_stuck_at_chance_counts_as_diverged(table, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("optimizer", ["sam", "looksam(k=3)", "fsam", "esam", "gsam"])
 def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch, optimizer):
-    if not ensemble.can_compile():
+    if not step.can_compile():
         pytest.skip("torch.compile does not work here")
     settings = Recipe(optimizer=optimizer, rho=0.2, epochs=3, batch_size=8)
     eager = train(settings, table, 20, tmp_path / "eager", "cpu", quiet=True)
     monkeypatch.setattr(ensemble, "worth_compiling", lambda *_: True)
-    ensemble.STEPPERS.clear()
+    step.STEPPERS.clear()
     compiled = train(settings, table, 20, tmp_path / "compiled", "cpu", quiet=True)
-    assert ensemble.STEPPERS, "nothing was compiled"
+    assert step.STEPPERS, "nothing was compiled"
     np.testing.assert_allclose(compiled.logits, eager.logits, rtol=1e-3, atol=1e-4)
     again = train(settings, table, 20, tmp_path / "again", "cpu", quiet=True)
-    assert len(ensemble.STEPPERS) == 1, "a second run compiled again"
+    assert len(step.STEPPERS) == 1, "a second run compiled again"
     assert_same(compiled, again)
 
 

@@ -6,7 +6,7 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from lib import data, ensemble, models, optimizers, recipe, sharpness
+from lib import data, ensemble, models, optimizers, recipe, sharpness, step
 from lib.ensemble import Recipe, train
 
 RADII = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam", "sharpreg")
@@ -249,7 +249,7 @@ def test_batchnorm_moves_once_a_step_at_the_unperturbed_weights(images, optimize
     context = {"rho": torch.tensor(0.5), "rate": torch.ones(()), "step": torch.zeros(())}
     context |= {"uniform": torch.linspace(0, 1, len(params)), "memory": {n: 0 * p for n, p in params.items()}}
     settings = Recipe("cnn", optimizer, -0.5 if optimizer == "sharpreg" else 0.5)
-    _, found, _ = ensemble.gradient_of(net, settings)(params, buffers, x, y, context)
+    _, found, _ = step.gradient_of(net, settings)(params, buffers, x, y, context)
     net(x)
     for name, buffer in net.named_buffers():
         assert torch.equal(found.buffers[name], buffer), name
@@ -266,7 +266,7 @@ COSTS = {  # gradients of a batch and forward passes alone, a step
 @pytest.mark.parametrize("optimizer", COSTS)
 def test_a_step_takes_as_many_passes_as_it_should(images, tmp_path, monkeypatch, optimizer):
     done = {"gradient": 0.0, "losses": 0.0}
-    gradient, losses = ensemble.Batch.gradient, ensemble.Batch.losses
+    gradient, losses = step.Batch.gradient, step.Batch.losses
 
     def counted(self, params, index=None):
         done["gradient"] += 1 if index is None else len(index) / self.size
@@ -276,8 +276,8 @@ def test_a_step_takes_as_many_passes_as_it_should(images, tmp_path, monkeypatch,
         done["losses"] += 1
         return losses(self, params)
 
-    monkeypatch.setattr(ensemble.Batch, "gradient", counted)
-    monkeypatch.setattr(ensemble.Batch, "losses", forward)
+    monkeypatch.setattr(step.Batch, "gradient", counted)
+    monkeypatch.setattr(step.Batch, "losses", forward)
     settings = Recipe("cnn", optimizer, rho=-0.1 if optimizer == "sharpreg" else 0.1, epochs=5, batch_size=8)
     train(settings, images, 2, tmp_path, "cpu", quiet=True)
     steps = 2 * 5 * 3  # two models, five epochs of three batches
@@ -289,7 +289,7 @@ def test_swa_holds_the_learning_rate_and_averages_the_last_epochs():
     average, weights = ensemble.Average(Recipe(optimizer="swa", epochs=8)), {"w": torch.zeros(3)}
     for number in range(8):
         weights["w"] += 1
-        average.take(number, weights)
+        average.after_epoch(number, weights)
     average.put(weights)
     assert average.count == 2 and torch.equal(weights["w"], torch.full((3,), 7.5))
     settings = Recipe(optimizer="swa(start=0.5, floor=0.1)", lr=0.1)

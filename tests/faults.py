@@ -394,14 +394,14 @@ FLAGS = {
 }
 
 
-def flags(root, whole, reference, names=tuple(FLAGS)):
-    """Flags damaged in the ways of FLAGS, and one swapped with another model's, each run again."""
+def flags(root, whole, reference, names=tuple(FLAGS), file="done/00005.json", fault="flag damaged"):
+    """A flag of a finished run, or another JSON file of its store, damaged in the ways of FLAGS, each run again."""
     cases = []
     for name in names:
-        folder, stores = finished(root, whole, f"flag {name}")
-        path = stores[0] / "done" / "00005.json"
+        folder, stores = finished(root, whole, f"{fault} {name}")
+        path = stores[0] / file
         path.write_bytes(FLAGS[name](path.read_bytes()))
-        cases.append(again("flag damaged", folder, reference, name))
+        cases.append(again(fault, folder, reference, name))
         shutil.rmtree(folder)
     return cases
 
@@ -521,7 +521,7 @@ def kill_command(folder, cells, seconds, kernel=False):
 
 def studies(root, n, reference, chain=5, seed=0):
     """n kills of the real command, up to `chain` of them in one folder one after the other, then left to end."""
-    rng, cases, made = np.random.default_rng(seed), [], 0
+    rng, cases = np.random.default_rng(seed), []
     for first in range(0, n, chain):
         folder, seen = Path(root) / f"study{first}", []
         for k in range(first, min(n, first + chain)):
@@ -589,6 +589,7 @@ def direct(root, n_kills):
     cases += read_only_stores(root, reference)
     cases += arrays(root, whole, reference, 3 * len(ARRAYS), rng)
     cases += flags(root, whole, reference)
+    cases += flags(root, whole, reference, ("empty", "no JSON", "a list"), "recipe.json", "recipe.json damaged")
     cases += clocks(root, reference, times)
     cases += two_writers(root, reference, 3)
     return cases + lost_workers(root, reference, times, 4)

@@ -330,10 +330,10 @@ def stopping(save, count):
     return limited
 
 
-def read_only_stores(root, reference):
+def read_only_stores(root, reference, kinds=(False, True)):
     """Read-only stores, new and begun: two Cases each, the run that met it and the next one, when it is writable."""
     cases = []
-    for begun in (False, True):
+    for begun in kinds:
         folder = Path(root) / f"readonly{begun}"
         status, said = once(partial(read_only, begun=begun), folder)
         if status == 5:
@@ -422,12 +422,12 @@ def aged(folder, stamp):
         os.utime(path, (stamp, stamp))
 
 
-def clocks(root, reference, times, seed=0):
+def clocks(root, reference, times, stamps=(("1970", 1), ("2100", 4102444800)), seed=0):
     """A clock that jumps while a run is at work; and files from 1970 and from 2100, found by the run after a kill."""
     cases, rng = [], np.random.default_rng(seed)
     folder = Path(root) / "mad"
     cases.append(judged("clock changed", folder, reference, *once(mad_clock, folder), "while it ran"))
-    for year, stamp in (("1970", 1), ("2100", 4102444800)):
+    for year, stamp in stamps:
         folder = Path(root) / f"aged{year}"
         kill(start(small, folder), *moment(times, "training", rng))
         aged(folder, stamp)
@@ -455,7 +455,9 @@ def lost_workers(root, reference, times, n, seed=0):
     for k in range(n):
         folder = Path(root) / f"lost{k}"
         lost, other = (start(small, folder, name) for name in ("lost", "other"))
-        phase = kill(lost, *moment(times, PHASES[k % 2], rng))
+        first = times[1][0] - times[0][0]  # of the reports: training, then writing and training by turns
+        when = (1, first * rng.uniform(0.5, 1.2)) if k % 2 else (2 + int(rng.integers(12)), 0)
+        phase = kill(lost, *when)
         cases.append(judged("worker lost", folder, reference, *ended(other), phase or "too late"))
     return cases
 

@@ -9,7 +9,9 @@ import re
 from html.parser import HTMLParser
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-TAGS = "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6"
+TAGS = (
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6"
+)
 TAGS += " hr i img kbd li mark ol p pre q s samp small span strong style sub summary sup table tbody td tfoot th thead"
 TAGS += " tr u ul var math menclose mfrac mi mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle msub msubsup"
 TAGS = frozenset(f"{TAGS} msup mtable mtd mtext mtr munder munderover".split())

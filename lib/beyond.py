@@ -210,6 +210,11 @@ def defence_table(found):
     return pd.concat(frames, ignore_index=True)
 
 
+def delta_of(run):
+    """The delta of the run's privacy claims: the power of ten below half of one over the size of the pool."""
+    return 10.0 ** np.floor(np.log10(1 / (2 * run.n_examples)))
+
+
 def noise_levels(run, targets, delta):
     """dict (rule, epsilon) -> sigma: the noise that gives DP-SGD and DP-SAM each epsilon on this run's halves."""
     recipe = run.recipe(run.names[0])

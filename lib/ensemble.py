@@ -299,18 +299,22 @@ def device_of(name="auto"):
 
 def open_store(recipe, dataset, store):
     """The store of this recipe on this data set."""
+    return Store(store, *store_key(recipe, dataset), layout(recipe, dataset))
+
+
+def layout(recipe, dataset):
+    """What the store keeps of one model: array name -> (shape, dtype)."""
     net = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
     n_weights = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
     rows = recipe.queries, len(dataset.y), dataset.n_classes
     kind = np.float16 if np.prod(rows) >= HALF else np.float32
-    layout = {
+    return {
         "logits": (rows, kind),
         "test_logits": ((recipe.queries, len(dataset.y_test), dataset.n_classes), kind),
         "member": ((len(dataset.y),), bool),
         "history": ((recipe.epochs, 3), np.float32),
         "weights": ((n_weights,), np.float32),
     }
-    return Store(store, *store_key(recipe, dataset), layout)
 
 
 def store_key(recipe, dataset):
@@ -363,18 +367,33 @@ def finished(recipe, dataset, n_models, kept):
     return Ensemble(recipe, dataset, kept, ids)
 
 
+def row_bytes(recipe, dataset):
+    """Bytes that one model of the recipe takes in the store, its weights (of the first models) included."""
+    return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in layout(recipe, dataset).values())
+
+
+def predicted_memory(recipe, dataset, device):
+    """Bytes that training a chunk takes at its peak: `step.predicted_memory` and the data on the device."""
+    shape = dataset.x.shape[1:]
+    lanes = step.lanes_that_fit(recipe, shape, dataset.n_classes, device)
+    held = 4 * (dataset.x.size + dataset.x_test.size) * (1 + 2 * (recipe.augment or recipe.queries > 1))
+    return step.predicted_memory(recipe, shape, dataset.n_classes, lanes) + held
+
+
+def chunks_of(recipe, dataset, device, n_models=1):
+    """The chunks of models that train together: a list of lists that covers models 0..n_models-1 and maybe more."""
+    lanes = step.lanes_that_fit(recipe, dataset.x.shape[1:], dataset.n_classes, device)
+    return [list(range(s, s + lanes)) for s in range(0, n_models, lanes)]
+
+
 def chunks(recipe, dataset, n_models, kept, device):
     """The chunks of models that train together and lack a wanted one: a list of lists of models.
 
     They start at multiples of their size, so a resumed or a longer run trains model k beside the same others, and
     its arrays come out the same to the last bit.
     """
-    lanes = step.lanes_that_fit(recipe, dataset.x.shape[1:], dataset.n_classes, device)
-    return [
-        list(range(s, s + lanes))
-        for s in range(0, n_models, lanes)
-        if any(kept.flag(k) is None for k in range(s, min(s + lanes, n_models)))
-    ]
+    whole = chunks_of(recipe, dataset, device, n_models)
+    return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
 
 
 def train_missing(recipe, dataset, n_models, kept, device, quiet=False, notify=None, wait=True):

@@ -1,5 +1,13 @@
 """What a run will train, in units of work, so that its time can be told from the first models' time."""
 
+import json
+import shutil
+import time
+from statistics import median
+
+import numpy as np
+import pandas as pd
+
 from lib import beyond, ensemble, models
 from lib.optimizers import fingerprint
 from lib.store import place
@@ -22,8 +30,12 @@ def work(recipe, n, n_models):
     return n_models * recipe.run_epochs * (size // recipe.batch_size * recipe.batch_size) * gradients(recipe)
 
 
-def wanted(run):
-    """What the notebooks train: notebook -> list of (Recipe, Dataset, n_models); what two of them share comes twice."""
+def wanted(run, exact=False):
+    """What the notebooks train: notebook -> list of (Recipe, Dataset, n_models); what two of them share comes twice.
+
+    Dataset None: a pool of about the run's size that the notebook draws from what it has found by then.
+    exact: with the private optimizers' own noise, which takes seconds to find; it does not change the work.
+    """
     base, other, data = run.names[0], run.other, run.dataset
 
     def of(name, n_models, dataset=data, **changes):
@@ -33,17 +45,17 @@ def wanted(run):
     doses = [of(run.recipe(other).named.base_name, run.sweep)] + [of(other, run.sweep, rho=r) for r in run.doses(other)]
     lengths = [(e, name) for e in run.regimes() for name in (base, other)] + [(e, base) for e in run.between()]
     planted = min(run.n_models, max(32, run.n_models // 4))
-    longest = [of(base, planted, epochs=run.regimes()[-1], subset=0.5)]
+    longest = of(base, planted, epochs=run.regimes()[-1], subset=0.5)
     return {
         "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths)],
-        "02": [*main, *longest, *longest],  # the second time on data that are not there yet
+        "02": [*main, longest, (longest[0], None, planted)],
         "03": main,
         "04": [*main, *doses],
-        "06": [*main, *(of(name, run.few, epochs=e) for e, name in lengths), *beyond_models(run, of)],
+        "06": [*main, *(of(name, run.few, epochs=e) for e, name in lengths), *beyond_models(run, of, exact)],
     }
 
 
-def beyond_models(run, of):
+def beyond_models(run, of, exact):
     """What notebook 06 trains beside the lengths of the first."""
     base, other = run.names[0], run.other
     names = [beyond.on(base)(name) for name in (*beyond.VARIANTS, "sharpreg", "swa")]
@@ -53,30 +65,135 @@ def beyond_models(run, of):
         made += [of(name, run.few, data, **changes) for name in (base, other)]
     made += [of(base, run.few, smoothing=0.1), of(base, run.few, stop=0.25), of(base, run.few, stop=0.5)]
     arch = beyond.WITHOUT_NORM.get(run.arch, run.arch)
-    rules = [f"{rule}(sigma=1.0)" for rule in ("dpsgd", "dpsam") for _ in run.epsilons]
     if models.has_batchnorm(models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)):
         return made
+    noise = dict.fromkeys([(rule, e) for rule in ("dpsgd", "dpsam") for e in run.epsilons], 1.0)
+    noise = beyond.noise_levels(run, run.epsilons, beyond.delta_of(run)) if exact else noise
+    rules = [f"{rule}(sigma={sigma:.4g})" for (rule, _), sigma in noise.items()]
     return made + [of(name, run.private, arch=arch) for name in [base, *map(beyond.on(base), rules)]]
+
+
+def ensembles(run, notebooks=None, exact=False):
+    """What a run's notebooks ("01", ...; default all) train, each model once.
+
+    A list of (notebook, Recipe, Dataset or None, low, high) for the models low..high-1; None as in `wanted`.
+    """
+    seen, found = {}, []
+    for notebook, wanted_here in wanted(run, exact).items():
+        for recipe, dataset, n_models in wanted_here if notebooks is None or notebook in notebooks else ():
+            key = (recipe, dataset.hash if dataset else notebook)
+            low, seen[key] = seen.get(key, 0), max(seen.get(key, 0), n_models)
+            if low < n_models:
+                found.append((notebook, recipe, dataset, low, n_models))
+    return found
 
 
 def left(run, notebooks=None):
     """(work still to do, work in all) of a run's notebooks ("01", ...; default all); what the store has is done."""
-    seen, total, to_do = {}, 0.0, 0.0
-    for notebook, ensembles in wanted(run).items():
-        for recipe, dataset, n_models in ensembles if notebooks is None or notebook in notebooks else ():
-            key = (recipe, dataset.hash, notebook if notebook == "02" and n_models != run.n_models else "")
-            before = seen.get(key, 0)
-            seen[key] = max(before, n_models)
-            done = count(recipe, dataset, before, n_models, run.store)
-            total += work(recipe, len(dataset.y), max(0, n_models - before))
-            to_do += work(recipe, len(dataset.y), max(0, n_models - before) - done)
+    total, to_do = 0.0, 0.0
+    for _, recipe, dataset, low, high in ensembles(run, notebooks):
+        done = len(flags(run, recipe, dataset, low, high))
+        total += work(recipe, len(run.dataset.y), high - low)
+        to_do += work(recipe, len(run.dataset.y), high - low - done)
     return to_do, total
 
 
-def count(recipe, dataset, low, high, store):
-    """How many of the models low..high-1 are finished in the store; nothing is made there."""
-    folder, _ = place(store, *ensemble.store_key(recipe, dataset))
-    return sum((folder / "done" / f"{k:05d}.json").exists() for k in range(low, high))
+def flags(run, recipe, dataset, low, high):
+    """Paths of the flags of the finished ones of models low..high-1; nothing is made in the store.
+
+    Of a data set that is drawn later (None): in the store of this recipe on any other data that has most of them.
+    """
+    name, key = ensemble.store_key(recipe, dataset or run.dataset)
+    folder, text = place(run.store, name, key)
+    folders = [folder] if dataset else [f for f in folder.parent.glob(f"{name}-*") if differs_in_data(f, text)]
+    found = [[f / "done" / f"{k:05d}.json" for k in range(low, high)] for f in folders]
+    return max(([path for path in paths if path.exists()] for paths in found), key=len, default=[])
+
+
+def differs_in_data(folder, text):
+    """True if a store's folder holds the recipe of another's recipe.json on other data."""
+    path = folder / "recipe.json"
+    said, wanted_one = (json.loads(t) for t in (path.read_text() if path.exists() else "{}", text))
+    other = said.pop("data", None) != wanted_one.pop("data")
+    return other and said == wanted_one
+
+
+def table(run, notebooks=None, exact=False):
+    """What is left to train: a frame with a row for each ensemble, and what is known of its cost.
+
+    Columns notebook, arch, optimizer, rho, epochs, models, finished, megagradients (left, of one example), megabytes
+    (left, on the disk) and seconds (left, in one process; NaN where no model of this network is finished yet).
+    """
+    rows, rates = [], {}
+    for notebook, recipe, dataset, low, high in ensembles(run, notebooks, exact):
+        done, data = flags(run, recipe, dataset, low, high), dataset or run.dataset
+        told = [json.loads(path.read_text()).get("seconds") for path in done]
+        one, missing = work(recipe, len(data.y), 1), high - low - len(done)
+        rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
+        about = dict(notebook=notebook, arch=recipe.arch, optimizer=recipe.optimizer, rho=recipe.rho)
+        about |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
+        cost = dict(megagradients=missing * one / 1e6, megabytes=missing * ensemble.row_bytes(recipe, data) / 1e6)
+        rows.append(about | cost)
+    rate = {arch: median(found) if found else np.nan for arch, found in rates.items()}
+    frame = pd.DataFrame(rows)
+    return frame.assign(seconds=1e6 * frame.megagradients / frame.arch.map(rate))
+
+
+def trial(run, steps=8):
+    """Gradients a second of the baseline now, uncompiled, from a few steps."""
+    recipe = run.recipe(run.names[0], epochs=1)
+    inputs = ensemble.Inputs(run.dataset, recipe, ensemble.device_of(run.device))
+    group = ensemble.Group(recipe, inputs, ensemble.chunks_of(recipe, run.dataset, inputs.device)[0])
+    began = None
+    for at, (x, y) in enumerate(group.batches()):
+        group.stepper.step(x, y, group.context(at, recipe.lr), recipe.lr, True)[0].cpu()
+        began = time.perf_counter() if at == 1 else began  # the first steps also set up
+        if at == steps:
+            break
+    return (at - 1) * recipe.batch_size * len(group.ids) / (time.perf_counter() - began) if at > 1 else np.nan
+
+
+def describe(run, notebooks=None):
+    """The table as text, with what is left in all: gradients, time, disk and memory."""
+    frame, device = table(run, notebooks, exact=True), ensemble.device_of(run.device)
+    unknown = 1e6 * frame.megagradients[frame.seconds.isna()].sum()
+    seconds = frame.seconds.sum() + (unknown / trial(run) if unknown else 0)
+    source = "the store's finished models" + (" and a trial of some steps just now" if unknown else "")
+    memory = max(ensemble.predicted_memory(run.recipe(name), run.dataset, device) for name in run.names)
+    shown = frame.assign(time=["?" if s != s else duration(s) for s in frame.seconds]).drop(columns="seconds")
+    return (
+        f"{shown.round(1).to_string(index=False)}\n\n"
+        f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
+        f"{frame.megagradients.sum():.3g} million gradients: about {duration(seconds)} in one process on {device}, by "
+        f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {free(run) / 1e6:.0f} MB free; "
+        f"about {memory / 1e9:.1f} GB of memory a process. What analysing them takes is not counted."
+    )
+
+
+def free(run):
+    """Bytes free where the store lies."""
+    return shutil.disk_usage(run.store).free
+
+
+def check_disk(run, notebooks=None):
+    """Raise ValueError naming `store` if what is left to train does not fit the disk."""
+    needed = 1e6 * table(run, notebooks).megabytes.sum()
+    if needed > free(run):
+        raise ValueError(
+            f"store={run.store!r}: the disk has {free(run) / 1e6:.0f} MB free, what is left of the run needs "
+            f"{needed / 1e6:.0f} MB: free some, or ask for fewer models, examples or notebooks"
+        )
+
+
+def work_off(run, notebooks=None):
+    """Train what is left of a run and no other process is training; what others have begun is not waited for.
+
+    The pools that notebooks draw from what they have found (planted faults) are left to the notebooks.
+    """
+    for notebook, recipe, dataset, _, high in ensembles(run, notebooks, exact=True):
+        if dataset:
+            print(f"{notebook}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
+            run.train_free(recipe, dataset, high)
 
 
 def duration(seconds):

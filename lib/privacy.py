@@ -90,6 +90,7 @@ def epsilon(sigma, batch_size, n, steps, delta, queries=1):
     return float(accountant.compose(step, steps).get_epsilon(delta))
 
 
+@cache
 def noise_for(target, batch_size, n, steps, delta, queries=1):
     """The smallest sigma whose epsilon is at most `target`: four significant digits, rounded up. As in `epsilon`."""
     _require("target", target, 0 < target < inf, "finite and positive")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib import data, ensemble, models, optimizers, sharpness
+from lib import data, engine, ensemble, models, optimizers, sharpness, step
 from lib.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,8 +39,11 @@ PARAMETERS = {
     "lr": (float, "peak learning rate"),
     "weight_decay": (float, "weight decay"),
     "augment": (bool, "random flips and shifts in training, and as queries of the attacks"),
+    "ema": (float, "decay of the moving average of the weights that is kept instead of the last ones; 0: none"),
     "seed": (int, "seed of everything"),
     "device": (str, "auto, cpu, cuda, mps"),
+    "engine": (str, "local, or ray: tasks on this machine's Ray, or on the cluster at RAY_ADDRESS"),
+    "gpus": (float, "GPUs that a Ray task asks for, such as 0.25 (default 1 where there is one)"),
     "store": (str, "folder of the trained ensembles"),
     "out": (str, "folder of this run's results"),
 }
@@ -48,6 +51,7 @@ PARAMETERS = {
 # What a preset gives, for tables and small pictures (an MLP) and for images (a convolutional network).
 # n_examples is an upper bound here: a smaller data set is used whole.
 COMMON = {"optimizers": "sgd,sam", "subset": 0.5, "weight_decay": 5e-4, "lr": 0.1, "seed": 0, "device": "auto"}
+COMMON |= {"ema": 0.0, "engine": "local"}
 TABLE = {**COMMON, "arch": "mlp", "rho": 0.3, "n_examples": 2000, "batch_size": 64, "augment": False}
 IMAGE = {**COMMON, "arch": "cnn", "rho": 0.1, "n_examples": 2000, "batch_size": 64, "augment": False}
 PRESETS = {
@@ -59,7 +63,7 @@ PRESETS = {
     "small": {"table": {**TABLE, "n_models": 64, "epochs": 40}, "image": {**IMAGE, "n_models": 16, "epochs": 20}},
     "fast": {
         "table": {**TABLE, "n_models": 512, "epochs": 40},
-        "image": {**IMAGE, "arch": "resnet18", "n_models": 64, "n_examples": 50000, "epochs": 30, "batch_size": 256},
+        "image": {**IMAGE, "arch": "resnet9", "n_models": 64, "n_examples": 50000, "epochs": 16, "batch_size": 256},
     },
     "paper": {
         "table": {**TABLE, "n_models": 512, "n_examples": 50000, "epochs": 100},
@@ -111,7 +115,7 @@ def clean(given):
 
 def precision_of(arch, device):
     """bfloat16 where it is fast (convolutions, on a GPU or a CPU with bfloat16 instructions), else float32."""
-    if arch == "mlp" or device.type == "mps":
+    if arch.startswith("mlp") or device.type == "mps":
         return "float32"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
@@ -151,7 +155,7 @@ class Settings:
 
     def recipe(self, optimizer, **changes):
         """The run's Recipe for one optimizer, with some fields changed."""
-        shared = ("arch", "rho", "lr", "weight_decay", "epochs", "batch_size", "subset", "augment", "seed")
+        shared = ("arch", "rho", "lr", "weight_decay", "epochs", "batch_size", "subset", "augment", "ema", "seed")
         fields = {name: self.values[name] for name in shared}
         precision = precision_of(self.arch, ensemble.device_of(self.device))
         queries = 10 if self.augment else 1
@@ -161,12 +165,12 @@ class Settings:
     @property
     def sweep(self):
         """Models for each ensemble of a sweep (over radii, or epochs): no more than its intervals need."""
-        return min(self.n_models, 128)
+        return min(self.n_models, 128 if self.is_table else 64)
 
     @property
     def few(self):
         """Models for each of the many ensembles of the last notebook."""
-        return min(self.n_models, 64)
+        return min(self.n_models, 64 if self.is_table else 16)
 
     @property
     def is_table(self):
@@ -196,8 +200,14 @@ class Settings:
     def train(self, optimizer, n_models=None, dataset=None, **changes):
         """The ensemble of one optimizer, from the store or trained now, on the run's data or another data set."""
         recipe = self.recipe(optimizer, **changes)
-        n_models = n_models or self.n_models
-        return ensemble.train(recipe, dataset or self.dataset, n_models, self.store, self.device, notify=self.forecast)
+        where = self.store, self.device, self.engine, self.gpus
+        return engine.train(recipe, dataset or self.dataset, n_models or self.n_models, *where, notify=self.forecast)
+
+    def train_free(self, recipe, dataset, n_models):
+        """Train those models that the store lacks and no other process is training; nothing is waited for."""
+        ensemble.check(recipe, dataset, n_models)
+        kept, device = ensemble.open_store(recipe, dataset, self.store), ensemble.device_of(self.device)
+        ensemble.train_missing(recipe, dataset, n_models, kept, device, notify=self.forecast, wait=False)
 
     def describe(self):
         """The run in one sentence."""
@@ -241,6 +251,7 @@ def settings(given):
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
     pool = data.pool(whole, bound, values["seed"], n_test)
     values["n_examples"] = len(pool.y)
+    values.setdefault("gpus", float(ensemble.device_of(values["device"]).type == "cuda"))
     if "batch_size" not in given:  # like n_examples, the preset's is an upper bound
         values["batch_size"] = max(1, min(values["batch_size"], int(len(pool.y) * values["subset"]) // 2))
     run = Settings(values, pool)
@@ -252,7 +263,8 @@ def check(run):
     """Raise ValueError naming the parameter if any ensemble of the run could not be trained or written."""
     if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
         raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
-    ensemble.device_of(run.device)
+    device = ensemble.device_of(run.device)
+    engine.check(run.engine, run.gpus)
     parsed = [optimizers.parse(name) for name in run.names]
     if parsed[0].rule_name != "plain":
         bases = ", ".join(optimizers.BASES)
@@ -261,6 +273,7 @@ def check(run):
         raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for name in run.names:
         ensemble.check(run.recipe(name), run.dataset, run.n_models)
+        step.lanes_that_fit(run.recipe(name), run.dataset.x.shape[1:], run.dataset.n_classes, device)
     if run.n_models < 8:
         raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
     member = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models), run.dataset.groups)
@@ -304,7 +317,9 @@ def notebook_settings(namespace, before):
 
 
 def parse(arguments):
-    """(notebooks, parameters) of a command line: --name value, or NAME=value as make has them."""
+    """(notebooks, parameters, what to do with them) of a command line: --name value, or NAME=value as make has them.
+
+    What to do: "run" them, or only "plan" or "work"."""
     parser = argparse.ArgumentParser(
         prog="python -m lib.study",
         description="Run the notebooks headlessly, in order, into one folder of results.",
@@ -313,16 +328,21 @@ def parse(arguments):
     )
     for name, (kind, meaning) in PARAMETERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar=kind.__name__, help=meaning)
+    parser.add_argument("--plan", action="store_true", help="say what is left to train and what it costs")
+    parser.add_argument("--work", action="store_true", help="train what is left, beside other processes; no notebooks")
     parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
     found = vars(parser.parse_args(arguments))
-    words = found.pop("words")
+    words, doing = found.pop("words"), [name for name in ("plan", "work") if found.pop(name)]
+    if len(doing) > 1:
+        raise ValueError("--plan and --work exclude each other: choose one")
     given = {name: value for name, value in found.items() if value is not None}
     given |= {w.split("=", 1)[0].lower(): w.split("=", 1)[1] for w in words if "=" in w}
     wanted = [w for w in words if "=" not in w]
     for word in wanted:
         if not any(book.name.startswith(word) for book in NOTEBOOKS):
             raise ValueError(f"notebook {word!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
-    return [b for b in NOTEBOOKS if not wanted or any(b.name.startswith(w) for w in wanted)], given
+    books = [b for b in NOTEBOOKS if not wanted or any(b.name.startswith(w) for w in wanted)]
+    return books, given, (doing or ["run"])[0]
 
 
 def shortest(path):
@@ -358,13 +378,27 @@ def execute(book, given, out):
 
 def main(arguments=None):
     """Command line. Returns the exit status: 2 for bad input, 1 for a notebook that failed."""
+    from lib import plan
+
     try:
-        chosen, given = parse(arguments)
+        chosen, given, doing = parse(arguments)
         run = settings(given)
+        numbers = [book.name[:2] for book in chosen]
+        if doing == "plan":
+            print(plan.describe(run, numbers))
+            return 0
+        plan.check_disk(run, numbers)
+        if doing == "work":
+            plan.work_off(run, numbers)
+            return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    given = {**clean(given), "store": shortest(run.store), "out": shortest(run.out)}
+    return execute_all(chosen, {**clean(given), "store": shortest(run.store), "out": shortest(run.out)})
+
+
+def execute_all(chosen, given):
+    """Run the notebooks in turn, then make the report. Returns the exit status."""
     out = Path(given["out"])
     for book in chosen:
         try:

@@ -62,8 +62,11 @@ batch_size: int = None  # examples per step
 lr: float = None  # peak learning rate
 weight_decay: float = None  # weight decay
 augment: bool = None  # flips and shifts, in training and as queries of the attacks
+ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
 seed: int = None  # seed of everything
 device: str = None  # auto, cpu, cuda, mps
+engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
+gpus: float = None  # GPUs that a Ray task asks for
 store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
@@ -75,7 +78,7 @@ import pandas as pd
 from IPython.display import display
 from scipy import stats
 
-from lib import audit, ensemble, memorization, metrics, plots
+from lib import audit, memorization, metrics, plots
 from lib.data import inputs
 from lib.prose import difference, pick, points, say, shown, verb
 from lib.results import Results
@@ -176,10 +179,11 @@ top = np.argsort(-mem["confidence"][baseline].value)
 sources = np.concatenate([top[:n], rng.choice(top[n:], 3 * n, replace=False)])
 copies = min(4, max(1, n_pool // 24))
 faulty, wrong, twins = memorization.plant(run.dataset, sources, 2 * n, copies, seed=run.seed)
-longest = run.recipe(baseline, epochs=run.regimes()[-1], subset=0.5)
 placed = []
 for pool in (run.dataset, faulty):
-    found = ensemble.train(longest, pool, min(run.n_models, max(32, run.n_models // 4)), run.store, run.device)
+    found = run.train(
+        baseline, min(run.n_models, max(32, run.n_models // 4)), pool, epochs=run.regimes()[-1], subset=0.5
+    )
     placed.append(memorization.memorization(audit.plain_signal(found, "confidence"), np.array(found.member)).value)
 fitted = audit.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
 say(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")

@@ -61,8 +61,11 @@ batch_size: int = None  # examples per step
 lr: float = None  # peak learning rate
 weight_decay: float = None  # weight decay
 augment: bool = None  # flips and shifts, in training and as queries of the attacks
+ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
 seed: int = None  # seed of everything
 device: str = None  # auto, cpu, cuda, mps
+engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
+gpus: float = None  # GPUs that a Ray task asks for
 store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 

@@ -54,8 +54,11 @@ batch_size: int = None  # examples per step
 lr: float = None  # peak learning rate
 weight_decay: float = None  # weight decay
 augment: bool = None  # flips and shifts, in training and as queries of the attacks
+ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
 seed: int = None  # seed of everything
 device: str = None  # auto, cpu, cuda, mps
+engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
+gpus: float = None  # GPUs that a Ray task asks for
 store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
@@ -294,7 +297,7 @@ for name in [n for n in defended if n != "none"]:
 # From below, our attack certifies an $\epsilon$ of its own: it must not exceed the claimed one.
 
 # %%
-delta = 10.0 ** np.floor(np.log10(1 / (2 * run.n_examples)))
+delta = beyond.delta_of(run)
 private = beyond.private(run, run.epsilons, run.private, delta)
 if private:
     private = audit.align(private, essential=[(baseline, np.inf)])

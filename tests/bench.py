@@ -1,33 +1,43 @@
-"""`make bench`: every speed claim as a ratio, both sides measured in this one run, one after the other.
+"""`make bench`: every speed claim as a ratio, both sides measured in this one run, in turn.
 
-Writes outputs/bench.csv (name, value, unit, baseline, ratio, goal, machine) and prints it. Not a test: a machine's
-speed decides nothing about right or wrong.
+    make bench                             # all sections
+    make bench ONLY=training,gpu           # some, whose rows are replaced; gpu: every section gpu_...
+    python -m tests.bench training gpu     # the same; --data: CIFAR-10 for the GPU's sections, --out: the folder
+
+Rows are written to <out>/bench.csv (COLUMNS) as they are measured, so that a run that is killed loses none. Progress
+goes to stderr. Not a test: a machine's speed decides nothing about right or wrong.
 """
 
+import argparse
+import operator
 import platform
-import resource
 import sys
-import tempfile
 import time
-from dataclasses import replace
-from multiprocessing import get_context
+from datetime import date
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
-from lib import attacks, data, ensemble, memorization, neural, optimizers
-from lib.ensemble import Recipe
-from lib.recipe import membership
-from lib.study import ROOT
+from lib import data
+from tests import bench_cpu, bench_gpu, bench_scaling
+from tests.bench_cpu import say
 
-COLUMNS = ["name", "value", "unit", "baseline", "ratio", "goal", "machine"]
-RECIPE = Recipe(epochs=100, batch_size=64)
-# gradients a step, and forward passes alone at a third of one
-PASSES = {"sam": 2, "asam": 2, "gsam": 2, "looksam(k=5)": 1.2, "msam": 2, "fsam": 2, "esam": 1 + 1 / 3 + 0.5}
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = [
+    "name", "value", "unit", "baseline", "ratio", "goal", "met", "section", "date", "machine", "command",
+]  # fmt: skip
+# name -> function of the parsed arguments that yields rows (name, value, unit, baseline, ratio, goal)
+SECTIONS = {
+    "memory": lambda given: bench_cpu.fresh(bench_cpu.memory, data.load("digits")),
+    "training": lambda given: bench_cpu.training(data.load("digits")),
+    "variants": lambda given: bench_cpu.variants(data.load("digits")),
+    "scoring": lambda given: bench_cpu.fresh(bench_cpu.scoring),
+    "influence": lambda given: bench_cpu.fresh(bench_cpu.influences),
+    "scaling": lambda given: bench_scaling.scaling(given.out),
+    "gpu_resnet9": lambda given: bench_gpu.gpu("resnet9", given.data),
+    "gpu_resnet18": lambda given: bench_gpu.gpu("resnet18", given.data),
+}
 
 
 def machine():
@@ -39,200 +49,106 @@ def machine():
     return f"{names[0]}, {torch.get_num_threads()} threads, {chip}, torch {torch.__version__}"
 
 
-def peak():
-    """Peak memory of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+def command(given):
+    """The line that makes these rows; a path stays on the machine it is from."""
+    only = f" ONLY={','.join(given.only)}" if given.only else ""
+    return f"make bench{only}{' DATA=path' if given.data else ''}"
 
 
-def seconds(work, repeats=1):
-    """Wall-clock seconds of the fastest of several calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def chosen(only):
+    """Names of the sections asked for, all if none is: by name, or by what stands before an underscore.
+
+    Raises ValueError naming an unknown one.
+    """
+    for name in only:
+        if name not in {*SECTIONS, *(section.split("_")[0] for section in SECTIONS)}:
+            raise ValueError(f"ONLY={name!r} is no section of the bench: choose among {', '.join(SECTIONS)}")
+    return [section for section in SECTIONS if not only or {section, section.split("_")[0]} & set(only)]
 
 
-# ---- one model at a time, as others do it -------------------------------------------------------------------
+def met(value, ratio, goal):
+    """yes or no: whether the ratio, or the value where there is none, reaches the goal. Empty where nothing says."""
+    reached = value if ratio == "" else ratio
+    if not goal or isinstance(reached, str):
+        return ""
+    sign, bound = goal.split()
+    return "yes" if {">=": operator.ge, "<=": operator.le}[sign](reached, float(bound)) else "no"
 
 
-def one_model(dataset, batches):
-    """Train one MLP for 100 epochs on the half of model 0 with autograd and torch.optim."""
-    net = ensemble.models.build("mlp", dataset.x.shape[1:], dataset.n_classes)
-    settings = RECIPE.lr, RECIPE.momentum, RECIPE.weight_decay
-    optimizer = optimizers.build(RECIPE.named, list(net.parameters()), *settings)
-    for _ in range(RECIPE.epochs):
-        for x, y in batches():
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
+def line(row, section, **noted):
+    """A section's row as a dict of COLUMNS; judged before it is rounded."""
+    name, value, unit, baseline, ratio, goal = row
+    value, shown = (f"{v:.4g}" if isinstance(v, int | float) else v for v in (value, ratio))
+    judged = met(row[1], ratio, goal)
+    entries = [name, value, unit, baseline, shown, goal, judged, section]
+    return dict(zip(COLUMNS, entries, strict=False)) | noted
 
 
-def half(dataset):
-    chosen = np.flatnonzero(membership(RECIPE, len(dataset.y), [0])[0])
-    return torch.from_numpy(data.inputs(dataset)[0][chosen]), torch.from_numpy(dataset.y[chosen])
+def merged(old, section, new, finished):
+    """The table with a section's new rows in it, sections in their order.
 
-
-def lean_batches(dataset):
-    """Index a tensor by a permutation: no loader, no workers, no copies."""
-    x, y = half(dataset)
-
-    def batches():
-        for index in torch.randperm(len(y))[: len(y) // 64 * 64].split(64):
-            yield x[index], y[index]
-
-    return batches
-
-
-def loader_batches(dataset):
-    """What most shadow-model code does: a shuffling DataLoader."""
-    loader = DataLoader(TensorDataset(*half(dataset)), batch_size=64, shuffle=True, drop_last=True)
-    return lambda: iter(loader)
-
-
-def lean(dataset):
-    """Seconds a model of the lean loop, its thread count tuned."""
-    threads, found = torch.get_num_threads(), {}
-    for count in range(1, threads + 1):
-        torch.set_num_threads(count)
-        found[count] = seconds(lambda: one_model(dataset, lean_batches(dataset)), repeats=3)
-    torch.set_num_threads(threads)
-    return min(found.values())
-
-
-# ---- many models at once ------------------------------------------------------------------------------------
-
-
-def many(dataset, optimizer, n_models, folder, compiled=True):
-    """Seconds a model, from random weights to the arrays in the store; compiled code is warm."""
-    can = ensemble.can_compile
-    ensemble.can_compile = can if compiled else lambda: False
-    recipe = replace(RECIPE, optimizer=optimizer, rho=0.3)
-    warm = replace(recipe, seed=99)
-    ensemble.train(warm, dataset, 2, folder, quiet=True)
-    taken = seconds(lambda: ensemble.train(recipe, dataset, n_models, folder, quiet=True))
-    ensemble.can_compile = can
-    return taken / n_models
-
-
-def sgemm():
-    """This machine's best float32 matrix rate, in operations a second."""
-    a = torch.rand(2048, 2048)
-    return 2 * 2048**3 / seconds(lambda: a @ a, repeats=10)
-
-
-def least():
-    """Seconds a model if its matrix products ran at this machine's best float32 rate and nothing else took time."""
-    rate = sgemm()
-    # a step of 64 examples: x W1 and its weight gradient; h W2, its weight gradient and its input gradient
-    flops = 2 * 64 * (2 * 64 * 256 + 3 * 256 * 10)
-    return RECIPE.epochs * (600 // 64) * flops / rate
-
-
-def training(dataset):
-    """Rows on training: milliseconds a model for 100 epochs on 600 digits."""
-    rows = []
-    base = {"lean loop": lean(dataset), "DataLoader loop": seconds(lambda: one_model(dataset, loader_batches(dataset)))}
-    for name, taken in base.items():
-        rows.append((name, 1e3 * taken, "ms a model", "", "", ""))
-    bound = least()
-    for name, taken in base.items():
-        rows.append(
-            ("matrix products alone, at the best sgemm rate", 1e3 * bound, "ms a model", name, taken / bound, "")
-        )
-    for optimizer, count, compiled in (("sgd", 64, False), ("sgd", 64, True), ("sgd", 512, True)):
-        with tempfile.TemporaryDirectory() as folder:
-            taken = many(dataset, optimizer, count, folder, compiled)
-        name = f"{optimizer}, {count} models at once{', compiled' if compiled else ', eager'}"
-        goals = {"lean loop": (">= 10" if compiled else ">= 5"), "DataLoader loop": ">= 20"}
-        for against, goal in goals.items():
-            rows.append((name, 1e3 * taken, "ms a model", against, base[against] / taken, goal))
-    return rows
-
-
-def variants(dataset):
-    """Rows on the rules: milliseconds a model, against SGD timed right before; the goal is 1.1 times their passes."""
-    rows = []
-    for optimizer, passes in PASSES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            base = many(dataset, "sgd", 64, folder)
-            taken = many(dataset, optimizer, 64, folder)
-        name, goal = f"{optimizer}, 64 models at once, compiled", f"<= {1.1 * passes:.2f}"
-        rows.append((name, 1e3 * taken, "ms a model", "sgd", taken / base, goal))
-    return rows
-
-
-def memory(dataset):
-    """Peak memory of training 32 and then 256 models: it should not grow with their number."""
-    after = {}
-    for count in (32, 256):
-        with tempfile.TemporaryDirectory() as folder:
-            ensemble.train(Recipe(epochs=5), dataset, count, folder, quiet=True)
-        after[count] = peak()
-    return [("peak memory after 256 models", after[256], "GB", "after 32 models", after[256] / after[32], "<= 1.1")]
-
-
-def scoring(n_models=256, n=50_000):
-    """All the attacks on all the targets, from logits in float16."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 10, n)
-    member = membership(Recipe(), n, range(n_models))
-    logits = np.empty((n_models, n, 10), np.float16)
-    for k in range(n_models):
-        logits[k] = rng.standard_normal((n, 10), dtype=np.float32)
-        logits[k, np.arange(n), y] += 2 + member[k]
-    taken, size = seconds(lambda: attacks.run(logits, y, member, learned=False), repeats=2), f"{n_models} x {n}"
-    most = peak()
-    slow = seconds(lambda: neural.attack(logits[:, : n // 10], y[: n // 10], member[:, : n // 10]), repeats=1)
-    return [
-        (f"all attacks but the neural, {size} examples", taken, "s", "", "", "<= 5"),
-        ("peak memory of the process: those attacks", most, "GB", "", "", "<= 2"),
-        (f"neural attack, {n_models} x {n // 10} examples", slow, "s", "", "", ""),
+    A row measured again replaces itself; the section's other old rows go when it is finished. old, new: lists of dicts.
+    """
+    again = {(row["name"], row["baseline"]) for row in new}
+    kept = [
+        row for row in old if row["section"] != section or not (finished or (row["name"], row["baseline"]) in again)
     ]
+    order = list(SECTIONS)
+    return sorted([*kept, *new], key=lambda row: order.index(row["section"]))
 
 
-def influences(m=2000, n=50_000, t=10_000):
-    """All influences of the paper's scale, block by block, and the entropies, from random memberships and outcomes."""
-    rng = np.random.default_rng(0)
-    member, y, y_test = rng.random((m, n), np.float32) < 0.5, rng.integers(0, 10, n), rng.integers(0, 10, t)
-    values = rng.random((m, t), np.float32) < 0.9
-
-    def every():
-        for _, block in memorization.influence_blocks(member, values):
-            assert block.shape[0] == n
-
-    size, before = f"{m} models, {n} x {t} examples", sgemm()
-    taken = seconds(every)
-    rate = 2 * m * n * t / taken / 1e9
-    best = (before + sgemm()) / 2 / 1e9
-    held = peak()
-    whole = seconds(lambda: memorization.influence_entropy(member, values, y, y_test))
-    return [
-        (f"influence: {size}", taken, "s", "", "", ""),
-        ("influence, rate", rate, "GFLOP/s", "sgemm", rate / best, ">= 0.5"),
-        ("peak memory of the process: influence", held, "GB", "", "", ""),
-        ("influence entropy, same class", whole, "s", "", "", ""),
-    ]
+def read(path):
+    """The rows of an earlier run of these sections, as dicts; none if the file is not there or has other columns."""
+    if not path.exists():
+        return []
+    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    return table[table.section.isin(list(SECTIONS))].to_dict("records") if [*table] == COLUMNS else []
 
 
-def main():
-    dataset = data.load("digits")
-    with get_context("spawn").Pool(1) as fresh:  # a process of its own: its peak memory is the scoring's
-        rows = fresh.apply(scoring)
-    with get_context("spawn").Pool(1) as fresh:
-        rows += fresh.apply(influences)
-    rows = memory(dataset) + training(dataset) + variants(dataset) + rows
-    if not torch.cuda.is_available():
-        rows.append(("training on a GPU", "not measured", "", "", "", ""))
-    table = pd.DataFrame([(*row, machine()) for row in rows], columns=COLUMNS)
-    path = Path(ROOT) / "outputs" / "bench.csv"
-    path.parent.mkdir(exist_ok=True)
-    for column in ("value", "ratio"):
-        table[column] = [f"{v:.3g}" if isinstance(v, float) else v for v in table[column]]
-    table.to_csv(path, index=False)
-    print(pd.read_csv(path, keep_default_na=False).drop(columns="machine").to_string(index=False))
-    print(f"{machine()}\nWritten to {path.relative_to(ROOT)}")
+def write(path, rows):
+    """The whole table, in place of the old one at once."""
+    partial = path.with_suffix(".part")
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(partial, index=False)
+    partial.replace(path)
+
+
+def run(section, rows, path, **noted):
+    """Measure one section's rows and write each as it comes. rows: an iterable of a section's rows."""
+    old, new, began = read(path), [], time.perf_counter()
+    for row in rows:
+        new.append(line(row, section, **noted))
+        write(path, merged(old, section, new, finished=False))
+        told = new[-1]
+        against = f", {told['ratio']} against {told['baseline']}" if told["ratio"] else ""
+        say(f"{time.perf_counter() - began:5.0f} s  {told['name']}: {told['value']} {told['unit']}{against}")
+    write(path, merged(old, section, new, finished=True))
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("only", nargs="*", help=f"sections, spaces or commas between them: {', '.join(SECTIONS)}")
+    parser.add_argument("--data", help="path of CIFAR-10, for the sections on a GPU; else made-up images")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs", help="folder of bench.csv and its figure")
+    given = parser.parse_args(argv)
+    given.only = [name for text in given.only for name in text.split(",") if name]
+    return given
+
+
+def main(argv=None):
+    """Run the sections asked for, then print the whole table."""
+    given = arguments(argv)
+    try:
+        sections = chosen(given.only)
+    except ValueError as error:
+        sys.exit(str(error))
+    given.out.mkdir(parents=True, exist_ok=True)
+    path, noted = given.out / "bench.csv", {"machine": machine(), "command": command(given)}
+    for section in sections:
+        say(f"{section} ...")
+        run(section, SECTIONS[section](given), path, date=date.today().isoformat(), **noted)
+    table = pd.DataFrame(read(path), columns=COLUMNS)
+    print(table[COLUMNS[: COLUMNS.index("section")]].to_string(index=False))
+    print(f"{date.today()}, {machine()}, {command(given)}\nWritten to {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Where the models of an ensemble are trained: here (`local`), or as tasks of a Ray cluster (`ray`).
+
+A task trains one chunk of models and puts it into the store, which all the machines must see under the same path;
+nothing else comes back, so a lost worker costs its chunk, which Ray runs again, and nothing depends on how the work
+was cut. Without RAY_ADDRESS a Ray of this machine's own starts by itself, with a task for each core or share of a GPU.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lib import ensemble
+
+ENGINES = ("local", "ray")
+PATIENCE = 30  # seconds that a cluster has to answer
+RETRIES = 5  # times that a chunk is trained anew after its worker was lost
+
+
+def check(engine, gpus=0.0):
+    """Raise ValueError naming the parameter if the engine is unknown, not installed or can't be reached."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
+    if not 0 <= gpus <= 64 or gpus > 1 and gpus % 1:
+        raise ValueError(f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
+    if engine == "ray":
+        if find_spec("ray") is None:
+            raise ValueError("engine='ray' is not installed: pip install 'ray[default]', or use engine='local'")
+        answers(os.environ.get("RAY_ADDRESS", ""))
+
+
+def answers(address):
+    """Raise ValueError if a cluster's address, host:port or ray://host:port, does not answer; "" and auto pass."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if address in ("", "auto", "local"):
+        return
+    if not host or not port.isdigit():
+        raise ValueError(f"RAY_ADDRESS={address!r} is not valid: host:port, ray://host:port, auto, or not set")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        if "://" not in address:  # it listens; but is it a cluster?
+            asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+            subprocess.run(asked, timeout=PATIENCE, check=True, capture_output=True)
+    except (OSError, OverflowError, subprocess.SubprocessError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address!r} does not answer within {PATIENCE} s ({error}): start a cluster there "
+            "(`ray start --head`), or unset it to start Ray on this machine"
+        ) from error
+
+
+def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, **how):
+    """`ensemble.train` by an engine of ENGINES; how: quiet, notify. gpus: what a Ray task asks for, such as 0.25."""
+    if engine == "ray":
+        check(engine, gpus)
+        ensemble.check(recipe, dataset, n_models)
+        train_by_ray(recipe, dataset, n_models, store, device, gpus, **how)
+    return ensemble.train(recipe, dataset, n_models, store, device, **how)
+
+
+def train_by_ray(recipe, dataset, n_models, store, device, gpus, quiet=False, notify=None):
+    """Have Ray's workers train what the store lacks; one bar counts the epochs of finished chunks."""
+    kept = ensemble.open_store(recipe, dataset, store)
+    todo = ensemble.chunks(recipe, dataset, n_models, kept, ensemble.device_of(device))
+    if not todo:
+        return
+    ray = started()
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(chunk)
+    shared = ray.put(dataset)
+    waiting = {task.remote(recipe, shared, ids, str(Path(store).resolve()), device): len(ids) for ids in todo}
+    label = f"{recipe.optimizer} rho {recipe.rho}, {sum(waiting.values())} models, by Ray"
+    with tqdm(total=recipe.run_epochs * len(todo), desc=label, unit="epoch", leave=False, disable=quiet) as bar:
+        while waiting:
+            began = time.time()
+            for done in ray.wait(list(waiting))[0]:
+                result(ray, done)
+                bar.update(recipe.run_epochs)
+                if notify:
+                    notify(recipe, len(dataset.y), waiting[done], time.time() - began)
+                del waiting[done]
+
+
+def chunk(recipe, dataset, ids, store, device):
+    """One task: train models `ids` into the store, unless another process has or does."""
+    kept = ensemble.open_store(recipe, dataset, store)
+    ensemble.train_chunks(recipe, ensemble.Inputs(dataset, recipe, ensemble.device_of(device)), [ids], kept, quiet=True)
+
+
+def result(ray, done):
+    """Raise what a task raised, as it was raised there; and ValueError naming `engine` if its workers were lost."""
+    try:
+        ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}") from error
+
+
+def started():
+    """The module ray, connected: to RAY_ADDRESS, else to a Ray of this process's own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if not ray.is_initialized():
+        paths = dict.fromkeys([str(Path(__file__).resolve().parent.parent), os.getcwd(), *sys.path[:1]])
+        there = {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
+        own = {} if os.environ.get("RAY_ADDRESS", "local") != "local" else {"include_dashboard": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its coming versions
+            try:
+                ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": there}, **own)
+            except (ConnectionError, RuntimeError, TimeoutError) as error:
+                address = os.environ.get("RAY_ADDRESS", "")
+                raise ValueError(f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}") from error
+    return ray

@@ -1,0 +1,147 @@
+"""Ray's workers against this process: the same arrays, whatever is lost on the way."""
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import engine, ensemble, study
+from lib.recipe import Recipe
+
+with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+quiet = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    """A Ray of two cores, whatever this machine has."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(ray, "init", lambda start=ray.init, **how: start(num_cpus=2, **how))
+        engine.started()
+        yield ray
+        ray.shutdown()
+        for process in [thing for thing in gc.get_objects() if type(thing) is subprocess.Popen]:
+            process.wait(10)  # Ray ends its own and does not look after them
+
+
+def same(first, second):
+    for name in ("logits", "test_logits", "member", "history"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
+
+
+@with_ray
+@quiet
+def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers):
+    recipe, told = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), []
+    how = {"quiet": True, "notify": lambda *chunk: told.append(chunk)}
+    by_ray = engine.train(recipe, images, 6, tmp_path / "ray", "cpu", "ray", **how)
+    same(by_ray, ensemble.train(recipe, images, 6, tmp_path / "here", "cpu", quiet=True))
+    assert len(told) == 6 and all(chunk[1:3] == (48, 1) for chunk in told)
+    pids = {p.stem for p in (tmp_path / "ray").glob("*/done/*.json")}
+    assert len(pids) == 6
+
+
+@with_ray
+@quiet
+def test_a_chunk_whose_worker_is_killed_is_trained_anew(images, tmp_path, two_workers):
+    recipe = Recipe("cnn", "sam", 0.1, epochs=40, batch_size=8)
+    kept, killed = ensemble.open_store(recipe, images, tmp_path / "ray"), []
+
+    def kill_one():
+        """Kill a worker once it holds a chunk's claim and has not finished it."""
+        while not killed:
+            for pid in workers():
+                if any((kept.folder / "claims").glob("*.lock")) and holds_a_claim(pid, kept.folder):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    by_ray = engine.train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
+    thread.join(5)
+    assert killed, "no worker was caught in mid-chunk"
+    same(by_ray, ensemble.train(recipe, images, 4, tmp_path / "here", "cpu", quiet=True))
+
+
+def workers():
+    """Process numbers of Ray's workers on this machine."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if "ray::" in (folder / "cmdline").read_text():
+                yield int(folder.name)
+        except OSError:
+            continue
+
+
+def holds_a_claim(pid, folder):
+    """True if the process has a claim of the store open."""
+    try:
+        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return False
+    return any(path.startswith(str(folder / "claims")) for path in opened)
+
+
+@with_ray
+@quiet
+def test_what_a_task_raises_is_raised_here(images, tmp_path, two_workers):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    kept = ensemble.open_store(recipe, images, tmp_path)
+    (kept.folder / "logits.npy").mkdir()  # can't be written
+    with pytest.raises(ValueError, match="store=.*can't be written"):
+        engine.train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
+
+
+def test_an_engine_that_is_not_there_is_said_before_training(monkeypatch, tmp_path):
+    given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")}
+    with pytest.raises(ValueError, match="engine='slurm' is unknown: choose local or ray"):
+        study.settings({**given, "engine": "slurm"})
+    for gpus in (-1, 1.5, 100):
+        with pytest.raises(ValueError, match=f"gpus={float(gpus)} is not valid"):
+            study.settings({**given, "gpus": gpus})
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="engine='ray' is not installed"):
+        study.settings({**given, "engine": "ray"})
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_a_cluster_that_does_not_answer_is_said_in_time(monkeypatch, address):
+    with socket.socket() as taken:  # bound, so that nobody else answers there, and deaf
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", address.format(port=taken.getsockname()[1]))
+        monkeypatch.setattr(engine, "find_spec", lambda name: True)
+        began = time.time()
+        with pytest.raises(ValueError, match="RAY_ADDRESS=.*does not answer"):
+            engine.check("ray")
+        assert time.time() - began < engine.PATIENCE + 5
+
+
+@pytest.mark.parametrize("address", ["here", "host:port", ":6379", "127.0.0.1:99999"])
+def test_an_address_that_is_none_is_said(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="RAY_ADDRESS="):
+        engine.check("ray")
+
+
+def test_a_cluster_that_listens_but_never_speaks_is_given_up(monkeypatch):
+    """A port may be open and no Ray behind it: joining it has a time limit too."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(engine, "PATIENCE", 3)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        with pytest.raises(ValueError, match="does not answer within 3 s"):
+            engine.answers(f"127.0.0.1:{deaf.getsockname()[1]}")

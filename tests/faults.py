@@ -37,6 +37,7 @@ import torch
 
 from lib import attacks, metrics, store, study
 from lib.results import Results
+from tests.bench import machine
 
 COLUMNS = ["fault", "cases", "same_result", "clear_error", "neither", "note", "date", "command", "machine"]
 GIVEN = {"preset": "tiny", "n_models": 32, "epochs": 4, "n_examples": 200, "device": "cpu"}
@@ -45,6 +46,7 @@ ARRAYS = ("logits", "test_logits", "member", "history", "weights")
 CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(study.PARAMETERS)})=|\d\d_\w+ failed, see )")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with one thread can be forked
+os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # `python -m` meets this module twice
 FORK = get_context("forkserver")
 FORK.set_forkserver_preload(["tests.faults", "lib.plan", "sklearn.datasets"])
 
@@ -582,37 +584,38 @@ def table(cases):
     return pd.DataFrame(rows, columns=COLUMNS[:6])
 
 
-def direct(root, n_kills):
-    """All the faults of `small`: Cases."""
+def parts(root, n_kills, n_studies):
+    """All the faults, fault by fault: lists of Cases."""
     whole, reference, times = undisturbed(root)
     rng = np.random.default_rng(1)
-    cases = kills(root, n_kills, reference, times)
-    cases += full_disks(root, reference)
-    cases += read_only_stores(root, reference)
-    cases += arrays(root, whole, reference, 3 * len(ARRAYS), rng)
-    cases += flags(root, whole, reference)
-    cases += flags(root, whole, reference, ("empty", "no JSON", "a list"), "recipe.json", "recipe.json damaged")
-    cases += clocks(root, reference, times)
-    cases += two_writers(root, reference, 3)
-    return cases + lost_workers(root, reference, times, 4)
+    yield kills(root, n_kills, reference, times)
+    yield full_disks(root, reference)
+    yield read_only_stores(root, reference)
+    yield arrays(root, whole, reference, 3 * len(ARRAYS), rng)
+    yield flags(root, whole, reference)
+    yield flags(root, whole, reference, ("empty", "no JSON", "a list"), "recipe.json", "recipe.json damaged")
+    yield clocks(root, reference, times)
+    yield two_writers(root, reference, 3)
+    yield lost_workers(root, reference, times, 4)
+    if n_studies:
+        reference = undisturbed_command(root)
+        yield studies(root, n_studies, reference)
+        yield kernels(root, 2, reference)
 
 
 def main(n=50, n_studies=10):
-    """Do it all, print the table and write it. Returns the exit status: 1 if any case was neither."""
-    from tests.bench import machine
-
+    """Do it all, print the table and write it, row by row as they come. Returns 1 if any case was neither, else 0."""
     n, n_studies = int(n), int(n_studies)
-    with tempfile.TemporaryDirectory() as root:
-        cases = direct(root, n - n_studies)
-        if n_studies:
-            reference = undisturbed_command(root)
-            cases += studies(root, n_studies, reference) + kernels(root, 2, reference)
-    made = table(cases).assign(date=date.today().isoformat(), command="make faults", machine=machine())
-    path = study.ROOT / "outputs" / "faults.csv"
+    path, cases = study.ROOT / "outputs" / "faults.csv", []
     path.parent.mkdir(exist_ok=True)
-    made.to_csv(path, index=False)
-    print(made.drop(columns=COLUMNS[6:]).to_string(index=False))
-    print(f"Written to {path.relative_to(study.ROOT)}")
+    about = {"date": date.today().isoformat(), "command": "make faults", "machine": machine()}
+    with tempfile.TemporaryDirectory() as root:
+        for some in parts(root, n - n_studies, n_studies):
+            cases += some
+            made = table(cases).assign(**about)
+            made.to_csv(path, index=False)
+            print(table(some).to_string(index=False, header=len(cases) == len(some)), flush=True)
+    print(f"{len(cases)} cases, {made.neither.sum()} neither. Written to {path.relative_to(study.ROOT)}")
     return int(made.neither.sum() > 0)
 
 

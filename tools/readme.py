@@ -118,6 +118,16 @@ def bench_table():
     return "\n".join(lines)
 
 
+def faults_table():
+    """The committed output of `make faults`: how every disturbed run ended."""
+    found = pd.read_csv(REFERENCE / "faults.csv", keep_default_na=False)
+    lines = ["| fault | cases | same result | one clear error | neither | of these |", "|---|---|---|---|---|---|"]
+    for row in found.itertuples():
+        counts = f"{row.cases} | {row.same_result} | {row.clear_error} | {row.neither}"
+        lines.append(f"| {row.fault} | {counts} | {row.note} |")
+    return "\n".join([*lines, "", f"`{found.command[0]}`, {found.date[0]}, {found.machine[0]}."])
+
+
 def verdict_table():
     """A line per claim, a column per run: the verdicts by rule, the attacks of each run counted in one cell."""
     ledgers = {p.parent.name: verdict.ledger(verdict.read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
@@ -138,6 +148,7 @@ def verdict_table():
 def filled(text):
     """The README with its tables made anew."""
     tables = {"results": results_table, "equal": equal_table, "verdict": verdict_table, "bench": bench_table}
+    tables |= {"faults": faults_table} if (REFERENCE / "faults.csv").exists() else {}
     for name, made in tables.items():
         table = made()
         text = re.sub(

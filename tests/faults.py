@@ -46,7 +46,8 @@ ARRAYS = ("logits", "test_logits", "member", "history", "weights")
 CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(study.PARAMETERS)})=|\d\d_\w+ failed, see )")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with one thread can be forked
-os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # `python -m` meets this module twice
+# `python -m` meets this module twice; who is killed leaves semaphores
+os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy,ignore:resource_tracker:UserWarning")
 FORK = get_context("forkserver")
 FORK.set_forkserver_preload(["tests.faults", "lib.plan", "sklearn.datasets"])
 
@@ -499,17 +500,21 @@ def cells_done(folder):
 def phase_of(source, done):
     """What a notebook was at: training, attacking (any other cell), or papermill (before the first and between)."""
     if not source:
-        return f"papermill, {'between cells' if done else 'before the first cell'}"
+        return f"papermill {'between cells' if done else 'before the first cell'}"
     return "training in a notebook" if "run.train(" in source else "attacking in a notebook"
 
 
-def kill_command(folder, cells, seconds, kernel=False):
-    """Start the real command and kill -9 it (its kernel alone, or all its processes) some seconds after so many cells.
+def reached(folder, cells, part):
+    """True once so many cells were run and the one at work holds `part`."""
+    done, source = cells_done(folder)
+    return done >= cells and part in source
 
-    Returns (exit status, stderr, phase).
-    """
+
+def kill_command(folder, cells, seconds, part="", kernel=False):
+    """Start the real command and kill -9 it (its kernel alone, or all its processes) some seconds after so many cells,
+    in a cell that holds `part`: (exit status, stderr, phase)."""
     process, said = command(folder)
-    while process.poll() is None and cells_done(folder)[0] < cells:
+    while process.poll() is None and not reached(folder, cells, part):
         time.sleep(0.05)
     time.sleep(seconds)
     done, source = cells_done(folder)
@@ -530,7 +535,8 @@ def studies(root, n, reference, chain=5, seed=0):
         folder, seen = Path(root) / f"study{first}", []
         for k in range(first, min(n, first + chain)):
             cells = [0, *rng.permutation(np.arange(1, reference["cells"]))][k % chain]
-            status, _, phase = kill_command(folder, int(cells), rng.uniform(0, 3))
+            part = "run.train(" if k % chain == 1 else ""  # one in each folder while it trains
+            status, _, phase = kill_command(folder, 0 if part else int(cells), rng.uniform(0, 1 if part else 3), part)
             seen += [phase] * (status == -signal.SIGKILL)
         status, said = complete(folder)
         cases += [judged("kill -9", folder, reference["files"], status, said, phase) for phase in seen]
@@ -542,8 +548,9 @@ def kernels(root, n, reference, seed=0):
     rng, cases = np.random.default_rng(seed), []
     for k in range(n):
         folder = Path(root) / f"kernel{k}"
-        cells = int(rng.integers(1, reference["cells"] // 2))
-        status, said, phase = kill_command(folder, cells, rng.uniform(0, 1), kernel=True)
+        part = "" if k % 2 else "run.train("
+        cells = 0 if part else int(rng.integers(1, reference["cells"] // 2))
+        status, said, phase = kill_command(folder, cells, rng.uniform(0, 1), part, kernel=True)
         cases.append(judged("kernel dies", folder, reference["files"], status, said, phase))
         cases.append(judged("kernel dies, next run", folder, reference["files"], *complete(folder)))
     return cases

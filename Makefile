@@ -1,18 +1,23 @@
 # make study [DATASET=cifar10 DATA=path PRESET=small N_MODELS=32 ...]: run the notebooks into outputs/<dataset>/
+# make plan [the same]: what is left to train, and what it costs; make work: train it, beside other processes
 # make report [DATASET=cifar10 | OUT=folder]: outputs/<dataset>/report/index.html anew, from the notebooks run so far
 # make audit DATA=logits.npz[,other.npz] OUT=outputs/mine: the audit of logits from any framework
+# make bench [ONLY=training,gpu]: every speed claim as a ratio; make faults: kills, full disks, damage and the rest
 # make lab [LAB='--port 8899 --no-browser']: JupyterLab on the notebooks
 # Any parameter of `python -m lib.study --help`, in upper case, may follow; an unknown one is an error.
 
 PYTHON ?= python3
 BIN := .venv/bin
-PARAMETERS = $(filter-out PYTHON=% LAB=%,$(MAKEOVERRIDES))
+PARAMETERS = $(filter-out PYTHON=% LAB=% ONLY=%,$(MAKEOVERRIDES))
 
 .DEFAULT_GOAL := study
-.PHONY: study report audit test lab bench lint sync
+.PHONY: study plan work report audit test lab bench faults lint sync
 
 study: .venv/.ready
 	@$(BIN)/python -m lib.study $(PARAMETERS)
+
+plan work: .venv/.ready
+	@$(BIN)/python -m lib.study --$@ $(PARAMETERS)
 
 report: .venv/.ready
 	@$(BIN)/python -m lib.report $(PARAMETERS)
@@ -27,7 +32,10 @@ lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: .venv/.ready
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench $(ONLY) $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)')
+
+faults: .venv/.ready
+	@$(BIN)/python -m tests.faults
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .
@@ -42,5 +50,5 @@ sync: .venv/.ready
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "installing the dependencies into .venv (once; about 5 GB, some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,ray]'
 	@touch $@

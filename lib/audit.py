@@ -14,6 +14,8 @@ from lib import attacks, data, metrics, sharpness
 from lib.ensemble import KEEP_WEIGHTS
 from lib.signals import signals
 
+PLANTED = 16  # models of the planted leak, whatever the run's: 8 pairs, of which 6 are the least that can show it
+
 
 def align(ensembles, essential=None):
     """The ensembles on the models that finished in all of them, so that every comparison stays paired.
@@ -213,6 +215,33 @@ def null_table(ensemble, seed, shuffles=5):
     how = {"rate": True, "widen": metrics.SHADOWS, "columns": ensemble.dataset.groups}
     found = {attack: metrics.estimate(c, **how) for attack, c in cells.items()}
     return pd.DataFrame([row("auc", e, attack=attack) for attack, e in found.items()])
+
+
+def least_sure(phi, member):
+    """The example of which the models that did not see it are least sure: lowest mean phi over its non-members."""
+    return int(((phi * ~member).sum(0) / (~member).sum(0)).argmin())
+
+
+def leak_times(n):
+    """How often the planted leak is trained, in a pool of n: 50 times, but at most about half of n, and even."""
+    return min(50, n // 4 * 2)
+
+
+def planted_table(scored, member, place, n_pairs=PLANTED // 2):
+    """In how many pairs of partners (2k, 2k+1) an attack finds which model was trained on one example: a tidy frame.
+
+    scored: dict attack -> scores [M, N]; place: the example's column. The first n_pairs pairs count of which one
+    model saw it and one did not. Found is a pair if its member has the higher score; a tie counts half.
+    """
+    seen = member[:, place].reshape(-1, 2)
+    pairs, rows = np.flatnonzero(seen[:, 0] != seen[:, 1])[:n_pairs], []
+    for attack, scores in scored.items() if len(pairs) else ():
+        own = scores[:, place].reshape(-1, 2)[pairs]
+        inside, outside = own[seen[pairs]], own[~seen[pairs]]
+        found = (inside > outside).sum() + (inside == outside).sum() / 2
+        rows.append(row("planted_pairs_found", metrics.proportion(found, len(pairs)), attack=attack))
+    frame = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high", "attack"])
+    return frame.assign(n_models=2 * len(pairs))
 
 
 PAPER_ATTACKS = (

@@ -102,20 +102,23 @@ def result(ray, done):
         raise ValueError(f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}") from error
 
 
-def started():
+def started(tries=2):
     """The module ray, connected: to RAY_ADDRESS, else to a Ray of this process's own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    if not ray.is_initialized():
-        paths = dict.fromkeys([str(Path(__file__).resolve().parent.parent), os.getcwd(), *sys.path[:1]])
-        there = {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
-        own = {} if os.environ.get("RAY_ADDRESS", "local") != "local" else {"include_dashboard": False}
+    paths = dict.fromkeys([str(Path(__file__).resolve().parent.parent), os.getcwd(), *sys.path[:1]])
+    there = {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
+    address = os.environ.get("RAY_ADDRESS", "")
+    own = {} if address not in ("", "local") else {"include_dashboard": False}
+    while not ray.is_initialized():
+        tries -= 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its coming versions
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": there}, **own)
-            except (ConnectionError, RuntimeError, TimeoutError) as error:
-                address = os.environ.get("RAY_ADDRESS", "")
-                raise ValueError(f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}") from error
+            except Exception as error:  # of many kinds, a bare Exception among them where it started too slowly
+                if not tries:
+                    raise ValueError(f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}") from error
+                ray.shutdown()
     return ray

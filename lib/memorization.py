@@ -194,6 +194,29 @@ def plant(dataset, sources, n_wrong, copies=4, seed=0):
     return replace(dataset, name=f"{dataset.name}-planted", x=x, y=y), wrong, copied
 
 
+def leak(dataset, index, times=50, seed=0):
+    """The data set with example `index` in it `times` over and another example dropped: (Dataset, its place there).
+
+    N + times - 2 examples, so that with even `times` an even pool stays even. The copies form one group with the
+    example and its kin: a half holds all of them or none. The one dropped is of another group and, if two of them
+    stay, of the same class. Raises ValueError if that group would not fit into half of the pool.
+    """
+    n = len(dataset.y)
+    groups = np.arange(n) if dataset.groups is None else dataset.groups
+    kin = int((groups == groups[index]).sum())
+    if times < 2 or times % 2 or times - 1 + kin > (n + times - 2) // 2:
+        raise ValueError(f"times={times}: valid are even numbers from 2 to {(n - 2 * kin) // 2 * 2} in a pool of {n}")
+    spare = (groups != groups[index]) & (np.bincount(dataset.y)[dataset.y] > 2)
+    own = spare & (dataset.y == dataset.y[index])
+    dropped = np.random.default_rng(seed).choice(np.flatnonzero(own if own.sum() > 2 else spare))
+    rows = np.concatenate([np.delete(np.arange(n), dropped), np.full(times - 1, index)])
+    parts = {key: getattr(dataset, key) for key in ("x", "y", "pattern")}
+    parts = {key: None if part is None else part[rows] for key, part in parts.items()}
+    parts["index"] = rows if dataset.index is None else dataset.index[rows]
+    planted = replace(dataset, name=f"{dataset.name}-leak", groups=groups[rows], **parts)
+    return planted, int(index - (dropped < index))
+
+
 # ---- what kind of example -----------------------------------------------------------------------------------
 
 

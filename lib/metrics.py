@@ -12,6 +12,13 @@ spread) is common to all rows, and no sum over rows can see it: in a simulation 
 plain interval of a LiRA AUC difference covered 86 and 89% with 8 and 16 models. So `table` widens
 the row term of AUC and accuracy by 1 + SHADOWS / (row clusters), fitted to that simulation (then 93 and
 94%); it fades as models are added. TPR needs none of it: its intervals are wide for few models as they are.
+
+How often 95% intervals held the truth in simulation (`python -m tests.calibration`; LiRA, either variance, of one
+optimizer and of the difference of two). With 300 examples: 95 to 100% for 8 models, 95 to 99% for 16, 93 to 97% for
+64. With 2,000, where what sets whole models apart weighs more: for 8 models 90 to 95% (AUC), 92 to 97% (accuracy)
+and 98% or more (TPR); for 16 models 93 to 95%, 97 to 98% and 97% or more. So 8 models on a large pool promise
+nearer 90 than 95% for an AUC; take 16 or more where that matters. A realised FPR's interval held the rate asked for
+in 97% or more: either fold's threshold judges the other, and their errors cancel in the mean.
 """
 
 from typing import NamedTuple
@@ -94,6 +101,15 @@ def t_interval(values, level=0.95):
         return Estimate(mean, np.nan, np.nan)
     half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half)
+
+
+def proportion(found, n, level=0.95):
+    """found of n independent trials, with the exact interval of Clopper & Pearson (1934). A tie may count half: the
+    bounds are then those of the whole numbers on either side. Fewer than 6 trials never exclude 1/2 at 95%."""
+    low, high, tail = np.floor(found), np.ceil(found), (1 - level) / 2
+    below = stats.beta.ppf(tail, low, n - low + 1) if low > 0 else 0.0
+    above = stats.beta.ppf(1 - tail, high + 1, n - high) if high < n else 1.0
+    return Estimate(float(found / n), float(below), float(above))
 
 
 def _variance(cells, value, clusters, widen, together, examples_only):

@@ -3,12 +3,13 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 import pandas as pd
 
-from lib import beyond, ensemble, models
+from lib import audit, beyond, ensemble, models
 from lib.optimizers import fingerprint
 from lib.store import place
 
@@ -33,7 +34,8 @@ def work(recipe, n, n_models):
 def wanted(run, exact=False):
     """What the notebooks train: notebook -> list of (Recipe, Dataset, n_models); what two of them share comes twice.
 
-    Dataset None: a pool of about the run's size that the notebook draws from what it has found by then.
+    For Dataset, "leak" or "planted": a pool of about the run's size that the notebook draws from what it has found by
+    then (memorization.leak, memorization.plant; the names of their data sets end so).
     exact: with the private optimizers' own noise, which takes seconds to find; it does not change the work.
     """
     base, other, data = run.names[0], run.other, run.dataset
@@ -46,9 +48,10 @@ def wanted(run, exact=False):
     lengths = [(e, name) for e in run.regimes() for name in (base, other)] + [(e, base) for e in run.between()]
     planted = min(run.n_models, max(32, run.n_models // 4))
     longest = of(base, planted, epochs=run.regimes()[-1], subset=0.5)
+    leak = run.recipe(base, subset=0.5), "leak", audit.PLANTED
     return {
-        "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths)],
-        "02": [*main, longest, (longest[0], None, planted)],
+        "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths), leak],
+        "02": [*main, longest, (longest[0], "planted", planted)],
         "03": main,
         "04": [*main, *doses],
         "06": [*main, *(of(name, run.few, epochs=e) for e, name in lengths), *beyond_models(run, of, exact)],
@@ -76,12 +79,12 @@ def beyond_models(run, of, exact):
 def ensembles(run, notebooks=None, exact=False):
     """What a run's notebooks ("01", ...; default all) train, each model once.
 
-    A list of (notebook, Recipe, Dataset or None, low, high) for the models low..high-1; None as in `wanted`.
+    A list of (notebook, Recipe, Dataset, low, high) for the models low..high-1; Dataset as in `wanted`.
     """
     seen, found = {}, []
     for notebook, wanted_here in wanted(run, exact).items():
         for recipe, dataset, n_models in wanted_here if notebooks is None or notebook in notebooks else ():
-            key = (recipe, dataset.hash if dataset else notebook)
+            key = (recipe, getattr(dataset, "hash", dataset))
             low, seen[key] = seen.get(key, 0), max(seen.get(key, 0), n_models)
             if low < n_models:
                 found.append((notebook, recipe, dataset, low, n_models))
@@ -101,21 +104,22 @@ def left(run, notebooks=None):
 def flags(run, recipe, dataset, low, high):
     """Paths of the flags of the finished ones of models low..high-1; nothing is made in the store.
 
-    Of a data set that is drawn later (None): in the store of this recipe on any other data that has most of them.
+    Of a pool that is drawn later: in that of this recipe's stores on such pools that has most of them.
     """
-    name, key = ensemble.store_key(recipe, dataset or run.dataset)
+    drawn = isinstance(dataset, str)
+    data = replace(run.dataset, name=f"{run.dataset.name}-{dataset}") if drawn else dataset
+    name, key = ensemble.store_key(recipe, data)
     folder, text = place(run.store, name, key)
-    folders = [folder] if dataset else [f for f in folder.parent.glob(f"{name}-*") if differs_in_data(f, text)]
+    folders = [f for f in folder.parent.glob(f"{name}-*") if is_of(f, text)] if drawn else [folder]
     found = [[f / "done" / f"{k:05d}.json" for k in range(low, high)] for f in folders]
     return max(([path for path in paths if path.exists()] for paths in found), key=len, default=[])
 
 
-def differs_in_data(folder, text):
-    """True if a store's folder holds the recipe of another's recipe.json on other data."""
+def is_of(folder, text):
+    """True if a store's folder holds the recipe of another's recipe.json, on whatever data."""
     path = folder / "recipe.json"
     said, wanted_one = (json.loads(t) for t in (path.read_text() if path.exists() else "{}", text))
-    other = said.pop("data", None) != wanted_one.pop("data")
-    return other and said == wanted_one
+    return {**said, "data": ""} == {**wanted_one, "data": ""}
 
 
 def table(run, notebooks=None, exact=False):
@@ -126,7 +130,7 @@ def table(run, notebooks=None, exact=False):
     """
     rows, rates = [], {}
     for notebook, recipe, dataset, low, high in ensembles(run, notebooks, exact):
-        done, data = flags(run, recipe, dataset, low, high), dataset or run.dataset
+        done, data = flags(run, recipe, dataset, low, high), run.dataset if isinstance(dataset, str) else dataset
         told = [json.loads(path.read_text()).get("seconds") for path in done]
         one, missing = work(recipe, len(data.y), 1), high - low - len(done)
         rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
@@ -191,7 +195,7 @@ def work_off(run, notebooks=None):
     The pools that notebooks draw from what they have found (planted faults) are left to the notebooks.
     """
     for notebook, recipe, dataset, _, high in ensembles(run, notebooks, exact=True):
-        if dataset:
+        if not isinstance(dataset, str):
             print(f"{notebook}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
             run.train_free(recipe, dataset, high)
 

@@ -80,6 +80,29 @@ def summary(rows, subject, baseline):
     )
 
 
+def null_control(rows):
+    """What the null control's rows say: how many attacks hold 0.5, and which lies furthest from it."""
+    inside = (rows.ci_low <= 0.5) & (rows.ci_high >= 0.5)
+    furthest = rows.loc[(rows.value - 0.5).abs().idxmax()]
+    return (
+        f"{inside.sum()} of {len(rows)} attacks have 0.5 within their 95% interval; the furthest is {furthest.attack} "
+        f"with {furthest.value:.3f}."
+    )
+
+
+def planted_leak(rows):
+    """What the rows of a planted leak say: how many attacks find it, and which do not."""
+    pairs = int(rows.n_models.max()) // 2 if len(rows) else 0
+    if pairs < 6:
+        return f"{pairs} pairs are too few to say: with every one found, the interval would still hold 0.5."
+    missed = rows.attack[rows.ci_low <= 0.5]
+    said = (
+        f"{len(rows) - len(missed)} of {len(rows)} attacks find, of two models, the one that was trained on it, "
+        f"in more of {pairs} pairs than chance allows"
+    )
+    return said + (f"; {joined(missed)} do not." if 0 < len(missed) < len(rows) else ".")
+
+
 def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
     """The run in a few sentences, one for each question. pair: 'sam-sgd'."""
     other, _, baseline = pair.rpartition("-")

@@ -16,6 +16,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from lib import verdict
+from lib.prose import null_control, planted_leak
 from lib.results import differing
 from lib.safe import POLICY, harmless
 from lib.store import write_atomic
@@ -95,8 +96,22 @@ def rendered(path):
     return title, page(title, f'<p><a href="index.html">All verdicts</a></p>{body}')
 
 
-def index(ledger, titles, differing=()):
-    """The first page: the verdicts, then a link to every page. titles: file name -> title; differing: sentences."""
+CONTROLS = {"null control": null_control, "planted leak": planted_leak, "the same example trained once": planted_leak}
+
+
+def controls(rows):
+    """A list in HTML: what each of the CONTROLS says, from a run's rows (verdict.read), or that it was not run."""
+    said = []
+    for note, words in CONTROLS.items():
+        found = rows[rows.note.str.startswith(note)]
+        sentence = f"{found.note.iloc[0]}. {words(found)}" if len(found) else f"{note}. Not run."
+        said.append(f"<li>{html.escape(sentence[0].upper() + sentence[1:])}</li>")
+    return f"<ul>{''.join(said)}</ul>"
+
+
+def index(ledger, titles, differing=(), checked=""):
+    """The first page: the verdicts, the controls, a link to every page. titles: file name -> title; differing:
+    sentences; checked: HTML of `controls`."""
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
     groups = ledger[verdict.GROUP].drop_duplicates().agg(lambda row: ", ".join(filter(None, row)), axis=1)
@@ -113,6 +128,8 @@ What differs from the paper's setting, and how well the baseline fits its own tr
 <ul>{lines or "<li>nothing was run yet</li>"}{mixed}</ul>
 {verdict.table(ledger).to_html()}
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
+<h2>Controls</h2><p>Shuffled membership is nothing that an attack could tell; a planted leak is there to be found.</p>
+{checked}
 <h2>The evidence</h2><ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return page(title, body, "wide")
 
@@ -125,14 +142,15 @@ def build(out):
         raise ValueError(
             f"out={str(out)!r} holds neither results.csv nor an executed notebook: `make study` makes them"
         )
-    ledger = verdict.ledger(verdict.read(results) if results.exists() else verdict.NOTHING)
+    rows = verdict.read(results) if results.exists() else verdict.NOTHING
+    ledger = verdict.ledger(rows)
     (out / "report").mkdir(exist_ok=True)
     titles = {}
     for book in books:
         name = f"{book.stem}.html"
         titles[name], text = rendered(book)
         write_atomic(out / "report" / name, text)
-    write_atomic(out / "report" / "index.html", index(ledger, titles, differing(out)))
+    write_atomic(out / "report" / "index.html", index(ledger, titles, differing(out), controls(rows)))
     return out / "report" / "index.html"
 
 

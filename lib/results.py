@@ -1,35 +1,73 @@
 """Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows."""
 
+import hashlib
 import json
+import platform
+import re
+import time
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 from filelock import FileLock
 
-from lib.store import write_atomic
+from lib import ensemble
+from lib.store import VERSION, write_atomic
 
 COLUMNS = "notebook dataset arch optimizer rho attack metric value ci_low ci_high n_models n_examples note".split()
+PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
 
-SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment seed".split()
+PLACES = "data store out device engine gpus".split()  # parameters that say where a run is made, not what it is
+SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment ema seed".split()
 
 
 def differing(out):
     """Sentences on the settings in which the notebooks behind a results.csv differ: one each; none if all agree."""
     path = Path(out) / "settings.json"
     made = json.loads(path.read_text()) if path.exists() else {}
-    values = {name: {book: settings[name] for book, settings in made.items()} for name in SETTINGS if made}
+    values = {name: {book: of[name] for book, of in made.items() if name in of} for name in SETTINGS if made}
     mixed = {name: of for name, of in values.items() if len(set(map(str, of.values()))) > 1}
     return [f"{name} differs: " + ", ".join(f"{v} in {b}" for b, v in sorted(of.items())) for name, of in mixed.items()]
+
+
+def recipe_digest(run):
+    """12 hex digits that name all that decides a run's numbers: its settings, its data, its optimizers' stores."""
+    settings = {name: value for name, value in run.values.items() if name not in PLACES}
+    stores = [ensemble.store_key(run.recipe(name), run.dataset) for name in run.names]
+    text = json.dumps([VERSION, settings, run.dataset.hash, stores], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def versions():
+    """'flat-is-not-private 0.1.0 python 3.11.7 torch 2.15.0 numpy 2.3.1'."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"  # absent where the library was installed
+    found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.M) if project.exists() else None
+    own = found[1] if found else metadata.version("flat-is-not-private")
+    used = {"flat-is-not-private": own, "python": platform.python_version()}
+    used |= {"torch": torch.__version__, "numpy": np.__version__}
+    return " ".join(f"{name} {version}" for name, version in used.items())
+
+
+def device_name(name):
+    """The GPU's own name, else the kind of device: 'cpu', 'mps'."""
+    device = ensemble.device_of(name)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class Results:
     """The rows of one notebook. notebook: its name; run: the Settings; n_models: how many models are compared.
 
-    Nothing is written before the first `add`.
+    Nothing is written before the first `add`. Each row also has PROVENANCE: seed, recipe (recipe_digest), versions,
+    device, and seconds, the wall-clock time from here to the row.
     """
 
     def __init__(self, notebook, run, n_models=None):
         self.run, self.rows, self.path = run, [], Path(run.out) / "results.csv"
+        self.began = time.monotonic()
+        self.made = {"seed": run.seed, "recipe": recipe_digest(run), "versions": versions()}
+        self.made["device"] = device_name(run.device)
         self.about = {
             "notebook": notebook,
             "dataset": run.dataset.name,
@@ -46,12 +84,13 @@ class Results:
 
         Writes the file anew, atomically: other notebooks' rows as they were, then this one's.
         """
-        frame = frame.assign(**{**self.about, **fields})
+        seconds = f"{time.monotonic() - self.began:.1f}"
+        frame = frame.assign(**{**self.about, **self.made, "seconds": seconds, **fields})
         if "rho" not in frame:
             frame["rho"] = frame.optimizer.map(self.radius)
         for column in ("value", "ci_low", "ci_high"):
             frame[column] = [f"{v:.6g}" if v == v else "" for v in frame[column]]  # NaN: no interval
-        self.rows.append(frame.reindex(columns=COLUMNS).astype(object))
+        self.rows.append(frame.reindex(columns=[*COLUMNS, *PROVENANCE]).astype(object))
         self.write()
 
     def count(self):

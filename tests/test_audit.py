@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib import attacks, audit, metrics
+from lib import attacks, audit, memorization, metrics, prose
 from lib.ensemble import Recipe, train
 from tests.conftest import blobs
 
@@ -185,3 +185,70 @@ def test_tangent_features_are_the_slope_of_phi(pair, most):
 
     slope = found @ torch.cat([direction[n].flatten() for n in names]).numpy()
     np.testing.assert_allclose(slope, (phi(1e-3) - phi(-1e-3)) / 2e-3, rtol=1e-2, atol=1e-2)
+
+
+# ---- the planted leak ---------------------------------------------------------------------------------------
+
+
+def test_the_example_of_a_leak_is_the_one_that_non_members_are_least_sure_of(pair):
+    phi, member = audit.plain_signal(pair["sgd"], "phi"), np.array(pair["sgd"].member)
+    means = [phi[~member[:, i], i].mean() for i in range(120)]
+    assert audit.least_sure(phi, member) == int(np.argmin(means))
+
+
+def test_pairs_are_counted_where_one_partner_saw_the_example_and_ties_count_half():
+    member = np.zeros((10, 3), bool)
+    member[[0, 3, 4, 5, 9], 1] = True  # the pair 4, 5 saw it both, the pair 6, 7 neither
+    scores = np.zeros((10, 3))
+    scores[:, 1] = [5, 4, 1, 2, 9, 0, 0, 9, 3, 3]  # found, found, -, -, a tie
+    frame = audit.planted_table({"a": scores, "b": -scores}, member, 1)
+    assert frame.attack.tolist() == ["a", "b"] and set(frame.metric) == {"planted_pairs_found"}
+    np.testing.assert_allclose(frame.value, [2.5 / 3, 0.5 / 3])
+    assert set(frame.n_models) == {6} and "too few" in prose.planted_leak(frame)
+    assert audit.planted_table({"a": scores}, member, 1, n_pairs=2).value.tolist() == [1.0]
+    nothing = audit.planted_table({"a": scores}, member, 0)
+    assert nothing.empty and "0 pairs are too few" in prose.planted_leak(nothing)
+
+
+@pytest.fixture(scope="module")
+def leaky(pair, tmp_path_factory):
+    """An ensemble on a pool with a planted leak, and its place."""
+    phi, member = audit.plain_signal(pair["sgd"], "phi"), np.array(pair["sgd"].member)
+    data, place = memorization.leak(pair["sgd"].dataset, audit.least_sure(phi, member), times=50)
+    return train(pair["sgd"].recipe, data, audit.PLANTED, tmp_path_factory.mktemp("leak"), "cpu", quiet=True), place
+
+
+def test_every_attack_finds_a_planted_leak_and_a_blind_one_does_not(leaky):
+    ensemble, place = leaky
+    member, scored = np.array(ensemble.member), audit.scores(ensemble)
+    frame = audit.planted_table(scored, member, place).set_index("attack")
+    assert set(frame.index) == set(attacks.NAMES) and set(frame.n_models) == {16}
+    missed = set(frame.index[frame.ci_low <= 0.5])
+    assert missed <= {"entropy", "entropy_classwise", "neural", "neural_classwise"}, missed
+    blind = {"constant": np.zeros(member.shape), "backwards": -scored["lira"]}
+    blind["noise"] = np.random.default_rng(0).normal(size=member.shape)
+    assert (audit.planted_table(blind, member, place).ci_low <= 0.5).all()
+
+
+def test_what_the_controls_say_counts_attacks_and_names_them(leaky):
+    ensemble, place = leaky
+    scored = {"lira": audit.scores(ensemble)["lira"], "constant": np.zeros(ensemble.member.shape)}
+    said = prose.planted_leak(audit.planted_table(scored, np.array(ensemble.member), place))
+    assert said.startswith("1 of 2 attacks find") and "of 8 pairs" in said and said.endswith("; constant do not.")
+    said = prose.null_control(audit.null_table(ensemble, 0, shuffles=1))
+    assert "of 16 attacks have 0.5 within their 95% interval; the furthest is " in said
+
+
+# ---- precision ----------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_agrees_with_float32_within_intervals_and_another_learning_rate_does_not(tmp_path):
+    pictures, base = blobs(n=60, t=60, shape=(3, 8, 8), classes=3), Recipe(arch="cnn", epochs=4, batch_size=10)
+    changes = {"float32": {}, "bfloat16": {"precision": "bfloat16"}, "slower": {"lr": base.lr / 10}}
+    made = {name: train(replace(base, **c), pictures, 8, tmp_path, "cpu", quiet=True) for name, c in changes.items()}
+    assert (np.array(made["bfloat16"].logits) != np.array(made["float32"].logits)).any()
+    frame = audit.contrast(made)
+    frame = frame[frame.metric.isin(["auc", "test_accuracy"])].set_index(["optimizer", "metric"])
+    holds_zero = (frame.ci_low <= 0) & (frame.ci_high >= 0)
+    assert holds_zero["bfloat16-float32"].all(), frame.loc["bfloat16-float32"]
+    assert not holds_zero["slower-float32"].any(), frame.loc["slower-float32"]

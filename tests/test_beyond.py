@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import beyond, plan, study
+from lib import audit, beyond, memorization, plan, study
 from lib.ensemble import train
 from lib.optimizers import parse
 from lib.recipe import Recipe
@@ -122,6 +122,19 @@ def test_the_plan_counts_what_is_left(tmp_path, table):
     assert not list((tmp_path / "s").glob("digits*")), "a plan makes nothing"
     run.train("sgd")
     assert plan.left(run, ["03"])[0] == pytest.approx(total * 2 / 3)
+
+
+def test_the_plan_of_notebook_01_has_the_planted_leak(tmp_path):
+    given = {"preset": "tiny", "epochs": 1, "n_models": 8, "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    run = study.settings(given)
+    recipe, later, n_models = plan.wanted(run)["01"][-1]
+    assert (recipe, later, n_models) == (run.recipe("sgd"), "leak", 16)
+    main = run.train("sgd")
+    example = audit.least_sure(audit.plain_signal(main, "phi"), main.member)
+    leaky, _ = memorization.leak(run.dataset, example, 50, run.seed)
+    before = plan.left(run, ["01"])[0]
+    run.train("sgd", 16, dataset=leaky, subset=0.5)
+    assert plan.left(run, ["01"])[0] == before - plan.work(recipe, len(run.dataset.y), 16)
 
 
 @pytest.mark.parametrize("name, count", [("sgd", 1), ("sam", 2), ("looksam(k=4)", 1.25), ("swa", 1), ("adam", 1)])

@@ -1,6 +1,7 @@
 """Memorization and influence against closed forms, brute force and the authors' own arithmetic."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -272,6 +273,44 @@ def test_planting_changes_what_it_says_and_nothing_else():
     assert planted.hash != dataset.hash and not {3, 5} & {*wrong, *copied.ravel()}
     with pytest.raises(ValueError, match="no room"):
         mem.plant(dataset, [3, 5], len(dataset.y))
+
+
+def test_a_leak_is_one_example_many_times_in_one_group_and_one_other_less():
+    from tests.conftest import blobs
+
+    dataset = blobs()
+    planted, place = mem.leak(dataset, 7, times=20, seed=1)
+    same = (planted.x == dataset.x[7]).all(1)
+    assert len(planted.y) == len(dataset.y) + 18 and same.sum() == 20 and same[place]
+    assert (planted.y[same] == dataset.y[7]).all() and len(set(planted.groups[same])) == 1
+    assert len(set(planted.groups[~same])) == (~same).sum() == len(dataset.y) - 2  # each other is its own group
+    lost = set(range(len(dataset.y))) - set(planted.index)
+    assert len(lost) == 1 and dataset.y[lost.pop()] == dataset.y[7]
+    np.testing.assert_array_equal(planted.x, dataset.x[planted.index])
+    assert planted.hash != dataset.hash and (mem.leak(dataset, 7, 20, 1)[0].index == planted.index).all()
+    member = membership(Recipe(), len(planted.y), range(8), planted.groups)
+    assert (member[:, same].sum(1) % 20 == 0).all() and (member[::2, place] != member[1::2, place]).all()
+    assert (member.sum(1) == len(planted.y) // 2).all()
+
+
+def test_a_leaks_copies_join_the_examples_patient():
+    from tests.conftest import blobs
+
+    eyes = replace(blobs(n=100), groups=np.arange(100) // 2, index=np.arange(100) + 5)
+    planted, place = mem.leak(eyes, 40, times=30)
+    kin = planted.groups == planted.groups[place]
+    assert kin.sum() == 31 and {45, 46} == set(planted.index[kin])
+    member = membership(Recipe(), len(planted.y), range(8), planted.groups)
+    assert (member[:, kin].sum(1) % 31 == 0).all()
+
+
+@pytest.mark.parametrize("times", [0, 1, 7, 80])
+def test_a_leak_that_no_half_can_hold_is_named(times):
+    from tests.conftest import blobs
+
+    with pytest.raises(ValueError, match=f"times={times}: valid are even numbers from 2 to 78 in a pool of 80"):
+        mem.leak(blobs(), 3, times=times)
+    mem.leak(blobs(), 3, times=78)
 
 
 def test_entropies_of_a_rare_class_do_not_sink_below_those_of_a_common_one():

@@ -6,12 +6,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lib import attacks, metrics
-
-
-def halves_of_pool(rng, n_models, n):
-    half = np.argsort(rng.random((n_models // 2, n)), axis=1) < n // 2
-    return np.stack([half, ~half], axis=1).reshape(n_models, n)
+from lib import metrics
+from tests import calibration
+from tests.calibration import halves_of_pool
 
 
 def example(seed=0, n_models=8, n=60, leak=1.0, ties=False):
@@ -83,6 +80,20 @@ def test_rates_of_zero_and_one_have_clopper_pearson_bounds():
     bound = stats.beta.ppf(0.975, 1, 200)  # 0 of 200
     np.testing.assert_allclose(none, [0, 0, bound])
     np.testing.assert_allclose(all_, [1, 1 - bound, 1])
+
+
+@pytest.mark.parametrize("found, n", [(0, 5), (3, 8), (5, 5), (8, 8), (6, 7)])
+def test_a_proportion_has_the_exact_interval_and_a_tie_counts_half(found, n):
+    exact = stats.binomtest(found, n).proportion_ci(method="exact")
+    np.testing.assert_allclose(metrics.proportion(found, n), [found / n, *exact])
+    if found < n:
+        tie = metrics.proportion(found + 0.5, n)
+        above = metrics.proportion(found + 1, n)
+        np.testing.assert_allclose(tie, [(found + 0.5) / n, exact.low, above.high])
+
+
+def test_six_trials_are_the_fewest_that_exclude_a_half():
+    assert [n for n in range(1, 12) if metrics.proportion(n, n).low > 0.5][0] == 6
 
 
 @pytest.mark.parametrize("rate", [False, True])
@@ -467,34 +478,25 @@ def test_rates_out_of_range_are_named(fpr):
         metrics.tpr_cells(*example(), fpr)
 
 
-# ---- coverage --------------------------------------------------------------------------------------------
+# ---- coverage (in full: python -m tests.calibration) --------------------------------------------------------
 
 
-def two_optimizers(seed, n_models, n):
-    """phi of two ensembles on the same halves: shared examples, noise shared in part, model effects."""
-    rng = np.random.default_rng(seed)
-    member = halves_of_pool(rng, n_models, n)
-    mu, delta = rng.normal(2, 2, n), rng.lognormal(-0.5, 1, n)
-    sigma, shared = rng.lognormal(0, 0.4, n), rng.normal(size=(n_models, n))
-
-    def phi(boost):
-        noise = np.sqrt(0.5) * (shared + rng.normal(size=member.shape))
-        scale, shift = rng.lognormal(0, 0.15, (n_models, 1)), 0.4 * rng.normal(size=(n_models, 1))
-        return (mu + boost * delta * member + sigma * noise) * scale + shift
-
-    return phi(1.0), phi(1.25), member
+@pytest.mark.parametrize("n_models, n, replications", [(8, 260, 80), (16, 150, 60), (64, 100, 20)])
+def test_intervals_cover_the_truth_over_new_models_and_new_examples(n_models, n, replications):
+    found = calibration.coverage(n_models, n, replications)
+    least = 0.95 - 4 * np.sqrt(0.95 * 0.05 / replications)  # four standard errors
+    assert (found > least).all() and found.mean() > 0.9, found
+    kinds = {name.partition("@")[0] for name in found.index.levels[0]}
+    assert kinds == {"auc", "balanced_accuracy", "advantage", "tpr", "realised_fpr"} and len(found) == 21
 
 
-@pytest.mark.parametrize("n_models", [8, 16])
-def test_intervals_cover_the_truth_over_new_models_and_new_examples(n_models):
-    found = []
-    for seed in range(150):
-        a, b, member = two_optimizers(seed, n_models, 300)
-        a, b = (attacks.lira(x, member, variance="pooled") for x in (a, b))
-        single = metrics.evaluate(a, member, fprs=(0.05,)).drop(index=[2, 4])
-        both = metrics.compare(a, b, member, fprs=(0.05,)).drop(index=[2, 4])
-        found.append(np.concatenate([single, both])[:, 1:].astype(float))
-    found = np.stack(found)  # [replication, metric, (value, low, high)]
-    truth = found[:, :, 0].mean(0)
-    coverage = ((found[:, :, 1] <= truth) & (truth <= found[:, :, 2])).mean(0)
-    assert (coverage > 0.87).all(), coverage  # .95 less four standard errors of 150 replications
+def test_the_coverage_test_can_fail(monkeypatch):
+    whole = metrics.estimate
+
+    def narrow(*args, **how):
+        """Half as wide as it should be."""
+        value, low, high = whole(*args, **how)
+        return metrics.Estimate(value, (value + low) / 2, (value + high) / 2)
+
+    monkeypatch.setattr(metrics, "estimate", narrow)
+    assert calibration.coverage(8, 200, 40, fprs=(0.05,)).drop("realised_fpr@0.05", level=0).max() < 0.95

@@ -76,6 +76,41 @@ def test_the_null_control_of_notebook_01_holds_a_half(run):
     assert ((low <= 0.5) & (high >= 0.5)).sum() >= len(null) - 2  # 95% intervals of attacks that are not independent
 
 
+def test_the_planted_leak_of_notebook_01_is_found_by_every_attack(run):
+    found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
+    found = found[found.metric == "planted_pairs_found"].astype({"value": float, "ci_low": float})
+    planted = found[found.note == "planted leak: one example trained 50 times"].set_index("attack")
+    assert set(planted.index) == set(attacks.NAMES) and set(planted.n_models) == {16}
+    found_it = planted.index[planted.ci_low > 0.5]
+    assert set(attacks.NAMES) - set(found_it) <= {"entropy", "entropy_classwise"}  # they do not see the label
+    once = found[found.note == "the same example trained once"].set_index("attack")
+    assert once.value.mean() < planted.value.mean()
+
+
+def test_the_same_command_gives_the_same_results_in_an_empty_store(run, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "lib.study",
+        "01",
+        "03",
+        "PRESET=tiny",
+        f"STORE={tmp_path / 's'}",
+        f"OUT={tmp_path}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again = (rows(f / "results.csv") for f in (run / "out", tmp_path))
+    assert "seconds" in first and (again.seconds.astype(float) >= 0).all()
+    first = first[first.notebook.isin(again.notebook)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
+
+
+def rows(path):
+    """A results.csv as it is printed."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
 def numbers(run, notebook, note=""):
     """(optimizer, metric) -> value of a notebook's rows with this note."""
     found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
@@ -182,8 +217,7 @@ def test_papermill_by_hand_works_from_both_folders_and_trains_nothing_twice(run,
     done = papermill(ROOT / folder, book, tmp_path / "out.ipynb", "-p", "preset", "tiny",
                      "-p", "store", str(run / "store"), "-p", "out", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    read = dict(dtype=str, keep_default_na=False)
-    first, again = (pd.read_csv(f / "results.csv", **read) for f in (run / "out", tmp_path))
+    first, again = (rows(f / "results.csv").drop(columns="seconds") for f in (run / "out", tmp_path))
     pd.testing.assert_frame_equal(first[first.notebook == "01_phenomenon"], again)
     assert flags == {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
 

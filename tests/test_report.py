@@ -150,6 +150,37 @@ def test_nothing_there_is_one_clear_error(tmp_path, capsys):
         assert said.startswith("error: ") and said.count("\n") == 1
 
 
+def control(note, metric, values, low, high, attacks=("gap", "loss", "lira")):
+    """Rows of a control, one an attack."""
+    about = dict.fromkeys(COLUMNS, "") | {"notebook": "01", "note": note, "metric": metric, "n_models": 16}
+    numbers = zip(attacks, values, low, high, strict=True)
+    return [about | dict(attack=a, value=v, ci_low=low, ci_high=high) for a, v, low, high in numbers]
+
+
+def test_the_controls_are_counted_from_the_rows(tmp_path):
+    rows = control(
+        "null control: shuffled membership", "auc", (0.5, 0.52, 0.47), (0.49, 0.51, 0.46), (0.51, 0.53, 0.51)
+    )
+    rows += control(
+        "planted leak: one example trained 50 times", "planted_pairs_found", (1, 1, 0.5), (0.6, 0.6, 0.2), (1, 1, 0.8)
+    )
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    page = report.build(tmp_path).read_text()
+    assert "2 of 3 attacks have 0.5 within their 95% interval; the furthest is lira with 0.470." in page
+    assert (
+        "one example trained 50 times. 2 of 3 attacks find" in page and "of 8 pairs than chance allows; lira do" in page
+    )
+    assert "The same example trained once. Not run." in page
+
+
+def test_controls_that_did_not_run_say_so(made):
+    index = pages(made)["index.html"]  # the committed run is older than the planted leak
+    found = re.search(r"<h2>Controls</h2>.*?</ul>", index, flags=re.S)[0]
+    assert "of 16 attacks have 0.5" in found
+    old = "planted leak" not in (made / "results.csv").read_text()
+    assert ("Planted leak. Not run." in found) == old
+
+
 def test_a_bad_results_file_is_named(tmp_path, capsys):
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     assert report.main([f"OUT={tmp_path}"]) == 2

@@ -1,9 +1,11 @@
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from lib import store as store_module
 from lib.store import Rows, Store, write_atomic
 
 LAYOUT = {"a": ((2, 3), np.float32), "b": ((4,), bool)}
@@ -73,3 +75,37 @@ def test_an_atomic_write_leaves_no_litter_and_no_open_door(tmp_path):
     with pytest.raises(TypeError):
         write_atomic(tmp_path / "f", object())
     assert (tmp_path / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_another_version_s_store_is_named_and_left_alone(tmp_path, monkeypatch):
+    old = Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT)
+    old.save(0, row(0), status="finished")
+    monkeypatch.setattr(store_module, "VERSION", store_module.VERSION + 1)
+    with pytest.raises(ValueError, match="store=.*version 3 of the store, this is 4"):
+        Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT)
+    Store(tmp_path, "x", {"lr": 0.2, "sizes": (1, 2)}, LAYOUT)  # another recipe is no conflict
+    monkeypatch.undo()
+    assert Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT).flag(0)["status"] == "finished"
+
+
+def test_a_chunk_has_one_holder_and_passes_on_when_it_ends(tmp_path):
+    first, second = (Store(tmp_path, "x", {}, LAYOUT) for _ in range(2))
+    held = first.claim(0)
+    assert held and second.claim(0) is None and second.claim(32)
+    held.release()
+    assert second.claim(0)
+
+
+def test_writers_of_many_rows_at_once_lose_none(tmp_path):
+    """Every process keeps its own count of the rows; the header must hold the largest."""
+    stores = [Store(tmp_path, "x", {}, LAYOUT) for _ in range(4)]
+
+    def write(part):
+        for k in range(part, 40, 4):
+            stores[part].save(k, row(k), status="finished")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    found = Store(tmp_path, "x", {}, LAYOUT)
+    assert all(found.flag(k)["status"] == "finished" for k in range(40))
+    assert np.load(found.rows["a"].path)[:, 0, 0].tolist() == list(range(40))

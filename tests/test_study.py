@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import prose, study
-from lib.results import COLUMNS, Results, differing
+from lib import prose, study, verdict
+from lib.results import COLUMNS, PROVENANCE, Results, differing, recipe_digest
 
 ROOT = study.ROOT
 
@@ -36,7 +37,8 @@ def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
      ({"rho": "nan"}, "rho"), ({"subset": 0.9}, "subset.*n_models"), ({"subset": 0}, "subset"),
      ({"subset": 1.0}, "subset"), ({"batch_size": 151}, "batch"), ({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"),
      ({"weight_decay": -1}, "weight_decay"), ({"augment": "?"}, "aug"), ({"seed": -1}, "seed"),
-     ({"device": "tpu"}, "device"), ({"arch": "cnn", "dataset": "npz"}, "data")],
+     ({"device": "tpu"}, "device"), ({"ema": 1}, "ema"), ({"engine": "dask"}, "engine.*ray"), ({"gpus": -1}, "gpus"),
+     ({"arch": "cnn", "dataset": "npz"}, "data")],
 )  # fmt: skip
 def test_bad_input_is_one_error_that_names_the_parameter(tmp_path, given, names):
     with pytest.raises((ValueError, FileNotFoundError), match=names):
@@ -53,7 +55,7 @@ def test_an_unwritable_out_is_named(tmp_path):
 def test_words_of_make_and_flags_mean_the_same():
     one = study.parse(["DATASET=cifar10", "N_MODELS=32", "01"])
     two = study.parse(["--dataset", "cifar10", "--n-models", "32", "01"])
-    assert one == two == ([study.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"})
+    assert one == two == ([study.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"}, "run")
 
 
 def test_a_notebook_run_again_in_the_same_kernel_sees_its_changed_parameters(tmp_path):
@@ -114,9 +116,31 @@ def test_a_notebook_run_again_replaces_its_own_rows_and_no_others(tmp_path):
         results.add(frame(value), attack="lira")
         results.add(frame(value + 0.05), attack="rmia", note="second")
     found = pd.read_csv(tmp_path / "out" / "results.csv")
-    assert list(found.columns) == COLUMNS and list(found.notebook) == ["01_a"] * 2 + ["02_b"] * 2
+    assert list(found.columns) == [*COLUMNS, *PROVENANCE] and list(found.notebook) == ["01_a"] * 2 + ["02_b"] * 2
     np.testing.assert_allclose(found.value, [0.8, 0.85, 0.7, 0.75])
     assert set(found.rho) == {0.3} and set(found.n_models) == {16}
+
+
+def test_every_row_says_what_made_it_and_an_older_file_is_kept(tmp_path):
+    run, path = tiny(tmp_path, device="cpu"), tmp_path / "out" / "results.csv"
+    old = pd.DataFrame([{**dict.fromkeys(COLUMNS, ""), "notebook": "02_old", "metric": "auc", "value": "0.5"}])
+    old.to_csv(path, index=False)  # as it was written before there was any provenance
+    Results("01_new", run).add(frame(0.6))
+    new, kept = pd.read_csv(path, dtype=str, keep_default_na=False).itertuples(index=False)
+    assert (new.seed, new.recipe, new.device) == ("0", recipe_digest(run), "cpu") and float(new.seconds) >= 0
+    for name in ("flat-is-not-private", "python", "torch", "numpy"):
+        assert re.search(rf"\b{name} \d+\.\d+", new.versions), new.versions
+    assert kept.value == "0.5" and kept.recipe == kept.seconds == ""
+    assert len(verdict.read(path)) == 2
+
+
+def test_the_recipe_names_what_decides_a_run_and_not_where_it_is_made(tmp_path):
+    one = recipe_digest(tiny(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}", one)
+    assert one == recipe_digest(tiny(tmp_path / "elsewhere"))  # another store, another folder of results
+    changes = {"seed": 1, "rho": 0.2, "epochs": 9, "n_models": 24, "optimizers": "sgd,asam", "dataset": "subclasses"}
+    others = [recipe_digest(tiny(tmp_path, **{name: value})) for name, value in changes.items()]
+    assert len({one, *others}) == 1 + len(changes)
 
 
 @pytest.mark.parametrize("value, word", [(0.2, "more"), (-0.2, "less"), (0.05, "neither")])

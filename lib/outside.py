@@ -26,6 +26,7 @@ import pandas as pd
 from lib import attacks, metrics, plots, prose, report
 from lib.results import COLUMNS
 from lib.signals import signals
+from lib.sources import fits
 from lib.store import write_atomic
 
 NEEDED = ("logits", "y", "member")
@@ -47,6 +48,7 @@ def read(path) -> dict[str, np.ndarray]:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ValueError("a single array, without a name")
+            fits(loaded)
             found = {}
             for key in known(loaded.files):
                 found[key] = loaded[key]

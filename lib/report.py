@@ -18,6 +18,7 @@ from pygments.formatters import HtmlFormatter
 from lib import verdict
 from lib.prose import null_control, planted_leak
 from lib.results import differing
+from lib.safe import POLICY, harmless
 from lib.store import write_atomic
 
 CSS = """
@@ -63,9 +64,10 @@ class Renderer(IPythonRenderer):
 
 
 def page(title, body, kind=""):
-    """A whole HTML page, in ASCII; title is text, body is HTML."""
+    """A whole HTML page, in ASCII; title is text, body is HTML, whose scripts are taken out."""
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
-    text = f"<html lang=en><head>{head}<style>{CSS}</style></head><body class='{kind}'>{body}</body></html>"
+    head += f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
+    text = f"<html lang=en><head>{head}<style>{CSS}</style></head><body class='{kind}'>{harmless(body)}</body></html>"
     return "<!DOCTYPE html>\n" + text.encode("ascii", "xmlcharrefreplace").decode()
 
 

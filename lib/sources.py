@@ -1,8 +1,9 @@
 """Where data come from: built-in sets, CIFAR, image trees, binary tables, retina photographs and .npz files.
 
-`read` turns a name and a path into arrays, which lib.data makes into one `Dataset`. Archives are read in memory:
-nothing is extracted, no link is followed, and nothing is unpickled but CIFAR's own files, by torchvision, after its
-checksums.
+`read` turns a name and a path into arrays, which lib.data makes into one `Dataset`. What is downloaded here gets its
+name once its sha256 is right. Archives are read in memory, up to a size: nothing is extracted, no link is followed.
+CIFAR's own files are pickles: they are read, after their checksums, by an unpickler that knows numbers, texts, lists
+and NumPy's arrays, and calls nothing else.
 """
 
 import csv
@@ -10,6 +11,7 @@ import glob
 import io
 import json
 import os
+import pickle
 import re
 import tarfile
 import tempfile
@@ -17,10 +19,11 @@ import warnings
 import zipfile
 from contextlib import suppress
 from functools import partial
-from hashlib import blake2b, sha256
+from hashlib import blake2b, md5, sha256
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,7 +32,10 @@ from tqdm import tqdm
 DATASETS = tuple("digits cifar10 cifar100 purchase100 texas100 eyepacs subclasses folder npz".split())
 BUILT_IN = ("digits", "subclasses")
 CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # the folder of torchvision's files
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
+# the largest image file and other file that are read, in bytes, the largest archive, and pixels of an image
+MOST_IMAGE, MOST_FILE, MOST_ARCHIVE, MOST_PIXELS = 1 << 26, 1 << 31, 1 << 38, 1 << 26
 ROOT = Path(__file__).resolve().parents[1]
 
 # (leading folder of an archive, train or test, class, file) of an image; nothing hidden, absolute or with ".."
@@ -57,12 +63,20 @@ FILES = {
 _SHOKRI = "https://github.com/privacytrustlab/datasets/raw/master/dataset"
 _TORONTO = "https://www.cs.toronto.edu/~kriz/cifar"
 _CITE = "no licence is stated; the authors ask for a citation of Krizhevsky (2009)"
-# name: (where it is from, sha256 of that file or None where none is published, terms); CIFAR: torchvision has md5 sums
+# name: (where it is from, sha256 of that file or None where none is published, terms)
 SOURCES = {
     "digits": ("scikit-learn", None, "UCI optical digits, CC BY 4.0"),
     "subclasses": ("this project", None, "synthetic, none"),
-    "cifar10": (f"{_TORONTO}-10-python.tar.gz", None, _CITE),
-    "cifar100": (f"{_TORONTO}-100-python.tar.gz", None, _CITE),
+    "cifar10": (
+        f"{_TORONTO}-10-python.tar.gz",
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        _CITE,
+    ),
+    "cifar100": (
+        f"{_TORONTO}-100-python.tar.gz",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        _CITE,
+    ),
     "purchase100": (
         f"{_SHOKRI}_purchase.tgz",
         None,
@@ -94,7 +108,7 @@ def obtain(name: str) -> str:
             "and trainLabels.csv into data/eyepacs"
         )
     if name in CIFAR:
-        how = f"nothing to do (torchvision downloads and checks it), or {how} and unpack it there"
+        how = f"nothing to do (it is downloaded and checked), or {how}"
     if name in BUILT_IN:
         how = f"nothing to do: it comes with {url}"
     check = f" sha256 {checksum}." if checksum else ""
@@ -116,8 +130,8 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     if name == "npz" or name in COLUMNS and path.suffix == ".npz":
         arrays = _npz(path)
         return {**arrays, **{x: _binary(arrays[x]) for x in arrays if x[0] == "x"}} if name in COLUMNS else arrays
-    if name in CIFAR and (data is None or (path / CIFAR[name]).exists()):
-        return _torchvision(name, path, download=data is None)
+    if name in CIFAR and (own := _own_files(name, path, download=data is None)):
+        return _cifar(name, own)
     if name in COLUMNS:
         path = path.parent if path.name == "feats" else path  # its labels lie beside it
         return _cached(name, path, partial(_text, name), partial(_table, name), cache)
@@ -197,25 +211,86 @@ def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, n
     return pool | {"x_test": x[n:], "y_test": y[n:], "pattern_test": pattern[n:]}
 
 
-def _torchvision(name: str, root: Path, download: bool) -> dict[str, np.ndarray]:
-    """CIFAR from torchvision's files, which it unpickles only if their md5 checksums are right."""
-    from torchvision import datasets  # here: the import takes seconds
+def _own_files(name: str, path: Path, download: bool) -> Path | None:
+    """CIFAR's archive, or the folder of what is in it, at or in `path`, if it is there or has been downloaded there."""
+    url, known, _ = SOURCES[name]
+    archive = path if path.name == url.rsplit("/", 1)[-1] else path / url.rsplit("/", 1)[-1]
+    if (path / CIFAR[name]).exists():
+        return path / CIFAR[name]
+    if download and not archive.exists():
+        try:
+            _download(url, archive, known)
+        except (OSError, ValueError) as error:
+            give = f"Give data=, a path of {CIFAR[name]} or of {LAYOUT}"
+            raise ValueError(f"{name} could not be downloaded ({error}). {give}") from error
+    if archive.is_file():
+        _check(name, archive)
+        return archive
+    return None
 
+
+def _download(url: str, path: Path, known: str) -> None:
+    """Fetch a file, which gets its name only once its sha256 is the known one. Raises OSError, ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = sha256()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with urlopen(url, timeout=60) as remote, open(f"{folder}/part", "wb") as file:
+            with tqdm(desc=path.name, unit="B", unit_scale=True, leave=False, delay=1) as bar:
+                while block := remote.read(1 << 20):
+                    digest.update(block)
+                    bar.update(file.write(block))
+        found = digest.hexdigest()
+        need(found == known, f"{url} fails its checksum: sha256 {found}, needed {known}")
+        os.replace(f"{folder}/part", path)
+
+
+class Plain(pickle.Unpickler):
+    """Reads numbers, texts, lists, dicts and NumPy arrays. What names anything else to be called is refused."""
+
+    known = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    known |= {(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")}
+
+    def find_class(self, module, name):
+        need((module, name) in self.known, f"a pickle asks for {module}.{name}, which no file of CIFAR does")
+        return self.known[module, name]
+
+
+def _plain(content: bytes):
+    """What a pickle of CIFAR holds. Raises ValueError."""
     try:
         with warnings.catch_warnings():  # NumPy 2.4 deprecates how these old pickles spell their dtype
             warnings.simplefilter("ignore")
-            parts = [getattr(datasets, name.upper())(root, train=t, download=download) for t in (True, False)]
-    except (OSError, RuntimeError) as error:
-        what = "could not be downloaded" if download else "is incomplete or fails its checksum"
-        raise ValueError(f"{name} {what} ({error}). Give data=, a path of {CIFAR[name]} or of {LAYOUT}") from error
-    arrays = [array for part in parts for array in (part.data, np.array(part.classes)[part.targets])]
-    return dict(zip(("x", "y", "x_test", "y_test"), arrays, strict=True))
+            return Plain(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises many kinds
+        raise ValueError(f"it cannot be read: {error}") from error
+
+
+def _cifar(name: str, path: Path) -> dict[str, np.ndarray]:
+    """CIFAR from its archive or the folder of what is in it. torchvision has the md5 checksums of the files."""
+    from torchvision import datasets  # here: the import takes seconds
+
+    kind = getattr(datasets, name.upper())
+    sums = dict(kind.train_list + kind.test_list + [(kind.meta["filename"], kind.meta["md5"])])
+    lead = "" if path.is_dir() else f"{CIFAR[name]}/"
+    contents, held = dict(_members(path, list(sums), lambda file: file.removeprefix(lead) in sums)), {}
+    for file, known in sums.items():
+        content = contents.get(f"{lead}{file}", b"")
+        found = md5(content, usedforsecurity=False).hexdigest()
+        need(found == known, f"{name} is incomplete or fails its checksum: {file} has md5 {found}, needed {known}")
+        held[file] = _plain(content)
+    classes, arrays = np.array(held[kind.meta["filename"]][kind.meta["key"]]), {}
+    for tail, files in (("", kind.train_list), ("_test", kind.test_list)):
+        parts = [held[file] for file, _ in files]
+        arrays[f"x{tail}"] = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+        arrays[f"y{tail}"] = classes[[y for part in parts for y in part.get("labels", part.get("fine_labels"))]]
+    return arrays
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     """x, y and, where there, x_test, y_test and groups."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            fits(file)
             names = ("x", "y") if {"x", "y"} <= set(held := file.files) else ("features", "labels")
             names += tuple(f"{name}_test" for name in names) + ("groups",)
             keys = ("x", "y", "x_test", "y_test", "groups")
@@ -226,6 +301,15 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {form}, perhaps groups")
     return arrays
+
+
+def fits(file: np.lib.npyio.NpzFile) -> None:
+    """Raise ValueError unless the arrays of an .npz, unpacked, are no larger than this machine's memory."""
+    size, memory = (
+        sum(i.file_size for i in file.zip.infolist()),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    need(size <= memory, f"its arrays take {size / 1e9:.1f} GB, the memory is {memory / 1e9:.1f} GB")
 
 
 def _cached(kind: str, path: Path, wanted, make, cache: Path) -> dict[str, np.ndarray]:
@@ -240,7 +324,11 @@ def _cached(kind: str, path: Path, wanted, make, cache: Path) -> dict[str, np.nd
     stats = [(file, s.st_size, s.st_mtime_ns) for file in files for s in [os.stat(path / file)]]
     key = blake2b(json.dumps([3, kind, str(path.resolve()), stats]).encode(), digest_size=16).hexdigest()
     file = cache / f"{path.name.split('.')[0]}-{key}.npz"
-    with suppress(Exception), open(file, "rb") as opened, np.load(opened) as arrays:  # checks each CRC-32
+    with (
+        suppress(Exception),
+        open(file, "rb") as opened,
+        np.load(opened, allow_pickle=False) as arrays,
+    ):  # checks each CRC-32
         return dict(arrays)
     arrays = make(path, files)  # the cache file is absent or damaged
     cache.mkdir(parents=True, exist_ok=True)
@@ -254,19 +342,34 @@ def _members(path: Path, files: list[str], wanted):
     """(name, content) of each wanted file of a folder or archive, in memory."""
     try:
         if path.is_dir():
-            yield from ((file, (path / file).read_bytes()) for file in files)
+            found = ((file, os.path.getsize(path / file), path / file) for file in files)
+            yield from ((file, at.read_bytes()) for file, _, at in bounded(found))
         elif path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as archive:
-                yield from ((name, archive.read(name)) for name in archive.namelist() if wanted(name))
+                found = bounded((m.filename, m.file_size, m) for m in archive.infolist())
+                yield from ((name, archive.read(m)) for name, _, m in found if wanted(name))
         else:
             with tarfile.open(path) as archive:
-                members = (m for m in archive if m.isfile() and wanted(m.name))
-                yield from ((m.name, archive.extractfile(m).read()) for m in members)
+                found = bounded((m.name, m.size, m) for m in archive)
+                yield from (
+                    (name, archive.extractfile(m).read()) for name, _, m in found if m.isfile() and wanted(name)
+                )
                 archive.fileobj.seek(archive.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
                 need(archive.fileobj.read(512) == bytes(512), "its end is missing")
     except Exception as error:  # each format raises other kinds
         form = f"a folder or a whole archive ({', '.join(ARCHIVES)}) is needed"
         raise ValueError(f"{form}; it cannot be read: {error}") from error
+
+
+def bounded(members):
+    """The (name, size, member) given, as long as none, nor their sum, is larger than is read here."""
+    whole = 0
+    for name, size, member in members:
+        most = MOST_IMAGE if name.lower().endswith(IMAGES) else MOST_FILE
+        need(size <= most, f"{name} has {size / 1e6:.0f} MB unpacked; at most {most / 1e6:.0f} are read")
+        whole += size
+        need(whole <= MOST_ARCHIVE, f"it has over {MOST_ARCHIVE / 1e9:.0f} GB unpacked, the most that is read")
+        yield name, size, member
 
 
 def _decoded(decode, members, unit: str):
@@ -300,11 +403,18 @@ def _decode(member: tuple[str, bytes]) -> tuple[tuple, np.ndarray]:
     """(place, uint8 [1, H, W] of a grey (mode L) image or [3, H, W] of any other)."""
     try:
         with Image.open(io.BytesIO(member[1]), formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
+            _sized(image)
             need(image.mode[0] not in "IF", f"mode {image.mode} is not valid; 8 bits a channel are needed")
             pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
     except Exception as error:  # PIL raises many kinds
         raise ValueError(f"image {member[0]} cannot be used: {error}") from error
     return PLACE.fullmatch(member[0]).groups(), np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def _sized(image) -> None:
+    """Raise ValueError if an image, not yet decoded, has more pixels than are read here."""
+    size = f"{image.width} x {image.height} pixels"
+    need(image.width * image.height <= MOST_PIXELS, f"{size}; at most {MOST_PIXELS / 1e6:.0f} million are read")
 
 
 def _text(name: str, member: str) -> str | None:
@@ -409,6 +519,7 @@ def _photograph(member: tuple[str, bytes]) -> tuple[str | None, np.ndarray | byt
         return None, member[1]
     try:
         with Image.open(io.BytesIO(member[1]), formats=("PNG", "JPEG")) as image:
+            _sized(image)
             image.draft(
                 "RGB", (2 * SIZE, 2 * SIZE)
             )  # a JPEG of thousands of pixels is decoded at up to 1/8 of its size

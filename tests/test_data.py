@@ -217,34 +217,51 @@ def test_cifar_wants_its_own_classes_and_takes_an_image_tree(tmp_path):
         load("cifar100", tmp_path / "t", tmp_path / "cache")
 
 
-def test_cifar_from_torchvision_is_unpickled_only_after_its_checksum(tmp_path, monkeypatch):
+def cifar_files(monkeypatch, contents, train="a"):
+    """Have these be the files that CIFAR-10 consists of, with their checksums."""
     from torchvision.datasets import CIFAR10
 
-    folder, ran = tmp_path / "cifar-10-batches-py", tmp_path / "ran"
-    folder.mkdir()
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [(train, sums[train])])
+    monkeypatch.setattr(CIFAR10, "test_list", [(train, sums[train])])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+
+
+def cifar_contents():
     batch = {"data": RNG.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
     contents = {"a": batch, "batches.meta": {"label_names": list("abcdefghij")}}
+    return batch["data"].reshape(20, 3, 32, 32), {name: pickle.dumps(content, 4) for name, content in contents.items()}
+
+
+def test_cifar_is_read_after_its_checksums_from_folder_and_archive(tmp_path, monkeypatch):
+    x, contents = cifar_contents()
+    cifar_files(monkeypatch, contents)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
     for name, content in contents.items():
-        (folder / name).write_bytes(pickle.dumps(content))
-    monkeypatch.setattr(CIFAR10, "train_list", [["a", None]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["a", None]])
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
-    d = load("cifar10", tmp_path)
-    np.testing.assert_array_equal(d.x, batch["data"].reshape(20, 3, 32, 32))
-    monkeypatch.setattr(CIFAR10, "train_list", [["a", "0" * 32]])
-    (folder / "a").write_bytes(b"cos\nmkdir\n(V" + os.fsencode(ran) + b"\ntR.")  # what unpickling it would do
-    with pytest.raises(ValueError, match="data=.*cifar10 .*checksum"):
+        (folder / name).write_bytes(content)
+    archive = tmp_path / "b" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    known = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(sources.SOURCES, "cifar10", (f"https://x/{archive.name}", known, "none"))
+    for path in (tmp_path, archive.parent, archive):
+        np.testing.assert_array_equal(load("cifar10", path).x, x)
+    (folder / "a").write_bytes(contents["a"][:-1] + b"!")
+    with pytest.raises(ValueError, match="data=.*cifar10 .*checksum: a has md5"):
         load("cifar10", tmp_path)
-    assert not ran.exists()
+    (folder / "a").unlink()
+    with pytest.raises(ValueError, match="data=.*cannot be read"):
+        load("cifar10", tmp_path)
+    archive.write_bytes(archive.read_bytes() + b"!")
+    with pytest.raises(ValueError, match="data=.*cifar-10-python.tar.gz fails its checksum: sha256"):
+        load("cifar10", archive)
 
 
 def test_a_failed_download_says_how_to_give_data(tmp_path, monkeypatch):
-    from torchvision import datasets
-
-    def offline(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(ValueError, match="data=None: cifar10 could not be downloaded .*cifar-10-batches-py"):
         load("cifar10")
 

@@ -157,6 +157,16 @@ def bench_table():
     return "\n".join(lines)
 
 
+def faults_table():
+    """The committed output of `make faults`: how every disturbed run ended."""
+    found = pd.read_csv(REFERENCE / "faults.csv", keep_default_na=False)
+    lines = ["| fault | cases | same result | one clear error | neither | of these |", "|---|---|---|---|---|---|"]
+    for row in found.itertuples():
+        counts = f"{row.cases} | {row.same_result} | {row.clear_error} | {row.neither}"
+        lines.append(f"| {row.fault} | {counts} | {row.note} |")
+    return "\n".join([*lines, "", f"`{found.command[0]}`, {found.date[0]}, {found.machine[0]}."])
+
+
 def verdict_table():
     """A line per claim, a column per run: the verdicts by rule, the attacks of each run counted in one cell."""
     ledgers = {p.parent.name: verdict.ledger(verdict.read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
@@ -182,7 +192,7 @@ def costs_table():
 def filled(text):
     """The README with its tables made anew."""
     tables = {"answer": answer, "costs": costs_table, "results": results_table, "equal": equal_table}
-    tables |= {"verdict": verdict_table, "bench": bench_table}
+    tables |= {"verdict": verdict_table, "bench": bench_table, "faults": faults_table}
     for name, made in tables.items():
         table = made()
         text = re.sub(

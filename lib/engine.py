@@ -104,7 +104,8 @@ def result(ray, done):
 
 def started(tries=2):
     """The module ray, connected: to RAY_ADDRESS, else to a Ray of this process's own."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for quiet, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")):
+        os.environ.setdefault(quiet, value)  # no report home, no stack of its own when a kernel is shut down
     import ray
 
     paths = dict.fromkeys([str(Path(__file__).resolve().parent.parent), os.getcwd(), *sys.path[:1]])

@@ -70,7 +70,7 @@ def answer():
     return (
         f"**{head}** After the longest training SAM leaks {ends}. Where SGD fits at least {FITS:.0%} of its own half, "
         f"SAM leaks {counted(fitted)}; short of that, {counted(short)}. At equal train loss, it leaks "
-        f"{counted(equal)}. ({len(made)} data sets, leakage by the AUC of the attack LiRA.)"
+        f"{counted(equal)}. ({len(made)} runs, leakage by the AUC of the attack LiRA.)"
     )
 
 

@@ -56,9 +56,7 @@ def calls(path):
 @pytest.mark.parametrize("path", OURS, ids=lambda p: p.name)
 def test_only_one_line_fetches_and_none_unpickles_or_evaluates(path):
     named = calls(path)
-    fetched = [
-        name for name, _ in named if re.search(r"urlopen|urlretrieve|\brequests\.|\bhub\.|from_url", name)
-    ]
+    fetched = [name for name, _ in named if re.search(r"urlopen|urlretrieve|\brequests\.|\bhub\.|from_url", name)]
     assert fetched == ["urlopen"] * (path.name == "sources.py")
     assert not any(keys.get("download") == "True" or keys.get("allow_pickle") == "True" for _, keys in named)
     for name, keys in named:

@@ -109,3 +109,38 @@ def test_writers_of_many_rows_at_once_lose_none(tmp_path):
     found = Store(tmp_path, "x", {}, LAYOUT)
     assert all(found.flag(k)["status"] == "finished" for k in range(40))
     assert np.load(found.rows["a"].path)[:, 0, 0].tolist() == list(range(40))
+
+
+def test_every_flipped_bit_of_a_header_is_noticed_or_mended(tmp_path):
+    rows = Rows(tmp_path / "a.npy", (2, 3), np.float32)
+    for k in range(48):
+        rows.write(k, row(k)["a"])
+    good = rows.path.read_bytes()
+    for at in range(8 * rows.header_bytes):
+        content = bytearray(good)
+        content[at // 8] ^= 1 << at % 8
+        rows.path.write_bytes(content)
+        rows.mend()
+        assert len(rows) < 48 or rows.path.read_bytes() == good
+
+
+def test_a_flag_whose_notes_were_changed_is_noticed(tmp_path):
+    Store(tmp_path, "x", {}, LAYOUT).save(0, row(1), status="finished")
+    (path,) = tmp_path.glob("*/done/00000.json")
+    good = path.read_text()
+    for damaged in (good.replace('"status"', '"statvs"'), good.replace("finished", "diverged"), "[]", "{}", ""):
+        path.write_text(damaged)
+        assert Store(tmp_path, "x", {}, LAYOUT)._verify(0)[1]
+    path.write_text(good)
+    assert Store(tmp_path, "x", {}, LAYOUT).flag(0) == {
+        "model": 0, "checksums": json.loads(good)["checksums"], "status": "finished",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "", '{"store_version": 3}'])
+def test_a_damaged_recipe_is_written_anew(tmp_path, text):
+    folder = Store(tmp_path, "x", {"lr": 0.1}, LAYOUT).folder
+    whole = (folder / "recipe.json").read_text()
+    (folder / "recipe.json").write_text(text)
+    Store(tmp_path, "x", {"lr": 0.1}, LAYOUT)
+    assert (folder / "recipe.json").read_text() == whole

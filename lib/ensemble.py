@@ -367,9 +367,10 @@ def finished(recipe, dataset, n_models, kept):
     return Ensemble(recipe, dataset, kept, ids)
 
 
-def row_bytes(recipe, dataset):
-    """Bytes that one model of the recipe takes in the store, its weights (of the first models) included."""
-    return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in layout(recipe, dataset).values())
+def stored_bytes(recipe, dataset, ids):
+    """Bytes that models `ids` of the recipe take in the store, the weights of the first ones among them included."""
+    sizes = {n: int(np.prod(shape)) * np.dtype(kind).itemsize for n, (shape, kind) in layout(recipe, dataset).items()}
+    return len(ids) * (sum(sizes.values()) - sizes["weights"]) + sum(k < KEEP_WEIGHTS for k in ids) * sizes["weights"]
 
 
 def predicted_memory(recipe, dataset, device):
@@ -436,11 +437,11 @@ def train_chunks(recipe, inputs, todo, kept, quiet=False, notify=None):
             try:
                 began = time.time()
                 arrays = trained(recipe, inputs, ids, bar.update)
+                seconds = time.time() - began
+                [one.result() for one in saved[-1:]]  # raises what went wrong there
             except BaseException:
                 release(lock)
                 raise
-            seconds = time.time() - began
-            [one.result() for one in saved[-1:]]  # raises what went wrong there
             saved.append(writer.submit(save_chunk, kept, ids, arrays, lock, seconds / len(ids), inputs.device))
             if notify:
                 notify(recipe, len(inputs.y), len(ids), seconds)

@@ -136,7 +136,8 @@ def table(run, notebooks=None, exact=False):
         rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
         about = dict(notebook=notebook, arch=recipe.arch, optimizer=recipe.optimizer, rho=recipe.rho)
         about |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
-        cost = dict(megagradients=missing * one / 1e6, megabytes=missing * ensemble.row_bytes(recipe, data) / 1e6)
+        size = ensemble.stored_bytes(recipe, data, range(low + len(done), high))
+        cost = dict(megagradients=missing * one / 1e6, megabytes=size / 1e6)
         rows.append(about | cost)
     rate = {arch: median(found) if found else np.nan for arch, found in rates.items()}
     frame = pd.DataFrame(rows)

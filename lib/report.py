@@ -29,6 +29,7 @@ body { background: var(--back); color: var(--text); font: 16px/1.55 system-ui, s
   max-width: 62em } body.wide { max-width: 90em } a { color: var(--link) }
 table { border-collapse: collapse; font-size: 0.85em; margin: 1em 0; display: block; overflow-x: auto }
 th, td { border: 1px solid var(--line); padding: 0.3em 0.6em; text-align: left }
+.wide td:first-child { white-space: nowrap }
 pre { background: var(--code); padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
 img { max-width: 100%; background: #fff } math { font-size: 1.08em } .anchor-link { visibility: hidden }
 """

@@ -98,8 +98,13 @@ class Results:
         return sum(map(len, self.rows))
 
     def write(self):
-        """Replace this notebook's rows in the file."""
-        own = pd.concat(self.rows)
+        """Replace this notebook's rows in the file. Raises ValueError naming `out` if the disk refuses."""
+        try:
+            self._write(pd.concat(self.rows))
+        except OSError as error:
+            raise ValueError(f"out={str(self.run.out)!r} can't be written ({error}): give a writable folder") from error
+
+    def _write(self, own):
         with FileLock(self.path.with_name(".results.lock")):
             if self.path.exists():
                 others = pd.read_csv(self.path, dtype=object, keep_default_na=False)

@@ -17,6 +17,7 @@ default on NFS.)
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -48,6 +49,11 @@ def checksum(row):
     return hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=8).hexdigest()
 
 
+def seal(flag):
+    """The checksum of a flag's content."""
+    return checksum(np.frombuffer(json.dumps(flag, sort_keys=True).encode(), np.uint8))
+
+
 class Rows:
     """A .npy file [rows, *shape] that grows by whole rows. What it really holds is judged by its size, not its word."""
 
@@ -64,17 +70,30 @@ class Rows:
         np.lib.format.write_array_header_1_0(out, note)
         return out.getvalue()
 
-    def __len__(self):
-        """Whole rows in the file; 0 if it is absent, its header is damaged, or it is another array's."""
+    def counted(self):
+        """How many rows the header counts; -1 if it is absent, damaged or another array's: not as written here."""
         try:
             with open(self.path, "rb") as file:
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                if shape[1:] != self.shape or dtype != self.dtype or file.tell() != self.header_bytes:
-                    return 0
-            return min(shape[0], (self.path.stat().st_size - self.header_bytes) // self.row_bytes)
-        except (OSError, ValueError):
-            return 0
+                header = file.read(self.header_bytes)
+        except OSError:
+            return -1
+        found = re.search(rb"'shape': \((\d+),", header)
+        return int(found[1]) if found and header == self._header(int(found[1])) else -1
+
+    def held(self):
+        """How many whole rows the file is long enough for."""
+        return (self.path.stat().st_size - self.header_bytes) // self.row_bytes
+
+    def __len__(self):
+        """Whole rows in the file; 0 if it is absent, its header is damaged, or it is another array's."""
+        counted = self.counted()
+        return min(counted, self.held()) if counted > 0 else 0
+
+    def mend(self):
+        """Have the header count no more rows than are there: a truncated file is an .npy again."""
+        if self.counted() > 0 and self.counted() > self.held():
+            with open(self.path, "r+b") as file:
+                file.write(self._header(self.held()))
 
     def read(self):
         """Read-only memory map [len(self), *shape]."""
@@ -110,6 +129,8 @@ def check_version(root, name, key):
             said = json.loads(path.read_text())
         except (OSError, ValueError):
             continue  # not ours, or torn: it is no model of this recipe then
+        if not isinstance(said, dict):
+            continue
         version = said.pop("store_version", None)
         if version != VERSION and said == json.loads(json.dumps(key)):
             raise ValueError(
@@ -129,15 +150,17 @@ class Store:
     def __init__(self, root, name, key, layout):
         self.folder, text = place(root, name, key)
         check_version(root, name, key)
+        self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
+        self.verified = {}  # model -> its flag, once its checksums have been seen to match
+        self.writing = FileLock(self.folder / ".lock")
         try:
             for part in ("done", "claims"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "recipe.json", text)
+            with self.writing:
+                [rows.mend() for rows in self.rows.values()]
         except OSError as error:
             raise ValueError(f"store={str(root)!r} can't be written ({error}): give a writable folder") from error
-        self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
-        self.verified = {}  # model -> its flag, once its checksums have been seen to match
-        self.writing = FileLock(self.folder / ".lock")
 
     def claim(self, start):
         """The lock on the chunk of models that begins with `start`, held by us; None if another process trains it."""
@@ -172,7 +195,7 @@ class Store:
             with self.writing:  # the arrays' headers count the rows of all the processes
                 for name, row in arrays.items():
                     self.rows[name].write(model, row)
-            write_atomic(self._flag(model), json.dumps(flag))
+            write_atomic(self._flag(model), json.dumps({**flag, "seal": seal(flag)}))
         except OSError as error:
             kept = f"{len(list(self.folder.glob('done/*.json')))} finished models are kept"
             raise ValueError(f"store={str(self.folder.parent)!r} can't be written ({error}); {kept}") from error
@@ -201,6 +224,8 @@ class Store:
         """(flag, None), or (None, what is wrong)."""
         try:
             flag = json.loads(self._flag(model).read_text())
+            if flag.pop("seal", None) not in (None, seal(flag)):  # None: of a store from before there were seals
+                return None, "its flag has a wrong seal"
             for name, wanted in flag["checksums"].items():
                 if len(self.rows[name]) <= model:
                     return None, f"{name}.npy is truncated or unreadable"

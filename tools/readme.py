@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 
 from lib import plots, verdict
-from lib.prose import points, verb
+from lib.prose import joined, points, sign, verb
+from tools import costs
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs" / "reference"
+FITS = 0.99  # a model that fits so much of its training half is said to interpolate it
 
 
 def runs():
@@ -40,6 +42,38 @@ def title(results):
     return f"{first.dataset}, {first.arch}: {first.n_models} models on halves of {first.n_examples}"
 
 
+def counted(signs):
+    """'more in 3 of 5 comparisons, less in 1', from the signs of differences; 'in none' of none."""
+    kinds = [(word, signs.count(s)) for s, word in ((1, "more"), (-1, "less"), (0, "no differently")) if s in signs]
+    if not kinds:
+        return "in none"
+    (word, count), *others = kinds
+    return f"{word} in {count} of {len(signs)} comparisons" + "".join(f", {word} in {n}" for word, n in others)
+
+
+def answer():
+    """The finding in plain words, computed from the paired differences of every committed run."""
+    made = runs()
+    frames = {name: regimes(results).query("metric == 'auc'").sort_values("epochs") for name, results in made.items()}
+    rows = [row for frame in frames.values() for row in frame.itertuples()]
+    fitted = [sign(row) for row in rows if row.train_accuracy >= FITS]
+    short = [sign(row) for row in rows if row.train_accuracy < FITS]
+    last = {name: sign(next(frame.iloc[-1:].itertuples())) for name, frame in frames.items()}
+    equal = [sign(row) for results in made.values() for row in equal_rows(results)]
+    signs = {sign(row) for row in rows}
+    head = "Always, in these runs." if signs == {1} else "Not in these runs." if 1 not in signs else "Sometimes."
+    ends = "; ".join(
+        f"{word} on {joined(name for name, s in last.items() if s == wanted)}"
+        for wanted, word in ((1, "more"), (-1, "less"), (0, "no differently"))
+        if wanted in last.values()
+    )
+    return (
+        f"**{head}** After the longest training SAM leaks {ends}. Where SGD fits at least {FITS:.0%} of its own half, "
+        f"SAM leaks {counted(fitted)}; short of that, {counted(short)}. At equal train loss, it leaks "
+        f"{counted(equal)}. ({len(made)} data sets, leakage by the AUC of the attack LiRA.)"
+    )
+
+
 def results_table():
     """A line per run and number of epochs: what SAM gains, what it leaks."""
     lines = [
@@ -57,6 +91,12 @@ def results_table():
     return "\n".join(lines)
 
 
+def equal_rows(results):
+    """The paired differences of LiRA's AUC at equal train loss, as a list of named tuples."""
+    rows = results[results.note.str.startswith("at equal train loss")]
+    return list(rows.astype({"value": float, "ci_low": float, "ci_high": float}).itertuples())
+
+
 def equal_table():
     """A line per run and train loss at which both optimizers can be compared."""
     lines = [
@@ -64,8 +104,7 @@ def equal_table():
         "|---|---|---|---|",
     ]
     for results in runs().values():
-        rows = results[results.note.str.startswith("at equal train loss")]
-        for row in rows.astype({"value": float, "ci_low": float, "ci_high": float}).itertuples():
+        for row in equal_rows(results):
             loss, between = row.note.removeprefix("at equal train loss ").split(", baseline between ")
             word = verb(row, "**more**", "**less**", "no differently")
             lines.append(f"| {title(results)} | {loss} ({between}) | {points(row)} | {word} |")
@@ -145,10 +184,15 @@ def verdict_table():
     return "\n".join(lines)
 
 
+def costs_table():
+    """What a run costs, by preset."""
+    return costs.table([path.parent for path in sorted(REFERENCE.glob("*/results.csv"))])
+
+
 def filled(text):
     """The README with its tables made anew."""
-    tables = {"results": results_table, "equal": equal_table, "verdict": verdict_table, "bench": bench_table}
-    tables |= {"faults": faults_table} if (REFERENCE / "faults.csv").exists() else {}
+    tables = {"answer": answer, "costs": costs_table, "results": results_table, "equal": equal_table}
+    tables |= {"verdict": verdict_table, "bench": bench_table, "faults": faults_table}
     for name, made in tables.items():
         table = made()
         text = re.sub(

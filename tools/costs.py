@@ -1,0 +1,95 @@
+"""What a run costs, by preset: the README's table, computed from the plan of the run and from the committed runs.
+
+Nothing is trained and no data are needed: pictures of CIFAR's size stand in for CIFAR.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib import data, ensemble, models, plan, step, study
+from lib.results import SETTINGS
+
+PRESETS = [("digits", "tiny"), ("digits", "default"), ("CIFAR", "small"), ("CIFAR", "fast"), ("CIFAR", "paper")]
+NOT_MEASURED = "not measured"
+
+
+def blank(n):
+    """A data set of CIFAR-10's shapes, all black: n pool examples, and test points as `study.settings` takes them."""
+    t = min(10_000, n // 2)
+    x, x_test = (np.zeros((size, 3, 32, 32), np.uint8) for size in (n, t))
+    y, y_test = (np.arange(size) % 10 for size in (n, t))
+    return data.Dataset("CIFAR", x, y, x_test, y_test, tuple("0123456789"))
+
+
+def settings(name, preset, folder):
+    """The Settings of a preset on digits, or on pictures of CIFAR's size; its store would be in `folder`."""
+    given = {"preset": preset, "store": folder, "out": folder}
+    if name == "digits":
+        return study.settings({"dataset": name, **given})
+    values = {"data": None, **study.PRESETS[preset]["image"], "dataset": name, **given}
+    return study.Settings(values, blank(values["n_examples"]))
+
+
+def ensembles(run):
+    """What the notebooks train, each model once: a list of (Recipe, Dataset, low, high), as plan.ensembles."""
+    drawn = {"leak": run.dataset, "planted": run.dataset}  # of about its size
+    return [(r, d if isinstance(d, data.Dataset) else drawn[d], *ids) for _, r, d, *ids in plan.ensembles(run)]
+
+
+def memory(made):
+    """Bytes that training takes at its peak on a CPU, beside the data, as predicted for the largest of the ensembles.
+
+    In float32: bfloat16, which some processors have, takes less.
+    """
+    most, cpu = 0, torch.device("cpu")
+    for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, *_ in made}:
+        dataset = made[0][1]
+        shape = dataset.x.shape[1:]
+        lanes = step.lanes_for(models.build(recipe.arch, shape, dataset.n_classes), cpu)
+        most = max(most, step.predicted_memory(recipe, shape, dataset.n_classes, lanes))
+    return most
+
+
+def measured(run, folders):
+    """Seconds that a committed run of just these settings took, all notebooks together; None if there is none."""
+    for folder in folders:
+        made, found = json.loads((folder / "settings.json").read_text()), pd.read_csv(folder / "results.csv")
+        alike = all(book.get(name, run.values[name]) == run.values[name] for book in made.values() for name in SETTINGS)
+        if alike and "seconds" in found and found.n_models.max() == run.n_models:
+            return found.groupby("notebook").seconds.max().sum()
+    return None
+
+
+def size(n_bytes):
+    """'12 MB', '3.4 GB'."""
+    return f"{n_bytes / 1e6:.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
+
+
+def line(name, preset, folders):
+    """One preset's line of the table."""
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # of networks the sizes are wanted alone
+        run = settings(name, preset, folder)
+        made, (_, work) = ensembles(run), plan.left(run)
+        stored, held = (
+            size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made)),
+            size(memory(made)),
+        )
+    pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
+    models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
+    seconds = measured(run, folders)
+    time = NOT_MEASURED if seconds is None else plan.duration(seconds)
+    return f"| `{preset}` | {pool} | {run.arch}, {run.epochs} | {models} | {work:.1e} | {stored} | {held} | {time} |"
+
+
+def table(folders):
+    """The README's table. folders: of the committed runs."""
+    lines = [
+        "| preset | pool | network, epochs | models | gradients of one example | disk | memory | time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(line(name, preset, folders) for name, preset in PRESETS)])

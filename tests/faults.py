@@ -42,6 +42,7 @@ from tests.bench import machine
 COLUMNS = ["fault", "cases", "same_result", "clear_error", "neither", "note", "date", "command", "machine"]
 GIVEN = {"preset": "tiny", "n_models": 32, "epochs": 4, "n_examples": 200, "device": "cpu"}
 PHASES = ("training", "writing", "attacking", "recording")  # of `small`
+PATIENCE = 120  # seconds that a run of `small`, which takes one or two, may take
 ARRAYS = ("logits", "test_logits", "member", "history", "weights")
 CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(study.PARAMETERS)})=|\d\d_\w+ failed, see )")
 
@@ -131,11 +132,12 @@ def start(task, folder, name="run"):
 
 
 def phases(child):
-    """[(seconds, phase)] as a process reports them, up to its end."""
-    found = []
-    with suppress(EOFError):
-        while True:
+    """[(seconds, phase)] as a process reports them, up to its end; one that hangs is killed, which is no result."""
+    found, until = [], time.perf_counter() + PATIENCE
+    with suppress(EOFError, ProcessLookupError):
+        while child.ear.poll(max(0, until - time.perf_counter())):
             found.append((child.ear.recv(), time.perf_counter())[::-1])
+        os.killpg(child.process.pid, signal.SIGKILL)
     return [*found, (time.perf_counter(), "end")]
 
 
@@ -480,8 +482,11 @@ def command(folder, n_models=8, n_examples=120, epochs=2):
 
 
 def complete(folder):
-    """The real command, undisturbed: (exit status, stderr)."""
+    """The real command, undisturbed: (exit status, stderr). One that hangs is killed, which is no result."""
     process, said = command(folder)
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(10 * PATIENCE), said.read_text()
+    os.killpg(process.pid, signal.SIGKILL)
     return process.wait(), said.read_text()
 
 

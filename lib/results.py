@@ -60,12 +60,11 @@ class Results:
     """The rows of one notebook. notebook: its name; run: the Settings; n_models: how many models are compared.
 
     Nothing is written before the first `add`. Each row also has PROVENANCE: seed, recipe (recipe_digest), versions,
-    device, and seconds, the wall-clock time from here to the row.
+    device, and seconds, the wall-clock time since the notebook's settings were read.
     """
 
     def __init__(self, notebook, run, n_models=None):
         self.run, self.rows, self.path = run, [], Path(run.out) / "results.csv"
-        self.began = time.monotonic()
         self.made = {"seed": run.seed, "recipe": recipe_digest(run), "versions": versions()}
         self.made["device"] = device_name(run.device)
         self.about = {
@@ -84,7 +83,7 @@ class Results:
 
         Writes the file anew, atomically: other notebooks' rows as they were, then this one's.
         """
-        seconds = f"{time.monotonic() - self.began:.1f}"
+        seconds = f"{time.monotonic() - self.run.began:.1f}"
         frame = frame.assign(**{**self.about, **self.made, "seconds": seconds, **fields})
         if "rho" not in frame:
             frame["rho"] = frame.optimizer.map(self.radius)

@@ -7,9 +7,11 @@ not given; what is given wins; what is unknown raises, before anything is traine
 import argparse
 import base64
 import io
+import json
 import os
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from PIL import Image
 
 from lib import data, engine, ensemble, models, optimizers, sharpness, step
 from lib.recipe import Recipe
+from lib.store import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 # the verdict judges what all the others recorded: it comes last
@@ -129,6 +132,7 @@ class Settings:
 
     values: dict
     dataset: data.Dataset
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     def __getattr__(self, name):
         if name in PARAMETERS:
@@ -394,11 +398,29 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return execute_all(chosen, {**clean(given), "store": shortest(run.store), "out": shortest(run.out)})
+    to_do, total = plan.left(run, numbers)
+    status = execute_all(chosen, {**clean(given), "store": shortest(run.store), "out": shortest(run.out)})
+    seconds = round(time.monotonic() - run.began)
+    # what this took, and which share of its training the store did not have
+    return status or concluded(run, {"notebooks": numbers, "seconds": seconds, "trained": to_do / (total or 1)})
+
+
+def concluded(run, took):
+    """Write run.json and the report of a run that went through. Returns the exit status."""
+    from lib import report
+
+    try:
+        write_atomic(Path(run.out) / "run.json", json.dumps(took))
+        page = shortest(report.build(run.out))
+    except OSError as error:
+        print(f"error: out={run.out!r} can't be written ({error}): give a writable folder", file=sys.stderr)
+        return 1
+    print(f"Done. Look at {page} (open in a browser), results.csv, figures/ and the notebooks beside it")
+    return 0
 
 
 def execute_all(chosen, given):
-    """Run the notebooks in turn, then make the report. Returns the exit status."""
+    """Run the notebooks in turn. Returns the exit status."""
     out = Path(given["out"])
     for book in chosen:
         try:
@@ -407,9 +429,6 @@ def execute_all(chosen, given):
             said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
             print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
             return 1
-    from lib import report
-
-    print(f"Done. Look at {report.build(out)} (open in a browser), results.csv, figures/ and the notebooks beside it")
     return 0
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import data, study
+from lib import data, ensemble, study
 from lib.ensemble import train
 from lib.results import SETTINGS
 from lib.study import ROOT
@@ -158,22 +158,30 @@ def test_anchors_lead_somewhere():
 
 
 def test_disk_is_what_the_store_takes(table, quick, tmp_path):
-    made = [(quick, table, 32), (replace(quick, optimizer="sam"), table, 32)]
-    for recipe, dataset, n_models in made:
-        train(recipe, dataset, n_models, tmp_path, quiet=True)
+    made = [quick, replace(quick, optimizer="sam")]
+    for recipe in made:
+        train(recipe, table, 32, tmp_path, quiet=True)
     taken = sum(p.stat().st_size for p in tmp_path.glob("*/*.npy"))
-    assert costs.disk(made) == pytest.approx(taken, rel=0.02)  # the files have headers
+    told = sum(ensemble.stored_bytes(recipe, table, range(*ids)) for recipe in made for ids in ((0, 8), (8, 32)))
+    assert told == pytest.approx(taken, rel=0.02)  # the files have headers
 
 
-def test_time_is_of_a_run_of_just_these_settings_or_not_measured(tmp_path):
+def test_time_is_of_a_whole_run_of_just_these_settings_or_not_measured(tmp_path):
     run = costs.settings("digits", "tiny", str(tmp_path / "store"))
     book = {name: run.values[name] for name in SETTINGS}
-    rows = [("01", 16, 3.0), ("01", 16, 7.5), ("02", 8, 4.0)]
-    pd.DataFrame(rows, columns=["notebook", "n_models", "seconds"]).to_csv(tmp_path / "results.csv")
-    (tmp_path / "settings.json").write_text(json.dumps({"01": book, "02": book}))
-    assert costs.measured(run, [tmp_path]) == 11.5
-    (tmp_path / "settings.json").write_text(json.dumps({"01": book, "02": book | {"epochs": 9}}))
-    assert costs.measured(run, [tmp_path]) is None
+    took = {"notebooks": [book.name[:2] for book in study.NOTEBOOKS], "seconds": 11, "trained": 1.0}
+    pd.DataFrame({"n_models": [16, 8]}).to_csv(tmp_path / "results.csv")
+
+    def told(took, **changed):
+        (tmp_path / "settings.json").write_text(json.dumps({"01": book, "02": book | changed}))
+        (tmp_path / "run.json").write_text(json.dumps(took))
+        return costs.measured(run, [tmp_path])
+
+    assert told(took) == 11
+    assert told(took, epochs=9) is None
+    assert told(took | {"trained": 0.9}) is None, "the store had some of the models"
+    assert told(took | {"notebooks": ["01"]}) is None
+    assert told({}) is None
 
 
 def test_a_larger_preset_costs_more():

@@ -56,13 +56,20 @@ def memory(made):
 
 
 def measured(run, folders):
-    """Seconds that a committed run of just these settings took, all notebooks together; None if there is none."""
+    """Seconds of a committed run of just these settings, all notebooks, every model trained; None if there is none."""
     for folder in folders:
-        made, found = json.loads((folder / "settings.json").read_text()), pd.read_csv(folder / "results.csv")
-        alike = all(book.get(name, run.values[name]) == run.values[name] for book in made.values() for name in SETTINGS)
-        if alike and "seconds" in found and found.n_models.max() == run.n_models:
-            return found.groupby("notebook").seconds.max().sum()
+        made, took = (told(folder / name) for name in ("settings.json", "run.json"))
+        n_models = pd.read_csv(folder / "results.csv").n_models.max()
+        alike = all(book.get(name) == run.values[name] for book in made.values() for name in SETTINGS)
+        whole = took.get("trained") == 1 and took["notebooks"] == [book.name[:2] for book in study.NOTEBOOKS]
+        if alike and whole and n_models == run.n_models:
+            return took["seconds"]
     return None
+
+
+def told(path):
+    """The content of a JSON file; {} if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def size(n_bytes):

@@ -109,14 +109,14 @@ def test_there_are_audits_to_type():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
 def test_every_make_command_has_a_target_that_takes_its_parameters(command, tmp_path):
     target, *words = shlex.split(command)[1:]
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
-    if target == "study":
+    assert re.search(rf"^(\w+ )*{target}( \w+)*:", (ROOT / "Makefile").read_text(), flags=re.M), target
+    if target in ("study", "plan", "work"):
         study.clean(study.parse(words)[1])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lib.study" in c and "--help" not in c])
 def test_every_line_of_the_study_is_understood(command):
-    study.clean(study.parse([w for w in shlex.split(command)[3:] if w not in ("--plan", "--work")])[1])
+    study.clean(study.parse(shlex.split(command)[3:])[1])
 
 
 def test_papermill_is_told_parameters_that_exist():
@@ -139,14 +139,13 @@ def test_the_finding_is_in_the_first_screen_and_computed():
 def test_every_path_it_names_exists():
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", TEXT + HOW_TO):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:lib|tests|tools|notebooks)/\w+\.py)`", TEXT + HOW_TO):
+    for path in set(re.findall(r"`((?:lib|tests|tools|notebooks)/\w+\.py)`", TEXT + HOW_TO)) - {"notebooks/NN_name.py"}:
         assert (ROOT / path).exists(), path
 
 
 def test_every_module_is_on_the_map_of_the_code():
-    assert {f"lib/{p.name}" for p in (ROOT / "lib").glob("*.py") if p.stat().st_size} <= set(
-        re.findall(r"`(lib/\w+\.py)`", TEXT)
-    )
+    modules = {f"lib/{path.name}" for path in (ROOT / "lib").glob("*.py")} - {"lib/__init__.py"}
+    assert modules == set(re.findall(r"`(lib/\w+\.py)`", TEXT))
 
 
 def test_anchors_lead_somewhere():

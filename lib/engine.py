@@ -1,8 +1,9 @@
 """Where the models of an ensemble are trained: here (`local`), or as tasks of a Ray cluster (`ray`).
 
 A task trains one chunk of models and puts it into the store, which all the machines must see under the same path;
-nothing else comes back, so a lost worker costs its chunk, which Ray runs again, and nothing depends on how the work
-was cut. Without RAY_ADDRESS a Ray of this machine's own starts by itself, with a task for each core or share of a GPU.
+nothing else comes back, so a lost worker costs its chunk, which Ray runs again. Nothing depends on how the work was
+cut, to the last bit where the number of threads is the same (a task on a CPU has one). Without RAY_ADDRESS a Ray of
+this machine's own starts by itself, with a task for each core or share of a GPU.
 """
 
 import os

@@ -32,8 +32,9 @@ def check(engine, gpus=0.0):
         raise ValueError(f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
     if engine == "ray":
         if find_spec("ray") is None:
-            raise ValueError("engine='ray' is not installed: pip install 'ray[default]', or use engine='local'")
-        answers(os.environ.get("RAY_ADDRESS", ""))
+            raise ValueError("engine='ray' is not installed: pip install ray, or use engine='local'")
+        if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+            answers(os.environ.get("RAY_ADDRESS", ""))
 
 
 def answers(address):
@@ -57,8 +58,8 @@ def answers(address):
 
 def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, **how):
     """`ensemble.train` by an engine of ENGINES; how: quiet, notify. gpus: what a Ray task asks for, such as 0.25."""
+    check(engine, gpus)
     if engine == "ray":
-        check(engine, gpus)
         ensemble.check(recipe, dataset, n_models)
         train_by_ray(recipe, dataset, n_models, store, device, gpus, **how)
     return ensemble.train(recipe, dataset, n_models, store, device, **how)

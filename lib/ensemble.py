@@ -81,6 +81,7 @@ class Average:
         self.first, self.count, self.mean, self.ema = start * recipe.epochs, 0, {}, recipe.ema
 
     def after_step(self, number, params):
+        """Take the weights after step `number` into the moving average."""
         if self.ema:
             self.mean, self.count = self.mean or {n: w.clone() for n, w in params.items()}, 1
             # m <- m + (1 - d) (w - m), d = min(ema, (1 + t) / (10 + t))
@@ -88,6 +89,7 @@ class Average:
             torch._foreach_lerp_(list(self.mean.values()), list(params.values()), share)
 
     def after_epoch(self, number, params):
+        """Take the weights at the end of epoch `number` into SWA's mean, if it is one of the last."""
         if number + 1 > self.first:
             self.count += 1
             # m_n = m_{n-1} + (w - m_{n-1}) / n

@@ -172,6 +172,7 @@ class Stepper:
         self.optimizer.step()
 
     def plain_step(self, buffers, x, y, context, memory, turn):
+        """Gradients by the rule, then the base optimizer: loss and accuracy [M], new buffers, the rule's memory."""
         if self.remembers:
             context = {**context, "memory": memory}
 

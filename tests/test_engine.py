@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -115,6 +116,12 @@ def test_what_a_task_raises_is_raised_here(images, tmp_path, two_workers):
         engine.train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
 
 
+def test_an_unknown_engine_never_trains_here_instead(table, quick, tmp_path):
+    with pytest.raises(ValueError, match="engine='dask' is unknown"):
+        engine.train(quick, table, 2, tmp_path, "cpu", "dask")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_engine_that_is_not_there_is_said_before_training(monkeypatch, tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")}
     with pytest.raises(ValueError, match="engine='slurm' is unknown: choose local or ray"):
@@ -127,12 +134,18 @@ def test_an_engine_that_is_not_there_is_said_before_training(monkeypatch, tmp_pa
         study.settings({**given, "engine": "ray"})
 
 
+def not_connected(monkeypatch):
+    """As where Ray is installed and this process has not joined one yet."""
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 def test_a_cluster_that_does_not_answer_is_said_in_time(monkeypatch, address):
     with socket.socket() as taken:  # bound, so that nobody else answers there, and deaf
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", address.format(port=taken.getsockname()[1]))
-        monkeypatch.setattr(engine, "find_spec", lambda name: True)
+        not_connected(monkeypatch)
         began = time.time()
         with pytest.raises(ValueError, match="RAY_ADDRESS=.*does not answer"):
             engine.check("ray")
@@ -142,7 +155,7 @@ def test_a_cluster_that_does_not_answer_is_said_in_time(monkeypatch, address):
 @pytest.mark.parametrize("address", ["here", "host:port", ":6379", "127.0.0.1:99999"])
 def test_an_address_that_is_none_is_said(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    not_connected(monkeypatch)
     with pytest.raises(ValueError, match="RAY_ADDRESS="):
         engine.check("ray")
 

@@ -116,7 +116,7 @@ def test_every_make_command_has_a_target_that_takes_its_parameters(command, tmp_
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lib.study" in c and "--help" not in c])
 def test_every_line_of_the_study_is_understood(command):
-    study.clean(study.parse(shlex.split(command)[3:])[1])
+    assert study.clean(study.parse(shlex.split(command)[3:])[1])["preset"] in study.PRESETS
 
 
 def test_papermill_is_told_parameters_that_exist():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lib.data import Dataset
 from lib.ensemble import Recipe
@@ -30,3 +31,12 @@ def images():
 @pytest.fixture
 def quick():
     return Recipe(epochs=3, batch_size=8, rho=0.1)
+
+
+@pytest.fixture
+def one_thread():
+    """In this process too, as in the others of a test: with more, sums in another order have other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

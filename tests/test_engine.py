@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lib import engine, ensemble, study
 from lib.recipe import Recipe
@@ -36,15 +35,6 @@ def two_workers():
             process.wait(10)  # Ray ends its own and does not look after them
     os.environ.clear()  # where Ray has left the number of threads of its workers
     os.environ.update(before)
-
-
-@pytest.fixture
-def one_thread():
-    """As each of Ray's workers has; with more, sums in another order have other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def same(first, second):

@@ -153,7 +153,8 @@ def test_damage_is_named_and_recomputed(table, quick, tmp_path, damage):
 
 
 SCRIPT = """
-import sys; from tests.conftest import blobs; from lib.ensemble import Recipe, train
+import sys, torch; from tests.conftest import blobs; from lib.ensemble import Recipe, train
+torch.set_num_threads(1)
 data = blobs(48, 16, (3, 16, 16), 3)
 train(Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), data, 24, sys.argv[1], "cpu", quiet=True)
 """
@@ -170,7 +171,7 @@ def killed(process):
     return process.returncode == -signal.SIGKILL
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_arrays(images, tmp_path):
+def test_killed_at_any_moment_it_goes_on_to_the_same_arrays(images, tmp_path, one_thread):
     recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
     kills, flags = 0, tmp_path / "killed"
     for wanted in (0, 1, 4, 7, 11, 15):
@@ -194,7 +195,7 @@ def test_a_run_waits_for_the_chunk_that_another_trains_and_takes_the_others(imag
     assert second.returncode == 0 and len(list(tmp_path.glob("*/done/*.json"))) == 24
 
 
-def test_runs_that_share_a_store_share_the_work_and_change_nothing(images, tmp_path):
+def test_runs_that_share_a_store_share_the_work_and_change_nothing(images, tmp_path, one_thread):
     recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
     runs = [start(tmp_path / "shared") for _ in range(2)]
     assert [(run.communicate(), run.returncode)[1] for run in runs] == [0, 0]

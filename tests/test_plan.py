@@ -72,6 +72,13 @@ def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
     assert not (tmp_path / "out" / "results.csv").exists()
 
 
+def test_a_notebook_that_trains_nothing_has_an_empty_plan(tmp_path, capsys):
+    assert plan.left(small(tmp_path), ["05"]) == (0, 0)
+    plan.check_disk(small(tmp_path), ["05"])
+    assert study.main(["--plan", *words(tmp_path, "05")]) == 0 == study.main(["--work", *words(tmp_path, "05")])
+    assert "Left: 0 of 0 models" in capsys.readouterr().out
+
+
 def test_the_command_says_the_plan_and_trains_nothing(tmp_path, capsys):
     assert study.main(["--plan", *words(tmp_path, "03")]) == 0
     said = capsys.readouterr().out

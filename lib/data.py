@@ -351,6 +351,8 @@ def _powers(count: int) -> list[int]:
 def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=None, pattern_test=None) -> Dataset:
     """A Dataset of examples and labels in any of their forms; without a test part one is drawn from the pool."""
     x, (labels, y) = _examples("x", x), np.unique(_labels("y", y), return_inverse=True)
+    if groups is not None and groups.dtype.kind == "U" and groups.ndim == 1:  # names of patients
+        groups = np.unique(groups, return_inverse=True)[1]
     d = Dataset(name, x, y, x, y, tuple(map(str, labels)), groups=groups, pattern=pattern, pattern_test=pattern_test)
     found, form = f"{d.n_classes} classes, {list(x.shape[1:])}", f"{name[5:]} classes, [3, 32, 32]"
     need(name not in CIFAR or found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
@@ -393,8 +395,9 @@ def _examples(key: str, a: np.ndarray) -> np.ndarray:
 
 
 def _labels(key: str, a: np.ndarray) -> np.ndarray:
-    """int64 [N] from integers, whole floats or one-hot rows [N, C]; names [N] stay names."""
+    """int64 [N] from integers, whole floats or one-hot rows [N, C]; names [N] stay names. A column [N, 1] is [N]."""
     number, what = a.dtype.kind in "biuf", f"{key} is {a.dtype} {list(a.shape)}"
+    a = a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a
     if number and a.ndim == 2 and np.isin(a, (0, 1)).all() and (a.sum(axis=1) == 1).all():
         return a.argmax(axis=1)
     fine = np.isfinite(a).all() and (a == np.trunc(a)).all() if number else a.dtype.kind == "U"

@@ -2,8 +2,9 @@
 
 A task trains one chunk of models and puts it into the store, which all the machines must see under the same path;
 nothing else comes back, so a lost worker costs its chunk, which Ray runs again. Nothing depends on how the work was
-cut, to the last bit where the number of threads is the same (a task on a CPU has one). Without RAY_ADDRESS a Ray of
-this machine's own starts by itself, with a task for each core or share of a GPU.
+cut, to the last bit where the number of threads is the same (a task on a CPU has one, and so have the processes by
+which `local` trains long runs on a CPU). Without RAY_ADDRESS a Ray of this machine's own starts by itself, with a task
+for each core or share of a GPU.
 """
 
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib import ensemble
+from lib import ensemble, processes
 
 ENGINES = ("local", "ray")
 PATIENCE = 30  # seconds that a cluster has to answer
@@ -59,20 +60,25 @@ def answers(address):
 def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, **how):
     """`ensemble.train` by an engine of ENGINES; how: quiet, notify. gpus: what a Ray task asks for, such as 0.25."""
     check(engine, gpus)
-    if engine == "ray":
-        ensemble.check(recipe, dataset, n_models)
-        train_by_ray(recipe, dataset, n_models, store, device, gpus, **how)
+    begin(recipe, dataset, n_models, store, device, engine, gpus, **how)
     return ensemble.train(recipe, dataset, n_models, store, device, **how)
 
 
-def train_by_ray(recipe, dataset, n_models, store, device, gpus, quiet=False, notify=None):
-    """Have Ray's workers train what the store lacks; one bar counts the epochs of finished chunks."""
-    kept = ensemble.open_store(recipe, dataset, store)
-    todo = ensemble.chunks(recipe, dataset, n_models, kept, ensemble.device_of(device))
-    if not todo:
-        return
+def begin(recipe, dataset, n_models, store, device, engine, gpus, **how):
+    """Have other processes train what the store lacks and nobody else trains, where the engine has any."""
+    ensemble.check(recipe, dataset, n_models)
+    where, kept = ensemble.device_of(device), ensemble.open_store(recipe, dataset, store)
+    todo, n = ensemble.chunks(recipe, dataset, n_models, kept, where), processes.how_many(recipe, dataset, where)
+    if todo and engine == "ray":
+        train_by_ray(recipe, dataset, todo, store, device, gpus, **how)
+    elif todo and n > 1:
+        processes.train(recipe, dataset, todo, store, n, **how)
+
+
+def train_by_ray(recipe, dataset, todo, store, device, gpus, quiet=False, notify=None):
+    """Have Ray's workers train the chunks `todo`; one bar counts the epochs of finished chunks."""
     ray = started()
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(chunk)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(processes.chunk)
     shared = ray.put(dataset)
     waiting = {task.remote(recipe, shared, ids, str(Path(store).resolve()), device): len(ids) for ids in todo}
     label = f"{recipe.optimizer} rho {recipe.rho}, {sum(waiting.values())} models, by Ray"
@@ -85,12 +91,6 @@ def train_by_ray(recipe, dataset, n_models, store, device, gpus, quiet=False, no
                 if notify:
                     notify(recipe, len(dataset.y), waiting[done], time.time() - began)
                 del waiting[done]
-
-
-def chunk(recipe, dataset, ids, store, device):
-    """One task: train models `ids` into the store, unless another process has or does."""
-    kept = ensemble.open_store(recipe, dataset, store)
-    ensemble.train_chunks(recipe, ensemble.Inputs(dataset, recipe, ensemble.device_of(device)), [ids], kept, quiet=True)
 
 
 def result(ray, done):

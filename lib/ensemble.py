@@ -178,15 +178,18 @@ class Group:
         return torch.stack(losses).mean(0).cpu().numpy(), torch.stack(accuracies).mean(0).cpu().numpy()
 
     @torch.no_grad()
-    def predict(self, x, block=step.BLOCK):
+    def predict(self, x, block=None):
         """Logits [M, len(x), C] float32 in evaluation mode, always at full precision."""
-        state = self.stepper.params, self.stepper.buffers
+        lanes, last = len(self.ids), len(self.ids) == 1 and models.is_convolutional(self.net)
+        state = {n: step.in_format(p, last) for n, p in self.stepper.params.items()}, self.stepper.buffers
 
         def logits(part):
-            call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), len(self.ids))
+            part = part.contiguous(memory_format=torch.channels_last) if last else part
+            call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), lanes)
             return call(*state).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
-        return np.concatenate([logits(part) for part in x.split(block)], axis=1)
+        parts = x.split(block or step.block_for(self.inputs.device))
+        return np.concatenate([logits(part) for part in parts], axis=1)
 
     def train(self, tick):
         """All the epochs. Returns history [M, epochs, 3]: train loss, train accuracy, test accuracy (some epochs)."""

@@ -8,8 +8,9 @@ from statistics import median
 
 import numpy as np
 import pandas as pd
+import torch
 
-from lib import audit, beyond, ensemble, models
+from lib import audit, beyond, ensemble, models, processes
 from lib.optimizers import fingerprint
 from lib.store import place
 
@@ -127,9 +128,9 @@ def table(run, notebooks=None, exact=False):
     """What is left to train: a frame with a row for each ensemble, and what is known of its cost.
 
     Columns notebook, arch, optimizer, rho, epochs, models, finished, megagradients (left, of one example), megabytes
-    (left, on the disk) and seconds (left, in one process; NaN where no model of this network is finished yet).
+    (left, on the disk) and seconds (left, by this run alone; NaN where no model of this network is finished yet).
     """
-    rows, rates = [], {}
+    rows, rates, device = [], {}, ensemble.device_of(run.device)
     for notebook, recipe, dataset, low, high in ensembles(run, notebooks, exact):
         done, data = flags(run, recipe, dataset, low, high), run.dataset if isinstance(dataset, str) else dataset
         told = [json.loads(path.read_text()).get("seconds") for path in done]
@@ -139,16 +140,29 @@ def table(run, notebooks=None, exact=False):
         about |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
         size = ensemble.stored_bytes(recipe, data, range(low + len(done), high))
         cost = dict(megagradients=missing * one / 1e6, megabytes=size / 1e6)
+        about |= dict(at_once=processes.how_many(recipe, data, device))
         rows.append(about | cost)
     rate = {arch: median(found) if found else np.nan for arch, found in rates.items()}
-    frame = pd.DataFrame(rows, columns=COLUMNS)  # no rows: the verdict's notebook trains nothing
-    return frame.assign(seconds=1e6 * frame.megagradients / frame.arch.map(rate))
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "at_once"])  # no rows: the verdict's notebook trains nothing
+    seconds = 1e6 * frame.megagradients / frame.arch.map(rate) / frame.at_once
+    return frame.assign(seconds=seconds).drop(columns="at_once")
 
 
 def trial(run, steps=8):
-    """Gradients a second of the baseline now, uncompiled, from a few steps."""
-    recipe = run.recipe(run.names[0], epochs=1)
-    inputs = ensemble.Inputs(run.dataset, recipe, ensemble.device_of(run.device))
+    """Gradients a second of the baseline now, uncompiled, from a few steps; of all the processes that will train."""
+    recipe, device, threads = run.recipe(run.names[0]), ensemble.device_of(run.device), torch.get_num_threads()
+    if (n := processes.how_many(recipe, run.dataset, device)) == 1:
+        return steps_a_second(run, replace(recipe, epochs=1), device, steps)
+    torch.set_num_threads(1)  # as each of them has
+    try:
+        return n * steps_a_second(run, replace(recipe, epochs=1), device, steps)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def steps_a_second(run, recipe, device, steps):
+    """Gradients a second of one chunk; NaN where an epoch has too few steps to tell."""
+    inputs = ensemble.Inputs(run.dataset, recipe, device)
     group = ensemble.Group(recipe, inputs, ensemble.chunks_of(recipe, run.dataset, inputs.device)[0])
     began = None
     for at, (x, y) in enumerate(group.batches()):
@@ -170,7 +184,7 @@ def describe(run, notebooks=None):
     return (
         f"{shown.round(1).to_string(index=False)}\n\n"
         f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
-        f"{frame.megagradients.sum():.3g} million gradients: about {duration(seconds)} in one process on {device}, by "
+        f"{frame.megagradients.sum():.3g} million gradients: about {duration(seconds)} on {device}, by "
         f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {free(run) / 1e6:.0f} MB free; "
         f"about {memory / 1e9:.1f} GB of memory a process. What analysing them takes is not counted."
     )

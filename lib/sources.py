@@ -46,6 +46,16 @@ COLUMNS = {"purchase100": 600, "texas100": 6169}  # binary features in the publi
 TEXTS = {"purchase100": ("dataset_purchase",), "texas100": ("feats", "labels")}
 TEXT = re.compile(r"(?:\./)?(?:[^./][^/]*/){0,2}(dataset_purchase|feats|labels)")
 
+# what the arrays of an .npz are called: here, in the tables of papers on attacks, by Keras, by MedMNIST (whose val_
+# part is left aside: the pool is what models train on)
+NAMES = (
+    ("x", "y", "x_test", "y_test"),
+    ("features", "labels", "features_test", "labels_test"),
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("images", "labels", "images_test", "labels_test"),
+)
+
 SPREAD, REACH = 1.2, 5.0  # of the centres of `subclasses`, in standard deviations of a sub-pattern
 
 SIZE = 32  # pixels to a side of a retina photograph
@@ -287,17 +297,18 @@ def _cifar(name: str, path: Path) -> dict[str, np.ndarray]:
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
-    """x, y and, where there, x_test, y_test and groups."""
+    """x, y and, where there, x_test, y_test and groups, under one of NAMES."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             fits(file)
-            names = ("x", "y") if {"x", "y"} <= set(held := file.files) else ("features", "labels")
-            names += tuple(f"{name}_test" for name in names) + ("groups",)
-            keys = ("x", "y", "x_test", "y_test", "groups")
-            arrays = {key: file[name] for key, name in zip(keys, names, strict=True) if name in held}
+            held = set(file.files)
+            names = next((names for names in NAMES if {*names[:2]} <= held), NAMES[0])
+            keys = dict(zip((*NAMES[0], "groups"), (*names, "groups"), strict=True))
+            arrays = {key: file[name] for key, name in keys.items() if name in held}
     except Exception as error:  # NumPy and zipfile raise many kinds
         raise ValueError(f"not a readable .npz of numbers ({error}); make one by numpy.savez(path, x=, y=)") from error
-    form = "x, y (or features, labels), and x_test, y_test (features_test, labels_test) both or not at all"
+    form = "x, y and x_test, y_test, the latter both or not at all (or, alike, "
+    form += "; ".join(", ".join(names) for names in NAMES[1:]) + ")"
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {form}, perhaps groups")
     return arrays

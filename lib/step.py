@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lib import models, optimizers, sharpness
 from lib.recipe import generator
 
-BLOCK = 2000  # examples that finished models are asked about at once
+BLOCK = 2000  # examples that finished models are asked about at once, at most
 
 
 def initial_state(recipe, shape, n_classes, ids, device, last=False):
@@ -328,6 +328,11 @@ def worth_recording(named, device):
 def channels_last(net, lanes, device):
     """Tensor cores want the channels last. (On CPUs it gained nothing; under vmap it would not be seen.)"""
     return device.type == "cuda" and lanes == 1 and models.is_convolutional(net)
+
+
+def block_for(device):
+    """Examples that a model is asked about at once: on a CPU, as many as its cache holds."""
+    return 250 if device.type == "cpu" else BLOCK
 
 
 def lanes_for(net, device):

@@ -209,7 +209,7 @@ class Settings:
 
     def train_free(self, recipe, dataset, n_models):
         """Train those models that the store lacks and no other process is training; nothing is waited for."""
-        ensemble.check(recipe, dataset, n_models)
+        engine.begin(recipe, dataset, n_models, self.store, self.device, "local", 0.0, notify=self.forecast)
         kept, device = ensemble.open_store(recipe, dataset, self.store), ensemble.device_of(self.device)
         ensemble.train_missing(recipe, dataset, n_models, kept, device, notify=self.forecast, wait=False)
 

@@ -280,6 +280,20 @@ def test_npz_twins_have_one_hash_and_one_byte_changes_it(tmp_path):
     assert dataclasses.replace(d, classes=("0", "1", "2", "x")).hash != d.hash
 
 
+@pytest.mark.parametrize("names", sources.NAMES)
+def test_npz_arrays_may_have_any_of_the_known_names(tmp_path, names):
+    d = load("npz", npz(tmp_path, x=X, y=Y, x_test=-X, y_test=Y))
+    arrays = dict(zip(names, (X, Y[:, None], -X, Y[:, None]), strict=True))  # labels in a column, as Keras has them
+    other = load("npz", npz(tmp_path, **arrays, val_images=2 * X, val_labels=Y))
+    assert other.hash == d.hash
+
+
+def test_npz_groups_may_be_names(tmp_path):
+    numbers = np.arange(40) // 2
+    first, second = (load("npz", npz(tmp_path, x=X, y=Y, groups=g)) for g in (numbers, np.char.mod("p%02d", numbers)))
+    assert first.hash == second.hash and (first.groups == second.groups).all()
+
+
 def test_npz_split_and_labels(tmp_path):
     d = load("npz", npz(tmp_path, x=X, y=np.array([7, -2, 30, 5])[Y]))
     assert d.classes == ("-2", "5", "7", "30") and sorted(np.bincount(d.y_test)) == [2, 2, 3, 3]

@@ -28,19 +28,22 @@ def on(baseline):
     return lambda name: name if baseline == "sgd" else f"{name}+{baseline}"
 
 
-def variants(run, factors, n_models):
-    """Every sharpness-aware optimizer at several strengths, and what it is held against: dict (name, rho) -> Ensemble.
-
-    factors: radii as shares of each one's own. The baseline comes first; SWA and SharpReg are at one strength.
-    """
-    baseline, others = run.names[0], [on(run.names[0])(name) for name in (*VARIANTS, "sharpreg", "swa")]
-    found = {(baseline, 0.0): run.train(baseline, n_models)}
-    for name in dict.fromkeys((*others[:-2], *run.names[1:], *others[-2:])):
+def variant_radii(run, factors):
+    """(name, rho) of every sharpness-aware optimizer at its strengths, of the run's own further optimizers, and of
+    SharpReg and SWA at one. factors: radii as shares of each one's own; a radius given in the name is kept."""
+    fixed = [on(run.names[0])(name) for name in ("sharpreg", "swa")]
+    found = []
+    for name in dict.fromkeys((*map(on(run.names[0]), VARIANTS), *run.names[1:], *fixed)):
         recipe = run.recipe(name)
-        strengths = factors if recipe.rho > 0 and recipe.named.rho is None else (1,)
-        for factor in strengths:
-            found[name, factor * recipe.rho] = run.train(name, n_models, rho=factor * recipe.rho)
+        free = recipe.rho > 0 and recipe.named.rho is None
+        found += [(name, factor * recipe.rho) for factor in (factors if free else (1,))]
     return found
+
+
+def variants(run, factors, n_models):
+    """The ensembles of `variant_radii`, and what they are held against, first: dict (name, rho) -> Ensemble."""
+    found = {(run.names[0], 0.0): run.train(run.names[0], n_models)}
+    return found | {(name, rho): run.train(name, n_models, rho=rho) for name, rho in variant_radii(run, factors)}
 
 
 def variant_table(found):
@@ -180,6 +183,20 @@ def effect_table(found):
 # ---- defences -----------------------------------------------------------------------------------------------
 
 
+def defences(run):
+    """What is trained to leak less: dict name -> changes of the baseline's recipe, the optimizer among them."""
+    name, other = on(run.names[0]), run.other
+    return {
+        other: dict(optimizer=other),
+        "label smoothing 0.1": dict(smoothing=0.1),
+        "stopped at a quarter": dict(stop=0.25),
+        "stopped at half": dict(stop=0.5),
+        "weight averaging (swa)": dict(optimizer=name("swa")),
+        "SharpReg": dict(optimizer=name("sharpreg")),
+        f"{other}, smoothing 0.1": dict(optimizer=other, smoothing=0.1),
+    }
+
+
 def tempered(ensemble, temperature):
     """The ensemble as served with its logits divided by a temperature, shadows alike: accuracy does not change."""
     served = {n: getattr(ensemble, n) / np.float32(temperature) for n in ("logits", "test_logits")}
@@ -210,6 +227,12 @@ def defence_table(found):
     return pd.concat(frames, ignore_index=True)
 
 
+def strict_rate(frame):
+    """[the false positive rate, of those at which a TPR is there, that is 0.1% or else the strictest]; [] of none."""
+    rates = sorted({float(m[4:]) for m in frame.metric.unique() if m.startswith("tpr@")})
+    return [0.001] if 0.001 in rates else rates[:1]
+
+
 def delta_of(run):
     """The delta of the run's privacy claims: the power of ten below half of one over the size of the pool."""
     return 10.0 ** np.floor(np.log10(1 / (2 * run.n_examples)))
@@ -227,16 +250,20 @@ def noise_levels(run, targets, delta):
     }
 
 
+def private_arch(run):
+    """The run's network, or its twin, without BatchNorm, which mixes a batch's examples; None if there is none."""
+    arch = WITHOUT_NORM.get(run.arch, run.arch)
+    net = models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
+    return None if models.has_batchnorm(net) else arch
+
+
 def private(run, targets, n_models, delta):
     """DP-SGD and DP-SAM at each epsilon, with the undefended baseline on the same network: dict label -> Ensemble.
 
-    Empty where the network has BatchNorm and no twin without it, or where that twin does not learn undefended."""
-    arch = WITHOUT_NORM.get(run.arch, run.arch)
-    net = models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
-    if models.has_batchnorm(net):
-        return {}
-    found = {(run.names[0], np.inf): run.train(run.names[0], n_models, arch=arch)}
-    if len(found[run.names[0], np.inf].ids) < 8:
+    Empty without a network for it (`private_arch`), or where fewer than 8 undefended models of it learn."""
+    arch = private_arch(run)
+    found = {} if arch is None else {(run.names[0], np.inf): run.train(run.names[0], n_models, arch=arch)}
+    if arch is None or len(found[run.names[0], np.inf].ids) < 8:
         return {}
     for (rule, target), sigma in noise_levels(run, targets, delta).items():
         name = on(run.names[0])(f"{rule}(sigma={sigma:.4g})")
@@ -301,7 +328,8 @@ def agreement(ensembles, parts=8, seed=0):
         seen = {(k, side): exposure(scores[k][left == side], member[left == side]) for k in scores for side in (0, 1)}
         pairs = {a: ((a, 0), (a, 1)), b: ((b, 0), (b, 1)), f"{a} and {b}": ((a, 0), (b, 1))}
         for name, (one, other) in pairs.items():
-            found.setdefault(name, []).append(spearman(seen[one], seen[other]))
+            both = np.isfinite(seen[one]) & np.isfinite(seen[other])  # some were in, or out of, all of a half's models
+            found.setdefault(name, []).append(spearman(seen[one][both], seen[other][both]))
     rows = [
         row("exposure_rank_correlation", metrics.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
         for name, v in found.items()
@@ -316,7 +344,9 @@ def pattern_table(ensembles, memorized):
     """
     first = next(iter(ensembles.values()))
     dataset, member = first.dataset, np.array(first.member)
-    size, size_test = (np.bincount(dataset.pattern)[p] for p in (dataset.pattern, dataset.pattern_test))
+    both = dataset.pattern, dataset.pattern_test
+    shared = np.bincount(dataset.pattern, minlength=1 + max(p.max() for p in both))  # 0 for one that the pool lacks
+    size, size_test = (shared[p] for p in both)
     edges = [1, 3, 10, 30, 100, np.inf]
     rows = []
     for low, high in zip(edges, edges[1:], strict=False):
@@ -334,3 +364,12 @@ def pattern_table(ensembles, memorized):
             for k, e in metrics.paired(right, rate=True).items():
                 rows.append(row("test_accuracy", e, optimizer=k, size=label))
     return pd.DataFrame(rows)
+
+
+def most(patterns, names):
+    """Where each metric of a pattern_table is largest: dict (optimizer or difference, metric) -> (size, value)."""
+    found = {}
+    for (name, metric), rows in patterns[patterns.optimizer.isin(names)].groupby(["optimizer", "metric"], sort=False):
+        top = rows.loc[rows.value.idxmax()]
+        found[name, metric] = top["size"], float(top.value)
+    return found

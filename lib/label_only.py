@@ -30,33 +30,53 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     """`metrics.table` of the attacks label_only and label_only_classwise on the models that all ensembles have kept.
 
     ensembles: dict optimizer -> Ensemble, the first is the baseline. Returns a tidy frame like audit.leakage: metric,
-    value, ci_low, ci_high, optimizer, attack. Raises ValueError if fewer than 8 such models are left.
+    value, ci_low, ci_high, optimizer, attack; with the null control of label_only as the metric null_auc. Raises
+    ValueError if fewer than 8 such models are left.
     """
     first = next(iter(ensembles.values()))
     ids = kept(ensembles.values(), n_models)
-    scored = {name: scores(e.only(ids), n_models, device=device)[0] for name, e in ensembles.items()}
+    asked = {name: answers(e.only(ids), n_models, device=device)[0] for name, e in ensembles.items()}
     member, y = np.array(first.only(ids).member), first.dataset.y
+    scored = {name: chosen(found, member) for name, found in asked.items()}
     by_class = {name: attacks.classwise(s, member, y) for name, s in scored.items()}
     kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0))
     how = {"columns": first.dataset.groups}
     frames = [metrics.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
-    return pd.concat(frames, ignore_index=True)
+    null = [null_auc(found, member, first.dataset.groups) for found in asked.values()]
+    rows = [dict(metric="null_auc", value=e.value, ci_low=e.low, ci_high=e.high, attack="label_only") for e in null]
+    return pd.concat([*frames, pd.DataFrame(rows).assign(optimizer=list(asked))], ignore_index=True)
+
+
+def null_auc(found, member, groups=None, shuffles=5):
+    """AUC on shuffled membership, averaged over shuffles, as an Estimate: without a fault 0.5. found: [S, m, N]."""
+    cells = 0
+    for shuffle in range(shuffles):
+        alleged = attacks.null_member(member, shuffle)
+        cells = cells + metrics.auc_cells(chosen(found, alleged), alleged) / shuffles
+    return metrics.estimate(cells, rate=True, columns=groups)
 
 
 def scores(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
     """Scores [m, N] float32 in [0, 1] of the models whose weights are kept, and their ids [m].
 
+    As `answers`; a fold of models takes the strength of noise of best AUC in the other fold.
+    """
+    found, ids = answers(ensemble, n_models, seed, device)
+    return chosen(found, np.array(ensemble.only(ids).member)), ids
+
+
+def answers(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+    """Share of right labels at each strength, [S, m, N] float32, of the models whose weights are kept; their ids [m].
+
     Images: every shift by up to max(1, side // 8) pixels over a reflected border, and each one's mirror image (162
-    queries at 32 x 32). Tables: the input and COPIES noisy copies; a fold of models takes the strength of best AUC
-    in the other fold. seed: of the noise, which is the same for all models and optimizers. ValueError: see `kept`.
+    queries at 32 x 32), S = 1. Tables: the input and COPIES noisy copies. seed: of the noise, which is the same for
+    all models and optimizers. ValueError: see `kept`.
     """
     ids = kept([ensemble], n_models)
     ensemble = ensemble.only(ids)
     nets, x = [network(ensemble, k, device) for k in ids], torch.from_numpy(data.inputs(ensemble.dataset)[0])
-    if ensemble.dataset.is_image:
-        return shares(nets, x, ensemble.dataset.y, shifted, device), ids
-    found = [shares(nets, x, ensemble.dataset.y, queries, device) for queries in noises(x, seed)]
-    return chosen(np.stack(found), np.array(ensemble.member)), ids
+    strengths = [shifted] if ensemble.dataset.is_image else noises(x, seed)
+    return np.stack([shares(nets, x, ensemble.dataset.y, queries, device) for queries in strengths]), ids
 
 
 def kept(ensembles, n_models=16) -> np.ndarray:

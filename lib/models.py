@@ -157,7 +157,11 @@ def build(arch, shape, n_classes):
     own = resolve(arch, "arch")
     if not callable(own):
         raise ValueError(f"arch={arch!r} is {type(own).__name__}: a callable (shape, n_classes) is needed")
-    return checked(own(shape, n_classes), arch, shape, n_classes)
+    try:
+        net = own(shape, n_classes)
+    except Exception as error:
+        raise ValueError(f"arch={arch!r} fails when called with {tuple(shape)}, {n_classes}: {error!r}") from error
+    return checked(net, arch, shape, n_classes)
 
 
 def checked(net, arch, shape, n_classes):

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 from hashlib import blake2b
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ def _check_rule(name, rule, options):
         )
     valid = [*free, *(["rho"] if any(a.name == "rho" for a in arguments) else [])]
     _check_options(name, options, valid)
-    limits = sharpness.LIMITS if name in sharpness.RULES else {"k": sharpness.LIMITS["k"]}
+    limits = sharpness.LIMITS if name in RULES else {"k": sharpness.LIMITS["k"]}
     for option, value in options.items():
         kind = type(free.get(option, 0.0))
         wanted = (int, float) if kind is float else kind
@@ -154,6 +155,34 @@ def _check_rule(name, rule, options):
         if not low <= value <= high:
             raise ValueError(f"{option}={value!r} of {name} must lie between {low} and {high}")
         options[option] = kind(value)
+        if kind is float and not np.isfinite(options[option]):
+            raise ValueError(f"{option}={value!r} of {name} must be finite")
+    if ":" in name:
+        _try_rule(name, rule, options)
+
+
+def _try_rule(name, rule, options):
+    """Have a reader's own rule make one step on two small tensors, so that it is said now if it is none."""
+    params = {"weight": torch.ones(3, 2), "bias": torch.ones(2)}
+    if "noise" in inspect.signature(rule).parameters and not hasattr(rule, "queries"):
+        raise ValueError(f"{name} asks for noise and must say how much: an attribute queries, as `rule.queries = 1`")
+    aux, one = SimpleNamespace(losses=torch.ones(8)), torch.ones(())
+    each = {n: torch.ones(8, *p.shape) for n, p in params.items()}
+    context = {"rho": 0.1 * one, "rate": one, "step": 0 * one, "turn": True, "size": 8, "uniform": torch.rand(2)}
+    context |= {"losses": lambda params: torch.ones(8), "per_example": lambda params: (each, aux)}
+    context |= {"memory": {n: torch.zeros_like(p) for n, p in params.items()}}
+    context |= {"noise": {n: torch.randn(getattr(rule, "queries", 1), *p.shape) for n, p in params.items()}}
+    asked = {n: context[n] for n in inspect.signature(rule).parameters if n in context}
+    options = {n: v for n, v in options.items() if n != "rho"}
+    try:
+        found = rule(lambda params, index=None: (dict(params), aux), params, **asked, **options)
+        shapes = {n: tuple(g.shape) for n, g in found[0].items()}
+    except Exception as error:
+        raise ValueError(f"{name} is no rule: on two small tensors it fails with {error!r}") from None
+    size = 3 if "memory" in asked else 2
+    if len(found) != size or shapes != {n: tuple(p.shape) for n, p in params.items()}:
+        form = "(grads, aux, memory)" if size == 3 else "(grads, aux)"
+        raise ValueError(f"{name} is no rule: it must return {form}, with grads a dict of tensors like params")
 
 
 def _check_options(name, options, valid):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib import audit, beyond, ensemble, models, processes
+from lib import audit, beyond, ensemble, processes
 from lib.optimizers import fingerprint
 from lib.store import place
 
@@ -60,17 +60,23 @@ def wanted(run, exact=False):
     }
 
 
+def equal_compute(run):
+    """dict epochs of run.other -> epochs of the baseline that take as many gradients: half the run's, and the run's."""
+    ratio = gradients(run.recipe(run.other)) / gradients(run.recipe(run.names[0]))
+    return {e: max(1, round(ratio * e)) for e in (max(1, run.epochs // 2), run.epochs)}
+
+
 def beyond_models(run, of, exact):
     """What notebook 06 trains beside the lengths of the first."""
     base, other = run.names[0], run.other
-    names = [beyond.on(base)(name) for name in (*beyond.VARIANTS, "sharpreg", "swa")]
-    made = [of(name, run.few, rho=f * run.recipe(name).rho) for name in names for f in run.strengths]
-    made += [of(base, run.few, epochs=2 * run.epochs), of(other, run.few, epochs=max(1, run.epochs // 2))]
+    made = [of(name, run.few, rho=rho) for name, rho in beyond.variant_radii(run, run.strengths)]
+    for e, twice in equal_compute(run).items():
+        made += [of(other, run.few, epochs=e), of(base, run.few, epochs=twice)]
     for changes, data in beyond.chosen_levels(run, run.most_levels).values():
         made += [of(name, run.few, data, **changes) for name in (base, other)]
-    made += [of(base, run.few, smoothing=0.1), of(base, run.few, stop=0.25), of(base, run.few, stop=0.5)]
-    arch = beyond.WITHOUT_NORM.get(run.arch, run.arch)
-    if models.has_batchnorm(models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)):
+    made += [of(changes.pop("optimizer", base), run.few, **changes) for changes in beyond.defences(run).values()]
+    arch = beyond.private_arch(run)
+    if arch is None:
         return made
     noise = dict.fromkeys([(rule, e) for rule in ("dpsgd", "dpsam") for e in run.epsilons], 1.0)
     noise = beyond.noise_levels(run, run.epsilons, beyond.delta_of(run)) if exact else noise

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lib import ensemble, step
 
-LONG = 300  # steps of one model from which a process of its own pays for starting and compiling
+LONG = 100  # steps of one model from which a process of its own pays for being started
 OWN = 6e8  # bytes that a process takes before it trains anything
 POOLS = {}  # number of processes -> those of this process
 

@@ -55,6 +55,18 @@ def points(row):
     return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
 
 
+def bought(name, rows, rates):
+    """What a defence costs and buys, in one sentence. rows: its differences; rates: the FPRs of LiRA's TPR."""
+    auc = rows[(rows.metric == "auc") & (rows.attack == "lira")].iloc[0]
+    told = {"accuracy": rows[rows.metric == "test_accuracy"], "AUC of LiRA": auc.to_frame().T}
+    told |= {
+        f"its TPR at {100 * r:g}% FPR": rows[(rows.metric == f"tpr@{r:g}") & (rows.attack == "lira")] for r in rates
+    }
+    told |= {"AUC of a threshold": rows[(rows.metric == "auc") & (rows.attack == "confidence")]}
+    said = [f"{what} {points(found.iloc[0])}" for what, found in told.items() if len(found)]
+    return f"**{name}** {verb(auc, 'leaks more', 'leaks less', 'leaks no differently')}: {', '.join(said)}."
+
+
 def joined(names):
     """'a, b and c'; 'none' of nothing."""
     names = list(names)

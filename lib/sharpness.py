@@ -32,9 +32,10 @@ CONTEXT = {
     "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
     "per_example": "function of params: the gradient of every example, [B, ...] each, and aux",
 }
-LIMITS = {  # of the options of the rules here; the others may have any value
+LIMITS = {  # of the options of the rules; the others may have any value
     "k": (1, math.inf), "m": (1, math.inf), "eta": (0, math.inf), "low": (0, 1), "decay": (0, 1),
-    "beta": (0.01, 1), "gamma": (0.01, 1), "start": (0, 1), "floor": (0, 1),
+    "beta": (0.01, 1), "gamma": (0.01, 1), "start": (0, 1), "floor": (0, 1), "alpha": (0, math.inf),
+    "clip": (1e-12, math.inf), "sigma": (0, math.inf),
 }  # fmt: skip
 RADIUS = {"asam": 10.0, "sharpreg": -1.0}  # Kwon et al.: 0.5 on CIFAR-10 where SAM has 0.05; SharpReg descends
 
@@ -89,7 +90,8 @@ def asam(gradient, params, rho, eta=0.01):
 def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
     """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM, at a constant radius.
 
-    low: the radius at learning rate 0, as a share of rho (their ResNets: 0.02 of 0.04); alpha 0.2: their CIFAR example.
+    low: the radius at learning rate 0, as a share of rho (their ResNets on ImageNet: 0.02 of 0.04). alpha 0.2 is that
+    of their CIFAR example, which differs otherwise: an adaptive ascent (ASAM's) of constant radius, low = 1.
     """
     first, aux = gradient(params)
     if alpha == 0:
@@ -105,6 +107,9 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
 def looksam(gradient, params, rho, turn, memory, k=5, alpha=0.7, layerwise=False):
     """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
 
+    k and alpha are those of the authors' long trainings of large networks. Where it fails: in the short trainings of
+    small networks of `outputs/reference` it fits less than SGD in as many epochs and tests worse (notebook 06, and
+    README's "Limits", say on which data); there k = 2 or a smaller alpha is nearer to SAM.
     layerwise: norms and angles of each tensor alone, as some implementations have it, instead of the whole gradient.
     """
     first, aux = gradient(params)
@@ -134,9 +139,10 @@ def msam(gradient, params, rho, size, m=2):
     """mSAM: Behdin et al. 2023, "mSAM: micro-batch-averaged SAM", eq. 4: the mean of m shards' SAM gradients.
 
     Each shard has its own perturbation and, in BatchNorm, its own statistics; the running ones move by their mean.
-    A batch that m does not divide has shards of two sizes, which count alike.
+    A batch that m does not divide has shards of two sizes, one example apart, which count alike. m = 2 is ours: the
+    fewest that differ from SAM.
     """
-    shards = torch.arange(size, device=next(iter(params.values())).device).chunk(m)
+    shards = torch.arange(size, device=next(iter(params.values())).device).tensor_split(m)
     # g = 1/m sum_i grad L_i(w + rho grad L_i(w) / |grad L_i(w)|)
     found = [sam(lambda p, shard=shard: gradient(p, shard), params, rho) for shard in shards]
     return tree_map(lambda *leaves: (sum(leaves) / len(leaves)).to(leaves[0].dtype), *found)
@@ -181,7 +187,8 @@ def swa(gradient, params, start=0.75, floor=0.5):
     """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": the mean of each epoch's last weights.
 
     The learning rate falls to `floor` of its peak at the share `start` of training and stays there while the weights
-    are averaged; BatchNorm's statistics are then taken anew (`ensemble.py` does both). The gradient is the plain one.
+    are averaged; BatchNorm's statistics are then taken anew (`ensemble.py` does both). It falls as the others' does,
+    by a cosine; the authors' falls by a line. The gradient is the plain one.
     """
     return gradient(params)
 

@@ -163,18 +163,25 @@ class Settings:
         fields = {name: self.values[name] for name in shared}
         precision = precision_of(self.arch, ensemble.device_of(self.device))
         queries = 10 if self.augment else 1
-        fields["rho"] *= sharpness.RADIUS.get(optimizers.parse(optimizer).rule_name, 1.0)
+        rule = optimizers.parse(optimizer).rule_name
+        fields["rho"] *= sharpness.RADIUS.get(rule, 1.0)
+        fields["ema"] *= rule != "swa"  # which is an average already
         return Recipe(optimizer=optimizer, **{**fields, "precision": precision, "queries": queries, **changes})
 
     @property
     def sweep(self):
         """Models for each ensemble of a sweep (over radii, or epochs): no more than its intervals need."""
-        return min(self.n_models, 128 if self.is_table else 64)
+        return self.at_most(128 if self.is_table else 64)
+
+    def at_most(self, n):
+        """n models, or n_models if those are fewer, or if each draws its own subset: then few would leave examples that
+        hardly any of them saw, or missed."""
+        return min(self.n_models, n) if self.subset == 0.5 else self.n_models
 
     @property
     def few(self):
         """Models for each of the many ensembles of the last notebook."""
-        return min(self.n_models, 64 if self.is_table else 16)
+        return self.at_most(64 if self.is_table else 16)
 
     @property
     def is_table(self):
@@ -194,7 +201,7 @@ class Settings:
     @property
     def private(self):
         """Models for each private ensemble: the gradient of every example is dear."""
-        return min(self.few, 32 if self.is_table else 8)
+        return self.at_most(32 if self.is_table else 8)
 
     @property
     def epsilons(self):

@@ -76,7 +76,19 @@ from IPython.display import display
 
 from lib import audit, label_only, memorization, plots
 from lib.data import duplicate_table
-from lib.prose import conclusions, difference, null_control, pick, planted_leak, points, say, shown, summary, verb
+from lib.prose import (
+    conclusions,
+    difference,
+    joined,
+    null_control,
+    pick,
+    planted_leak,
+    points,
+    say,
+    shown,
+    summary,
+    verb,
+)
 from lib.results import Results
 
 plots.style()
@@ -245,6 +257,9 @@ for metric in ("auc", "balanced_accuracy"):
     rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
     only = difference(rows, metric, pair)
     say(f"By labels alone ({metric}), {other} leaks {verb(only, *than)} {baseline}: {points(only)}.")
+null = labels[labels.metric == "null_auc"].itertuples()
+said = [f"{row.optimizer} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in null]
+say(f"On shuffled membership, where an AUC of 0.5 is due: {joined(said)}.")
 
 # %% [markdown]
 # ### ROC

@@ -69,15 +69,18 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib import audit, beyond, memorization, plots
-from lib.prose import joined, label, pick, points, say, shown, sign, verb
+from lib import audit, beyond, memorization, plan, plots
+from lib.prose import bought, joined, label, pick, points, say, shown, sign, verb
 from lib.results import Results
 
 plots.style()
 baseline, other = run.names[0], run.other
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("06_beyond", run, n_models=run.few)
-say(run.describe() + f" In this notebook every ensemble has {run.few} models.")
+say(
+    run.describe()
+    + f" In this notebook an ensemble has {run.few} models, a private one and its baseline {run.private}."
+)
 
 # %% [markdown]
 # ## Variants: who sits on the frontier?
@@ -111,8 +114,8 @@ wanted = table.metric.isin(["auc", "test_accuracy"]) & ~table.optimizer.isin([n 
 shown(table[wanted & own], across=["metric"])
 
 # %% [markdown]
-# The table has each optimizer at its own radius (the run's, times the ratio of its authors' radius to SAM's),
-# less the baseline. In the picture an ensemble is a mark, its place the paired difference from the baseline, its bars
+# The table has each optimizer at its own radius (the run's; ASAM's is ten times as large, as its authors have
+# it), with the options it has by default, less the baseline. In the picture an ensemble is a mark, its place the paired difference from the baseline, its bars
 # 95% intervals; larger marks have larger radii. Full marks are beaten by none: beaten means that another tests
 # better or leaks less, its paired interval (widened for the number of pairs) clear of zero, and is no worse in the other
 # respect.
@@ -128,22 +131,22 @@ plots.save(plots.frontier(wide, kept), run, "frontier")
 
 # %%
 both = beyond.signs(table, baseline)
-kinds = {"better and leak more": (1, 1), "better and leak less": (1, -1), "no better and leak more": (0, 1)}
-kinds |= {"better and leak no differently": (1, 0)}
-for words, wanted in kinds.items():
-    named = [label(*key) for key, found in both.items() if found == wanted]
-    say(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {words}** than {baseline}: {joined(named)}.")
+test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
+for kind in dict.fromkeys([(1, 1), *both.values()]):  # the claim's first, then what else there is
+    named = [label(*key) for key, found in both.items() if found == kind]
+    say(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {test[kind[0]]} and leak {leak[kind[1]]}** "
+        f"than {baseline}: {joined(named)}.")  # fmt: skip
 own_radius = [key for key in both if key[1] == run.recipe(key[0]).rho]
 failing = [label(*key) for key in own_radius if both[key][0] < 0]
-say(f"At their authors' radius, in the ratio to SAM's, these test *worse* than {baseline}: {joined(failing)}.")
+say(f"At the radii and options of the table, these test *worse* than {baseline}: {joined(failing)}.")
 say(f"Beaten by none: {joined([label(*key) for key in kept])}.")
 say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
 
 # %% [markdown]
 # **How to read it.** Only an ensemble in the lower right quarter improves on the baseline in both respects. A chain of
 # marks that rises to the right is the trade that the paper describes: accuracy bought with privacy, whatever
-# the optimizer's name. A chain that falls to the right contradicts it here. Far to the left lie radii that are too
-# large for this data: an author's default, carried over by the ratio to SAM's, may be one of them.
+# the optimizer's name. A chain that falls to the right contradicts it here. Far to the left lie radii or options that
+# do not suit this data or this length of training: an author's default may be one of them, and fails here.
 
 # %% [markdown]
 # ## At equal test accuracy, equal train loss, equal compute
@@ -153,36 +156,38 @@ say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.
 # %% [markdown]
 # **How we test it.** The baseline and SAM are trained for several numbers of epochs (the first notebook's ensembles).
 # At *equal accuracy* and *equal train loss* the baseline's AUC is interpolated between two of its runs to the place that
-# SAM reached; where its runs do not bracket the place, nothing is said. At *equal compute* the baseline gets twice the
-# epochs, since a SAM step takes two gradients.
+# SAM reached; where its runs do not bracket the place, nothing is said. At *equal compute* the baseline gets as many
+# more epochs as a step of the other takes gradients: twice the epochs against SAM, whose step takes two.
 
 # %%
 epochs = {(e, name): run.train(name, run.few, epochs=e) for e in run.regimes() for name in (baseline, other)}
 epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in run.between()}
-epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in (2 * run.epochs,)}
-half = max(1, run.epochs // 2)
-epochs |= {(half, other): run.train(other, run.few, epochs=half)}
-epochs = audit.align(epochs, essential=[(run.epochs, baseline), (run.epochs, other)])
+alike = plan.equal_compute(run)
+epochs |= {(e, other): run.train(other, run.few, epochs=e) for e in alike}
+epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in alike.values()}
+main = [(run.epochs, baseline), (run.epochs, other), (alike[run.epochs], baseline)]
+epochs = audit.align(epochs, essential=main)
 base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, other))
 accuracy, loss = beyond.at_equal_accuracy(base, sharp), audit.at_equal_loss(base, sharp)
-spent = [(e, 2 * e) for e in (half, run.epochs) if (2 * e, baseline) in epochs and (e, other) in epochs]
+spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, other) in epochs]
 frames = [
-    audit.contrast({baseline: epochs[2 * e, baseline], other: epochs[e, other]}).assign(epochs=e) for e, _ in spent
+    audit.contrast({baseline: epochs[more, baseline], other: epochs[e, other]}).assign(epochs=e) for e, more in spent
 ]
 compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'test_accuracy']")
 
 # %%
 about = {"optimizer": pair, "attack": "lira", "n_models": len(base[0].ids)}
 results.add(accuracy, note=[f"equal accuracy {a:.4f}" for a in accuracy.test_accuracy], **about)
+results.add(loss, note=[f"equal loss {at:.4f}" for at in loss.train_loss], **about)
 results.add(compute, note=[f"equal compute, {other} {e} epochs" for e in compute.epochs], n_models=len(base[0].ids))
 for row in accuracy.itertuples():
     place = f"At test accuracy {row.test_accuracy:.1%} ({baseline} interpolated between {row.between})"
     say(f"{place}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
 for row in loss.itertuples():
     say(f"At train loss {row.train_loss:.2g}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
-for e, twice in spent:
-    gain, leak = (compute[(compute.epochs == e) & (compute.metric == m)].iloc[0] for m in ("test_accuracy", "auc"))
-    say(f"At equal compute ({other} {e} epochs, {baseline} {twice}): accuracy {points(gain)}, AUC {points(leak)}.")
+for e, more in spent:
+    gain, rise = (compute[(compute.epochs == e) & (compute.metric == m)].iloc[0] for m in ("test_accuracy", "auc"))
+    say(f"At equal compute ({other} {e} epochs, {baseline} {more}): accuracy {points(gain)}, AUC {points(rise)}.")
 
 # %%
 reached = [beyond.test_accuracy(e) for e in base]
@@ -247,18 +252,9 @@ if was:
 # models, a threshold on the confidence.
 
 # %%
-on = beyond.on(baseline)
-changes = {
-    other: dict(optimizer=other),
-    "label smoothing 0.1": dict(smoothing=0.1),
-    "stopped at a quarter": dict(stop=0.25),
-    "stopped at half": dict(stop=0.5),
-    "weight averaging (swa)": dict(optimizer=on("swa")),
-    "SharpReg": dict(optimizer=on("sharpreg")),
-    f"{other}, smoothing 0.1": dict(optimizer=other, smoothing=0.1),
-}
 defended = {"none": run.train(baseline, run.few)}
-defended |= {name: run.train(**{"optimizer": baseline, "n_models": run.few, **c}) for name, c in changes.items()}
+for name, changes in beyond.defences(run).items():
+    defended[name] = run.train(**{"optimizer": baseline, "n_models": run.few, **changes})
 defended = audit.align(defended, essential=["none"])
 defended |= {f"temperature {t}": beyond.tempered(defended["none"], t) for t in (0.25, 4)}
 costs = beyond.defence_table(defended).rename(columns={"optimizer": "label"})
@@ -266,22 +262,17 @@ costs = beyond.defence_table(defended).rename(columns={"optimizer": "label"})
 # %%
 results.add(costs, optimizer=costs.label, rho="", note="defence", n_models=len(defended["none"].ids))
 levels = costs[costs.label.isin(list(defended)) & ~costs.attack.eq("confidence")]
-strict = [m for m in levels.metric.unique() if m.startswith("tpr@")]
+strict = beyond.strict_rate(levels)
 panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
-panels |= {m: f"TPR of LiRA at {float(m[4:]):.1%} FPR" for m in strict[-1:]}
+panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in strict}
 plots.save(plots.side_by_side(levels, panels, "none"), run, "defences")
 
 # %%
 cheaper = costs[costs.label.str.endswith("-none")].assign(name=lambda f: f.label.str.removesuffix("-none"))
 for name in [n for n in defended if n != "none"]:
-    rows = cheaper[cheaper.name == name]
-    price, auc = (
-        rows[rows.metric == "test_accuracy"].iloc[0],
-        rows[(rows.metric == "auc") & (rows.attack == "lira")].iloc[0],
-    )
-    simple = rows[(rows.metric == "auc") & (rows.attack == "confidence")].iloc[0]
-    words = verb(auc, "leaks more", "leaks less", "leaks no differently")
-    say(f"**{name}** {words}: accuracy {points(price)}, AUC of LiRA {points(auc)}, of a threshold {points(simple)}.")
+    say(bought(name, cheaper[cheaper.name == name], strict))
+if 0.001 not in strict:
+    say("The TPR at 0.1% FPR is not reported: these ensembles have too few non-members for ten false positives at it.")
 
 # %% [markdown]
 # **How to read it.** Left, what is paid; middle and right, what is bought; grey, the undefended baseline. Temperature
@@ -306,10 +297,15 @@ if private:
     about = {"optimizer": guard.label, "rho": "", "note": "privacy", "n_models": len(private[baseline, np.inf].ids)}
     results.add(guard, **about)
     shown_rows = guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")]
-    two_panels = {m: panels[m] for m in ("test_accuracy", "auc")}
-    display(plots.save(plots.side_by_side(shown_rows, two_panels, baseline), run, "privacy"))
+    strict = beyond.strict_rate(shown_rows)
+    their = {m: words for m, words in panels.items() if m in set(shown_rows.metric)}
+    display(plots.save(plots.side_by_side(shown_rows, their, baseline), run, "privacy"))
+    for name in [n for n in labels.values() if n != baseline]:
+        say(bought(name, guard[guard.label == f"{name}-{baseline}"], strict))
+elif beyond.private_arch(run) is None:
+    say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it.")
 else:
-    say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it that learns.")
+    say(f"Not run: fewer than 8 of {run.private} models of {beyond.private_arch(run)} learn, even without noise.")
 
 # %%
 if private:
@@ -319,11 +315,15 @@ if private:
     rows = claimed.rename(columns={"bound": "value"}).assign(
         metric="epsilon_lower_bound", ci_low=np.nan, ci_high=np.nan
     )
-    results.add(rows, rho="", attack="lira", note=[f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon])
+    notes = [f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon]
+    results.add(rows, rho="", attack="lira", note=notes, n_models=about["n_models"])
     broken = claimed[claimed.bound > claimed.epsilon]
-    verdict = "No bound exceeds its claim" if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
+    verdict = f"None of {len(claimed)} bounds exceeds its claim"
+    verdict = verdict if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
     loosest = bounds.bound[np.isinf(bounds.epsilon)].iloc[0]
     say(f"{verdict} (delta {delta:g}). Without noise, LiRA certifies an epsilon of at least {loosest:.2f}.")
+    if loosest <= claimed.epsilon.min():
+        say("That is no more than the smallest claim: with so few models the check could not have found a fault.")
 
 # %% [markdown]
 # **How to read it.** Between the bound and the claim lies what the accountant must allow for and our attack does not
@@ -367,7 +367,7 @@ for name in two:
 
 # %%
 agreement = beyond.agreement(two)
-results.add(agreement, note="range over splits of the models")
+results.add(agreement, note="range over splits of the models", n_models=len(two[baseline].ids))
 shown(agreement)
 within = [pick(agreement, name, "exposure_rank_correlation") for name in two]
 across = pick(agreement, f"{baseline} and {other}", "exposure_rank_correlation")
@@ -409,13 +409,13 @@ else:
 
 # %%
 if run.dataset.pattern is not None:
-    rarest = patterns["size"].iloc[0]
     for metric in ("auc", "test_accuracy"):
         rows = patterns[(patterns.metric == metric) & (patterns.optimizer == pair)]
-        for row in rows.itertuples():
-            say(
-                f"`{metric}`, sub-patterns shared by {rows.loc[row.Index, 'size']}: {other} less {baseline} {points(row)}."
-            )
+        for row, size in zip(rows.itertuples(), rows["size"], strict=True):
+            say(f"`{metric}`, sub-patterns shared by {size}: {other} less {baseline} {points(row)}.")
+    atypical = beyond.most(patterns, (*two, pair))
+    for (name, metric), (size, value) in atypical.items():
+        say(f"`{metric}` of {name} is largest on sub-patterns shared by {size} ({value:.3f}).")
 
 # %% [markdown]
 # ## What this run shows
@@ -425,6 +425,9 @@ if run.dataset.pattern is not None:
 # %%
 more, less = (sum(leak == s for _, leak in both.values()) for s in (1, -1))
 say(f"**Variants.** {more} of {len(both)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
+for e, more in spent:
+    rise = compute[(compute.epochs == e) & (compute.metric == "auc")].iloc[0]
+    say(f"**At equal compute** ({e} and {more} epochs) {other} leaks {verb(rise, *than)} {baseline}.")
 for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
     say(
@@ -435,4 +438,12 @@ if was:
 lowered = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc") & (cheaper.ci_high < 0)].sort_values("value")
 said = [f"{row['name']} ({points(row)})" for _, row in lowered.iterrows()]
 say(f"**Defences.** Of those without a guarantee these lower LiRA's AUC, most first: {joined(said)}.")
+if private:
+    price = guard[guard.label.str.endswith(f"-{baseline}") & (guard.metric == "test_accuracy")]
+    said = [f"{row.label.removesuffix(f'-{baseline}')} ({points(row)} of accuracy)" for row in price.itertuples()]
+    say(f"**With a guarantee**: {joined(said)}.")
+say(f"**Who pays.** {signs.count(1)} of {len(signs)} classes leak more under {other}, {signs.count(-1)} less.")
+if run.dataset.pattern is not None:
+    said = [f"{metric} of {name}: those shared by {size}" for (name, metric), (size, _) in atypical.items()]
+    say(f"**Atypical sub-patterns.** Largest, by how many examples share a sub-pattern: {'; '.join(said)}.")
 say(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

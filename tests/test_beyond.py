@@ -1,11 +1,13 @@
+import ast
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jupytext
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib import audit, beyond, memorization, plan, study
+from lib import audit, beyond, memorization, plan, prose, study
 from lib.ensemble import train
 from lib.optimizers import parse
 from lib.recipe import Recipe
@@ -157,7 +159,7 @@ def test_variants_are_on_the_baselines_own_base():
 def test_pattern_table_finds_the_rare_ones(tmp_path):
     data = blobs(n=80, t=60)
     pattern = np.where(np.arange(80) < 20, np.arange(80), 20)
-    common = replace(data, pattern=pattern, pattern_test=np.arange(60) % 21)
+    common = replace(data, pattern=pattern, pattern_test=np.arange(60) % 22)  # 21: the pool has none
     made = {k: train(Recipe(optimizer=k, rho=0.1, epochs=2, batch_size=8), common, 8, tmp_path, "cpu", quiet=True)
             for k in ("sgd", "sam")}  # fmt: skip
     memorized = {k: np.where(np.arange(80) < 20, 0.9, 0.1) for k in made}
@@ -165,3 +167,76 @@ def test_pattern_table_finds_the_rare_ones(tmp_path):
     found = frame[(frame.metric == "mean_memorization") & (frame.optimizer == "sam")].set_index("size").value
     assert found.to_dict() == pytest.approx({"1 to 2": 0.9, "30 to 99": 0.1})
     assert {"auc", "mean_memorization"} <= set(frame.metric) and "sam-sgd" in set(frame.optimizer)
+
+
+# ---- the plan and the notebook ------------------------------------------------------------------------------
+
+
+def planned(run):
+    """(recipe, data) -> models of notebook 06 in the plan."""
+    found = {}
+    for recipe, data, n_models in plan.wanted(run, exact=True)["06"]:
+        found[recipe, data.hash] = max(n_models, found.get((recipe, data.hash), 0))
+    return found
+
+
+@pytest.mark.parametrize("more", [{}, {"optimizers": "sgd,sam,looksam(k=3)", "epochs": 3}, {"ema": 0.9, "epochs": 2}])
+def test_the_plan_of_notebook_06_is_what_its_cells_train(tmp_path, more, monkeypatch):
+    given = {"preset": "tiny", "epochs": 2, "n_models": 8, "store": str(tmp_path / "s"), "out": str(tmp_path), **more}
+    run, asked = study.settings(given), {}
+
+    def record(self, optimizer, n_models=None, dataset=None, **changes):
+        key = self.recipe(optimizer, **changes), (dataset or self.dataset).hash
+        asked[key] = max(n_models or self.n_models, asked.get(key, 0))
+        return SimpleNamespace(ids=np.arange(8))
+
+    monkeypatch.setattr(study.Settings, "train", record)
+    monkeypatch.setattr(audit, "align", lambda made, essential=None: made)
+    cells = [
+        c.source for c in jupytext.read(study.ROOT / "notebooks" / "06_beyond.py").cells if "run.train" in c.source
+    ]
+    trains = "\n".join(line for source in cells for line in source.splitlines())
+    names = {"run": run, "baseline": run.names[0], "other": run.other, "beyond": beyond, "plan": plan, "audit": audit}
+    beyond.variants(run, run.strengths, run.few)
+    for tree in ast.parse(trains).body:  # the statements that train, until the first that looks at what came out
+        if "run.train" in ast.unparse(tree) or "plan." in ast.unparse(tree):
+            exec(compile(ast.Module([tree], []), "06", "exec"), names)
+    beyond.causes(run, run.few, run.most_levels)
+    beyond.private(run, run.epsilons, run.private, beyond.delta_of(run))
+    assert asked == planned(run)
+
+
+def test_equal_compute_is_counted_in_gradients(tmp_path):
+    given = {"preset": "tiny", "epochs": 20, "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    assert plan.equal_compute(study.settings(given)) == {10: 20, 20: 40}
+    assert plan.equal_compute(study.settings({**given, "optimizers": "sgd,looksam"})) == {10: 12, 20: 24}
+
+
+def test_few_models_only_where_halves_are_complementary(tmp_path):
+    given = {"dataset": "digits", "n_models": 256, "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    run = study.settings(given)
+    assert (run.sweep, run.few, run.private) == (128, 64, 32)
+    run = study.settings({**given, "subset": 0.4})
+    assert run.sweep == run.few == run.private == 256
+
+
+def test_a_defence_is_told_with_its_price_and_the_strictest_rate_there_is():
+    rows = [
+        ("test_accuracy", "", -0.02),
+        ("auc", "lira", -0.1),
+        ("auc", "confidence", 0.01),
+        ("tpr@0.01", "lira", -0.2),
+    ]
+    frame = pd.DataFrame(rows, columns=["metric", "attack", "value"])
+    frame = frame.assign(ci_low=frame.value - 0.005, ci_high=frame.value + 0.005)
+    assert beyond.strict_rate(frame) == [0.01] and beyond.strict_rate(frame[:3]) == []
+    said = prose.bought("swa", frame, beyond.strict_rate(frame))
+    assert said.startswith("**swa** leaks less: accuracy -2.0 points") and "its TPR at 1% FPR -20.0 points" in said
+    more = pd.concat([frame, frame.assign(metric="tpr@0.001"), frame.assign(metric="tpr@0.0001")])
+    assert beyond.strict_rate(more) == [0.001]
+
+
+def test_where_a_metric_is_largest():
+    rows = [("sgd", "auc", "1 to 2", 0.7), ("sgd", "auc", "3 to 9", 0.6), ("sam-sgd", "auc", "3 to 9", 0.1)]
+    frame = pd.DataFrame(rows, columns=["optimizer", "metric", "size", "value"])
+    assert beyond.most(frame, ["sgd"]) == {("sgd", "auc"): ("1 to 2", 0.7)}

@@ -206,3 +206,13 @@ def test_too_few_models_are_named(tables):
 def test_gpu_and_cpu_agree(images):
     found = [label_only.scores(images, 8, device=device)[0] for device in ("cpu", "cuda")]
     np.testing.assert_allclose(*found, atol=0.05)
+
+
+def test_the_null_control_is_at_one_half(tables):
+    frame = label_only.table(tables, 10)
+    null = frame[frame.metric == "null_auc"].set_index("optimizer")
+    assert list(null.index) == ["sgd", "sam"] and null.value.between(0.4, 0.6).all()
+    member = np.array(tables["sgd"].member)
+    rng = np.random.default_rng(0)
+    noise = np.stack([rng.random(member.shape) for _ in range(3)])
+    assert label_only.null_auc(noise, member).value == pytest.approx(0.5, abs=0.03)

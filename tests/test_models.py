@@ -210,6 +210,12 @@ def test_a_readers_own_that_is_no_network_is_named(own, name, says):
         models.build(f"own_nets.zoo:{name}", (6,), 4)
 
 
+@pytest.mark.parametrize("path", ["torch.nn:ReLU", "torch.nn:Linear", "lib.sharpness:sam"])
+def test_a_callable_that_makes_no_network_of_a_shape_is_named(path):
+    with pytest.raises(ValueError, match=f"arch='{path}' (fails|made|maps)"):
+        models.build(path, (3, 8, 8), 4)
+
+
 @pytest.mark.parametrize(
     "path", ["own_nets.zoo", "own_nets.zoo:", ":linear", "own nets:x", "a..b:c", "a:b:c", "a/b.py:c"]
 )

@@ -52,7 +52,7 @@ def test_what_is_worth_processes(images, monkeypatch):
     long = Recipe("cnn", epochs=100, batch_size=8)  # 3 steps an epoch
     monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 4)
     assert processes.how_many(long, images, CPU) == 4
-    assert processes.how_many(Recipe("cnn", epochs=99, batch_size=8), images, CPU) == 1
+    assert processes.how_many(Recipe("cnn", epochs=33, batch_size=8), images, CPU) == 1
     assert processes.how_many(long, images, torch.device("cuda")) == 1
     assert processes.how_many(Recipe("__main__:net", epochs=100, batch_size=8), images, CPU) == 1
     each = processes.OWN + ensemble.predicted_memory(long, images, CPU)

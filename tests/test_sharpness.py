@@ -344,3 +344,17 @@ def test_ball_rise_of_a_linear_and_a_quadratic_loss():
     assert float(sharpness.ball_rise(lambda p: g @ p["w"], {"w": w}, 0.5)) == pytest.approx(2.5, rel=1e-5)
     found = sharpness.ball_rise(lambda p: 0.5 * p["w"] @ p["w"], {"w": w}, 0.5)
     assert float(found) == pytest.approx((1.5**2 - 1) / 2, rel=1e-5)
+
+
+def test_msam_has_m_shards_of_like_size_and_two_examples_in_each():
+    seen = []
+
+    def gradient(params, index):
+        seen.append(len(index))
+        return {"weight": torch.ones(2)}, ()
+
+    sharpness.msam(gradient, {"weight": torch.ones(2)}, torch.tensor(0.1), 64, m=10)
+    assert sorted(seen[::2]) == [6] * 6 + [7] * 4  # each asked twice
+    assert Recipe(optimizer="msam(m=32)", rho=0.1, batch_size=64)
+    with pytest.raises(ValueError, match="batch_size=64 is not valid: it must be at least 66, two for each of msam's"):
+        Recipe(optimizer="msam(m=33)", rho=0.1, batch_size=64)

@@ -184,6 +184,17 @@ def verdict_table():
     return "\n".join(lines)
 
 
+def failing():
+    """Which optimizers, with their default options at the run's radius, test worse than SGD: a point of a list."""
+    said = []
+    for name, results in runs().items():
+        rows = results[(results.note == "variants") & (results.metric == "test_accuracy")]
+        rows = rows[rows.optimizer.str.endswith("-sgd")].astype({"ci_low": float, "ci_high": float})
+        worse = [row.optimizer.removesuffix("-sgd") for row in rows.itertuples() if sign(row) < 0]
+        said += [f"{joined(worse)} on {name}"] if worse else []
+    return f"- A default may fail. With the options they have by default, these test worse than SGD: {'; '.join(said)}."
+
+
 def costs_table():
     """What a run costs, by preset."""
     return costs.table([path.parent for path in sorted(REFERENCE.glob("*/results.csv"))])
@@ -193,6 +204,7 @@ def filled(text):
     """The README with its tables made anew."""
     tables = {"answer": answer, "costs": costs_table, "results": results_table, "equal": equal_table}
     tables |= {"verdict": verdict_table, "bench": bench_table, "faults": faults_table}
+    tables |= {"failing": failing}
     for name, made in tables.items():
         table = made()
         text = re.sub(

@@ -76,19 +76,7 @@ from IPython.display import display
 
 from lib import audit, label_only, memorization, plots
 from lib.data import duplicate_table
-from lib.prose import (
-    conclusions,
-    difference,
-    joined,
-    null_control,
-    pick,
-    planted_leak,
-    points,
-    say,
-    shown,
-    summary,
-    verb,
-)
+from lib.prose import conclusions, difference, null_control, pick, planted_leak, points, say, shown, summary, verb
 from lib.results import Results
 
 plots.style()
@@ -259,7 +247,7 @@ for metric in ("auc", "balanced_accuracy"):
     say(f"By labels alone ({metric}), {other} leaks {verb(only, *than)} {baseline}: {points(only)}.")
 null = labels[labels.metric == "null_auc"].itertuples()
 said = [f"{row.optimizer} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in null]
-say(f"On shuffled membership, where an AUC of 0.5 is due: {joined(said)}.")
+say(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")
 
 # %% [markdown]
 # ### ROC

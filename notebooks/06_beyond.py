@@ -77,10 +77,7 @@ plots.style()
 baseline, other = run.names[0], run.other
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("06_beyond", run, n_models=run.few)
-say(
-    run.describe()
-    + f" In this notebook an ensemble has {run.few} models, a private one and its baseline {run.private}."
-)
+say(run.describe() + f" Here an ensemble has {run.few} models, a private one and its baseline {run.private}.")
 
 # %% [markdown]
 # ## Variants: who sits on the frontier?
@@ -297,11 +294,13 @@ if private:
     about = {"optimizer": guard.label, "rho": "", "note": "privacy", "n_models": len(private[baseline, np.inf].ids)}
     results.add(guard, **about)
     shown_rows = guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")]
-    strict = beyond.strict_rate(shown_rows)
     their = {m: words for m, words in panels.items() if m in set(shown_rows.metric)}
     display(plots.save(plots.side_by_side(shown_rows, their, baseline), run, "privacy"))
+
+# %%
+if private:
     for name in [n for n in labels.values() if n != baseline]:
-        say(bought(name, guard[guard.label == f"{name}-{baseline}"], strict))
+        say(bought(name, guard[guard.label == f"{name}-{baseline}"], beyond.strict_rate(shown_rows)))
 elif beyond.private_arch(run) is None:
     say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it.")
 else:
@@ -317,6 +316,9 @@ if private:
     )
     notes = [f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon]
     results.add(rows, rho="", attack="lira", note=notes, n_models=about["n_models"])
+
+# %%
+if private:
     broken = claimed[claimed.bound > claimed.epsilon]
     verdict = f"None of {len(claimed)} bounds exceeds its claim"
     verdict = verdict if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
@@ -435,6 +437,8 @@ for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     )
 if was:
     say(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
+
+# %%
 lowered = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc") & (cheaper.ci_high < 0)].sort_values("value")
 said = [f"{row['name']} ({points(row)})" for _, row in lowered.iterrows()]
 say(f"**Defences.** Of those without a guarantee these lower LiRA's AUC, most first: {joined(said)}.")

@@ -297,6 +297,9 @@ if private:
     their = {m: words for m, words in panels.items() if m in set(shown_rows.metric)}
     display(plots.save(plots.side_by_side(shown_rows, their, baseline), run, "privacy"))
 
+# %% [markdown]
+# What each costs and buys, against the same network without noise:
+
 # %%
 if private:
     for name in [n for n in labels.values() if n != baseline]:
@@ -316,6 +319,9 @@ if private:
     )
     notes = [f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon]
     results.add(rows, rho="", attack="lira", note=notes, n_models=about["n_models"])
+
+# %% [markdown]
+# A fault of the accountant or of the noise shows only where the attack, left undisturbed, certifies more than is claimed.
 
 # %%
 if private:

@@ -409,7 +409,8 @@ def main(arguments=None):
     status = execute_all(chosen, {**clean(given), "store": shortest(run.store), "out": shortest(run.out)})
     seconds = round(time.monotonic() - run.began)
     # what this took, and which share of its training the store did not have
-    return status or concluded(run, {"notebooks": numbers, "seconds": seconds, "trained": to_do / (total or 1)})
+    took = {"notebooks": numbers, "n_models": run.n_models, "seconds": seconds, "trained": to_do / (total or 1)}
+    return status or concluded(run, took)
 
 
 def concluded(run, took):

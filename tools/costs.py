@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import torch
 
 from lib import data, ensemble, models, plan, step, study
@@ -59,10 +58,9 @@ def measured(run, folders):
     """Seconds of a committed run of just these settings, all notebooks, every model trained; None if there is none."""
     for folder in folders:
         made, took = (told(folder / name) for name in ("settings.json", "run.json"))
-        n_models = pd.read_csv(folder / "results.csv").n_models.max()
         alike = all(book.get(name) == run.values[name] for book in made.values() for name in SETTINGS)
         whole = took.get("trained") == 1 and took["notebooks"] == [book.name[:2] for book in study.NOTEBOOKS]
-        if alike and whole and n_models == run.n_models:
+        if alike and whole and took["n_models"] == run.n_models:
             return took["seconds"]
     return None
 

@@ -60,7 +60,7 @@ def measured(run, folders):
         made, took = (told(folder / name) for name in ("settings.json", "run.json"))
         alike = all(book.get(name) == run.values[name] for book in made.values() for name in SETTINGS)
         whole = took.get("trained") == 1 and took["notebooks"] == [book.name[:2] for book in study.NOTEBOOKS]
-        if alike and whole and took["n_models"] == run.n_models:
+        if alike and whole and took.get("n_models") == run.n_models:
             return took["seconds"]
     return None
 

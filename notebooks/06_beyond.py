@@ -324,7 +324,9 @@ if private:
 # A fault of the accountant or of the noise shows only where the attack, left undisturbed, certifies more than is claimed.
 
 # %%
-if private:
+if private and claimed.empty:
+    say("Every private ensemble was left out: no claim is left to check.")
+elif private:
     broken = claimed[claimed.bound > claimed.epsilon]
     verdict = f"None of {len(claimed)} bounds exceeds its claim"
     verdict = verdict if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"

@@ -1,5 +1,11 @@
 """Small data sets and recipes that the tests share."""
 
+import contextlib
+import os
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +46,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def same(first, second):
+    """Two ensembles of the same arrays, to the last bit."""
+    for name in ("logits", "test_logits", "member", "history"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
+
+
+@contextlib.contextmanager
+def killing_one(kept, pids):
+    """Meanwhile, kill the first process of pids() once a chunk of the store is claimed: the list of whom it was."""
+    killed = []
+
+    def wait():
+        while not killed:
+            for pid in pids():
+                if any((kept.folder / "claims").glob("*.lock")):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    yield killed
+    thread.join(5)

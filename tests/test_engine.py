@@ -2,20 +2,18 @@
 
 import gc
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lib import engine, ensemble, study
 from lib.recipe import Recipe
+from tests.conftest import killing_one, same
 
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 quiet = pytest.mark.filterwarnings("ignore")  # Ray's own
@@ -37,11 +35,6 @@ def two_workers():
     os.environ.update(before)
 
 
-def same(first, second):
-    for name in ("logits", "test_logits", "member", "history"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
-
-
 @with_ray
 @quiet
 def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers, one_thread):
@@ -57,22 +50,9 @@ def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers, 
 @quiet
 def test_a_chunk_whose_worker_is_killed_is_trained_anew(images, tmp_path, two_workers, one_thread):
     recipe = Recipe("cnn", "sam", 0.1, epochs=40, batch_size=8)
-    kept, killed = ensemble.open_store(recipe, images, tmp_path / "ray"), []
-
-    def kill_one():
-        """Kill a worker once it holds a chunk's claim and has not finished it."""
-        while not killed:
-            for pid in workers():
-                if any((kept.folder / "claims").glob("*.lock")) and holds_a_claim(pid, kept.folder):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-                    return
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=kill_one, daemon=True)
-    thread.start()
-    by_ray = engine.train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
-    thread.join(5)
+    kept = ensemble.open_store(recipe, images, tmp_path / "ray")
+    with killing_one(kept, lambda: [pid for pid in workers() if holds_a_claim(pid, kept.folder)]) as killed:
+        by_ray = engine.train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
     assert killed, "no worker was caught in mid-chunk"
     same(by_ray, ensemble.train(recipe, images, 4, tmp_path / "here", "cpu", quiet=True))
 

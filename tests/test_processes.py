@@ -1,11 +1,8 @@
 """Processes of one thread each against this process: the same arrays, whatever is lost on the way."""
 
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 
 from lib import engine, ensemble, plan, processes, step, study
 from lib.recipe import Recipe
+from tests.conftest import killing_one, same
 
 CPU = torch.device("cpu")
 
@@ -31,11 +29,6 @@ def two(monkeypatch):
     """As if every ensemble were long, and this process had two threads."""
     monkeypatch.setattr(processes, "LONG", 0)
     monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 2)
-
-
-def same(first, second):
-    for name in ("logits", "test_logits", "member", "history"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
 
 
 def test_two_processes_make_what_one_thread_makes(images, tmp_path, two, one_thread):
@@ -63,21 +56,9 @@ def test_what_is_worth_processes(images, monkeypatch):
 
 def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path, two, one_thread, capfd):
     recipe = Recipe("cnn", "sam", 0.1, epochs=60, batch_size=8)
-    kept, killed = ensemble.open_store(recipe, images, tmp_path / "two"), []
-
-    def kill_one():
-        while not killed:
-            for pid in list(getattr(processes.POOLS.get(2), "_processes", None) or ()):
-                if any((kept.folder / "claims").glob("*.lock")):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-                    return
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=kill_one, daemon=True)
-    thread.start()
-    made = engine.train(recipe, images, 4, tmp_path / "two", "cpu", quiet=True)
-    thread.join(5)
+    kept = ensemble.open_store(recipe, images, tmp_path / "two")
+    with killing_one(kept, lambda: list(getattr(processes.POOLS.get(2), "_processes", None) or ())) as killed:
+        made = engine.train(recipe, images, 4, tmp_path / "two", "cpu", quiet=True)
     assert killed and "a process that trained was lost" in capfd.readouterr().out
     same(made, ensemble.train(recipe, images, 4, tmp_path / "one", "cpu", quiet=True))
     assert not processes.POOLS

@@ -38,7 +38,7 @@ FLOOR = 1e-12  # of a variance
 TINY = 1e-40  # of a loss, an entropy or a confidence that is divided by or put into a logarithm
 
 
-def run(logits, y, member, population_logits=None, population_y=None, gamma=2.0, a=0.3, seed=0, learned=True):
+def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, learned=True):
     """All attacks in NAMES on one ensemble: a dict name -> scores [M, N] float32; learned=False: without the neural.
 
     logits: [M, N, C], or [M, Q, N, C] with Q queries (augmentations) of which the first is the plain input;
@@ -87,18 +87,39 @@ def single(logits, y, member, seed=0, learned=True):
     return out
 
 
-def null_member(member, seed=0) -> np.ndarray:
+def null_member(member, seed=0, groups=None) -> np.ndarray:
     """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
-    One common permutation of the columns: rows keep their sizes, pairs stay complementary and every example
-    stays in as many models. Feed it to an attack as `member`, with the untouched logits: an example's real
-    membership in a pair is then a coin flip, independent of its alleged one. So LiRA and RMIA with
-    leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2 (none judges an example it
-    was learned on; ranks across the two halves are off by O(1/N)). With leave="model" the alleged counts and
-    the agreeing partner give the target away: in a simulation, online LiRA's null AUC was .452, .504 and .507
-    with 8, 16 and 64 models, and .501, .501 and .500 with "pair" (standard errors at most .002).
+    Every pair's halves are drawn anew, by themselves: rows keep their sizes, pairs stay complementary and every
+    example stays in as many models. groups [N] stay whole: each is exchanged with one of its size. Feed it to an
+    attack as `member`, with the untouched logits: an example's real membership in a pair is then a coin flip,
+    independent of its alleged one. So LiRA and RMIA with leave="pair" have AUC 1/2 in expectation, and learned
+    thresholds accuracy 1/2 (none judges an example it was learned on; ranks across the two halves are off by
+    O(1/N)). With leave="model" the alleged counts and the agreeing partner give the target away.
+
+    Where models are no pairs, one permutation of the columns serves all: every example stays in as many models, but
+    halves that really overlap more do so in the alleged membership too, and LiRA finds a trace of that.
     """
-    return member[:, np.random.default_rng(seed).permutation(member.shape[1])]
+    partner, rng = partners(member), np.random.default_rng(seed)
+    if partner is None:
+        return member[:, _exchanged(rng, groups, member.shape[1])]
+    null = member.copy()
+    for m in np.flatnonzero(np.arange(len(member)) < partner):
+        null[m] = member[m, _exchanged(rng, groups, member.shape[1])]
+        null[partner[m]] = ~null[m]
+    return null
+
+
+def _exchanged(rng, groups, n) -> np.ndarray:
+    """A random order of n columns; groups trade places whole, with others of their size."""
+    if groups is None:
+        return rng.permutation(n)
+    sizes, order = np.bincount(groups)[groups], np.empty(n, np.int64)
+    for size in np.unique(sizes):
+        own = np.flatnonzero(sizes == size)
+        own = own[np.argsort(groups[own], kind="stable")]  # group after group
+        order[own] = rng.permutation(own.reshape(-1, size)).ravel()
+    return order
 
 
 # ---- thresholds on one model's output --------------------------------------------------------------------
@@ -224,13 +245,15 @@ def _lira(x, member, kinds, center="mean", leave=None):
 # ---- relative likelihood ---------------------------------------------------------------------------------
 
 
-def rmia(confidence, member, population=None, offline=False, gamma=2.0, a=0.3, leave=None) -> np.ndarray:
+def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, leave=None) -> np.ndarray:
     """The robust attack of Zarifzadeh, Liu & Shokri (2024, algorithm 1): scores [M, N] float32 in [0, 1].
 
     confidence: [M, N], or [M, Q, N] with Q queries, over which the scores are averaged; population: [M, T] or
     [M, Q, T], the confidences on examples that no model trained on. None: the pool's own examples take their
     place (their membership in the target is not used). gamma: the ratio to exceed; a: the offline line
-    mean_in = a mean_out + 1 - a. leave: as in `lira`. Scores are multiples of 1/T (or 1/N): they tie.
+    mean_in = a mean_out + 1 - a. leave: as in `lira`. Scores are multiples of 1/T (or 1/N): they tie. The paper's
+    gamma = 2 goes with its Taylor softmax; on plain confidences near 1 it would leave a few dozen distinct scores
+    and decide by ties who leaks more. 1, as in the authors' privacy_meter, keeps the order of the ratios.
     Raises ValueError if an example has too few IN or OUT models left, or for gamma <= 0 or a outside [0, 1].
     """
     if gamma <= 0 or not 0 <= a <= 1:

@@ -75,9 +75,10 @@ def leakage(ensembles, scored):
 def compared(ensembles, cells_of, metric, rate=False, widen=0.0, test=False):
     """One metric for each optimizer and difference: a tidy frame.
 
-    cells_of: Ensemble -> cells [M, N] of the pool, whose groups (patients) count as one, or [M, T] of the test part.
+    cells_of: Ensemble -> cells [M, N] of the pool, or [M, T] of the test part; groups (patients) count as one.
     """
-    groups = None if test else next(iter(ensembles.values())).dataset.groups
+    dataset = next(iter(ensembles.values())).dataset
+    groups = dataset.groups_test if test else dataset.groups
     cells = {name: cells_of(e) for name, e in ensembles.items()}
     found = metrics.paired(cells, rate=rate, widen=widen, columns=groups)
     return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
@@ -209,7 +210,7 @@ def null_table(ensemble, seed, shuffles=5):
     """AUC of every attack on shuffled membership (attacks.null_member), averaged over shuffles: 0.5 without a fault."""
     cells = {}
     for shuffle in range(shuffles):
-        member = attacks.null_member(np.array(ensemble.member), [seed, shuffle])
+        member = attacks.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)
         for attack, found in scores(ensemble, member).items():
             cells[attack] = cells.get(attack, 0) + metrics.auc_cells(found, member) / shuffles
     how = {"rate": True, "widen": metrics.SHADOWS, "columns": ensemble.dataset.groups}
@@ -289,6 +290,18 @@ def regime_table(regimes):
     return pd.concat([contrast(pair).assign(epochs=epochs) for epochs, pair in bar], ignore_index=True)
 
 
+def on_the_same(*groups):
+    """Each group, a dict label -> Ensemble, restricted to the models that all groups have; as it is if it has no more,
+    or if fewer than 8 models would be left."""
+    common = common_ids({(k, label): e for k, group in enumerate(groups) for label, e in group.items()})
+
+    def restricted(group):
+        more = any(len(e.ids) > len(common) for e in group.values())
+        return {label: e.only(common) for label, e in group.items()} if more else group
+
+    return groups if len(common) < 8 else tuple(map(restricted, groups))
+
+
 def loss_series(regime_frame, dose_frame, baseline, other):
     """LiRA's AUC against train loss as plots.leakage_against_loss takes it: two series over epochs, one over radii."""
     epochs = regime_frame.assign(
@@ -299,42 +312,67 @@ def loss_series(regime_frame, dose_frame, baseline, other):
     return both[(both.metric == "auc") & both.optimizer.isin([baseline, other])]
 
 
-def log_loss(ensemble):
-    """Logarithm of the mean train loss (nats)."""
-    return float(np.log(-plain_signal(ensemble, "log_confidence")[np.array(ensemble.member)].mean()))
+def train_losses(ensemble):
+    """Cells [M, N] of the train loss (nats)."""
+    return metrics.ratio_cells(-plain_signal(ensemble, "log_confidence").astype(float), np.array(ensemble.member))
 
 
-def at_equal(baseline, other, coordinate):
+def at_equal(baseline, other, cells_of, scale=float, test=False):
     """AUC differences, other minus baseline, where `other` reached a coordinate: a tidy frame.
 
-    baseline, other: lists of Ensembles of the same models; coordinate: Ensemble -> float. The baseline's AUC cells
-    there are interpolated linearly between its two neighbouring runs (columns below and above have their coordinates);
-    the weight is taken as known. A curve that bends between two runs lies off the line, so where they are far apart
-    the difference is off too. Coordinates that the baseline did not bracket are left out.
+    baseline, other: lists of Ensembles of the same models. The coordinate is scale(mean of cells_of(ensemble)), cells
+    [M, N] of the pool or [M, T] of the test part. Between its two neighbouring runs (columns below and above have their
+    coordinates) the baseline's AUC is read off several `curves`, which are linear in its cells: the value is the mean
+    of the differences, the interval spans the curves' 95% intervals. The coordinate itself is taken as known, so what
+    the baseline did not bracket is left out, and so is a bracket whose own two runs differ by no more than noise.
     """
     ids = [e.ids.tolist() for e in [*baseline, *other]]
     if any(i != ids[0] for i in ids):
         raise ValueError("baseline, other: the ensembles hold different models; align them first")
-    points = sorted(((coordinate(e), lira_cells(e).astype(np.float32)) for e in baseline), key=lambda point: point[0])
-    places, rows = [place for place, _ in points], []
+    points = [(cells_of(e), lira_cells(e).astype(np.float32)) for e in baseline]
+    points = sorted(((scale(cells.mean()), cells, leak) for cells, leak in points), key=lambda point: point[0])
+    places, of, leak = zip(*points, strict=True)
+    rows = []
     for ensemble in other:
-        at = coordinate(ensemble)
+        at, groups = scale(cells_of(ensemble).mean()), ensemble.dataset.groups
         right = int(np.searchsorted(places, at))
-        if not 0 < right < len(points):
+        if not 0 < right < len(places):
             continue
-        (below, low), (above, high) = points[right - 1 : right + 1]
-        weight = (at - below) / (above - below)
-        cells = lira_cells(ensemble) - (1 - weight) * low - weight * high
-        found = metrics.estimate(cells, widen=metrics.SHADOWS, columns=ensemble.dataset.groups)
-        rows.append(row("auc", found, at=at, below=below, above=above))
-    return pd.DataFrame(rows, columns=["at", "below", "above", "metric", "value", "ci_low", "ci_high"])
+        apart = metrics.estimate(of[right] - of[right - 1], columns=ensemble.dataset.groups_test if test else groups)
+        if apart.low <= 0 <= apart.high:
+            continue
+        own, found = lira_cells(ensemble), []
+        for weights in curves(places, at, right):
+            cells = own - sum(weight * leak[k] for k, weight in weights.items())
+            found.append(metrics.estimate(cells, widen=metrics.SHADOWS, columns=groups))
+        hull = metrics.Estimate(
+            np.mean([e.value for e in found]), min(e.low for e in found), max(e.high for e in found)
+        )
+        between = {"below": places[right - 1], "above": places[right], "epochs": ensemble.recipe.epochs}
+        rows.append(row("auc", hull, at=at, **between))
+    return pd.DataFrame(rows, columns=["at", "below", "above", "epochs", "metric", "value", "ci_low", "ci_high"])
+
+
+def curves(places, at, right):
+    """Weights of the runs at rising `places` in the value at `at`, between the runs right - 1 and right: dicts.
+
+    The straight line through the two, and the parabolas through them and the next run on either side, where there is
+    one: how far they part says how much the bend between two runs leaves open.
+    """
+    ends = [right - 1, right]
+    sets = [ends, *([*ends, k] for k in (right - 2, right + 1) if 0 <= k < len(places))]
+    # Lagrange: w_k = prod_{j != k} (at - x_j) / (x_k - x_j)
+    return [
+        {k: float(np.prod([(at - places[j]) / (places[k] - places[j]) for j in nodes if j != k])) for k in nodes}
+        for nodes in sets
+    ]
 
 
 def at_equal_loss(baseline, other):
     """`at_equal` in log train loss: columns train_loss (nats), between (the baseline's two), metric, value, ..."""
-    frame = at_equal(baseline, other, log_loss)
+    frame = at_equal(baseline, other, train_losses, np.log)
     between = [f"{np.exp(low):.3g} and {np.exp(high):.3g}" for low, high in zip(frame.below, frame.above, strict=True)]
-    kept = frame[["metric", "value", "ci_low", "ci_high"]]
+    kept = frame[["epochs", "metric", "value", "ci_low", "ci_high"]]
     return pd.concat([pd.DataFrame({"train_loss": np.exp(frame["at"]), "between": between}), kept], axis=1)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from lib import attacks, audit, metrics, models, privacy
+from lib import attacks, audit, metrics, models, optimizers, privacy
 from lib.audit import lira_cells, plain_signal, row
 from lib.memorization import exposure, spearman
 from lib.prose import sign
@@ -73,11 +73,11 @@ def dominated(found, level=0.95):
     """
     accuracy = {k: audit.hits_on_test(e) for k, e in found.items()}
     leak, k = {label: lira_cells(e).astype(np.float32) for label, e in found.items()}, len(found)
-    strict, groups = 1 - (1 - level) / max(1, k * (k - 1)), next(iter(found.values())).dataset.groups
+    strict, dataset = 1 - (1 - level) / max(1, k * (k - 1)), next(iter(found.values())).dataset
 
     def beats(b, a):
-        better = metrics.estimate(accuracy[b] - accuracy[a], level=strict)
-        tighter = metrics.estimate(leak[a] - leak[b], level=strict, widen=metrics.SHADOWS, columns=groups)
+        better = metrics.estimate(accuracy[b] - accuracy[a], level=strict, columns=dataset.groups_test)
+        tighter = metrics.estimate(leak[a] - leak[b], level=strict, widen=metrics.SHADOWS, columns=dataset.groups)
         clear = (better.low > 0) or (tighter.low > 0)
         return clear and better.value >= 0 and tighter.value >= 0
 
@@ -94,7 +94,7 @@ def test_accuracy(ensemble):
 
 def at_equal_accuracy(baseline, other):
     """As audit.at_equal_loss, at the test accuracies that `other` reached: columns test_accuracy, between, ..."""
-    frame = audit.at_equal(baseline, other, test_accuracy)
+    frame = audit.at_equal(baseline, other, audit.hits_on_test, test=True)
     between = [f"{low:.1%} and {high:.1%}" for low, high in zip(frame.below, frame.above, strict=True)]
     return frame.drop(columns=["below", "above"]).rename(columns={"at": "test_accuracy"}).assign(between=between)
 
@@ -116,9 +116,10 @@ def levels(run):
     """What is varied, one thing at a time: dict (factor, level) -> (changes of the recipe, data set). The run first."""
     data, found = run.dataset, {("as it is", "as it is"): ({}, run.dataset)}
     size = run.recipe(run.names[0]).batch_size
+    least = max(4, *(run.recipe(name).named.least_batch for name in (run.names[0], run.other)))
     for factor in (0.25, 4):
         batch = round(factor * size)
-        if 4 <= batch <= round(len(data.y) * run.subset):
+        if least <= batch <= round(len(data.y) * run.subset):
             found["batch size", f"{batch}"] = ({"batch_size": batch}, data)
     for epochs in (run.regimes()[-3:][0], run.regimes()[-1]):
         if epochs != run.epochs:
@@ -251,8 +252,11 @@ def noise_levels(run, targets, delta):
 
 
 def private_arch(run):
-    """The run's network, or its twin, without BatchNorm, which mixes a batch's examples; None if there is none."""
+    """The run's network, or its twin, without BatchNorm, which mixes a batch's examples; None if there is none, or if
+    the baseline asks for gradients anew within a step, which no accountant counts."""
     arch = WITHOUT_NORM.get(run.arch, run.arch)
+    if optimizers.asks_again(run.recipe(run.names[0]).named):
+        return None
     net = models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
     return None if models.has_batchnorm(net) else arch
 
@@ -295,15 +299,20 @@ def class_table(ensembles):
     right = {k: audit.hits_on_test(e) for k, e in ensembles.items()}
     for c, name in enumerate(dataset.classes):
         own, seen = dataset.y == c, dataset.y_test == c
-        inside, groups = member[:, own], None if dataset.groups is None else dataset.groups[own]
+        inside, of = member[:, own], {"groups": own, "groups_test": seen}
+        of = {key: None if (g := getattr(dataset, key)) is None else g[rows] for key, rows in of.items()}
         cells = {}
         if inside.any(1).all() and (~inside).any(1).all():
             cells["auc"] = {k: metrics.auc_cells(s[:, own], inside) for k, s in scores.items()}
         if seen.any():
             cells["class_test_accuracy"] = {k: r[:, seen] for k, r in right.items()}
-        for metric, of in cells.items():
-            how = {"widen": metrics.SHADOWS, "columns": groups} if metric == "auc" else {}
-            found = metrics.paired(of, rate=True, **how)
+        for metric, each in cells.items():
+            how = (
+                {"widen": metrics.SHADOWS, "columns": of["groups"]}
+                if metric == "auc"
+                else {"columns": of["groups_test"]}
+            )
+            found = metrics.paired(each, rate=True, **how)
             rows = [row(metric, e, optimizer=k) for k, e in found.items()]
             frames.append(pd.DataFrame(rows).assign(**{"class": name, "size": own.sum()}))
     counts = np.bincount(dataset.y_test, minlength=dataset.n_classes)
@@ -316,12 +325,14 @@ def class_table(ensembles):
 def agreement(ensembles, parts=8, seed=0):
     """Does the other expose the same examples? Rank correlations of the examples' exposure between two halves of pairs.
 
-    Exposure: how well LiRA tells an example's members from non-members, over models. Two halves of the *models* of one
-    optimizer agree no better than their noise lets them; across optimizers (again on different models) a lower
-    correlation means other examples. Returns a tidy frame: metric, value and the range over `parts` splits as interval.
+    Exposure: how well phi tells the models with an example from those without (AUC); no shadow model is in it, which
+    both halves would share. Two halves of the *models* of one optimizer agree no better than their noise lets them;
+    across optimizers (again on different models) a lower correlation means other examples. Returns a tidy frame:
+    metric, value and the range over `parts` splits as interval.
     """
     (a, first), (b, second) = ensembles.items()
-    scores, member = {a: lira_scores(first), b: lira_scores(second)}, np.array(first.member)
+    scores = {a: plain_signal(first, "phi"), b: plain_signal(second, "phi")}
+    member = np.array(first.member)
     rng, found = np.random.default_rng(seed), {}
     for _ in range(parts):
         left = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)

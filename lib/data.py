@@ -20,6 +20,7 @@ __all__ = ["DATASETS", "Dataset", "duplicate_table", "duplicates", "inputs", "lo
 __all__ += ["validate"]
 
 SHARES = {"digits": 597 / 1797, "npz": 0.25}  # split off as the test part where none is given; others: 0.2
+TEST = ("x_test", "y_test", "groups_test", "pattern_test")
 NEAR = 0.5  # a near duplicate is this much nearer than a typical nearest neighbour: see `duplicates`
 
 
@@ -35,6 +36,7 @@ class Dataset:
     classes: tuple[str, ...]
     index: np.ndarray | None = None  # [N] which examples of the training part as loaded these are; None: all, in order
     groups: np.ndarray | None = None  # int64 [N] what belongs together (a patient's two eyes); None: each its own
+    groups_test: np.ndarray | None = None  # int64 [T] likewise, for the intervals over the test part
     pattern: np.ndarray | None = None  # int64 [N] the sub-pattern each example was drawn from, where that is known
     pattern_test: np.ndarray | None = None  # int64 [T] likewise
 
@@ -84,7 +86,7 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
     need(even, f"{n_examples=}: needs an even number from {least} (two of each class) to {n} (all there are)")
     need(n_test is None or _whole(n_test, 1, t), f"{n_test=}: needs a whole number from 1 to {t} (all there are)")
     if n_test is not None:
-        dataset = _subset(dataset, _draw(dataset.y_test, n_test, seed), ("x_test", "y_test", "pattern_test"))
+        dataset = _subset(dataset, _draw(dataset.y_test, n_test, seed), TEST)
     if dataset.groups is not None:
         keep = _draw_groups(dataset, n_examples, seed)
     else:
@@ -125,7 +127,7 @@ def validate(dataset: Dataset) -> Dataset:
         need(x.shape[1:] == d.x.shape[1:], f"{what}, x is {list(d.x.shape)}; only axis 0 may differ")
         need(x.dtype == np.uint8 or np.isfinite(x).all(), f"x{part} holds NaN or infinity; finite numbers are needed")
         need(0 <= y.min() and y.max() < c, f"y{part} runs from {y.min()} to {y.max()}; valid are 0..{c - 1}")
-    for key, y in (("groups", d.y), ("pattern", d.y), ("pattern_test", d.y_test)):
+    for key, y in (("groups", d.y), ("pattern", d.y), ("groups_test", d.y_test), ("pattern_test", d.y_test)):
         if (a := getattr(d, key)) is not None:
             fine = a.dtype.kind in "iu" and a.shape == y.shape and a.min() >= 0
             need(fine, f"{key} is {a.dtype} {list(a.shape)}; integers {list(y.shape)}, not negative, are needed")
@@ -268,8 +270,8 @@ def _whole(value, low: int, high: float = np.inf) -> bool:
 def _subset(dataset: Dataset, keep: np.ndarray, fields: tuple[str, ...]) -> Dataset:
     """The examples `keep` in those of the fields that there are; groups are numbered anew."""
     parts = {field: a[keep] for field in fields if (a := getattr(dataset, field)) is not None}
-    if "groups" in parts:
-        parts["groups"] = np.unique(parts["groups"], return_inverse=True)[1]
+    for field in {"groups", "groups_test"} & set(parts):
+        parts[field] = np.unique(parts[field], return_inverse=True)[1]
     return replace(dataset, **parts)
 
 
@@ -379,7 +381,7 @@ def _split(d: Dataset, share: float) -> Dataset:
     need(n_pool <= len(top), f"{len(top)} groups; two for each of {d.n_classes} classes are needed")
     keep = np.isin(groups, _draw(top, n_pool, seed=0, least=2))
     need(not keep.all(), f"{len(top)} groups leave none for a test part; more, or x_test and y_test, are needed")
-    test = dict(x_test=d.x[~keep], y_test=d.y[~keep])
+    test = dict(x_test=d.x[~keep], y_test=d.y[~keep], groups_test=None if d.groups is None else groups[~keep])
     return _subset(replace(d, **test), keep, ("x", "y", "groups", "pattern"))
 
 

@@ -342,9 +342,15 @@ def check(recipe, dataset, n_models):
         raise ValueError(f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
     if (recipe.augment or recipe.queries > 1) and not dataset.is_image:
         raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {dataset.x.shape[1:]}")
-    net = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
-    if recipe.named.private and models.has_batchnorm(net):
+    net, named = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), recipe.named
+    models.check_repeatable(net, recipe.arch, dataset.x.shape[1:])
+    if "per_example" in named.wants and models.has_batchnorm(net):
         raise ValueError(f"arch={recipe.arch!r} has BatchNorm, which mixes what {recipe.optimizer} must keep apart")
+    if named.private and optimizers.asks_again(named):
+        raise ValueError(
+            f"optimizer={recipe.optimizer!r}: {named.base_name} asks for gradients anew within a step, with the same "
+            "noise, which no accountant counts: choose another base"
+        )
     membership(recipe, n, [0], dataset.groups)
     if recipe.batch_size > size:
         raise ValueError(f"batch_size={recipe.batch_size!r} is larger than a model's {size} training examples")
@@ -466,7 +472,9 @@ def trained(recipe, inputs, ids, tick):
         group = Group(recipe, inputs, ids)
         history = group.train(tick)
         return group.arrays(history) | {"stuck": group.stuck}
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # so a CPU says it
+            raise
         if len(ids) == 1:
             raise ValueError(
                 f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one "

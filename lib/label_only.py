@@ -1,15 +1,18 @@
 """The label-only attack: who is classified right under many small changes of the input is a member.
 
-Choquette-Choo et al. (2021): the attacker sees a model's predicted labels, no confidence. The score is the share of
-queries with the right label, a multiple of 1 / Q. Images are shifted and mirrored (their augmentation attack), tables
-get noise (their random-noise attack: flipped bits, or Gaussian noise), of a strength that other models chose.
+Choquette-Choo et al. (2021): the attacker sees a model's predicted labels, no confidence. First counts whether the
+example is labelled right as it is, then the share of queries with the right label. Images are shifted and mirrored
+(their augmentation attack), tables get noise (their random-noise attack: flipped bits, or Gaussian noise), of a
+strength that other models chose.
 
 The authors' code differs: it shifts along one diamond (|dx| + |dy| = d, border repeated) or rotates, without mirror
-images, and classes each have a network on the vector of hits, learned on a shadow model; here the hits are counted
-and class-wise thresholds do the rest. Its noise attack asks 2,500 to 10,000 times, and gives 0 to an example that is
-wrong as it is. For bits the strengths are theirs, 1 to 10 expected flips, and two more; their Gaussian noise is .02
-to .1 of the range of a pixel, here it is in units of each feature's standard deviation.
+images, and classes each have a network on the vector of hits, the untouched query's among them, learned on a shadow
+model; here the hits are counted and class-wise thresholds do the rest. Its noise attack asks 2,500 to 10,000 times, and
+gives 0 to an example that is wrong as it is. For bits the strengths are theirs, 1 to 10 expected flips, and two more;
+their Gaussian noise is .02 to .1 of the range of a pixel, here it is in units of each feature's standard deviation.
 """
+
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 
 from lib import attacks, data, metrics
 from lib.ensemble import KEEP_WEIGHTS
+from lib.signals import signals
 
 LEAST = 8  # models: fewer pairs give no interval
 COPIES = 50  # noisy copies beside the plain input: an odd number of queries
@@ -27,7 +31,9 @@ BATCH = 200  # examples: the activations stay in the cache, twice as fast as 500
 
 
 def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
-    """`metrics.table` of the attacks label_only and label_only_classwise on the models that all ensembles have kept.
+    """`metrics.table` of the attacks label_only, label_only_classwise and label_once on the models that all have kept.
+
+    label_once asks for the label of the example as it is and no more: it is the attack `gap`.
 
     ensembles: dict optimizer -> Ensemble, the first is the baseline. Returns a tidy frame like audit.leakage: metric,
     value, ci_low, ci_high, optimizer, attack; with the null control of label_only as the metric null_auc. Raises
@@ -39,7 +45,8 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     member, y = np.array(first.only(ids).member), first.dataset.y
     scored = {name: chosen(found, member) for name, found in asked.items()}
     by_class = {name: attacks.classwise(s, member, y) for name, s in scored.items()}
-    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0))
+    right = {n: signals(e.only(ids).logits[:, 0], y, only=("correct",))["correct"] for n, e in ensembles.items()}
+    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", right, 0.0))
     how = {"columns": first.dataset.groups}
     frames = [metrics.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
     null = [null_auc(found, member, first.dataset.groups) for found in asked.values()]
@@ -51,7 +58,7 @@ def null_auc(found, member, groups=None, shuffles=5):
     """AUC on shuffled membership, averaged over shuffles, as an Estimate: without a fault 0.5. found: [S, m, N]."""
     cells = 0
     for shuffle in range(shuffles):
-        alleged = attacks.null_member(member, shuffle)
+        alleged = attacks.null_member(member, shuffle, groups)
         cells = cells + metrics.auc_cells(chosen(found, alleged), alleged) / shuffles
     return metrics.estimate(cells, rate=True, columns=groups)
 
@@ -65,18 +72,31 @@ def scores(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.
     return chosen(found, np.array(ensemble.only(ids).member)), ids
 
 
-def answers(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
-    """Share of right labels at each strength, [S, m, N] float32, of the models whose weights are kept; their ids [m].
+def of_one(ensemble, place, n_models=16, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+    """As `scores`, of the example in column `place` alone: [m, 1].
 
-    Images: every shift by up to max(1, side // 8) pixels over a reflected border, and each one's mirror image (162
-    queries at 32 x 32), S = 1. Tables: the input and COPIES noisy copies. seed: of the noise, which is the same for
-    all models and optimizers. ValueError: see `kept`.
+    A strength of noise is chosen on the whole pool, so tables are asked about all of it. Images are asked about the one
+    alone, at the least strength, a pixel (the authors' own).
+    """
+    if not ensemble.dataset.is_image:
+        found, ids = scores(ensemble, n_models, device=device)
+        return found[:, [place]], ids
+    found, ids = answers(ensemble, n_models, device=device, rows=[place], most=1)
+    return found[0], ids
+
+
+def answers(ensemble, n_models=16, seed=0, device="cpu", rows=slice(None), most=None):
+    """`shares` at each strength, [S, m, N] float32, of the models whose weights are kept; and their ids [m].
+
+    Images: every shift by up to 1, 2, 4, ... pixels, `most` of them (default an eighth of the side), over a reflected
+    border, and each one's mirror image (18, 50 and 162 queries at 32 x 32). Tables: the input and COPIES noisy copies.
+    seed: of the noise, which is the same for all models and optimizers. rows: the examples asked about, N of them.
+    ValueError: see `kept`.
     """
     ids = kept([ensemble], n_models)
-    ensemble = ensemble.only(ids)
     nets, x = [network(ensemble, k, device) for k in ids], torch.from_numpy(data.inputs(ensemble.dataset)[0])
-    strengths = [shifted] if ensemble.dataset.is_image else noises(x, seed)
-    return np.stack([shares(nets, x, ensemble.dataset.y, queries, device) for queries in strengths]), ids
+    strengths, y = shifts(x, most) if ensemble.dataset.is_image else noises(x, seed), ensemble.dataset.y[rows]
+    return np.stack([shares(nets, x[rows], y, queries, device) for queries in strengths]), ids
 
 
 def kept(ensembles, n_models=16) -> np.ndarray:
@@ -102,29 +122,35 @@ def network(ensemble, k, device="cpu"):
 
 @torch.inference_mode()
 def shares(nets, x, y, queries, device="cpu") -> np.ndarray:
-    """Share of the queries that each model labels right: [m, N] float32.
+    """Does each model label the example right as it is, and then what share of the queries: [m, N] float32 in [0, 1].
 
     x: [N, ...]; y: [N] labels; queries: a function of a batch of x that yields it as each query shows it.
     """
     out = np.empty((len(nets), len(x)), np.float32)
     for start in range(0, len(x), BATCH):
         part, labels = x[start : start + BATCH].to(device), torch.as_tensor(y[start : start + BATCH], device=device)
+        right = torch.stack([net(part).argmax(-1) == labels for net in nets])
         hits, count = torch.zeros(len(nets), len(part), device=device), 0
         for seen in queries(part):
             hits += torch.stack([net(seen).argmax(-1) == labels for net in nets])
             count += 1
-        # s = 1/Q sum_q 1{label of query q = y}
-        out[:, start : start + BATCH] = (hits / count).cpu().numpy()
+        # s = (1{label of x = y} + 1/Q sum_q 1{label of query q = y}) / 2
+        out[:, start : start + BATCH] = ((right + hits / count) / 2).cpu().numpy()
     return out
 
 
 # ---- queries ---------------------------------------------------------------------------------------------
 
 
-def shifted(x, most=None):
-    """Yield x [B, channels, H, W] at every shift of up to `most` pixels (default max(1, side // 8)), then mirrored."""
+def shifts(x, most=None):
+    """One query function for each strength: shifts of up to 1, 2, 4, ... pixels; see `answers`."""
+    most = max(1, min(x.shape[2:]) // 8) if most is None else most
+    return [partial(shifted, most=2**power) for power in range(most.bit_length())]
+
+
+def shifted(x, most):
+    """Yield x [B, channels, H, W] at every shift of up to `most` pixels, and each mirrored."""
     height, width = x.shape[2:]
-    most = max(1, min(height, width) // 8) if most is None else most
     padded = F.pad(x, (most,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
     for down in range(2 * most + 1):
         for right in range(2 * most + 1):

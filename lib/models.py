@@ -1,6 +1,7 @@
 """Networks by name: `build(arch, shape, n_classes)`. Each is an ordinary nn.Module for one example batch;
 `ensemble.py` stacks the parameters of many copies and trains them together."""
 
+import copy
 import importlib
 import os
 import re
@@ -180,6 +181,20 @@ def checked(net, arch, shape, n_classes):
     if found != (2, n_classes):
         raise ValueError(f"arch={arch!r} maps 2 examples to {found}: logits of shape {(2, n_classes)} are needed")
     return net
+
+
+def check_repeatable(net, arch, shape):
+    """Raise ValueError if a reader's own net draws random numbers as it trains, as dropout does.
+
+    They would not be a function of the seed and the model's number, and two optimizers would not share them.
+    """
+    if arch in MODELS:
+        return
+    twin, x = copy.deepcopy(net).train(), torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        first, second = (torch.manual_seed(seed) and twin(x) for seed in (0, 1))
+    if not torch.equal(first, second):
+        raise ValueError(f"arch={arch!r} draws random numbers in training, as dropout does: take that out, or p=0")
 
 
 def resolve(path, parameter):

@@ -49,8 +49,13 @@ class Named(NamedTuple):
 
     @property
     def private(self):
-        """True for a differentially private rule."""
-        return "per_example" in self.wants
+        """True for a differentially private rule: it clips the gradient of every example and adds noise."""
+        return {"per_example", "noise"} <= self.wants
+
+    @property
+    def least_batch(self):
+        """The fewest examples of a batch: two for each of msam's shards."""
+        return 2 * self.options.get("m", 2) if self.rule_name == "msam" else 1
 
     @property
     def own_base(self):
@@ -158,24 +163,34 @@ def _check_rule(name, rule, options):
         if kind is float and not np.isfinite(options[option]):
             raise ValueError(f"{option}={value!r} of {name} must be finite")
     if ":" in name:
-        _try_rule(name, rule, options)
+        for turn in (True, False):
+            _try_rule(name, rule, options, turn)
 
 
-def _try_rule(name, rule, options):
-    """Have a reader's own rule make one step on two small tensors, so that it is said now if it is none."""
+def _try_rule(name, rule, options, turn):
+    """Have a reader's own rule make one step on two small tensors, so that it is said now if it is none.
+
+    Returns how many passes forward and back it made; a forward pass alone is a third.
+    """
     params = {"weight": torch.ones(3, 2), "bias": torch.ones(2)}
     if "noise" in inspect.signature(rule).parameters and not hasattr(rule, "queries"):
         raise ValueError(f"{name} asks for noise and must say how much: an attribute queries, as `rule.queries = 1`")
     aux, one = SimpleNamespace(losses=torch.ones(8)), torch.ones(())
-    each = {n: torch.ones(8, *p.shape) for n, p in params.items()}
-    context = {"rho": 0.1 * one, "rate": one, "step": 0 * one, "turn": True, "size": 8, "uniform": torch.rand(2)}
-    context |= {"losses": lambda params: torch.ones(8), "per_example": lambda params: (each, aux)}
+    each, passes = {n: torch.ones(8, *p.shape) for n, p in params.items()}, []
+
+    def counted(cost, result):
+        passes.append(cost)
+        return result
+
+    context = {"rho": 0.1 * one, "rate": one, "step": 0 * one, "turn": turn, "size": 8, "uniform": torch.rand(2)}
+    context |= {"losses": lambda params: counted(1 / 3, torch.ones(8))}
+    context |= {"per_example": lambda params: counted(1, (each, aux))}
     context |= {"memory": {n: torch.zeros_like(p) for n, p in params.items()}}
     context |= {"noise": {n: torch.randn(getattr(rule, "queries", 1), *p.shape) for n, p in params.items()}}
     asked = {n: context[n] for n in inspect.signature(rule).parameters if n in context}
     options = {n: v for n, v in options.items() if n != "rho"}
     try:
-        found = rule(lambda params, index=None: (dict(params), aux), params, **asked, **options)
+        found = rule(lambda params, index=None: counted(1, (dict(params), aux)), params, **asked, **options)
         shapes = {n: tuple(g.shape) for n, g in found[0].items()}
     except Exception as error:
         raise ValueError(f"{name} is no rule: on two small tensors it fails with {error!r}") from None
@@ -183,6 +198,29 @@ def _try_rule(name, rule, options):
     if len(found) != size or shapes != {n: tuple(p.shape) for n, p in params.items()}:
         form = "(grads, aux, memory)" if size == 3 else "(grads, aux)"
         raise ValueError(f"{name} is no rule: it must return {form}, with grads a dict of tensors like params")
+    return sum(passes)
+
+
+def passes(named):
+    """Passes forward and back that a step of a reader's own rule makes, averaged over its turns; see `_try_rule`."""
+    k = fingerprint(named)["options"].get("k", 1)
+    on, off = (_try_rule(named.rule_name, named.rule, named.options, turn) for turn in (True, False))
+    return (on + (k - 1) * off) / k
+
+
+def asks_again(named):
+    """True if a reader's own base evaluates the loss anew within a step, as L-BFGS does: tried on one weight."""
+    weight, places = torch.ones(1, requires_grad=True), set()
+
+    def closure():
+        places.add(weight.item())
+        weight.grad = weight.detach().clone()
+        return weight.detach().square().sum() / 2
+
+    optimizer = build(named, [weight], 0.1, 0.9, 0.0)
+    if named.own_base and closure() and "closure" in inspect.signature(optimizer.step).parameters:
+        optimizer.step(closure)
+    return len(places) > 1
 
 
 def _check_options(name, options, valid):
@@ -217,14 +255,21 @@ def fingerprint(named):
 
 
 def source(name):
-    """Hash of the source of a reader's own rule, optimizer or network, given by its import path; "" for ours."""
-    if ":" not in name:
-        return ""
-    found = models.resolve(name, "import path")
-    try:
-        text = inspect.getsource(found)
-    except (OSError, TypeError):  # typed in, or compiled
-        text = repr(found)
+    """Hash of the module of a reader's own rule, optimizer or network, given by its import path; "" for ours.
+
+    What that module imports is not in it.
+    """
+    return _source(models.resolve(name, "import path")) if ":" in name else ""
+
+
+@cache  # a file that is edited after its import changes no code that runs
+def _source(found):
+    for what in (inspect.getmodule(found), found):
+        try:
+            text = inspect.getsource(what)
+            break
+        except (OSError, TypeError):  # typed in, or compiled
+            text = repr(found)
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -243,7 +243,7 @@ def fit(ensembles):
 
 def null(name, e):
     """AUC of every attack on shuffled membership, without a fault 0.5: a tidy frame."""
-    shuffled = SimpleNamespace(**{**vars(e), "member": attacks.null_member(e.member)})
+    shuffled = SimpleNamespace(**{**vars(e), "member": attacks.null_member(e.member, 0, e.groups)})
     frame = leakage({name: scores(e, shuffled.member)}, shuffled)
     return frame[frame.metric == "auc"].assign(note=SHUFFLED)
 

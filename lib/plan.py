@@ -10,27 +10,33 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib import audit, beyond, ensemble, processes
+from lib import audit, beyond, ensemble, optimizers, processes
 from lib.optimizers import fingerprint
 from lib.store import place
 
 COLUMNS = "notebook arch optimizer rho epochs models finished megagradients megabytes".split()
-# passes forward and back that a step makes, as each rule's paper counts them (a forward pass alone is a third)
-GRADIENTS = {"plain": 1, "swa": 1, "esam": 1 + 1 / 3 + 1 / 2, "dpsgd": 3, "dpsam": 6}
+APART = 3  # times as long as their mean take the gradients of single examples, which private rules clip
 
 
 def gradients(recipe):
-    """Gradient evaluations a step: 1 for SGD, 2 for SAM, 1 + 1/k for LookSAM."""
-    name = recipe.named.rule_name
+    """Passes forward and back that a step makes, as the rule's paper counts them: 1 for SGD, 2 for SAM.
+
+    A forward pass alone is a third. A reader's own rule is tried.
+    """
+    name, options = recipe.named.rule_name, fingerprint(recipe.named)["options"]
+    if ":" in name:
+        return optimizers.passes(recipe.named)
     if name == "looksam":
-        return 1 + 1 / fingerprint(recipe.named)["options"]["k"]
-    return GRADIENTS.get(name, 2)
+        return 1 + 1 / options["k"]
+    if name == "esam":
+        return 1 + 1 / 3 + options["gamma"]
+    return 1 if name in ("plain", "swa", "dpsgd") else 2
 
 
 def work(recipe, n, n_models):
-    """Gradients of one example that these models take, in all."""
-    size = round(n * recipe.subset)
-    return n_models * recipe.run_epochs * (size // recipe.batch_size * recipe.batch_size) * gradients(recipe)
+    """Gradients of one example that these models take, in all; one that is clipped counts as APART."""
+    size, each = round(n * recipe.subset), gradients(recipe) * (APART if recipe.named.private else 1)
+    return n_models * recipe.run_epochs * (size // recipe.batch_size * recipe.batch_size) * each
 
 
 def wanted(run, exact=False):

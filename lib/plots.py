@@ -171,7 +171,11 @@ def leakage_against_loss(frame):
             axis.annotate(row.label, (row.train_loss, row.value), color=COLOURS[index], **spot)
     axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
     axis.invert_xaxis()
-    axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    low, high = sorted(axis.get_xlim())
+    if np.floor(np.log10(high)) - np.ceil(np.log10(low)) >= 1:  # two decades have numbers of their own
+        axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    else:
+        axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.2g}" if f"{x:e}"[0] in "1235" else ""))
     axis.legend()
     return figure
 
@@ -457,6 +461,7 @@ def side_by_side(frame, panels, baseline):
         spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
         axis.errorbar(rows.value, range(len(order)), xerr=spread, capsize=3, **(look(index) | {"linestyle": ""}))
         axis.axvline(rows.value[baseline], color="0.5", lw=1)
+        axis.locator_params(axis="x", nbins=4)
         axis.set(xlabel=xlabel, yticks=range(len(order)), yticklabels=order)
     axes[0, 0].invert_yaxis()
     return figure
@@ -477,6 +482,7 @@ def classes(frame, first, second):
     span = [min(one.value.min(), two.value.min()) - 0.01, max(one.value.max(), two.value.max()) + 0.01]
     axis.plot(span, span, color="0.4", lw=1, linestyle="--", label="equal")
     axis.set(xlabel=f"AUC of LiRA within a class, {first}", ylabel=f"under {second}")
-    figure.colorbar(sizes, label="examples of the class in the pool")
+    if one["size"].nunique() > 1:
+        figure.colorbar(sizes, label="examples of the class in the pool")
     axis.legend(fontsize=9)
     return figure

@@ -98,7 +98,7 @@ def null_control(rows):
     furthest = rows.loc[(rows.value - 0.5).abs().idxmax()]
     return (
         f"{inside.sum()} of {len(rows)} attacks have 0.5 within their 95% interval; the furthest is {furthest.attack} "
-        f"with {furthest.value:.3f}."
+        f"with {furthest.value:.3f}." + (f" Outside: {joined(rows.attack[~inside])}." if not inside.all() else "")
     )
 
 

@@ -61,8 +61,8 @@ class Recipe:
         require("weight_decay", self.weight_decay >= 0, "zero or positive")
         require("epochs", self.epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 1, "at least 1")
-        shards = named.options.get("m", 2) if named.rule_name == "msam" else 0
-        require("batch_size", self.batch_size >= 2 * shards, f"at least {2 * shards}, two for each of msam's shards")
+        least = named.least_batch
+        require("batch_size", self.batch_size >= least, f"at least {least}, two for each of msam's shards")
         require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
         require("stop", 0 < self.stop <= 1, "in (0, 1]")
         require("smoothing", 0 <= self.smoothing < 1, "in [0, 1)")

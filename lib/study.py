@@ -154,7 +154,8 @@ class Settings:
     @property
     def other(self):
         """The last sharpness-aware optimizer, the one that figures and sentences compare with the baseline."""
-        aware = [name for name in self.names if self.recipe(name).has_radius]
+        named = {name: self.recipe(name) for name in self.names}
+        aware = [name for name, recipe in named.items() if recipe.has_radius and not recipe.named.private]
         return (aware or self.names)[-1]
 
     def recipe(self, optimizer, **changes):
@@ -240,8 +241,9 @@ class Settings:
         return [e for e in self.regimes(factors) if e not in self.regimes()]
 
     def doses(self, optimizer):
-        """Radii below, at and above the run's rho; none for an optimizer without a radius."""
+        """Radii below, at and above the run's rho; none for an optimizer without a radius, one if its name has one."""
         recipe, factors = self.recipe(optimizer), (0.25, 0.5, 1, 2) if self.is_table else (0.5, 1, 2)
+        factors = factors if recipe.named.rho is None else (1,)
         return [factor * recipe.rho for factor in factors if recipe.has_radius]
 
 

@@ -248,10 +248,15 @@ def setting(rows, pair):
     return "; ".join([words for differs, words in said if differs] + [f"{baseline} fits {v:.1%}" for v in fit[:1]])
 
 
+def sharp(rows):
+    """Rows of sharpness-aware optimizers: with a positive radius, which a plain optimizer and the defence SharpReg have
+    not, and without the noise of DP-SAM."""
+    return rows[(pd.to_numeric(rows.rho, errors="coerce") > 0) & ~rows.optimizer.str.startswith("dpsam")]
+
+
 def group_ledger(rows):
     """The CLAIMS on the rows of one run, data set and architecture: for each pair, or once if about no pair."""
-    # sharpness-aware: with a positive radius, which a plain optimizer and the defence SharpReg have not
-    main = rows[(rows.note == "") & (pd.to_numeric(rows.rho, errors="coerce") > 0)].optimizer
+    main = sharp(rows[rows.note == ""]).optimizer
     known = set(rows.optimizer)
     pairs = [name for name in main.unique() if name.rpartition("-")[2] in known - {name}] or ["sam-sgd"]
     out = pd.DataFrame([judged(with_strict(rows, pair), claim, pair) for pair in pairs for claim in CLAIMS])
@@ -261,7 +266,7 @@ def group_ledger(rows):
 def variants(rows):
     """The verdict on lira for each optimizer of notebook 06 at its own radius: rows as the ledger's."""
     known = set(rows.optimizer)
-    rows = rows[(rows.note == "variants") & (pd.to_numeric(rows.rho, errors="coerce") > 0)].assign(note="")
+    rows = sharp(rows[rows.note == "variants"]).assign(note="")
     claim = next(claim for claim in CLAIMS if claim.name == "leaks_more_lira")
     pairs = [name for name in rows.optimizer.unique() if name.rpartition("-")[2] in known - {name}]
     return pd.DataFrame([judged(rows, claim, pair) for pair in pairs])

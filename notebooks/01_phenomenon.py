@@ -74,7 +74,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib import audit, label_only, memorization, plots
+from lib import audit, ensemble, label_only, memorization, plots
 from lib.data import duplicate_table
 from lib.prose import conclusions, difference, null_control, pick, planted_leak, points, say, shown, summary, verb
 from lib.results import Results
@@ -234,17 +234,23 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 #
 # **How we test it.** The attacker asks about many versions of an example, pictures shifted and mirrored, tables with
 # noise or flipped bits, and counts how often the label is right: training pushes an example away from the
-# decision boundary (Choquette-Choo et al. 2021). SAM pushes boundaries away for *everyone*, so here it may look
-# safer. The models whose weights are kept are the targets; the strength of the noise is chosen on other models.
+# decision boundary (Choquette-Choo et al. 2021). `label_once` asks for the example as it is and no more: what the
+# queries add to it is what distance tells. SAM pushes boundaries away for *everyone*, so here it may look safer. The models whose weights are kept are the targets; the strength of the noise is chosen on other models.
 
 # %%
-labels = label_only.table(ensembles, n_models=16 if run.is_table else 8)
+where = ensemble.device_of(run.device)
+labels = label_only.table(ensembles, n_models=16 if run.is_table else 8, device=where)
 results.add(labels, n_models=len(label_only.kept(ensembles.values(), 16 if run.is_table else 8)))
 shown(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
 for metric in ("auc", "balanced_accuracy"):
     rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
     only = difference(rows, metric, pair)
     say(f"By labels alone ({metric}), {other} leaks {verb(only, *than)} {baseline}: {points(only)}.")
+auc = labels[(labels.metric == "auc") & labels.optimizer.isin(run.names)].pivot(
+    index="optimizer", columns="attack", values="value"
+)
+for name, row in auc.iterrows():
+    say(f"{name}: AUC {row.label_only:.3f}; asked once, for the example as it is, {row.label_once:.3f}.")
 null = labels[labels.metric == "null_auc"].itertuples()
 said = [f"{row.optimizer} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in null]
 say(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")
@@ -313,7 +319,9 @@ plots.save(plots.dose_response(dose_steps, panels), run, "dose")
 # **How we test it.** We train for several numbers of epochs, from far short of fitting the training half to far beyond
 # it, each with its own full learning-rate schedule, and look at leakage two ways: at *equal epochs*, and
 # at *equal train loss*. For the second the baseline is trained for more numbers of epochs in between, and its
-# AUC is interpolated, in log loss, to the loss that the other reached; where it did not bracket that loss, nothing is said.
+# AUC is interpolated, in log loss, to the loss that the other reached; where it did not bracket that loss, nothing is
+# said. How it bends between two runs is not known, so it is drawn as a straight line and as the parabolas through
+# one run more; the interval spans what all of them give.
 
 # %%
 wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.regimes() for name in (baseline, other)}
@@ -328,10 +336,13 @@ shown(equal_epochs, across=["epochs"])
 
 # %% [markdown]
 # One line joins numbers of epochs, the other radii, so that both ways of moving the train loss can be seen. A point
-# is a whole ensemble.
+# is a whole ensemble; all are of the same models here, since LiRA finds more the more shadows it has.
 
 # %%
-plots.save(plots.leakage_against_loss(audit.loss_series(regime_frame, dose_frame, baseline, other)), run, "regimes")
+by_length, by_radius = audit.on_the_same(usable, doses)
+by_length = regime_frame if by_length is usable else audit.regime_table(audit.by_epochs(by_length))
+by_radius = dose_frame if by_radius is doses else audit.dose_table(by_radius, other, without)
+plots.save(plots.leakage_against_loss(audit.loss_series(by_length, by_radius, baseline, other)), run, "regimes")
 
 # %%
 trained = [[e for (_, name), e in usable.items() if name == kind] for kind in (baseline, other)]
@@ -342,13 +353,13 @@ display(equal_loss.style.format(precision=4).hide(axis="index"))
 for row in equal_epochs.itertuples():
     say(f"After {row.epochs} epochs, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
 for row in equal_loss.itertuples():
-    say(f"At train loss {row.train_loss:.2g}, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
+    say(f"At train loss {row.train_loss:.2g}, where {other} is after {row.epochs} epochs, it leaks "
+        f"{verb(row, *than)} {baseline} ({points(row)} of AUC).")  # fmt: skip
 
 # %% [markdown]
 # **How to read it.** Where the lines cross, the sign of the effect turns. Where they coincide at equal loss, the train
-# loss explains the leakage and the optimizer adds nothing. The interpolated baseline lies on a straight line between
-# two runs, whose losses the column `between` gives: where they are far apart and the curve bends, the difference is
-# overstated.
+# loss explains the leakage and the optimizer adds nothing. The column `between` gives the losses of the baseline's two
+# neighbouring runs: where they are far apart and the curve bends, the interval is wide.
 
 # %% [markdown]
 # ## How flat are the minima?
@@ -396,7 +407,10 @@ say(null_control(null))
 hardest, times = audit.least_sure(phis[baseline], member), audit.leak_times(len(run.dataset.y))
 leaky, place = memorization.leak(run.dataset, hardest, times, seed=run.seed)
 planted = run.train(baseline, audit.PLANTED, dataset=leaky, subset=0.5)
-found = audit.planted_table(audit.scores(planted), np.array(planted.member), place)
+asked, ids = label_only.of_one(planted, place, audit.PLANTED, where)
+sides = np.array(planted.only(ids).member)[:, [place]]
+found = [audit.planted_table(audit.scores(planted), np.array(planted.member), place)]
+found = pd.concat([*found, audit.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
 results.add(found, optimizer=baseline, note=f"planted leak: one example trained {times} times",
             n_models=found.n_models, n_examples=len(leaky.y))  # fmt: skip
 say(f"Trained {times} times: {planted_leak(found)}")

@@ -234,7 +234,7 @@ plots.save(plots.captioned(rows), run, "influences")
 # %%
 scarcest = {c: min(member[:c].sum(0).min(), (~member[:c]).sum(0).min()) for c in (16, 32, 64, 128, 256, 512, 1024)}
 counts = [c for c, models in scarcest.items() if c <= len(member) and models >= 2] or [len(member)]
-shuffled = attacks.null_member(member, run.seed)
+shuffled = attacks.null_member(member, run.seed, run.dataset.groups)
 lines = []
 for count in counts:
     for kind, design in (("true membership", member), ("shuffled membership", shuffled)):

@@ -153,7 +153,8 @@ say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.
 # %% [markdown]
 # **How we test it.** The baseline and SAM are trained for several numbers of epochs (the first notebook's ensembles).
 # At *equal accuracy* and *equal train loss* the baseline's AUC is interpolated between two of its runs to the place that
-# SAM reached; where its runs do not bracket the place, nothing is said. At *equal compute* the baseline gets as many
+# SAM reached (a straight line and two parabolas; the interval spans all three); where its runs do not bracket the
+# place, or differ there by no more than noise, nothing is said. At *equal compute* the baseline gets as many
 # more epochs as a step of the other takes gradients: twice the epochs against SAM, whose step takes two.
 
 # %%
@@ -178,10 +179,11 @@ results.add(accuracy, note=[f"equal accuracy {a:.4f}" for a in accuracy.test_acc
 results.add(loss, note=[f"equal loss {at:.4f}" for at in loss.train_loss], **about)
 results.add(compute, note=[f"equal compute, {other} {e} epochs" for e in compute.epochs], n_models=len(base[0].ids))
 for row in accuracy.itertuples():
-    place = f"At test accuracy {row.test_accuracy:.1%} ({baseline} interpolated between {row.between})"
+    place = f"At test accuracy {row.test_accuracy:.1%} ({other} after {row.epochs} epochs, {baseline} between {row.between})"
     say(f"{place}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
 for row in loss.itertuples():
-    say(f"At train loss {row.train_loss:.2g}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
+    place = f"At train loss {row.train_loss:.2g} ({other} after {row.epochs} epochs)"
+    say(f"{place}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
 for e, more in spent:
     gain, rise = (compute[(compute.epochs == e) & (compute.metric == m)].iloc[0] for m in ("test_accuracy", "auc"))
     say(f"At equal compute ({other} {e} epochs, {baseline} {more}): accuracy {points(gain)}, AUC {points(rise)}.")
@@ -191,7 +193,7 @@ reached = [beyond.test_accuracy(e) for e in base]
 most = max(beyond.test_accuracy(e) for e in sharp)
 say(
     f"{baseline}'s best test accuracy over all lengths of training is {max(reached):.1%}, {other}'s is {most:.1%}. "
-    f"{len(sharp) - len(accuracy)} of {other}'s {len(sharp)} runs lie where {baseline} has no neighbours on both sides."
+    f"For {len(sharp) - len(accuracy)} of {other}'s {len(sharp)} runs {baseline} has no two neighbours that differ clearly."
 )
 
 # %% [markdown]
@@ -273,7 +275,8 @@ if 0.001 not in strict:
 
 # %% [markdown]
 # **How to read it.** Left, what is paid; middle and right, what is bought; grey, the undefended baseline. Temperature
-# changes no ranking that LiRA uses on two classes and little on more: hiding confidence is not removing it. A defence
+# changes no prediction, and on two classes no ranking that LiRA uses; on more it changes which examples the attack
+# confuses, and an attacker who sees all the probabilities can undo it. A defence
 # that moves the threshold attack but not LiRA only confuses an attacker who did not adapt.
 
 # %% [markdown]
@@ -305,7 +308,10 @@ if private:
     for name in [n for n in labels.values() if n != baseline]:
         say(bought(name, guard[guard.label == f"{name}-{baseline}"], beyond.strict_rate(shown_rows)))
 elif beyond.private_arch(run) is None:
-    say(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it.")
+    say(
+        f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it; "
+        f"or {baseline} asks for gradients anew within a step, which no accountant counts."
+    )
 else:
     say(f"Not run: fewer than 8 of {run.private} models of {beyond.private_arch(run)} learn, even without noise.")
 
@@ -347,8 +353,8 @@ elif private:
 
 # %% [markdown]
 # **How we test it.** Per class: LiRA's AUC within each class, and the test accuracy of each class, since an overall accuracy
-# can hide a class that nobody recognizes. Per example: how well LiRA tells an example's members from non-members
-# over the models, ranked; the ranks under the two optimizers are compared on *different* models, and so are those of one
+# can hide a class that nobody recognizes. Per example: how well $\phi$ tells the models with it from those without
+# (AUC), ranked; the ranks under the two optimizers are compared on *different* models, and so are those of one
 # optimizer with itself: noise alone keeps the latter from agreeing perfectly.
 
 # %%
@@ -440,9 +446,8 @@ for e, more in spent:
     say(f"**At equal compute** ({e} and {more} epochs) {other} leaks {verb(rise, *than)} {baseline}.")
 for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
-    say(
-        f"**At equal {name}** {other} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons."
-    )
+    counted = f"{other} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons."
+    say(f"**At equal {name}** {counted if found else 'nothing can be compared.'}")
 if was:
     say(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
 

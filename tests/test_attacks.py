@@ -173,6 +173,14 @@ def test_rmia_counts_a_ratio_of_exactly_gamma():
     assert (attacks.rmia(p, member, gamma=1.0) == 1).all() and (attacks.rmia(p, member, gamma=2.0) == 0).all()
 
 
+def test_rmia_orders_confidences_near_one_as_their_ratios_do():
+    rng = np.random.default_rng(0)
+    member = halves_of_pool(rng, 16, 500)
+    p = 1 - 1e-3 * rng.random(member.shape)
+    assert min(len(np.unique(row)) for row in attacks.rmia(p, member)) > 490
+    assert max(len(np.unique(row)) for row in attacks.rmia(p, member, gamma=2.0)) == 1
+
+
 def test_rmia_survives_zero_confidence():
     phi, member = leaky()
     p = 1 / (1 + np.exp(-phi))
@@ -286,6 +294,46 @@ def test_null_member_keeps_the_design():
     assert (null[0::2] == ~null[1::2]).all() and (null.sum(0) == 5).all() and (null.sum(1) == 30).all()
     assert abs(np.mean(null == member) - 0.5) < 0.2
     assert (null != attacks.null_member(member, 2)).any()
+
+
+def test_null_member_draws_each_pair_by_itself_and_without_pairs_one_order_for_all():
+    member = np.repeat(np.random.default_rng(0).permuted(np.tile(np.arange(300) < 150, (6, 1)), axis=1), 2, axis=0)
+    member[1::2] = ~member[::2]
+    member[2], member[3] = member[0], member[1]  # two models on the same half
+    null = attacks.null_member(member)
+    assert (null[0::2] == ~null[1::2]).all() and 0.3 < (null[0] == null[2]).mean() < 0.7
+    alone = member[::2]
+    null = attacks.null_member(alone)
+    np.testing.assert_array_equal(null[0], null[1])
+    assert (np.sort(null.sum(0)) == np.sort(alone.sum(0))).all() and (null != alone).any()
+
+
+def test_null_member_keeps_groups_whole():
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(60), [1] * 20 + [2] * 20 + [3] * 20))
+    half = np.arange(60) % 2 == 0
+    member = np.stack([half[groups], ~half[groups]])
+    null = attacks.null_member(member, 3, groups)
+    for group in range(60):
+        assert len(set(null[0, groups == group])) == 1
+    assert null[0].sum() == member[0].sum() and (null[0] == ~null[1]).all()
+    assert 0.3 < (null == member).mean() < 0.7
+
+
+def test_the_null_is_one_half_where_halves_that_overlap_make_alike_models():
+    """phi moves with what a half holds: one order of the columns for all would let LiRA see which halves overlap."""
+    found = {"each pair": [], "all alike": []}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        half = np.argsort(rng.random((8, 40)), axis=1) < 20
+        member = np.stack([half, ~half], 1).reshape(16, 40)
+        phi = (2 * member - 1) @ rng.normal(size=(40, 400)) + rng.normal(size=(16, 400))
+        phi, wide = np.concatenate([phi[:, :0], phi], 1), np.tile(member, 10)
+        order = rng.permutation(400)
+        for name, alleged in (("each pair", attacks.null_member(wide, seed)), ("all alike", wide[:, order])):
+            found[name].append(auc_cells(attacks.lira(phi, alleged, variance="pooled"), alleged).mean())
+    error = {name: np.std(values) / np.sqrt(60) for name, values in found.items()}
+    assert abs(np.mean(found["each pair"]) - 0.5) < 3 * error["each pair"]
+    assert np.mean(found["all alike"]) - 0.5 > 3 * error["all alike"]
 
 
 def test_run_queries_reach_lira_and_rmia_only():

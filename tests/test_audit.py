@@ -2,6 +2,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lib import attacks, audit, memorization, metrics, prose
@@ -65,8 +66,11 @@ def test_leakage_has_every_attack_and_paired_differences(pair):
 
 def stand_ins(*lists, ids=range(8)):
     """Named things with ids, in place of ensembles."""
-    data = SimpleNamespace(groups=None)
-    return [[SimpleNamespace(name=name, ids=np.array(ids), dataset=data) for name in names] for names in lists]
+    data, recipe = SimpleNamespace(groups=None, groups_test=None), SimpleNamespace(epochs=3)
+    return [
+        [SimpleNamespace(name=name, ids=np.array(ids), dataset=data, recipe=recipe) for name in names]
+        for names in lists
+    ]
 
 
 def test_equal_loss_refuses_ensembles_of_different_models():
@@ -88,14 +92,57 @@ def test_align_drops_as_few_as_it_must_for_half_of_the_models_in_common(pair, ca
     assert "left out" in capsys.readouterr().out
 
 
-def test_equal_loss_interpolates_and_never_extrapolates(pair, monkeypatch):
+def made_up(monkeypatch, runs, noise=0.0):
+    """Have ensembles of those names the train loss and the LiRA cells of `runs`; noise: of the loss's cells."""
+    own = {n: np.random.default_rng(k).normal(loss, noise, (8, 40)) for k, (n, (loss, _)) in enumerate(runs.items())}
+    monkeypatch.setattr(audit, "train_losses", lambda e: own[e.name] if noise else np.full((8, 40), runs[e.name][0]))
+    monkeypatch.setattr(audit, "lira_cells", lambda e: runs[e.name][1])
+
+
+def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):
     cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "between": (0.1, cells + 0.15), "beyond": (0.001, cells)}
-    monkeypatch.setattr(audit, "log_loss", lambda e: np.log(runs[e.name][0]))
-    monkeypatch.setattr(audit, "lira_cells", lambda e: runs[e.name][1])
+    made_up(monkeypatch, runs)
     found = audit.at_equal_loss(*stand_ins(["a", "b"], ["between", "beyond"]))
     assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: there it is cells + 0.1
     assert found.value[0] == pytest.approx(0.05)
+
+
+def test_equal_loss_says_more_only_if_every_curve_does(monkeypatch):
+    """The baseline bends: half-way between two runs it is .15 above the first, the straight line .1; the other, .12."""
+    cells = np.random.default_rng(0).normal(0.6, 0.001, (8, 40))
+    runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "c": (0.0001, cells), "at": (0.1, cells + 0.12)}
+    made_up(monkeypatch, runs)
+    assert audit.at_equal_loss(*stand_ins(["a", "b"], ["at"])).ci_low[0] > 0
+    found = audit.at_equal_loss(*stand_ins(["a", "b", "c"], ["at"])).iloc[0]
+    assert found.ci_low == pytest.approx(-0.03, abs=1e-3) and found.ci_high == pytest.approx(0.02, abs=1e-3)
+
+
+def test_curves_are_exact_for_what_they_are():
+    places = [0.0, 1.0, 2.5, 4.0]
+    line, *parabolas = audit.curves(places, 1.9, 2)
+    assert set(line) == {1, 2} and [set(p) for p in parabolas] == [{0, 1, 2}, {1, 2, 3}]
+    assert sum(w * (3 * places[k] + 1) for k, w in line.items()) == pytest.approx(3 * 1.9 + 1)
+    for weights in parabolas:
+        assert sum(w * (places[k] ** 2 - places[k]) for k, w in weights.items()) == pytest.approx(1.9**2 - 1.9)
+    assert len(audit.curves([0.0, 1.0], 0.5, 1)) == 1
+
+
+def test_runs_that_differ_by_no_more_than_noise_bracket_nothing(monkeypatch):
+    cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
+    runs = {"a": (1.01, cells), "b": (1.0, cells + 0.2), "between": (1.005, cells)}
+    made_up(monkeypatch, runs, noise=0.02)
+    assert len(audit.at_equal_loss(*stand_ins(["a", "b"], ["between"]))) == 1
+    made_up(monkeypatch, runs, noise=2.0)
+    assert len(audit.at_equal_loss(*stand_ins(["a", "b"], ["between"]))) == 0
+
+
+def test_groups_are_put_on_the_models_they_share_and_stay_what_they_are_if_they_have_no_others(pair):
+    whole, part = {"a": pair["sgd"]}, {"b": pair["sam"].only(range(2, 12)), "c": pair["sgd"].only(range(2, 12))}
+    first, second = audit.on_the_same(whole, part)
+    assert second is part and first["a"].ids.tolist() == list(range(2, 12))
+    few = {"b": pair["sam"].only(range(4))}
+    assert audit.on_the_same(whole, few) == (whole, few)
 
 
 def test_identical_ensembles_differ_by_exactly_nothing(pair):
@@ -235,6 +282,8 @@ def test_what_the_controls_say_counts_attacks_and_names_them(leaky):
     scored = {"lira": audit.scores(ensemble)["lira"], "constant": np.zeros(ensemble.member.shape)}
     said = prose.planted_leak(audit.planted_table(scored, np.array(ensemble.member), place))
     assert said.startswith("1 of 2 attacks find") and "of 8 pairs" in said and said.endswith("; constant do not.")
+    outside = pd.DataFrame({"attack": ["a", "b"], "value": [0.5, 0.6], "ci_low": [0.4, 0.55], "ci_high": [0.6, 0.7]})
+    assert prose.null_control(outside).endswith("the furthest is b with 0.600. Outside: b.")
     said = prose.null_control(audit.null_table(ensemble, 0, shuffles=1))
     assert "of 16 attacks have 0.5 within their 95% interval; the furthest is " in said
 

@@ -23,7 +23,9 @@ def simulated(leak, skill, m=16, n=200, t=150, seed=0, classes=2):
     logits, test_logits = rng.normal(size=(m, 1, n, classes)), rng.normal(size=(m, 1, t, classes))
     logits[:, 0, np.arange(n), y] += skill + leak * member
     test_logits[:, 0, np.arange(t), y_test] += skill
-    dataset = SimpleNamespace(y=y, y_test=y_test, n_classes=classes, classes=tuple("ab"[:classes]), groups=None)
+    dataset = SimpleNamespace(
+        y=y, y_test=y_test, n_classes=classes, classes=tuple("ab"[:classes]), groups=None, groups_test=None
+    )
     return SimpleNamespace(
         logits=logits, test_logits=test_logits, member=member, dataset=dataset, ids=np.arange(m), recipe=None
     )
@@ -102,6 +104,20 @@ def test_agreement_is_high_with_the_same_exposed_and_low_with_others():
     assert same["a and b"] > 0.5 and same["a"] > 0.5 and others["a and b"] < -0.5
 
 
+def test_corrected_agreement_of_the_same_exposure_is_one():
+    """16 models and weak exposures: what shadows of both halves share must not pass for agreement within."""
+    strength = 3 * np.random.default_rng(0).random(600)
+
+    def exposing(seed):
+        found = simulated(0.0, 1.0, m=16, n=600, seed=3)
+        found.logits = np.random.default_rng(seed).normal(size=found.logits.shape)
+        found.logits[:, 0, np.arange(600), found.dataset.y] += strength * found.member
+        return found
+
+    found = beyond.agreement({"a": exposing(1), "b": exposing(2)}).set_index("optimizer").value
+    assert 0.85 < found["a and b"] / np.sqrt(found["a"] * found["b"]) < 1.15
+
+
 def test_levels_change_one_thing_at_a_time_and_the_run_comes_first(tmp_path):
     run = study.settings({"preset": "tiny", "store": str(tmp_path), "out": str(tmp_path)})
     found = beyond.levels(run)
@@ -139,7 +155,12 @@ def test_the_plan_of_notebook_01_has_the_planted_leak(tmp_path):
     assert plan.left(run, ["01"])[0] == before - plan.work(recipe, len(run.dataset.y), 16)
 
 
-@pytest.mark.parametrize("name, count", [("sgd", 1), ("sam", 2), ("looksam(k=4)", 1.25), ("swa", 1), ("adam", 1)])
+@pytest.mark.parametrize(
+    "name, count",
+    [("sgd", 1), ("sam", 2), ("looksam(k=4)", 1.25), ("swa", 1), ("adam", 1)]
+    + [("esam", 1 + 1 / 3 + 1 / 2), ("esam(gamma=1.0)", 2 + 1 / 3), ("dpsgd(sigma=1.0)", 1), ("dpsam(sigma=1.0)", 2)]
+    + [("lib.sharpness:gsam", 2), ("lib.sharpness:looksam(k=4)", 1.25)],
+)  # as a reader's own, by trial
 def test_the_plan_counts_gradients_as_the_papers_do(name, count):
     assert plan.gradients(Recipe(optimizer=name, rho=0.1)) == count
 
@@ -210,6 +231,38 @@ def test_equal_compute_is_counted_in_gradients(tmp_path):
     given = {"preset": "tiny", "epochs": 20, "store": str(tmp_path / "s"), "out": str(tmp_path)}
     assert plan.equal_compute(study.settings(given)) == {10: 20, 20: 40}
     assert plan.equal_compute(study.settings({**given, "optimizers": "sgd,looksam"})) == {10: 12, 20: 24}
+
+
+def test_private_gradients_weigh_more_in_the_work_than_in_the_count():
+    plain, private = (Recipe(optimizer=name, batch_size=8) for name in ("sgd", "dpsgd(sigma=1.0)"))
+    assert plan.work(private, 100, 2) == plan.APART * plan.work(plain, 100, 2)
+
+
+def test_a_radius_in_the_name_is_the_only_dose(tmp_path):
+    given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    run = study.settings({**given, "optimizers": "sgd,sam(rho=0.2)"})
+    assert run.doses("sam(rho=0.2)") == [0.2] and len(run.doses("sam")) > 2
+
+
+def test_the_optimizer_in_question_is_no_private_one(tmp_path):
+    given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    assert study.settings({**given, "optimizers": "sgd,sam,dpsam(sigma=1.0)"}).other == "sam"
+
+
+def test_no_level_of_batch_size_is_below_what_msam_needs(tmp_path):
+    given = {"preset": "tiny", "batch_size": 64, "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    run = study.settings({**given, "optimizers": "sgd,msam(m=16)"})
+    assert ("batch size", "16") not in beyond.levels(run)
+    assert ("batch size", "16") in beyond.levels(study.settings(given))
+    plan.wanted(run)
+
+
+def test_a_base_that_asks_again_within_a_step_has_no_private_twin(tmp_path):
+    given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
+    assert (
+        beyond.private_arch(study.settings({**given, "optimizers": "torch.optim:LBFGS,sam+torch.optim:LBFGS"})) is None
+    )
+    assert beyond.private_arch(study.settings({**given, "optimizers": "torch.optim:Adagrad,sam"})) == "mlp"
 
 
 def test_few_models_only_where_halves_are_complementary(tmp_path):

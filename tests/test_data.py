@@ -294,6 +294,15 @@ def test_npz_groups_may_be_names(tmp_path):
     assert first.hash == second.hash and (first.groups == second.groups).all()
 
 
+def test_the_groups_of_the_test_part_are_kept_and_drawn_with_it(tmp_path):
+    numbers = np.repeat(np.arange(len(Y) // 2), 2)
+    whole = load("npz", npz(tmp_path, x=X, y=Y, groups=numbers))
+    assert whole.groups_test.shape == whole.y_test.shape and set(np.bincount(whole.groups_test)) == {2}
+    fewer = pool(whole, n_test=len(whole.y_test) - 1)
+    assert fewer.groups_test.shape == fewer.y_test.shape and sorted(np.bincount(fewer.groups_test))[0] == 1
+    assert load("npz", npz(tmp_path, x=X, y=Y)).groups_test is None
+
+
 def test_npz_split_and_labels(tmp_path):
     d = load("npz", npz(tmp_path, x=X, y=np.array([7, -2, 30, 5])[Y]))
     assert d.classes == ("-2", "5", "7", "30") and sorted(np.bincount(d.y_test)) == [2, 2, 3, 3]

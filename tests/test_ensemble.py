@@ -224,15 +224,19 @@ def test_a_worker_that_does_not_wait_trains_what_is_free(images, tmp_path):
     claim.release()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "looksam(k=2)"])
-def test_a_chunk_for_which_memory_runs_out_is_halved(table, quick, tmp_path, monkeypatch, capsys, optimizer):
+@pytest.mark.parametrize(
+    "optimizer, error",
+    [("sgd", torch.OutOfMemoryError("CUDA out of memory")), ("looksam(k=2)", MemoryError())]
+    + [("sgd", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))],
+)
+def test_a_chunk_for_which_memory_runs_out_is_halved(table, quick, tmp_path, monkeypatch, capsys, optimizer, error):
     recipe = replace(quick, optimizer=optimizer)
     whole, plain, tried = train(recipe, table, 8, tmp_path / "whole", "cpu", quiet=True), ensemble.Group, []
 
     def small(recipe, inputs, ids):
         tried.append(len(ids))
         if len(ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return plain(recipe, inputs, ids)
 
     monkeypatch.setattr(step, "lanes_for", lambda net, device: 8)
@@ -241,7 +245,7 @@ def test_a_chunk_for_which_memory_runs_out_is_halved(table, quick, tmp_path, mon
     assert tried == [8, 4, 2, 2, 4, 2, 2] and "4 models are trained at once instead of 8" in capsys.readouterr().out
     np.testing.assert_allclose(halved.logits, whole.logits, rtol=1e-3, atol=1e-4)
     assert (halved.member == whole.member).all()
-    monkeypatch.setattr(ensemble, "Group", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(ensemble, "Group", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError, match="batch_size=8.*memory"):
         train(recipe, table, 2, tmp_path / "none", "cpu", quiet=True)
 

@@ -1,6 +1,7 @@
 """The label-only attack against loops over pixels, its limits, and models trained for it."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -57,9 +58,11 @@ def test_shifts_equal_loops_over_pixels():
     assert torch.equal(seen[24], x)  # no shift stands in the middle
 
 
-@pytest.mark.parametrize("side, queries", [(8, 18), (16, 50), (32, 162)])
+@pytest.mark.parametrize("side, queries", [(5, 18), (8, 18), (16, 50), (24, 50), (32, 162)])
 def test_number_of_shifts_grows_with_the_image(side, queries):
-    assert len(list(label_only.shifted(torch.zeros(1, 1, side, side)))) == queries
+    x = torch.zeros(1, 1, side, side)
+    counts = [len(list(of(x))) for of in label_only.shifts(x)]
+    assert counts == [18, 50, 162][: len(counts)] and counts[-1] == queries
 
 
 def test_bits_flip_at_their_rates_and_features_get_noise_of_their_own_scale():
@@ -88,11 +91,11 @@ def test_noise_is_the_same_in_each_run_and_differs_between_seeds():
 def test_shares_equal_counts_over_single_images(monkeypatch):
     monkeypatch.setattr(label_only, "BATCH", 4)
     x, y, nets = torch.randn(9, 2, 5, 7), np.arange(9) % 4, [linear(0), linear(1)]
-    found = label_only.shares(nets, x, y, label_only.shifted)
+    found = label_only.shares(nets, x, y, partial(label_only.shifted, most=1))
     for m, net in enumerate(nets):
         for i in range(9):
-            hits = [int(net(seen).argmax()) == y[i] for seen in label_only.shifted(x[i : i + 1])]
-            assert found[m, i] == pytest.approx(np.mean(hits))
+            hits = [int(net(seen).argmax()) == y[i] for seen in label_only.shifted(x[i : i + 1], 1)]
+            assert found[m, i] == pytest.approx((hits[8] + np.mean(hits)) / 2)  # the ninth is the example as it is
     assert found.dtype == np.float32 and 0 < found.mean() < 1
 
 
@@ -108,7 +111,9 @@ def test_one_plain_query_is_the_gap_attack(images, tables):
 def test_a_constant_model_says_nothing():
     member = np.arange(8) < 4
     y = np.array([0, 1, 2, 3] * 2)
-    found = label_only.shares([lambda x: torch.zeros(len(x), 4)], torch.randn(8, 2, 5, 7), y, label_only.shifted)
+    found = label_only.shares(
+        [lambda x: torch.zeros(len(x), 4)], torch.randn(8, 2, 5, 7), y, partial(label_only.shifted, most=1)
+    )
     np.testing.assert_array_equal(found[0], y == 0)
     assert auc_cells(found, member[None]).mean() == 0.5
 
@@ -125,7 +130,7 @@ def test_right_further_from_the_boundary_scores_higher():
     from scipy import stats
 
     expected = stats.norm.cdf(x[:, 0].numpy() / 0.5) * 50 / 51 + 1 / 51
-    np.testing.assert_allclose(found[0], expected, atol=4 * 0.5 / np.sqrt(50))
+    np.testing.assert_allclose(2 * found[0] - 1, expected, atol=4 * 0.5 / np.sqrt(50))
     assert stats.spearmanr(found[0], x[:, 0]).statistic > 0.9
 
 
@@ -171,8 +176,25 @@ def test_scores_of_trained_models_find_members_and_no_shuffled_ones(tables):
 def test_scores_of_images_are_the_shares_of_the_shifted(images):
     found, ids = label_only.scores(images, 8)
     assert ids.tolist() == list(range(8))
-    np.testing.assert_allclose(found * 50, np.round(found * 50), atol=1e-4)  # 25 shifts, each mirrored
+    whole = [np.abs(found * 2 * q - np.round(found * 2 * q)) < 1e-3 for q in (18, 50)]  # either strength's queries
+    assert (whole[0].all(1) | whole[1].all(1)).all()
     assert auc_cells(found, np.array(images.member)).mean() > 0.5
+
+
+def test_one_example_is_asked_as_among_all(tables, images):
+    found, ids = label_only.answers(images, 8)
+    one, same = label_only.of_one(images, 5, 8)
+    np.testing.assert_array_equal(found[0][:, [5]], one)
+    assert ids.tolist() == same.tolist()
+    found, _ = label_only.scores(tables["sgd"], 8)
+    np.testing.assert_array_equal(found[:, [5]], label_only.of_one(tables["sgd"], 5, 8)[0])
+
+
+def test_no_example_that_is_wrong_as_it_is_outranks_one_that_is_right(images, tables):
+    for ensemble in (images, tables["sgd"]):
+        found, _ = label_only.scores(ensemble, 8)
+        right = attacks.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member))["gap"][:8] > 0
+        assert found[right].min() > 0.5 > found[~right].max()
 
 
 def test_table_has_both_attacks_each_optimizer_and_the_paired_difference(tables):

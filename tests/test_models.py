@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from lib import models
+from lib import ensemble, models
 
 IMAGES = [arch for arch in models.MODELS if not arch.startswith("mlp")]
 
@@ -164,6 +164,8 @@ def linear(shape, n_classes):
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.BatchNorm1d(shape[0]), nn.Linear(shape[0], n_classes))
     net[2].eval()
     return net
+def steady(shape, n_classes):
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(shape[0]), nn.Linear(shape[0], n_classes), nn.Dropout(0.0))
 def wide(shape, n_classes):
     return nn.Linear(shape[0], n_classes + 1)
 def narrow(shape, n_classes):
@@ -198,6 +200,12 @@ def test_a_network_of_the_readers_own(own):
     assert net(torch.randn(3, 6)).shape == (3, 4)
     assert [m.training for m in net] == [True, True, False, True]
     assert models.has_batchnorm(net) and not models.is_convolutional(net)
+
+
+def test_a_network_that_draws_random_numbers_is_refused_before_training(own, table):
+    with pytest.raises(ValueError, match="arch='own_nets.zoo:linear' draws random numbers in training.*dropout"):
+        ensemble.check(ensemble.Recipe(arch="own_nets.zoo:linear", batch_size=8), table, 2)
+    ensemble.check(ensemble.Recipe(arch="own_nets.zoo:steady", batch_size=8), table, 2)
 
 
 @pytest.mark.parametrize(

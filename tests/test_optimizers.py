@@ -92,6 +92,7 @@ def forget():
     importlib.invalidate_caches()
     linecache.checkcache()
     optimizers._parse.cache_clear()
+    optimizers._source.cache_clear()
 
 
 # ---- names --------------------------------------------------------------------------------------------------
@@ -310,7 +311,12 @@ def test_an_own_rule_with_memory_turns_and_a_radius_that_is_not_plain_at_zero(ta
 
 
 @pytest.mark.parametrize(
-    "name, old, new", [("signed", "share * 0.01", "share * 0.02"), ("Whole", "+ group", "+ 2 * group")]
+    "name, old, new",
+    [
+        ("signed", "share * 0.01", "share * 0.02"),
+        ("Whole", "+ group", "+ 2 * group"),
+        ("Whole", "NUMBER = 3", "NUMBER = 4"),
+    ],
 )
 def test_changing_the_source_of_an_own_optimizer_changes_the_store(table, quick, tmp_path, own, name, old, new):
     settings = replace(quick, optimizer=f"{own}:{name}")
@@ -319,6 +325,7 @@ def test_changing_the_source_of_an_own_optimizer_changes_the_store(table, quick,
     assert ensemble.open_store(settings, table, tmp_path).folder == first
     assert OWN.count(old) == 1
     (tmp_path / f"{own}.py").write_text(OWN.replace(old, new) + "\n# longer\n")
+    assert ensemble.open_store(settings, table, tmp_path).folder == first  # until it is imported anew
     forget()
     assert ensemble.open_store(settings, table, tmp_path).folder != first
 

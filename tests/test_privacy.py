@@ -1,3 +1,4 @@
+import contextlib
 import sys
 from math import exp, inf, log
 
@@ -9,7 +10,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
 
-from lib import models, privacy, sharpness
+from lib import ensemble, models, privacy, sharpness
+from lib.recipe import Recipe
 
 # ---- rules ------------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,14 @@ def test_without_noise_and_clipping_they_are_sgd_and_sam(problem):
     torch.testing.assert_close(found, problem.gradient(problem.params)[0])
     found, _ = privacy.dpsam(problem.gradient, problem.params, problem.rho, problem.per_example, problem.noise, **free)
     torch.testing.assert_close(found, sharpness.sam(problem.gradient, problem.params, problem.rho)[0])
+
+
+def test_a_private_rule_needs_a_base_that_takes_one_gradient_a_step(table):
+    for base, fine in (("torch.optim:LBFGS", False), ("torch.optim:Adagrad", True), ("adam", True)):
+        recipe = Recipe(optimizer=f"dpsgd(sigma=1.0)+{base}", batch_size=8)
+        with contextlib.nullcontext() if fine else pytest.raises(ValueError, match="LBFGS asks for gradients anew"):
+            ensemble.check(recipe, table, 2)
+    ensemble.check(Recipe(optimizer="torch.optim:LBFGS", batch_size=8), table, 2)
 
 
 def test_at_radius_zero_dpsam_is_dpsgd_on_its_second_noise(problem):

@@ -189,6 +189,8 @@ def test_several_optimizers_each_get_a_line_and_plain_ones_none():
     one = everything()
     asam = one[one.optimizer == "sam-sgd"].assign(optimizer="asam-sgd", rho="0.5")
     adam = asam.assign(optimizer="adam-sgd", rho="")
+    dpsam = asam.assign(optimizer="dpsam(sigma=1.0)-sgd")
+    assert "dpsam(sigma=1.0)-sgd" not in set(verdict.ledger(pd.concat([one, dpsam])).optimizer)
     found = verdict.ledger(pd.concat([one, asam, adam]))
     assert set(found.optimizer) == {"sam-sgd", "asam-sgd", ""}
     assert (found[found.claim == "leaks_more_lira"].verdict == "supported").sum() == 2

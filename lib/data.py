@@ -381,7 +381,8 @@ def _split(d: Dataset, share: float) -> Dataset:
     need(n_pool <= len(top), f"{len(top)} groups; two for each of {d.n_classes} classes are needed")
     keep = np.isin(groups, _draw(top, n_pool, seed=0, least=2))
     need(not keep.all(), f"{len(top)} groups leave none for a test part; more, or x_test and y_test, are needed")
-    test = dict(x_test=d.x[~keep], y_test=d.y[~keep], groups_test=None if d.groups is None else groups[~keep])
+    own = None if d.groups is None else np.unique(groups[~keep], return_inverse=True)[1]
+    test = dict(x_test=d.x[~keep], y_test=d.y[~keep], groups_test=own)
     return _subset(replace(d, **test), keep, ("x", "y", "groups", "pattern"))
 
 

@@ -235,7 +235,8 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 # **How we test it.** The attacker asks about many versions of an example, pictures shifted and mirrored, tables with
 # noise or flipped bits, and counts how often the label is right: training pushes an example away from the
 # decision boundary (Choquette-Choo et al. 2021). `label_once` asks for the example as it is and no more: what the
-# queries add to it is what distance tells. SAM pushes boundaries away for *everyone*, so here it may look safer. The models whose weights are kept are the targets; the strength of the noise is chosen on other models.
+# queries add to it is what distance tells. SAM pushes boundaries away for *everyone*, so here it may look safer. The
+# models whose weights are kept are the targets; how far to shift, or how much noise, is chosen on other models.
 
 # %%
 where = ensemble.device_of(run.device)
@@ -246,11 +247,12 @@ for metric in ("auc", "balanced_accuracy"):
     rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
     only = difference(rows, metric, pair)
     say(f"By labels alone ({metric}), {other} leaks {verb(only, *than)} {baseline}: {points(only)}.")
-auc = labels[(labels.metric == "auc") & labels.optimizer.isin(run.names)].pivot(
-    index="optimizer", columns="attack", values="value"
-)
-for name, row in auc.iterrows():
-    say(f"{name}: AUC {row.label_only:.3f}; asked once, for the example as it is, {row.label_once:.3f}.")
+
+# %%
+known = pd.concat([labels, leak]).query("metric == 'auc'").set_index(["optimizer", "attack"]).value
+for name in run.names:
+    say(f"{name}: AUC {known[name, 'label_only']:.3f}; asked once, for the example as it is, {known[name, 'label_once']:.3f}; "
+        f"LiRA, which is shown the confidence, {known[name, 'lira']:.3f}.")  # fmt: skip
 null = labels[labels.metric == "null_auc"].itertuples()
 said = [f"{row.optimizer} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in null]
 say(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")

@@ -91,21 +91,23 @@ def null_member(member, seed=0, groups=None) -> np.ndarray:
     """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
     Every pair's halves are drawn anew, by themselves: rows keep their sizes, pairs stay complementary and every
-    example stays in as many models. groups [N] stay whole: each is exchanged with one of its size. Feed it to an
-    attack as `member`, with the untouched logits: an example's real membership in a pair is then a coin flip,
-    independent of its alleged one. So LiRA and RMIA with leave="pair" have AUC 1/2 in expectation, and learned
-    thresholds accuracy 1/2 (none judges an example it was learned on; ranks across the two halves are off by
-    O(1/N)). With leave="model" the alleged counts and the agreeing partner give the target away.
+    example stays in as many models. groups [N] stay whole: each trades places with one of its size, and for those
+    that have none the two sides of the pair do, at random. Feed it to an attack as `member`, with the untouched
+    logits: an example's real membership in a pair is then a coin flip, independent of its alleged one. So LiRA and
+    RMIA with leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2 (none judges an example
+    it was learned on; ranks across the two halves are off by O(1/N)). With leave="model" the alleged counts and the
+    agreeing partner give the target away.
 
-    Where models are no pairs, one permutation of the columns serves all: every example stays in as many models, but
-    halves that really overlap more do so in the alleged membership too, and LiRA finds a trace of that.
+    Where models are no pairs, one permutation of the columns serves all, whatever the groups: every example stays in
+    as many models, but halves that really overlap more do so in the alleged membership too, and LiRA finds a trace of that.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:
-        return member[:, _exchanged(rng, groups, member.shape[1])]
+        return member[:, rng.permutation(member.shape[1])]
     null = member.copy()
     for m in np.flatnonzero(np.arange(len(member)) < partner):
-        null[m] = member[m, _exchanged(rng, groups, member.shape[1])]
+        side = m if groups is None else rng.choice([m, partner[m]])
+        null[m] = member[side, _exchanged(rng, groups, member.shape[1])]
         null[partner[m]] = ~null[m]
     return null
 
@@ -114,6 +116,7 @@ def _exchanged(rng, groups, n) -> np.ndarray:
     """A random order of n columns; groups trade places whole, with others of their size."""
     if groups is None:
         return rng.permutation(n)
+    groups = np.unique(groups, return_inverse=True)[1]  # which may be names
     sizes, order = np.bincount(groups)[groups], np.empty(n, np.int64)
     for size in np.unique(sizes):
         own = np.flatnonzero(sizes == size)

@@ -317,6 +317,10 @@ def test_null_member_keeps_groups_whole():
         assert len(set(null[0, groups == group])) == 1
     assert null[0].sum() == member[0].sum() and (null[0] == ~null[1]).all()
     assert 0.3 < (null == member).mean() < 0.7
+    named = attacks.null_member(member, 3, np.char.mod("p%02d", groups))
+    np.testing.assert_array_equal(null, named)
+    alone = [(attacks.null_member(member[:, :6], seed, np.array([7, 7, 7, 7, 8, 8]))[0, 0]) for seed in range(200)]
+    assert 0.35 < np.mean(alone) < 0.65  # a group without another of its size changes sides
 
 
 def test_the_null_is_one_half_where_halves_that_overlap_make_alike_models():

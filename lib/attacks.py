@@ -99,7 +99,7 @@ def null_member(member, seed=0, groups=None) -> np.ndarray:
     agreeing partner give the target away.
 
     Where models are no pairs, one permutation of the columns serves all, whatever the groups: every example stays in
-    as many models, but halves that really overlap more do so in the alleged membership too, and LiRA finds a trace of that.
+    as many models, but halves that really overlap more do so in the alleged membership too, and LiRA finds a trace.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:

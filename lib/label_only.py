@@ -3,7 +3,7 @@
 Choquette-Choo et al. (2021): the attacker sees a model's predicted labels, no confidence. First counts whether the
 example is labelled right as it is, then the share of queries with the right label. Images are shifted and mirrored
 (their augmentation attack), tables get noise (their random-noise attack: flipped bits, or Gaussian noise), of a
-strength that other models chose.
+strength that other models chose; none at all is one of them.
 
 The authors' code differs: it shifts along one diamond (|dx| + |dy| = d, border repeated) or rotates, without mirror
 images, and classes each have a network on the vector of hits, the untouched query's among them, learned on a shadow
@@ -82,7 +82,7 @@ def of_one(ensemble, place, n_models=16, device="cpu") -> tuple[np.ndarray, np.n
         found, ids = scores(ensemble, n_models, device=device)
         return found[:, [place]], ids
     found, ids = answers(ensemble, n_models, device=device, rows=[place], most=1)
-    return found[0], ids
+    return found[-1], ids
 
 
 def answers(ensemble, n_models=16, seed=0, device="cpu", rows=slice(None), most=None):
@@ -90,13 +90,13 @@ def answers(ensemble, n_models=16, seed=0, device="cpu", rows=slice(None), most=
 
     Images: every shift by up to 1, 2, 4, ... pixels, `most` of them (default an eighth of the side), over a reflected
     border, and each one's mirror image (18, 50 and 162 queries at 32 x 32). Tables: the input and COPIES noisy copies.
-    seed: of the noise, which is the same for all models and optimizers. rows: the examples asked about, N of them.
-    ValueError: see `kept`.
+    The first strength is none: the example as it is. seed: of the noise, which is the same for all models and
+    optimizers. rows: the examples asked about, N of them. ValueError: see `kept`.
     """
     ids = kept([ensemble], n_models)
     nets, x = [network(ensemble, k, device) for k in ids], torch.from_numpy(data.inputs(ensemble.dataset)[0])
     strengths, y = shifts(x, most) if ensemble.dataset.is_image else noises(x, seed), ensemble.dataset.y[rows]
-    return np.stack([shares(nets, x[rows], y, queries, device) for queries in strengths]), ids
+    return np.stack([shares(nets, x[rows], y, queries, device) for queries in (once, *strengths)]), ids
 
 
 def kept(ensembles, n_models=16) -> np.ndarray:
@@ -140,6 +140,11 @@ def shares(nets, x, y, queries, device="cpu") -> np.ndarray:
 
 
 # ---- queries ---------------------------------------------------------------------------------------------
+
+
+def once(x):
+    """Yield x as it is."""
+    yield x
 
 
 def shifts(x, most=None):

@@ -236,7 +236,8 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 # noise or flipped bits, and counts how often the label is right: training pushes an example away from the
 # decision boundary (Choquette-Choo et al. 2021). `label_once` asks for the example as it is and no more: what the
 # queries add to it is what distance tells. SAM pushes boundaries away for *everyone*, so here it may look safer. The
-# models whose weights are kept are the targets; how far to shift, or how much noise, is chosen on other models.
+# models whose weights are kept are the targets; how far to shift, or how much noise, is chosen on other models, none
+# at all included: what is right under every shift may be what is easy for all, not what this model was trained on.
 
 # %%
 where = ensemble.device_of(run.device)

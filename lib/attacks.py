@@ -38,14 +38,17 @@ FLOOR = 1e-12  # of a variance
 TINY = 1e-40  # of a loss, an entropy or a confidence that is divided by or put into a logarithm
 
 
-def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, learned=True):
+def run(
+    logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, learned=True, groups=None
+):
     """All attacks in NAMES on one ensemble: a dict name -> scores [M, N] float32; learned=False: without the neural.
 
     logits: [M, N, C], or [M, Q, N, C] with Q queries (augmentations) of which the first is the plain input;
     LiRA and RMIA average over the queries, the others see the first. y: [N] labels; member: [M, N] bool.
     population_logits [M, T, C] or [M, Q, T, C] with population_y [T]: examples that no model trained on, for
     RMIA; without them RMIA compares with the pool itself. gamma, a: RMIA's. seed: of the halves on which
-    thresholds and the neural attack are learned. Raises ValueError, naming the argument, where they do not fit.
+    thresholds and the neural attack are learned, in which groups [N] (a patient's two eyes) stay together. Raises
+    ValueError, naming the argument, where they do not fit.
     """
     shape = np.shape(logits)
     if len(shape) not in (3, 4):
@@ -54,7 +57,7 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0,
         raise ValueError(f"member: shape {np.shape(member)}; valid is [M, N] = {(shape[0], shape[-2])}")
     if (population_logits is None) != (population_y is None):
         raise ValueError("population_y: missing or without population_logits; valid are both or neither")
-    out = single(logits if len(shape) == 3 else logits[:, 0], y, member, seed, learned)
+    out = single(logits if len(shape) == 3 else logits[:, 0], y, member, seed, learned, groups)
     shown = signals(logits, y, only=("phi", "confidence"))
     population = None
     if population_logits is not None:
@@ -72,17 +75,17 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0,
     return {name: out[name] for name in NAMES if name in out}
 
 
-def single(logits, y, member, seed=0, learned=True):
+def single(logits, y, member, seed=0, learned=True, groups=None):
     """The attacks of `run` that look at one model alone and need no shadow models: a dict name -> scores [M, N].
 
     logits: [M, N, C] on the plain input. Thresholds and the neural attack are learned on one half of each model's
-    members and non-members and judge the other.
+    members and non-members and judge the other; groups [N] stay together in these.
     """
     plain = signals(logits, y)
-    half = halves(checked(plain["phi"], member)[1], seed, y)
+    half = halves(checked(plain["phi"], member)[1], seed, y, groups)
     out = _threshold_attacks(plain, member, y, half)
     if learned:
-        out["neural"], own = neural.fit(logits, y, member, half, seed)
+        out["neural"], own = neural.fit(logits, y, member, half, seed, groups=groups)
         out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
     return out
 

@@ -55,6 +55,7 @@ def scores(ensemble, member=None):
         np.array(ensemble.member if member is None else member),
         ensemble.test_logits,
         ensemble.dataset.y_test,
+        groups=ensemble.dataset.groups,
     )
 
 

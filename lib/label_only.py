@@ -42,14 +42,15 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     first = next(iter(ensembles.values()))
     ids = kept(ensembles.values(), n_models)
     asked = {name: answers(e.only(ids), n_models, device=device)[0] for name, e in ensembles.items()}
-    member, y = np.array(first.only(ids).member), first.dataset.y
+    member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
     scored = {name: chosen(found, member) for name, found in asked.items()}
-    by_class = {name: attacks.classwise(s, member, y) for name, s in scored.items()}
+    half = metrics.halves(member, 0, y, groups)
+    by_class = {name: attacks.classwise(s, member, y, half=half) for name, s in scored.items()}
     right = {n: signals(e.only(ids).logits[:, 0], y, only=("correct",))["correct"] for n, e in ensembles.items()}
     kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", right, 0.0))
-    how = {"columns": first.dataset.groups}
+    how = {"columns": groups}
     frames = [metrics.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
-    null = [null_auc(found, member, first.dataset.groups) for found in asked.values()]
+    null = [null_auc(found, member, groups) for found in asked.values()]
     rows = [dict(metric="null_auc", value=e.value, ci_low=e.low, ci_high=e.high, attack="label_only") for e in null]
     return pd.concat([*frames, pd.DataFrame(rows).assign(optimizer=list(asked))], ignore_index=True)
 

@@ -21,6 +21,7 @@ nearer 90 than 95% for an AUC; take 16 or more where that matters. A realised FP
 in 97% or more: either fold's threshold judges the other, and their errors cancel in the mean.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -184,14 +185,15 @@ def ratio_cells(x, chosen) -> np.ndarray:
     return mean + np.where(chosen, x.shape[-1] / n * (x - mean), 0.0)
 
 
-def balanced_accuracy_cells(scores, member, threshold=None, seed=0) -> np.ndarray:
+def balanced_accuracy_cells(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
     """Cells [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
 
     threshold: a number, or None to learn it per target on one half of the members and non-members, apply it
     to the other half, and the other way round (cross-fitting: no example is judged by a threshold it chose).
+    groups: as in `halves`.
     """
     scores, member = checked(scores, member)
-    side = None if threshold is not None else halves(member, seed).astype(np.uint16)
+    side = None if threshold is not None else halves(member, seed, groups=groups).astype(np.uint16)
 
     def row(m):
         limit = threshold
@@ -240,14 +242,14 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     return tpr, realised
 
 
-def tpr_cells_within(scores, member, fpr, seed=0) -> tuple[np.ndarray, np.ndarray]:
+def tpr_cells_within(scores, member, fpr, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray]:
     """As `tpr_cells`, for an auditor who knows some non-members of the target itself: one model is enough.
 
     The threshold comes from a random half of the target's non-members and is applied to the other half of the
-    examples, and vice versa.
+    examples, and vice versa. groups: as in `halves`.
     """
     scores, member = checked(scores, member)
-    side, tpr, realised = halves(member, seed), np.empty(scores.shape), np.empty(scores.shape)
+    side, tpr, realised = halves(member, seed, groups=groups), np.empty(scores.shape), np.empty(scores.shape)
 
     def row(m):
         s, inside, half = scores[m], member[m], side[m].astype(int)
@@ -284,8 +286,20 @@ def _roc_slope(scores, member, null, fpr):
 # ---- thresholds ------------------------------------------------------------------------------------------
 
 
-def halves(member, seed=0, y=None) -> np.ndarray:
-    """A random half [M, N] bool of every target's members and non-members (within classes, given y [N])."""
+def halves(member, seed=0, y=None, groups=None) -> np.ndarray:
+    """A random half [M, N] bool of every target's members and non-members (within classes, given y [N]).
+
+    groups [N] (a patient's two eyes) stay together, each in the place of its first example. Raises ValueError where
+    they are so few that a half is left without members or non-members.
+    """
+    if groups is not None:
+        if np.shape(groups) != member.shape[1:]:
+            raise ValueError(f"groups: shape {np.shape(groups)}; valid is [N] = {member.shape[1:]}")
+        first, own = np.unique(groups, return_index=True, return_inverse=True)[1:]
+        half = halves(member[:, first], seed, None if y is None else np.asarray(y)[first])[:, own]
+        if not all((half & kind).any(1).all() and (~half & kind).any(1).all() for kind in (member, ~member)):
+            raise ValueError(f"groups: {len(first)} are too few for halves that have members and non-members each")
+        return half
     n = member.shape[1]
     order = np.random.default_rng(seed).permutation(n)
     if y is not None:
@@ -354,11 +368,12 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) 
     (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is reported only where each fold expects at least ten
     false positives at it. `threshold`: as in balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
     how: columns and examples_only, as in `estimate`; with examples_only and one or two models, the thresholds at
-    an FPR come from half of the target's own non-members (tpr_cells_within), since no other model gives any.
+    an FPR come from half of the target's own non-members (tpr_cells_within), since no other model gives any. What is
+    together in columns stays so in the halves on which thresholds are learned.
     """
     clusters, rows = pairs(checked(next(iter(scores.values())), member)[1]), {}
-    alone = how.get("examples_only", False) and len(member) < 3
-    for metric, cells in _all_cells(scores, member, fprs, threshold, seed, alone):
+    alone, learned = how.get("examples_only", False) and len(member) < 3, {"seed": seed, "groups": how.get("columns")}
+    for metric, cells in _all_cells(scores, member, fprs, threshold, alone, learned):
         found = paired(cells, clusters, level, rate=True, widen=0.0 if "@" in metric else SHADOWS, **how)
         for name, e in found.items():
             rows.setdefault(name, []).append((metric, *e, name))
@@ -378,12 +393,12 @@ def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
     return frame[frame.optimizer == "b-a"].drop(columns="optimizer").reset_index(drop=True)
 
 
-def _all_cells(scores, member, fprs, threshold, seed, alone):
+def _all_cells(scores, member, fprs, threshold, alone, learned):
     """(metric, dict optimizer -> cells) one by one, so that only one metric's cells are in memory at a time."""
     yield "auc", {name: auc_cells(s, member) for name, s in scores.items()}
-    yield "balanced_accuracy", {k: balanced_accuracy_cells(s, member, threshold, seed) for k, s in scores.items()}
+    yield "balanced_accuracy", {k: balanced_accuracy_cells(s, member, threshold, **learned) for k, s in scores.items()}
     for fpr in reportable(member, fprs, alone):
-        at_rate = tpr_cells_within if alone else tpr_cells
+        at_rate = partial(tpr_cells_within, **learned) if alone else tpr_cells
         both = {name: at_rate(s, member, fpr) for name, s in scores.items()}
         yield f"tpr@{fpr}", {name: tpr for name, (tpr, _) in both.items()}
         yield f"realised_fpr@{fpr}", {name: realised for name, (_, realised) in both.items()}

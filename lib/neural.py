@@ -26,18 +26,19 @@ GAP = 50.0  # of features: p = exp(-50) says no more than p = exp(-700)
 BLOCK = 1e7  # numbers in the hidden layers of the networks of a block of targets: 40 MB
 
 
-def attack(logits, y, member, half=None, seed=0, device="cpu") -> np.ndarray:
+def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> np.ndarray:
     """Log-odds of membership, scores [M, N] float32, from networks that saw neither the example nor its membership.
 
     logits: [M, N, C] floats (a memory map too: it is read by blocks of models); y: [N] labels; member: [M, N] bool.
     half: [M, N] bool, halves of equal size of which each is judged by the other's networks; default
-    halves(member, seed, y). device: of PyTorch, for the networks. Members and non-members weigh alike, so 0 is
-    undecided. Raises ValueError for shapes that do not fit, NaN logits, or under 2 FOLDS members or non-members.
+    halves(member, seed, y, groups). device: of PyTorch, for the networks. groups: [N], what belongs together (a
+    patient's two eyes) and stays so in halves and folds. Members and non-members weigh alike, so 0 is undecided.
+    Raises ValueError for shapes that do not fit, NaN logits, or under 2 FOLDS members or non-members (or groups).
     """
-    return fit(logits, y, member, half, seed, device)[0]
+    return fit(logits, y, member, half, seed, device, groups)[0]
 
 
-def fit(logits, y, member, half=None, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+def fit(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> tuple[np.ndarray, np.ndarray]:
     """(scores of `attack`, own), both [M, N]: own are for thresholds, and come from the networks of the example's half.
 
     own is by the network that stopped on the example's fold and learned on the other: a threshold learned from own
@@ -46,9 +47,9 @@ def fit(logits, y, member, half=None, seed=0, device="cpu") -> tuple[np.ndarray,
     if np.ndim(logits) != 3:
         raise ValueError(f"logits: shape {np.shape(logits)}; valid is [M, N, C]")
     seen = signals(logits, y, only=("phi", "log_confidence"))
-    member = _known(seen["phi"], member)
-    half = halves(member, seed, y) if half is None else half
-    fold = folds(member, half, y, seed)
+    member = _known(seen["phi"], member, groups)
+    half = halves(member, seed, y, groups) if half is None else half
+    fold = folds(member, half, y, seed, groups)
     scores, own = np.empty(member.shape, np.float32), np.empty(member.shape, np.float32)
     size = max(1, int(BLOCK // (2 * FOLDS * member.shape[1] * HIDDEN)))
     for start in range(0, len(member), size):
@@ -59,17 +60,25 @@ def fit(logits, y, member, half=None, seed=0, device="cpu") -> tuple[np.ndarray,
     return scores, own
 
 
-def _known(phi, member):
+def _known(phi, member, groups=None):
     """member, checked: each part of each half needs both kinds."""
     member = checked(phi, member)[1]
-    fewest, least = np.minimum(member.sum(1), (~member).sum(1)), 2 * FOLDS
+    counted = member if groups is None else member[:, np.unique(groups, return_index=True)[1]]
+    fewest, least = np.minimum(counted.sum(1), (~counted).sum(1)), 2 * FOLDS
     for m in np.flatnonzero(fewest < least):
-        raise ValueError(f"member: row {m} has {fewest[m]} members or non-members; valid are at least {least} of each")
+        found = f"row {m} has {fewest[m]} members or non-members{'' if groups is None else ' (groups)'}"
+        raise ValueError(f"member: {found}; valid are at least {least} of each")
     return member
 
 
-def folds(member, half, y, seed=0) -> np.ndarray:
-    """A random fold within each half, of members and non-members alike and within classes: [M, N] in 0..FOLDS-1."""
+def folds(member, half, y, seed=0, groups=None) -> np.ndarray:
+    """A random fold within each half, of members and non-members alike and within classes: [M, N] in 0..FOLDS-1.
+
+    groups [N] stay together, as in `metrics.halves`.
+    """
+    if groups is not None:
+        first, own = np.unique(groups, return_index=True, return_inverse=True)[1:]
+        return folds(member[:, first], half[:, first], np.asarray(y)[first], seed)[:, own]
     order = np.random.default_rng(seed).permutation(len(y))
     order = order[np.argsort(np.asarray(y)[order], kind="stable")]
     out = np.empty(member.shape, np.int64)

@@ -87,8 +87,7 @@ def checked(name, given) -> SimpleNamespace:
         e.y = labels("y", e.y, e.logits)
         e.member = membership(e.member, (len(e.logits), len(e.y)))
         population(e)
-        if e.groups is not None and (e.groups.shape != e.y.shape or len(np.unique(e.groups)) < 2):
-            raise ValueError(f"groups: shape {e.groups.shape}; valid is [N] = {e.y.shape}, with two groups or more")
+        grouped(e)
         return e
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -172,6 +171,18 @@ def population(e):
         e.population_y = labels("population_y", e.population_y, z)
 
 
+def grouped(e):
+    """ValueError unless groups, if given, are [N] and each model has enough of them, by their first examples."""
+    if e.groups is None:
+        return
+    if e.groups.shape != e.y.shape:
+        raise ValueError(f"groups: shape {e.groups.shape}; valid is [N] = {e.y.shape}")
+    member = e.member[:, np.unique(e.groups, return_index=True)[1]]
+    for m in np.flatnonzero(np.minimum(member.sum(1), (~member).sum(1)) < LEAST)[:1]:
+        found = f"model {m} has {member[m].sum()} members among {member.shape[1]} groups"
+        raise ValueError(f"groups: {found}; valid are at least {LEAST} members and {LEAST} non-members")
+
+
 def alike(ensembles):
     """ValueError unless all share y, member and groups, so that every comparison is paired."""
     (first, base), *others = ensembles.items()
@@ -201,8 +212,8 @@ def lacking(member) -> str:
 def scores(e, member) -> dict[str, np.ndarray]:
     """Attack -> scores [M, N]: all attacks.NAMES, or, with too few shadow models, those that need none."""
     if not lacking(member):
-        return attacks.run(e.logits, e.y, member, e.population_logits, e.population_y)
-    found = attacks.single(plain(e), e.y, member)
+        return attacks.run(e.logits, e.y, member, e.population_logits, e.population_y, groups=e.groups)
+    found = attacks.single(plain(e), e.y, member, groups=e.groups)
     return {name: found[name] for name in attacks.NAMES if name in found}
 
 
@@ -355,7 +366,7 @@ def limits(ensembles):
 
 def classes_without(e):
     """The classes without members or without non-members in a half of some model: a list."""
-    part = 2 * metrics.halves(e.member, 0, e.y) + e.member
+    part = 2 * metrics.halves(e.member, 0, e.y, e.groups) + e.member
     present = {c: [(part[:, e.y == c] == k).any(1).all() for k in range(4)] for c in np.unique(e.y).tolist()}
     return [c for c, sides in present.items() if not all(sides)]
 

@@ -188,7 +188,7 @@ for name in run.names:
 # | `confidence`, `entropy`, `m_entropy` | one threshold on the output (Song & Mittal 2021); `_classwise`: one for each class |
 # | `lira` | likelihood ratio of the output, given models with and without the example (Carlini et al. 2022); `_pooled`: one variance for all examples; `_offline`: without models that contain it |
 # | `neural` | a small network on the whole sorted output, trained, stopped and judged on three parts (Shokri et al. 2017); `_classwise` likewise |
-# | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024) |
+# | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024; `gamma` 1, `lib/attacks.py` says why); `_offline` likewise |
 
 # %% [markdown]
 # Thresholds are learned on one half of the examples and judged on the other; those for a fixed false positive

@@ -227,6 +227,21 @@ def test_classwise_beats_one_threshold_where_classes_differ():
     assert balanced_accuracy_cells(attacks.classwise(scores, member, y), member, 0.0).mean() > learned + 0.1
 
 
+def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
+    rng = np.random.default_rng(0)
+    eyes = np.repeat(np.arange(40), 2)
+    member, y = halves_of_pool(rng, 4, 40)[:, eyes], rng.integers(0, 3, 40)[eyes]
+    logits = rng.normal(size=(4, 40, 3))[:, eyes]  # a patient's eyes look alike: one would give the other away
+    found = attacks.single(logits, y, member, groups=eyes)
+    for name, scores in found.items():
+        np.testing.assert_array_equal(scores[:, ::2], scores[:, 1::2], err_msg=name)
+    split = attacks.single(logits, y, member)
+    for name in ("loss", "confidence_classwise", "neural", "neural_classwise"):
+        assert (split[name][:, ::2] != split[name][:, 1::2]).any()
+    right = [balanced_accuracy_cells(found["confidence"], member, groups=g) for g in (eyes, None)]
+    assert (right[0] != right[1]).any()
+
+
 def test_gap_and_yeom_equal_their_closed_forms():
     rng = np.random.default_rng(0)
     member, y = halves_of_pool(rng, 6, 80), rng.integers(0, 3, 80)

@@ -346,6 +346,20 @@ def test_halves_split_members_and_non_members_of_every_class():
     assert (metrics.halves(member, 1) != metrics.halves(member, 2)).any()
 
 
+def test_halves_keep_groups_whole():
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(30), 2))
+    member = np.random.default_rng(1).permuted(np.tile(np.arange(30) < 15, (6, 1)), axis=1)[:, groups]
+    half = metrics.halves(member, 1, groups % 3, groups)
+    for m in range(6):
+        for group in range(30):
+            assert len(set(half[m, groups == group])) == 1
+        assert abs(half[m, member[m]].sum() - 15) <= 4 and abs(half[m, ~member[m]].sum() - 15) <= 4
+    with pytest.raises(ValueError, match="groups: 1 are too few for halves"):
+        metrics.halves(member, 1, groups=groups // 30)
+    with pytest.raises(ValueError, match="groups: shape"):
+        metrics.halves(member, 1, groups=groups[1:])
+
+
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
@@ -413,7 +427,9 @@ def test_cells_are_computed_once_for_values_and_differences(monkeypatch):
     calls = []
     for name in ("auc_cells", "balanced_accuracy_cells", "tpr_cells"):
         whole = getattr(metrics, name)
-        monkeypatch.setattr(metrics, name, lambda *x, whole=whole, name=name: calls.append(name) or whole(*x))
+        monkeypatch.setattr(
+            metrics, name, lambda *x, whole=whole, name=name, **how: calls.append(name) or whole(*x, **how)
+        )
     metrics.table({"sgd": a, "sam": a + member}, member, fprs=(0.1,))
     assert sorted(calls) == sorted(2 * ["auc_cells", "balanced_accuracy_cells", "tpr_cells"])
 

@@ -351,9 +351,11 @@ def agreement(ensembles, parts=8, seed=0):
 def pattern_table(ensembles, memorized):
     """On data with known sub-patterns: memorization, exposure and SAM's gain by how many examples share the pattern.
 
-    memorized: dict optimizer -> [N]. Rows for each optimizer and class of size; the gain is on the test part.
+    memorized: dict optimizer -> [N]. Rows for each optimizer and each difference from the first, by class of size; the
+    gain is on the test part.
     """
-    first = next(iter(ensembles.values()))
+    (base, first), *_ = ensembles.items()
+    memorized = memorized | {f"{k}-{base}": memorized[k] - memorized[base] for k in memorized if k != base}
     dataset, member = first.dataset, np.array(first.member)
     both = dataset.pattern, dataset.pattern_test
     shared = np.bincount(dataset.pattern, minlength=1 + max(p.max() for p in both))  # 0 for one that the pool lacks

@@ -183,10 +183,11 @@ def test_pattern_table_finds_the_rare_ones(tmp_path):
     common = replace(data, pattern=pattern, pattern_test=np.arange(60) % 22)  # 21: the pool has none
     made = {k: train(Recipe(optimizer=k, rho=0.1, epochs=2, batch_size=8), common, 8, tmp_path, "cpu", quiet=True)
             for k in ("sgd", "sam")}  # fmt: skip
-    memorized = {k: np.where(np.arange(80) < 20, 0.9, 0.1) for k in made}
+    memorized = {k: np.where(np.arange(80) < 20, rare, 0.1) for k, rare in (("sgd", 0.7), ("sam", 0.9))}
     frame = beyond.pattern_table(made, memorized)
-    found = frame[(frame.metric == "mean_memorization") & (frame.optimizer == "sam")].set_index("size").value
-    assert found.to_dict() == pytest.approx({"1 to 2": 0.9, "30 to 99": 0.1})
+    for name, rare, common in (("sam", 0.9, 0.1), ("sam-sgd", 0.2, 0.0)):
+        found = frame[(frame.metric == "mean_memorization") & (frame.optimizer == name)].set_index("size").value
+        assert found.to_dict() == pytest.approx({"1 to 2": rare, "30 to 99": common})
     assert {"auc", "mean_memorization"} <= set(frame.metric) and "sam-sgd" in set(frame.optimizer)
 
 

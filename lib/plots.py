@@ -400,12 +400,16 @@ SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
 
 def frontier(steps, kept, near=0.02):
-    """Paired differences from the baseline in leakage against those in accuracy: all ensembles, and those near 0.
+    """Paired differences from the baseline in leakage against those in accuracy: all ensembles, and, if some lie far
+    off, those near 0 once more.
 
     steps: rows with optimizer, rho and, for test_accuracy and auc, value, ci_low, ci_high as <metric>_<column>; larger
     marks have larger radii. kept: the (optimizer, rho) that no other ensemble beats. near: what the right panel spans.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    close = steps[steps.test_accuracy_value.abs() <= near]
+    panels = 1 if len(close) == len(steps) else 2
+    figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 5), layout="constrained", squeeze=False)
+    axes = axes[0]
     for index, (name, rows) in enumerate(steps.groupby("optimizer", sort=False)):
         shape = dict(color=COLOURS[index % 10], marker=SHAPES[index % 12])
         sizes = 5 + 3 * rows.rho.rank().to_numpy()
@@ -419,15 +423,16 @@ def frontier(steps, kept, near=0.02):
                               markersize=size, markerfacecolor=face, **shape)  # fmt: skip
         axes[0].plot([], [], linestyle="", markersize=8, label=name, **shape)
     axes[0].plot([], [], "o", color="0.3", markerfacecolor="white", label="open: beaten by another")
-    close = steps[steps.test_accuracy_value.abs() <= near]
-    pad = 1.25 * max(close[["auc_ci_low", "auc_ci_high"]].abs().to_numpy().max(initial=0), 0.005)
-    axes[1].set(xlim=(-near, near), ylim=(-pad, pad), title="near the baseline")
+    if panels == 2:
+        pad = 1.25 * max(close[["auc_ci_low", "auc_ci_high"]].abs().to_numpy().max(initial=0), 0.005)
+        axes[1].set(xlim=(-near, near), ylim=(-pad, pad), title="near the baseline")
+        axes[0].set_title("all")
     for axis in axes:
         axis.axhline(0, color="0.4", lw=0.8)
         axis.axvline(0, color="0.4", lw=0.8)
         axis.locator_params(nbins=5)
         axis.set_xlabel("test accuracy, minus the baseline's")
-    axes[0].set(ylabel="AUC of LiRA, minus the baseline's", title="all")
+    axes[0].set_ylabel("AUC of LiRA, minus the baseline's")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right center")
     return figure
 

@@ -85,6 +85,7 @@ def single(logits, y, member, seed=0, learned=True, groups=None):
     half = halves(checked(plain["phi"], member)[1], seed, y, groups)
     out = _threshold_attacks(plain, member, y, half)
     if learned:
+        half = halves(member, seed, groups=groups)  # not within classes, see neural.attack
         out["neural"], own = neural.fit(logits, y, member, half, seed, groups=groups)
         out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
     return out

@@ -31,9 +31,12 @@ def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> n
 
     logits: [M, N, C] floats (a memory map too: it is read by blocks of models); y: [N] labels; member: [M, N] bool.
     half: [M, N] bool, halves of equal size of which each is judged by the other's networks; default
-    halves(member, seed, y, groups). device: of PyTorch, for the networks. groups: [N], what belongs together (a
-    patient's two eyes) and stays so in halves and folds. Members and non-members weigh alike, so 0 is undecided.
-    Raises ValueError for shapes that do not fit, NaN logits, or under 2 FOLDS members or non-members (or groups).
+    halves(member, seed, groups=groups). Halves drawn within classes would share each class's share of members, and a
+    network that sees from an output which class it is would know something of the half it judges: with 1,200 examples
+    of 10 classes the AUC on shuffled membership was 0.501. device: of PyTorch, for the networks. groups: [N], what
+    belongs together (a patient's two eyes) and stays so in halves and folds. Members and non-members weigh alike, so 0
+    is undecided. Raises ValueError for shapes that do not fit, NaN logits, or under 2 FOLDS members or non-members (or
+    groups).
     """
     return fit(logits, y, member, half, seed, device, groups)[0]
 
@@ -48,7 +51,7 @@ def fit(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> tupl
         raise ValueError(f"logits: shape {np.shape(logits)}; valid is [M, N, C]")
     seen = signals(logits, y, only=("phi", "log_confidence"))
     member = _known(seen["phi"], member, groups)
-    half = halves(member, seed, y, groups) if half is None else half
+    half = halves(member, seed, groups=groups) if half is None else half
     fold = folds(member, half, y, seed, groups)
     scores, own = np.empty(member.shape, np.float32), np.empty(member.shape, np.float32)
     size = max(1, int(BLOCK // (2 * FOLDS * member.shape[1] * HIDDEN)))

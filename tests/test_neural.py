@@ -121,6 +121,19 @@ def test_null_is_one_half_where_a_look_at_the_judged_would_show():
         assert z > 6 if name == "seen" else abs(z) < 4, (name, z)
 
 
+def test_knows_nothing_of_how_many_of_a_class_are_members():
+    rng, found = np.random.default_rng(0), {"default": [], "within classes": []}
+    for seed in range(4):
+        _, y, member = problem(seed, n_models=200, n=100, n_classes=5, leak=0.0)
+        logits = np.eye(5)[y] * (1.0 + y[:, None]) + 0.01 * rng.normal(size=(200, 100, 5))  # the class is plain to see
+        for name, half in (("default", None), ("within classes", halves(member, seed, y))):
+            found[name].append(auc_cells(neural.attack(logits, y, member, half, seed), member))
+    for name, cells in found.items():
+        rows = np.concatenate(cells).mean(1)
+        z = (rows.mean() - 0.5) / (rows.std() / np.sqrt(len(rows)))
+        assert z > 6 if name == "within classes" else abs(z) < 4, (name, z)
+
+
 def test_finds_a_shape_of_the_output_that_confidence_cannot():
     """All have p_y = 0.6; a member's other classes are alike, of a non-member's one stands out."""
     rng = np.random.default_rng(0)

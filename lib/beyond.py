@@ -327,8 +327,9 @@ def agreement(ensembles, parts=8, seed=0):
 
     Exposure: how well phi tells the models with an example from those without (AUC); no shadow model is in it, which
     both halves would share. Two halves of the *models* of one optimizer agree no better than their noise lets them;
-    across optimizers (again on different models) a lower correlation means other examples. Returns a tidy frame:
-    metric, value and the range over `parts` splits as interval.
+    across optimizers (again on different models) a lower correlation means other examples. Corrected for noise: across,
+    over the geometric mean of the two within (Spearman 1904), where these are positive in every split. Returns a tidy
+    frame: metric, value and the range over `parts` splits as interval.
     """
     (a, first), (b, second) = ensembles.items()
     scores = {a: plain_signal(first, "phi"), b: plain_signal(second, "phi")}
@@ -345,6 +346,12 @@ def agreement(ensembles, parts=8, seed=0):
         row("exposure_rank_correlation", metrics.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
         for name, v in found.items()
     ]
+    one, other, across = map(np.array, found.values())
+    if min(*one, *other) > 0:
+        # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
+        corrected, value = across / np.sqrt(one * other), across.mean() / np.sqrt(one.mean() * other.mean())
+        found_here = metrics.Estimate(value, min(corrected), max(corrected))
+        rows.append(row("exposure_rank_correlation_corrected", found_here, optimizer=f"{a} and {b}"))
     return pd.DataFrame(rows)
 
 

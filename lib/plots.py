@@ -169,12 +169,15 @@ def leakage_against_loss(frame):
         for row in rows.itertuples():
             spot = dict(textcoords="offset points", xytext=((6, -11), (6, 5), (-6, -14))[index % 3], fontsize=8)
             axis.annotate(row.label, (row.train_loss, row.value), color=COLOURS[index], **spot)
-    axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
+    narrow = frame.train_loss.max() < 3 * frame.train_loss.min()  # a log scale would have no numbers there
+    axis.set(
+        xscale="linear" if narrow else "log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA"
+    )
     axis.invert_xaxis()
     low, high = sorted(axis.get_xlim())
-    if np.floor(np.log10(high)) - np.ceil(np.log10(low)) >= 1:  # two decades have numbers of their own
+    if not narrow and np.floor(np.log10(high)) - np.ceil(np.log10(low)) >= 1:  # two decades have numbers of their own
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    else:
+    elif not narrow:
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.2g}" if f"{x:e}"[0] in "1235" else ""))
     axis.legend()
     return figure

@@ -387,18 +387,19 @@ results.add(agreement, note="range over splits of the models", n_models=len(two[
 shown(agreement)
 within = [pick(agreement, name, "exposure_rank_correlation") for name in two]
 across = pick(agreement, f"{baseline} and {other}", "exposure_rank_correlation")
-ceiling = np.sqrt(max(0, within[0]) * max(0, within[1]))
-say(
-    f"Across optimizers the ranks agree at {across:.2f}, where noise allows {ceiling:.2f} (the geometric mean of the "
-    f"agreements within): corrected for noise, {across / ceiling:.2f}."
-    if ceiling > 0
-    else "The ranks are all noise here."
-)
+for row in agreement[agreement.metric == "exposure_rank_correlation_corrected"].itertuples():
+    say(
+        f"Across optimizers the ranks agree at {across:.2f}, where noise allows {np.sqrt(np.prod(within)):.2f} (the "
+        f"geometric mean of the agreements within): corrected for noise, {row.value:.2f}, from {row.ci_low:.2f} to "
+        f"{row.ci_high:.2f} over the splits."
+    )
+if len(agreement) == 3:
+    say("The ranks are all noise here: even within one optimizer some splits do not agree.")
 
 # %% [markdown]
 # **How to read it.** A corrected agreement near 1 means that both optimizers expose the same people, and SAM moves the
-# level; well below 1, that it exposes others. The intervals of this table are the range over random splits of the
-# models, not confidence intervals.
+# level; well below 1, that it exposes others; far from 1 on either side over the splits, that these models are too few
+# to tell. The intervals of this table are the range over random splits of the models, not confidence intervals.
 
 # %% [markdown]
 # ## Where atypical is known

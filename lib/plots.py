@@ -179,6 +179,7 @@ def leakage_against_loss(frame):
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     elif not narrow:
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.2g}" if f"{x:e}"[0] in "1235" else ""))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
     axis.legend()
     return figure
 

@@ -68,6 +68,9 @@ CLAIMS = (
           (Test("mean_memorization", rule="not less"),)),
     Claim("memorization_in_the_middle", "02", "{a} memorizes more examples at 0.6 to 0.85 than {b}.",
           (Test("memorization_share_0.6_0.85"),)),
+    *(Claim(name, "06", statement, (Test(metric, note="pattern shared by 1 to 2"),)) for name, statement, metric in (
+        ("memorizes_atypical", "{a} memorizes the rarest known sub-patterns more than {b}.", "mean_memorization"),
+        ("gains_on_atypical", "{a} gains over {b} on test points of the rarest known sub-patterns.", "test_accuracy"))),
     Claim("gains_where_few_help", "03", "{a} gains over {b} in bucket 1 (leaning on few examples), not in bucket 5.",
           (Test("gain_bucket_1"), Test("gain_bucket_5", -1, rule="not less"), Test("gain_bucket_1_minus_5"))),
     Claim("gains_without_ties", "03", "The same by influence on confidence, which leaves no ties: bucket 1 gains most.",

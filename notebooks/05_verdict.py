@@ -186,6 +186,9 @@ if against.empty:
 # - *Under `gap`*: see Yeom's bound below. Where the generalization gap falls, this attack must leak less.
 # - *Memorization not lower*: its mean is the same gap under another name (notebook 02).
 # - *At every length of training*: the paper reports trained models, not half-trained ones.
+#
+# What is atypical is known only where the data were made so (`subclasses`): elsewhere the two claims on *known
+# sub-patterns* are not run.
 
 # %% [markdown]
 # ## Yeom's bound: what a small gap forbids

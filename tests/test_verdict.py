@@ -36,6 +36,7 @@ def everything(sign=1):
         row("auc", 0.02 * sign, attack="lira", note=n) for n in ("epochs=5", "epochs=9", "at equal train loss 1, x")
     ]
     out += [row("mean_memorization", 0.01 * sign), row("memorization_share_0.6_0.85", 0.01 * sign)]
+    out += [row(m, 0.01 * sign, note="pattern shared by 1 to 2") for m in ("mean_memorization", "test_accuracy")]
     out += [row(f"gain_bucket_{b}", v * sign) for b, v in (("1", 0.03), ("5", -0.005), ("1_minus_5", 0.035))]
     out += [row(m, 0.01 * sign, note="influence on p_y") for m in ("gain_beyond_shuffled", "gain_bucket_1_minus_5")]
     out += [row("gain_entropy_within_difficulty_1_minus_5", 0.01 * sign)]

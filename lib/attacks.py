@@ -82,7 +82,8 @@ def single(logits, y, member, seed=0, learned=True, groups=None):
     members and non-members and judge the other; groups [N] stay together in these.
     """
     plain = signals(logits, y)
-    half = halves(checked(plain["phi"], member)[1], seed, y, groups)
+    member = checked(plain["phi"], member)[1]
+    half = halves(member, seed, y, groups)
     out = _threshold_attacks(plain, member, y, half)
     if learned:
         half = halves(member, seed, groups=groups)  # not within classes, see neural.attack

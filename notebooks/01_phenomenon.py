@@ -431,8 +431,8 @@ shown(pd.concat([found.assign(trained=f"{times} times"), once.assign(trained="on
 # **How to read it.** Shares of pairs found, with exact intervals, which are wide: a few pairs can show that an attack
 # works, not how well. `entropy` sees how sure a model is but not of what: where non-members are sure of a wrong label,
 # it may miss the leak without a fault. The copies stay together, so what judges them, a network or a class's threshold,
-# was learned from other examples alone, and may miss the leak as well. The example trained once is no null: it was chosen because it is hard, and
-# what is hard and learnt all the same is what leaks.
+# was learned from other examples alone, and may miss the leak as well. The example trained once is no null: it was
+# chosen because it is hard, and what is hard and learnt all the same is what leaks.
 
 # %% [markdown]
 # ## Beside the paper's numbers

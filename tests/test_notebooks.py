@@ -84,6 +84,7 @@ def test_the_planted_leak_of_notebook_01_is_found(run):
     found_it = planted.index[planted.ci_low > 0.5]
     blind = {"entropy", "entropy_classwise"}  # they do not see the label
     assert set(attacks.NAMES) - set(found_it) <= blind | {"neural", "neural_classwise"}  # these learn from no copy
+    assert (planted.value > 0.5).all()  # but all lean to the model that was trained on it
     once = found[found.note == "the same example trained once"].set_index("attack")
     assert once.value.mean() < planted.value.mean()
 

@@ -20,10 +20,10 @@ plan work: .venv/.ready
 	@$(BIN)/python -m lib.study --$@ $(PARAMETERS)
 
 report: .venv/.ready
-	@$(BIN)/python -m lib.report $(PARAMETERS)
+	@$(BIN)/python -m lib.study.report $(PARAMETERS)
 
 audit: .venv/.ready
-	@$(BIN)/python -m lib.outside $(PARAMETERS)
+	@$(BIN)/python -m lib.study.own_logits $(PARAMETERS)
 
 test: .venv/.ready
 	@$(BIN)/python -m pytest

@@ -35,9 +35,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
 
-from lib import study
+from lib.study import settings
 
 before = {*globals(), "before"}
 
@@ -68,18 +68,21 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-run = study.notebook_settings(globals(), before)
+run = settings.notebook_settings(globals(), before)
 
 import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib import audit, ensemble, label_only, memorization, plots
-from lib.data import duplicate_table
-from lib.prose import conclusions, difference, null_control, pick, planted_leak, points, say, shown, summary, verb
-from lib.results import Results
+from lib.analysis import compare, flatness, memorization
+from lib.attacks import label_only
+from lib.data.dataset import duplicate_table
+from lib.study import figures
+from lib.study.results import Results
+from lib.study.text import conclusions, difference, null_control, pick, planted_leak, points, say, shown, summary, verb
+from lib.training import ensemble
 
-plots.style()
+figures.style()
 baseline, other = run.names[0], run.other
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 say(run.describe())
@@ -100,14 +103,14 @@ say(run.describe())
 # the others (but for its partner, which would give the game away) are its shadows.
 
 # %%
-ensembles = audit.align({name: run.train(name) for name in run.names})
+ensembles = compare.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
-phis = {name: audit.plain_signal(e, "phi") for name, e in ensembles.items()}
-gap = audit.phi_gap(phis[baseline], member)
+phis = {name: compare.plain_signal(e, "phi") for name, e in ensembles.items()}
+gap = compare.phi_gap(phis[baseline], member)
 telling = int(np.argsort(gap)[-1 - len(gap) // 100])
 title = f"a '{run.dataset.classes[run.dataset.y[telling]]}' from the pool"
-figure = plots.what_an_attacker_sees(phis[baseline], member, telling, run.dataset.x[telling], title)
-plots.save(figure, run, "attack")
+figure = figures.what_an_attacker_sees(phis[baseline], member, telling, run.dataset.x[telling], title)
+figures.save(figure, run, "attack")
 
 # %% [markdown]
 # **How to read it.** Left, one example, chosen among the hundredth of the pool that training changes most.
@@ -123,7 +126,7 @@ plots.save(figure, run, "attack")
 # The test part is seen by none.
 
 # %%
-plots.save(plots.gallery(run.dataset, per_class=4), run, "data")
+figures.save(figures.gallery(run.dataset, per_class=4), run, "data")
 
 # %% [markdown]
 # A "non-member" with a twin among the members is none: what the model learnt from the twin, it knows of the example.
@@ -152,14 +155,14 @@ for kind in ("exact", "near"):
 # else is shared. Test points are never used for a choice, and no checkpoint is picked: we report the last one.
 
 # %%
-plots.save(plots.training_curves(ensembles), run, "training")
+figures.save(figures.training_curves(ensembles), run, "training")
 
 # %% [markdown]
 # Curves are means over the models, bands hold 95% of them. In the table, a column named with a difference of two
 # optimizers is paired: the same halves, weights and orders on both sides.
 
 # %%
-accuracy = audit.accuracies(ensembles)
+accuracy = compare.accuracies(ensembles)
 results.add(accuracy)
 shown(accuracy)
 test = difference(accuracy, "test_accuracy", pair)
@@ -188,7 +191,7 @@ for name in run.names:
 # | `confidence`, `entropy`, `m_entropy` | one threshold on the output (Song & Mittal 2021); `_classwise`: one for each class |
 # | `lira` | likelihood ratio of the output, given models with and without the example (Carlini et al. 2022); `_pooled`: one variance for all examples; `_offline`: without models that contain it |
 # | `neural` | a small network on the whole sorted output, trained, stopped and judged on three parts (Shokri et al. 2017); `_classwise` likewise |
-# | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024; `gamma` 1, `lib/attacks.py` says why); `_offline` likewise |
+# | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024; `gamma` 1, `lib/attacks/catalogue.py` says why); `_offline` likewise |
 
 # %% [markdown]
 # Thresholds are learned on one half of the examples and judged on the other; those for a fixed false positive
@@ -196,11 +199,11 @@ for name in run.names:
 # *realise* stands beside the true positive rate (TPR).
 # Intervals treat models and examples as two crossed samples: they speak about new models *and* new
 # examples (Cameron, Gelbach & Miller 2011; Owen 2007), and are widened for the shadows that targets share by a
-# factor fitted in simulation (`lib/metrics.py`).
+# factor fitted in simulation (`lib/attacks/intervals.py`).
 
 # %%
-scored = {name: audit.scores(e) for name, e in ensembles.items()}
-leak = audit.leakage(ensembles, scored)
+scored = {name: compare.scores(e) for name, e in ensembles.items()}
+leak = compare.leakage(ensembles, scored)
 results.add(leak)
 table = leak.metric.isin(["auc", "balanced_accuracy"])
 shown(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer"])
@@ -223,7 +226,9 @@ auc = differences[differences.metric == "auc"]
 for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")):
     frame = differences[differences.metric == metric]
     display(
-        plots.save(plots.forest(frame, f"difference in {label} (paired, 95% interval)"), run, f"difference_{metric}")
+        figures.save(
+            figures.forest(frame, f"difference in {label} (paired, 95% interval)"), run, f"difference_{metric}"
+        )
     )
     say(summary(frame[frame.optimizer == pair], f"In {label}, {other} leaks", baseline))
 
@@ -265,7 +270,7 @@ say(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")
 # seen. The curves end where ten false positives are expected.
 
 # %%
-plots.save(plots.roc(scored, member, "lira"), run, "roc")
+figures.save(figures.roc(scored, member, "lira"), run, "roc")
 
 # %% [markdown]
 # ## What the outputs look like
@@ -277,8 +282,8 @@ plots.save(plots.roc(scored, member, "lira"), run, "roc")
 # models*: the spread of one example's output over the models that did not see it; this is what LiRA divides by.
 
 # %%
-display(plots.save(plots.phi_of_members(phis, member), run, "phi"))
-spread = audit.variances(ensembles)
+display(figures.save(figures.phi_of_members(phis, member), run, "phi"))
+spread = compare.variances(ensembles)
 results.add(spread)
 shown(spread)
 for metric in spread.metric.unique():
@@ -301,12 +306,12 @@ for metric in spread.metric.unique():
 without = run.recipe(other).named.base_name
 doses = {0.0: run.train(without, run.sweep)}
 doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
-doses = audit.align(doses, essential=[0.0])
-dose_frame = audit.dose_table(doses, other, without)
+doses = compare.align(doses, essential=[0.0])
+dose_frame = compare.dose_table(doses, other, without)
 results.add(dose_frame, note="dose and response", n_models=len(doses[0.0].ids))
 panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
 dose_steps = dose_frame[dose_frame.optimizer == f"{other}-{without}"]
-plots.save(plots.dose_response(dose_steps, panels), run, "dose")
+figures.save(figures.dose_response(dose_steps, panels), run, "dose")
 
 # %% [markdown]
 # **How to read it.** Paired differences from radius 0, with 95% intervals. Left to right: what is gained, how
@@ -329,9 +334,9 @@ plots.save(plots.dose_response(dose_steps, panels), run, "dose")
 # %%
 wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.regimes() for name in (baseline, other)}
 wanted |= {(e, baseline): run.train(baseline, run.sweep, epochs=e) for e in run.between()}
-usable = audit.align(wanted, essential=[(run.epochs, baseline), (run.epochs, other)])
-regimes = audit.by_epochs(usable)
-regime_frame = audit.regime_table(regimes)
+usable = compare.align(wanted, essential=[(run.epochs, baseline), (run.epochs, other)])
+regimes = compare.by_epochs(usable)
+regime_frame = compare.regime_table(regimes)
 about = {"note": [f"epochs={e}" for e in regime_frame.epochs], "n_models": len(usable[run.epochs, other].ids)}
 results.add(regime_frame, **about)
 equal_epochs = regime_frame[(regime_frame.optimizer == pair) & (regime_frame.metric == "auc")]
@@ -342,14 +347,14 @@ shown(equal_epochs, across=["epochs"])
 # is a whole ensemble; all are of the same models here, since LiRA finds more the more shadows it has.
 
 # %%
-by_length, by_radius = audit.on_the_same(usable, doses)
-by_length = regime_frame if by_length is usable else audit.regime_table(audit.by_epochs(by_length))
-by_radius = dose_frame if by_radius is doses else audit.dose_table(by_radius, other, without)
-plots.save(plots.leakage_against_loss(audit.loss_series(by_length, by_radius, baseline, other)), run, "regimes")
+by_length, by_radius = compare.on_the_same(usable, doses)
+by_length = regime_frame if by_length is usable else compare.regime_table(compare.by_epochs(by_length))
+by_radius = dose_frame if by_radius is doses else compare.dose_table(by_radius, other, without)
+figures.save(figures.leakage_against_loss(compare.loss_series(by_length, by_radius, baseline, other)), run, "regimes")
 
 # %%
 trained = [[e for (_, name), e in usable.items() if name == kind] for kind in (baseline, other)]
-equal_loss = audit.at_equal_loss(*trained)
+equal_loss = compare.at_equal_loss(*trained)
 notes = [f"at equal train loss {row.train_loss:.3g}, baseline between {row.between}" for row in equal_loss.itertuples()]
 results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, other].ids))
 display(equal_loss.style.format(precision=4).hide(axis="index"))
@@ -373,7 +378,7 @@ for row in equal_loss.itertuples():
 # iteration, and how far the loss can rise within a ball of radius $\rho$ around the weights.
 
 # %%
-flat = audit.flatness_table(ensembles, run.rho)
+flat = flatness.flatness_table(ensembles, run.rho)
 results.add(flat)
 shown(flat)
 for metric in flat.metric.unique():
@@ -390,7 +395,7 @@ for metric in flat.metric.unique():
 # one 95% interval in twenty misses by chance.)
 
 # %%
-null = audit.null_table(ensembles[other], run.seed)
+null = compare.null_table(ensembles[other], run.seed)
 results.add(null, optimizer=other, note="null control: shuffled membership")
 shown(null, across=["metric"])
 say(null_control(null))
@@ -407,13 +412,13 @@ say(null_control(null))
 # example higher for the one that saw it; a coin would find half.
 
 # %%
-hardest, times = audit.least_sure(phis[baseline], member), audit.leak_times(len(run.dataset.y))
+hardest, times = compare.least_sure(phis[baseline], member), compare.leak_times(len(run.dataset.y))
 leaky, place = memorization.leak(run.dataset, hardest, times, seed=run.seed)
-planted = run.train(baseline, audit.PLANTED, dataset=leaky, subset=0.5)
-asked, ids = label_only.of_one(planted, place, audit.PLANTED, where)
+planted = run.train(baseline, compare.PLANTED, dataset=leaky, subset=0.5)
+asked, ids = label_only.of_one(planted, place, compare.PLANTED, where)
 sides = np.array(planted.only(ids).member)[:, [place]]
-found = [audit.planted_table(audit.scores(planted), np.array(planted.member), place)]
-found = pd.concat([*found, audit.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
+found = [compare.planted_table(compare.scores(planted), np.array(planted.member), place)]
+found = pd.concat([*found, compare.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
 results.add(found, optimizer=baseline, note=f"planted leak: one example trained {times} times",
             n_models=found.n_models, n_examples=len(leaky.y))  # fmt: skip
 say(f"Trained {times} times: {planted_leak(found)}")
@@ -422,7 +427,7 @@ say(f"Trained {times} times: {planted_leak(found)}")
 # Beside it the same example in the main ensemble, trained once and no more, with the same measure.
 
 # %%
-once = audit.planted_table(scored[baseline], member, hardest)
+once = compare.planted_table(scored[baseline], member, hardest)
 results.add(once, optimizer=baseline, note="the same example trained once", n_models=once.n_models)
 say(f"Trained once: {planted_leak(once)}")
 shown(pd.concat([found.assign(trained=f"{times} times"), once.assign(trained="once")]), across=["trained"])
@@ -460,7 +465,7 @@ display(paper.style.format(precision=2, na_rep="").hide(axis="index"))
 # This run, in the same shape and in per cent. Its intervals stand in the tables above.
 
 # %%
-ours = audit.beside_paper(leak, accuracy, baseline, other)
+ours = compare.beside_paper(leak, accuracy, baseline, other)
 ours.insert(0, "regime", f"halves, {len(member)} models, N = {member.shape[1]}")
 display(ours.style.format(precision=2, na_rep="").hide(axis="index"))
 

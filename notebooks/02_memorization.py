@@ -41,9 +41,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
 
-from lib import study
+from lib.study import settings
 
 before = {*globals(), "before"}
 
@@ -71,18 +71,20 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-run = study.notebook_settings(globals(), before)
+run = settings.notebook_settings(globals(), before)
 
 import numpy as np
 import pandas as pd
 from IPython.display import display
 from scipy import stats
 
-from lib import audit, memorization, metrics, plots
-from lib.data import inputs
-from lib.prose import difference, pick, points, say, shown, verb
-from lib.results import Results
-from lib.store import write_atomic
+from lib.analysis import compare, memorization
+from lib.attacks import intervals
+from lib.data.dataset import inputs
+from lib.study import figures
+from lib.study.results import Results
+from lib.study.text import difference, pick, points, say, shown, verb
+from lib.training.store import write_atomic
 
 baseline, other = run.names[0], run.other
 pair = f"{other}-{baseline}"
@@ -95,13 +97,13 @@ pair = f"{other}-{baseline}"
 # difference it has a standard error, for each example by itself. It falls with the square root of the number of models.
 
 # %%
-plots.style()
+figures.style()
 than = ("more than", "less than", "no differently from")
 say(run.describe())
-ensembles = audit.align({name: run.train(name) for name in run.names})
+ensembles = compare.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 results = Results("02_memorization", run, n_models=len(member))
-outputs = {kind: {n: audit.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
+outputs = {kind: {n: compare.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
 mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} for kind, of in outputs.items()}
 write_atomic(
     Path(run.out) / "memorization.csv", memorization.per_example(mem, run.dataset).round(5).to_csv(index=False)
@@ -154,7 +156,9 @@ for count in counts:
     found = [memorization.memorization(predicted[d], subsets[d]) for d in draws]
     errors.append(np.sqrt(np.mean([(f.value - truth) ** 2 for f in found])))
     stated.append(np.sqrt(np.mean([f.se**2 for f in found])))
-display(plots.save(plots.convergence(counts, errors, stated, "error of memorization"), run, "memorization_convergence"))
+display(
+    figures.save(figures.convergence(counts, errors, stated, "error of memorization"), run, "memorization_convergence")
+)
 slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
 say(f"On random subsets the error falls as the number of models to the power {slope:.2f}.")
 
@@ -184,8 +188,8 @@ for pool in (run.dataset, faulty):
     found = run.train(
         baseline, min(run.n_models, max(32, run.n_models // 4)), pool, epochs=run.regimes()[-1], subset=0.5
     )
-    placed.append(memorization.memorization(audit.plain_signal(found, "confidence"), np.array(found.member)).value)
-fitted = audit.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
+    placed.append(memorization.memorization(compare.plain_signal(found, "confidence"), np.array(found.member)).value)
+fitted = compare.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
 say(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")
 
 # %% [markdown]
@@ -199,7 +203,7 @@ groups = {
     for when, m in zip(("before", "after"), placed, strict=True)
 }
 groups["all others"] = np.delete(placed[1], np.concatenate([sources, wrong, twins.ravel()]))
-plots.save(plots.planted({kind: m for kind, m in groups.items() if len(m)}), run, "planted")
+figures.save(figures.planted({kind: m for kind, m in groups.items() if len(m)}), run, "planted")
 
 # %% [markdown]
 # The ranks, before and after, and the change with its interval over the planted examples.
@@ -208,7 +212,7 @@ plots.save(plots.planted({kind: m for kind, m in groups.items() if len(m)}), run
 ranks = [stats.rankdata(m) / n_pool for m in placed]
 for kind, rows in kinds.items():
     change = ranks[1][rows] - ranks[0][rows]
-    moved = audit.row("rank_change_of_planted", metrics.t_interval(change), optimizer=baseline)
+    moved = compare.row("rank_change_of_planted", intervals.t_interval(change), optimizer=baseline)
     after = {"metric": "rank_of_planted", "value": ranks[1][rows].mean(), "optimizer": baseline}
     frame = pd.DataFrame([moved, after])
     results.add(frame, note=kind, n_models=len(found.ids))
@@ -230,7 +234,7 @@ for kind, rows in kinds.items():
 
 # %%
 values = {name: mem["correct"][name].value for name in (baseline, other)}
-display(plots.save(plots.memorization_density(values, memorization.EDGES), run, "memorization"))
+display(figures.save(figures.memorization_density(values, memorization.EDGES), run, "memorization"))
 tables = {}
 for kind, note in (("correct", ""), ("confidence", "of confidence")):
     for name in run.names[1:]:
@@ -245,11 +249,11 @@ frames = {}
 for kind in outputs:
     table = tables[kind, other]
     frames[f"memorization of {kind}"] = table[(table.optimizer == pair) & table.metric.str.contains("share")]
-figure = plots.interval_panels(
+figure = figures.interval_panels(
     frames, f"share of examples: {other} minus {baseline}", "band of memorization",
     ["< 0.1", "0.1-0.4", "0.4-0.6", "0.6-0.85", "> 0.85"],
 )  # fmt: skip
-display(plots.save(figure, run, "memorization_bands"))
+display(figures.save(figure, run, "memorization_bands"))
 for kind in outputs:
     middle = difference(tables[kind, other], "memorization_share_0.6_0.85", pair)
     words = verb(middle, "more examples than", "fewer examples than", "as many examples, within error, as")
@@ -270,7 +274,7 @@ for kind in outputs:
 # better *must* memorize less on average. "Not lower" is then possible only where SAM fits better or generalizes worse.
 
 # %%
-accuracy = audit.accuracies(ensembles)
+accuracy = compare.accuracies(ensembles)
 for name in (baseline, other):
     gap, mean = pick(accuracy, name, "generalization_gap"), mem["correct"][name].value.mean()
     say(f"{name}: gap between accuracies {gap:.6f}, mean memorization {mean:.6f}, apart by {abs(gap - mean):.1e}.")
@@ -310,7 +314,7 @@ picked, kept = (memorization.memorization(moves[half], member[half]).value for h
 up, down = np.argsort(-picked)[:8], np.argsort(picked)[:8]
 values = {name: mem["confidence"][name].value for name in (baseline, other)}
 se = np.median(mem["confidence"][baseline].se)
-plots.save(plots.against(values, se, np.concatenate([up, down])), run, "memorization_pairs")
+figures.save(figures.against(values, se, np.concatenate([up, down])), run, "memorization_pairs")
 
 
 # %%
@@ -322,7 +326,7 @@ rows = {
     f"memorized more by {other}": [(run.dataset.x[i], caption(i)) for i in up],
     f"memorized less by {other}": [(run.dataset.x[i], caption(i)) for i in down],
 }
-display(plots.save(plots.captioned(rows), run, "movers"))
+display(figures.save(figures.captioned(rows), run, "movers"))
 for word, chosen in (("more", up), ("less", down)):
     say(f"Picked as memorized {word}: a change of {picked[chosen].mean():+.3f} on the half that picked them, "
         f"{kept[chosen].mean():+.3f} on the other.")  # fmt: skip
@@ -348,8 +352,8 @@ say(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3f}, {r
 # same models, both would share their accidents, and correlate where there is nothing.
 
 # %%
-phi = {name: audit.plain_signal(ensembles[name], "phi") for name in (baseline, other)}
-unsure = audit.plain_signal(ensembles[baseline], "entropy")
+phi = {name: compare.plain_signal(ensembles[name], "phi") for name in (baseline, other)}
+unsure = compare.plain_signal(ensembles[baseline], "entropy")
 k = min(5, np.bincount(run.dataset.y).min() - 1)
 atypical = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, k)
 

@@ -40,9 +40,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
 
-from lib import study
+from lib.study import settings
 
 before = {*globals(), "before"}
 
@@ -70,16 +70,18 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-run = study.notebook_settings(globals(), before)
+run = settings.notebook_settings(globals(), before)
 
 import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib import attacks, audit, memorization, metrics, plots
-from lib.memorization import buckets, cross_fitted, gains, influence_entropy
-from lib.prose import points, say, shown, sign, verb
-from lib.results import Results
+from lib.analysis import compare, influence, memorization
+from lib.analysis.influence import buckets, cross_fitted, gains, influence_entropy
+from lib.attacks import catalogue, intervals
+from lib.study import figures
+from lib.study.results import Results
+from lib.study.text import points, say, shown, sign, verb
 
 baseline, other, n_buckets = run.names[0], run.other, 5
 pair, y, y_test = f"{other}-{baseline}", run.dataset.y, run.dataset.y_test
@@ -92,17 +94,17 @@ pair, y, y_test = f"{other}-{baseline}", run.dataset.y, run.dataset.y_test
 # %%
 # raises now, not after training, if the test part is too small
 _ = buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))
-plots.style()
+figures.style()
 say(run.describe())
-ensembles = audit.align({name: run.train(name) for name in run.names})
+ensembles = compare.align({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 results = Results("03_influence", run, n_models=len(member))
 tests = {
-    kind: {n: audit.plain_signal(e, kind, test=True) for n, e in ensembles.items()}
+    kind: {n: compare.plain_signal(e, kind, test=True) for n, e in ensembles.items()}
     for kind in ("correct", "confidence")
 }
 gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}
-accuracy = audit.accuracies(ensembles)
+accuracy = compare.accuracies(ensembles)
 shown(accuracy[accuracy.metric.isin(["test_accuracy", "train_accuracy"])])
 
 # %% [markdown]
@@ -196,7 +198,7 @@ for title, found in labels.items():
         results.add(table, optimizer=f"{name}-{baseline}", note=title)
         if name == other:
             panels[title] = panel(table, "bucket")
-plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "buckets")
+figures.save(figures.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "buckets")
 
 # %% [markdown]
 # ## What the buckets look like
@@ -210,13 +212,13 @@ disputed = np.flatnonzero(correct.mean(0) <= 0.95)
 disputed = disputed[np.argsort(entropy[disputed])]
 rows = {}
 for title, chosen in (("lowest entropy", disputed[:8]), ("highest entropy", disputed[-8:])):
-    infl = memorization.influence(member, confidence[:, chosen])
+    infl = influence.influence(member, confidence[:, chosen])
     best = np.where(y[:, None] == y_test[chosen], infl, -np.inf).argmax(0)
     classes = [run.dataset.classes[c] for c in y_test[chosen]]
     rows[f"test, {title}"] = [(run.dataset.x_test[j], f"a '{c}'") for j, c in zip(chosen, classes, strict=True)]
     top = infl[best, np.arange(len(chosen))]
     rows[f"train, beside them ({title})"] = [(run.dataset.x[i], f"{v:+.2f}") for i, v in zip(best, top, strict=True)]
-plots.save(plots.captioned(rows), run, "influences")
+figures.save(figures.captioned(rows), run, "influences")
 
 # %% [markdown]
 # **How to read it.** Under a training image, how much surer of the right label of the test image above are models that trained
@@ -234,7 +236,7 @@ plots.save(plots.captioned(rows), run, "influences")
 # %%
 scarcest = {c: min(member[:c].sum(0).min(), (~member[:c]).sum(0).min()) for c in (16, 32, 64, 128, 256, 512, 1024)}
 counts = [c for c, models in scarcest.items() if c <= len(member) and models >= 2] or [len(member)]
-shuffled = attacks.null_member(member, run.seed, run.dataset.groups)
+shuffled = catalogue.null_member(member, run.seed, run.dataset.groups)
 lines = []
 for count in counts:
     for kind, design in (("true membership", member), ("shuffled membership", shuffled)):
@@ -242,7 +244,7 @@ for count in counts:
         low, middle, high = np.quantile(found, [0.1, 0.5, 0.9])
         lines.append((kind, count, middle, low, high))
 noise = pd.DataFrame(lines, columns=["series", "models", "value", "ci_low", "ci_high"])
-display(plots.save(plots.entropy_and_noise(noise, np.log(np.bincount(y)).mean()), run, "entropy_noise"))
+display(figures.save(figures.entropy_and_noise(noise, np.log(np.bincount(y)).mean()), run, "entropy_noise"))
 about = noise.series + " (median over test points; the interval holds 80% of them)"
 results.add(noise.assign(metric="influence_entropy", note=about, n_models=noise.models), optimizer=baseline)
 
@@ -280,14 +282,18 @@ for kind, values, true in (("correctness", correct, label), ("p_y", confidence, 
     panels |= {f"{kind}, true": panel(gains(gain[other], true, "bucket"), "bucket")}
     panels |= {f"{kind}, shuffled": panel(control, "bucket")}
     for name in run.names[1:]:
-        steps = [memorization.step_cells(gain[name], found) for found in (true, fake)]
-        row = audit.row("gain_beyond_shuffled", metrics.estimate(steps[0] - steps[1]), optimizer=f"{name}-{baseline}")
+        steps = [influence.step_cells(gain[name], found) for found in (true, fake)]
+        row = compare.row(
+            "gain_beyond_shuffled", intervals.estimate(steps[0] - steps[1]), optimizer=f"{name}-{baseline}"
+        )
         excess.append({**row, "note": f"influence on {kind}"})
 beyond = pd.DataFrame(excess)
 results.add(beyond)
 
 # %%
-display(plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "shuffled"))
+display(
+    figures.save(figures.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "shuffled")
+)
 beyond = beyond[beyond.optimizer == pair].set_index("note")
 for note, row in beyond.iterrows():
     words = verb(row, "further than", "less far than", "no further than")
@@ -334,7 +340,7 @@ for name in run.names[1:]:
     for kind, found in list(sorted_by.items())[1:]:
         results.add(gains(gain[name], found, kind), optimizer=f"{name}-{baseline}")
 panels = {name.replace("_", " "): panel(table, name) for name, table in tables.items()}
-plots.save(plots.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "difficulty")
+figures.save(figures.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "difficulty")
 
 # %%
 steps = {name: table[table.metric == f"gain_{name}_1_minus_{n_buckets}"].iloc[0] for name, table in tables.items()}

@@ -34,9 +34,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
 
-from lib import study
+from lib.study import settings
 
 before = {*globals(), "before"}
 
@@ -67,7 +67,7 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-run = study.notebook_settings(globals(), before)
+run = settings.notebook_settings(globals(), before)
 
 import numpy as np
 import pandas as pd
@@ -76,14 +76,16 @@ from IPython.display import display
 from scipy.linalg import qr
 from threadpoolctl import threadpool_limits
 
-from lib import attacks, audit, interpolation, metrics, plots
-from lib.ensemble import KEEP_WEIGHTS, Recipe, membership
-from lib.prose import difference, number, say, shown, sign, verb
-from lib.results import Results
-from lib.signals import parallel
+from lib.analysis import compare, flatness, interpolation
+from lib.attacks import intervals, shadow
+from lib.attacks.signals import parallel
+from lib.study import figures
+from lib.study.results import Results
+from lib.study.text import difference, number, say, shown, sign, verb
+from lib.training.ensemble import KEEP_WEIGHTS, Recipe, membership
 
 # %%
-plots.style()
+figures.style()
 d, n_simulated = (100, 32) if run.preset == "tiny" else (300, 48)  # features and models of the simulations
 etas = [0.0, 0.3, 1.0, 3.0, 10.0]
 baseline, other = run.names[0], run.other
@@ -242,13 +244,13 @@ grid = np.linspace(0, 20, 201)
 
 
 def picture(eta=4.0):
-    return plots.contraction(
+    return figures.contraction(
         grid, interpolation.contraction(path, grid)[0], eta, interpolation.contraction(path, eta)[0]
     )
 
 
-still = plots.save(picture(), run, "contraction")
-if not plots.slider(picture, eta=(0.0, 20.0, 4.0)):
+still = figures.save(picture(), run, "contraction")
+if not figures.slider(picture, eta=(0.0, 20.0, 4.0)):
     display(still)
 
 # %% [markdown]
@@ -330,7 +332,7 @@ m = (r * delta)[wider] / (r[wider] ** 2 - 1)
 h = np.sqrt(delta[wider] ** 2 + 2 * (r[wider] ** 2 - 1) * np.log(r[wider])) / (r[wider] ** 2 - 1)
 assert (slope[~wider] < 0).all()
 agree = ((slope[wider] < 0) == (h < m * np.tanh(m * h))).mean()
-display(plots.save(plots.advantage_regions(delta, r, slope), run, "regions"))
+display(figures.save(figures.advantage_regions(delta, r, slope), run, "regions"))
 say(f"The slope's sign and the stated region agree at {agree:.2%} of {wider.sum()} points with OUT the wider.")
 
 # %% [markdown]
@@ -376,15 +378,15 @@ def simulate(kind, share, noise):
 # %%
 def contracted(margins, member):
     """V(eta) / V(0) as measured on the non-members."""
-    cells = [metrics.ratio_cells(m**2, ~member) for m in margins]
-    rows = zip(etas[1:], (audit.ratio(c, cells[0]) for c in cells[1:]), strict=True)
-    return pd.DataFrame([audit.row("variance_ratio", e, optimizer=f"eta={eta:g}", x=eta) for eta, e in rows])
+    cells = [intervals.ratio_cells(m**2, ~member) for m in margins]
+    rows = zip(etas[1:], (compare.ratio(c, cells[0]) for c in cells[1:]), strict=True)
+    return pd.DataFrame([compare.row("variance_ratio", e, optimizer=f"eta={eta:g}", x=eta) for eta, e in rows])
 
 
 def leaked(margins, member, attack, threshold, name):
     """Advantage of one attack at every eta, and its differences from eta = 0."""
     scores = {f"eta={eta:g}": attack(m) for eta, m in zip(etas, margins, strict=True)}
-    frame = metrics.table(scores, member, fprs=(), threshold=threshold)
+    frame = intervals.table(scores, member, fprs=(), threshold=threshold)
     return frame[frame.metric == "advantage"].assign(
         metric=name, x=frame.optimizer.str[4:].str.split("-").str[0].astype(float)
     )
@@ -397,7 +399,7 @@ def leaked(margins, member, attack, threshold, name):
 # %%
 def measured(margins, member, v, closed):
     """All rows of one simulated setting; column `predicted`: the closed form beside its measurement."""
-    likelihood = leaked(margins, member, lambda m: attacks.lira(m, member), 0.0, "advantage_lira")
+    likelihood = leaked(margins, member, lambda m: shadow.lira(m, member), 0.0, "advantage_lira")
     threshold = leaked(margins, member, lambda m: m, None, "advantage_confidence")
     forms = {"variance_ratio": v / v[0], "advantage_confidence": closed, "advantage_lira": np.ones(len(v))}
     frame = pd.concat([contracted(margins, member), threshold, likelihood], ignore_index=True)
@@ -440,7 +442,7 @@ single = pd.concat(long, ignore_index=True)
 single = single[~single.optimizer.str.contains("-eta")]
 frame = single[single.metric == "advantage_confidence"]
 panels = dict.fromkeys(varied, "advantage of a threshold")
-display(plots.save(plots.curves(frame, r"$\eta$", panels, levels=True), run, "monte_carlo"))
+display(figures.save(figures.curves(frame, r"$\eta$", panels, levels=True), run, "monte_carlo"))
 
 # %%
 every = pd.concat(tables.values(), ignore_index=True)
@@ -501,7 +503,7 @@ def theorem_3(margin, member, form=interpolation.likelihood_ratio_advantage):
 def released(margins, member, *_):
     """LiRA's advantage on noisy margins at every eta, with Theorem 3's beside it."""
     noise = spread * np.random.default_rng(run.seed + 3).normal(size=member.shape)
-    frame = leaked(margins + noise, member, lambda m: attacks.lira(m, member), 0.0, "advantage_lira")
+    frame = leaked(margins + noise, member, lambda m: shadow.lira(m, member), 0.0, "advantage_lira")
     form = [theorem_3(m, member).mean() for m in margins]
     return frame.assign(predicted=frame.optimizer.map({f"eta={e:g}": f for e, f in zip(etas, form, strict=True)}))
 
@@ -523,7 +525,9 @@ for setting, frame in noisy.items():
 # %%
 frame = pd.concat(f.assign(series=f"n/d = {s[1]:g}", panel="released with noise") for s, f in noisy.items())
 frame = frame[~frame.optimizer.str.contains("-eta")]
-plots.save(plots.curves(frame, r"$\eta$", {"released with noise": "advantage of LiRA"}, levels=True), run, "released")
+figures.save(
+    figures.curves(frame, r"$\eta$", {"released with noise": "advantage of LiRA"}, levels=True), run, "released"
+)
 
 # %% [markdown]
 # **How to read it.** The same contraction, in the same model: where a line rises it helps LiRA, where it falls it
@@ -642,11 +646,11 @@ KINDS = ("across_examples", "within_class", "across_models")
 
 def outputs(ensembles):
     """Variances of non-members in three meanings, of members, and the shares of extreme non-members."""
-    members = audit.variances(ensembles, KINDS[:1], members=True)
-    return pd.concat([audit.variances(ensembles, KINDS), members, audit.extremes(ensembles)], ignore_index=True)
+    members = compare.variances(ensembles, KINDS[:1], members=True)
+    return pd.concat([compare.variances(ensembles, KINDS), members, compare.extremes(ensembles)], ignore_index=True)
 
 
-ensembles = audit.align({name: run.train(name) for name in run.names})
+ensembles = compare.align({name: run.train(name) for name in run.names})
 found = outputs(ensembles)
 results.add(found, n_models=len(ensembles[baseline].ids))
 shown(found)
@@ -673,8 +677,8 @@ for word in words:
 without = run.recipe(other).named.base_name
 doses = {0.0: run.train(without, run.sweep)}
 doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
-doses = audit.align(doses, essential=[0.0])
-dose_frame = audit.dose_table(doses, other, without, table=outputs)
+doses = compare.align(doses, essential=[0.0])
+dose_frame = compare.dose_table(doses, other, without, table=outputs)
 results.add(dose_frame, note="dose and response", n_models=len(doses[0.0].ids))
 
 # %%
@@ -684,7 +688,7 @@ names = {"phi": r"$\phi$", "confidence": "$p_y$"}
 series = parts[0].str.replace("non", "non-") + "s, " + parts[2].str.replace("_", " ")
 frame = levels.assign(x=levels.rho, panel=parts[1].map(names), series=series).dropna(subset=["panel"])
 panels = {panel: f"variance of {panel}" for panel in names.values()}
-plots.save(plots.curves(frame, r"$\rho$", panels, yscale="log"), run, "variance_and_radius")
+figures.save(figures.curves(frame, r"$\rho$", panels, yscale="log"), run, "variance_and_radius")
 
 # %% [markdown]
 # The paired differences from radius 0, a radius a column.
@@ -721,7 +725,7 @@ def tangent_model(ensemble, index):
     """Features of one network's members, of the non-members behind Σ and of others: three arrays [.., d > n]."""
     inside, outside = (np.flatnonzero(ensemble.member[index] == side) for side in (True, False))
     inside, outside = inside[:n_fit], outside[: 2 * n_fit]
-    features = audit.tangent_features(ensemble, int(ensemble.ids[index]), np.concatenate([inside, outside]))
+    features = flatness.tangent_features(ensemble, int(ensemble.ids[index]), np.concatenate([inside, outside]))
     # J' = QR: the rows of R' are the same features in coordinates of their span
     z = qr(features.T, mode="r")[0][: len(features)].T
     x, new = z[: len(inside)], z[len(inside) :]
@@ -751,7 +755,7 @@ kept = [i for i, k in enumerate(ensembles[baseline].ids[:8]) if k < KEEP_WEIGHTS
 paths = np.array([feature_path(ensembles[baseline], i) for i in kept])  # [models, 2, etas]
 sides = ("closed form, non-members behind Σ", "predicted, other non-members")
 tangent = pd.DataFrame(
-    audit.row("variance_ratio", audit.t_interval(paths[:, side, j]), x=eta, series=series)
+    compare.row("variance_ratio", flatness.t_interval(paths[:, side, j]), x=eta, series=series)
     for side, series in enumerate(sides)
     for j, eta in enumerate(tangent_etas)
 )
@@ -760,15 +764,15 @@ predicted = predicted.assign(optimizer=[f"eta={eta:g}" for eta in predicted.x])
 results.add(predicted, note="feature space, predicted", n_models=len(kept))
 
 # %%
-cells = {name: audit.variance_cells(e, "phi", "across_examples") for name, e in ensembles.items()}
-real = audit.ratio(cells[other], cells[baseline])
-measured_row = audit.row(
+cells = {name: compare.variance_cells(e, "phi", "across_examples") for name, e in ensembles.items()}
+real = compare.ratio(cells[other], cells[baseline])
+measured_row = compare.row(
     "variance_ratio", real, optimizer=f"{other}/{baseline}", series=f"measured, {other} over {baseline}"
 )
 results.add(pd.DataFrame([measured_row]), note="feature space, measured", n_models=len(ensembles[baseline].ids))
 across = pd.DataFrame([{**measured_row, "x": eta} for eta in tangent_etas])
 frame = pd.concat([tangent, across]).assign(panel="tangent features")
-plots.save(plots.curves(frame, r"$\eta$", {"tangent features": "ratio of variances"}, levels=True), run, "features")
+figures.save(figures.curves(frame, r"$\eta$", {"tangent features": "ratio of variances"}, levels=True), run, "features")
 
 # %% [markdown]
 # **How to read it.** The gap between the two falling lines is overfitting of $\Sigma$ itself: a few non-members do not

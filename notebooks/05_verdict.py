@@ -31,9 +31,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
 
-from lib import study
+from lib.study import settings
 
 before = {*globals(), "before"}
 
@@ -64,19 +64,19 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-run = study.notebook_settings(globals(), before)
+run = settings.notebook_settings(globals(), before)
 
 import shlex
 
 import pandas as pd
 from IPython.display import display
 
-from lib import plots, verdict
-from lib.prose import number, say
-from lib.results import differing
-from lib.store import write_atomic
+from lib.study import figures, verdict
+from lib.study.results import differing
+from lib.study.text import number, say
+from lib.training.store import write_atomic
 
-plots.style()
+figures.style()
 here = Path(run.out).resolve().name
 
 # %% [markdown]
@@ -90,7 +90,7 @@ rows = verdict.beside(run.out)
 own = rows[rows.run == here]
 books = ", ".join(sorted(own.notebook.unique()))
 say(f"`{here}` has {len(own)} numbers from {books}." if len(own) else f"`{here}` has no results: nothing was run.")
-given = " ".join(f"--{n} {shlex.quote(str(v))}" for n in study.PARAMETERS if (v := globals()[n]) is not None)
+given = " ".join(f"--{n} {shlex.quote(str(v))}" for n in settings.PARAMETERS if (v := globals()[n]) is not None)
 if own.empty:
     say(f"`python -m lib.study {given}` fills it.")
 for sentence in differing(run.out):
@@ -160,7 +160,7 @@ say(f"{judged} claims were judged, nearly all by intervals of 95%, of which one 
 # %%
 everything = verdict.ledger(rows)
 statements = everything.drop_duplicates("claim").set_index("claim").statement
-plots.save(plots.tiles(verdict.wide(everything).rename(index=statements), verdict.SHADES), run, "verdict")
+figures.save(figures.tiles(verdict.wide(everything).rename(index=statements), verdict.SHADES), run, "verdict")
 
 # %% [markdown]
 # **How to read it.** A line of one shade is a claim that travels. A line of two shades is where to look for what decides:

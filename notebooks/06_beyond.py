@@ -30,9 +30,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study.py").exists()]
+sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
 
-from lib import study
+from lib.study import settings
 
 before = {*globals(), "before"}
 
@@ -63,17 +63,18 @@ store: str = None  # folder of the trained ensembles (default: store/)
 out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
 # %%
-run = study.notebook_settings(globals(), before)
+run = settings.notebook_settings(globals(), before)
 
 import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib import audit, beyond, memorization, plan, plots
-from lib.prose import bought, joined, label, pick, points, say, shown, sign, verb
-from lib.results import Results
+from lib.analysis import compare, interventions, memorization
+from lib.study import experiments, figures
+from lib.study.results import Results
+from lib.study.text import bought, joined, label, pick, points, say, shown, sign, verb
 
-plots.style()
+figures.style()
 baseline, other = run.names[0], run.other
 pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("06_beyond", run, n_models=run.few)
@@ -102,9 +103,9 @@ say(run.describe() + f" Here an ensemble has {run.few} models, a private one and
 # | `swa` | averages the weights of the last quarter (Izmailov et al. 2018) | 1 |
 
 # %%
-made = beyond.variants(run, run.strengths, run.few)
-made = audit.align(made, essential=[(baseline, 0.0), (other, run.recipe(other).rho)])
-table = beyond.variant_table(made)
+made = interventions.variants(run, run.strengths, run.few)
+made = compare.align(made, essential=[(baseline, 0.0), (other, run.recipe(other).rho)])
+table = interventions.variant_table(made)
 own = np.array([row.rho == run.recipe(row.optimizer.removesuffix(f"-{baseline}")).rho for row in table.itertuples()])
 results.add(table, n_models=len(made[baseline, 0.0].ids), note=np.where(own, "variants", "variants, other radius"))
 wanted = table.metric.isin(["auc", "test_accuracy"]) & ~table.optimizer.isin([n for n, _ in made])
@@ -122,12 +123,12 @@ steps = table[wanted].assign(optimizer=lambda f: f.optimizer.str.removesuffix(f"
 wide = steps.pivot(index=["optimizer", "rho"], columns="metric", values=["value", "ci_low", "ci_high"])
 wide.columns = [f"{metric}_{value}" for value, metric in wide.columns]
 wide = wide.loc[[key for key in made if key in wide.index]].reset_index()
-beaten = beyond.dominated(made)
+beaten = interventions.dominated(made)
 kept = [key for key, by in beaten.items() if not by]
-plots.save(plots.frontier(wide, kept), run, "frontier")
+figures.save(figures.frontier(wide, kept), run, "frontier")
 
 # %%
-both = beyond.signs(table, baseline)
+both = interventions.signs(table, baseline)
 test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
 for kind in dict.fromkeys([(1, 1), *both.values()]):  # the claim's first, then what else there is
     named = [label(*key) for key, found in both.items() if found == kind]
@@ -160,16 +161,16 @@ say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.
 # %%
 epochs = {(e, name): run.train(name, run.few, epochs=e) for e in run.regimes() for name in (baseline, other)}
 epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in run.between()}
-alike = plan.equal_compute(run)
+alike = experiments.equal_compute(run)
 epochs |= {(e, other): run.train(other, run.few, epochs=e) for e in alike}
 epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in alike.values()}
 main = [(run.epochs, baseline), (run.epochs, other), (alike[run.epochs], baseline)]
-epochs = audit.align(epochs, essential=main)
+epochs = compare.align(epochs, essential=main)
 base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, other))
-accuracy, loss = beyond.at_equal_accuracy(base, sharp), audit.at_equal_loss(base, sharp)
+accuracy, loss = interventions.at_equal_accuracy(base, sharp), compare.at_equal_loss(base, sharp)
 spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, other) in epochs]
 frames = [
-    audit.contrast({baseline: epochs[more, baseline], other: epochs[e, other]}).assign(epochs=e) for e, more in spent
+    compare.contrast({baseline: epochs[more, baseline], other: epochs[e, other]}).assign(epochs=e) for e, more in spent
 ]
 compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'test_accuracy']")
 
@@ -189,8 +190,8 @@ for e, more in spent:
     say(f"At equal compute ({other} {e} epochs, {baseline} {more}): accuracy {points(gain)}, AUC {points(rise)}.")
 
 # %%
-reached = [beyond.test_accuracy(e) for e in base]
-most = max(beyond.test_accuracy(e) for e in sharp)
+reached = [interventions.test_accuracy(e) for e in base]
+most = max(interventions.test_accuracy(e) for e in sharp)
 say(
     f"{baseline}'s best test accuracy over all lengths of training is {max(reached):.1%}, {other}'s is {most:.1%}. "
     f"For {len(sharp) - len(accuracy)} of {other}'s {len(sharp)} runs {baseline} has no two neighbours that differ clearly."
@@ -212,13 +213,13 @@ say(
 # there is not clear of zero on the side where it was, and the change from the run as it is, also paired, is clear of zero.
 
 # %%
-found = beyond.causes(run, run.few, run.most_levels)
-effects = beyond.effect_table(found)
+found = interventions.causes(run, run.few, run.most_levels)
+effects = interventions.effect_table(found)
 notes = [f"cause: {f} {level}" for f, level in zip(effects.factor, effects.level, strict=True)]
 n_models = len(next(iter(found.values()))[baseline].ids)
 results.add(effects, optimizer=pair, attack="lira", note=notes, n_models=n_models)
 here = effects[effects.metric == "auc"].reset_index(drop=True)
-plots.save(plots.effects(here, f"{other} minus {baseline}: AUC of LiRA"), run, "causes")
+figures.save(figures.effects(here, f"{other} minus {baseline}: AUC of LiRA"), run, "causes")
 
 # %%
 change = effects[effects.metric == "auc_change"].reset_index(drop=True)
@@ -252,19 +253,19 @@ if was:
 
 # %%
 defended = {"none": run.train(baseline, run.few)}
-for name, changes in beyond.defences(run).items():
+for name, changes in interventions.defences(run).items():
     defended[name] = run.train(**{"optimizer": baseline, "n_models": run.few, **changes})
-defended = audit.align(defended, essential=["none"])
-defended |= {f"temperature {t}": beyond.tempered(defended["none"], t) for t in (0.25, 4)}
-costs = beyond.defence_table(defended).rename(columns={"optimizer": "label"})
+defended = compare.align(defended, essential=["none"])
+defended |= {f"temperature {t}": interventions.tempered(defended["none"], t) for t in (0.25, 4)}
+costs = interventions.defence_table(defended).rename(columns={"optimizer": "label"})
 
 # %%
 results.add(costs, optimizer=costs.label, rho="", note="defence", n_models=len(defended["none"].ids))
 levels = costs[costs.label.isin(list(defended)) & ~costs.attack.eq("confidence")]
-strict = beyond.strict_rate(levels)
+strict = interventions.strict_rate(levels)
 panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
 panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in strict}
-plots.save(plots.side_by_side(levels, panels, "none"), run, "defences")
+figures.save(figures.side_by_side(levels, panels, "none"), run, "defences")
 
 # %%
 cheaper = costs[costs.label.str.endswith("-none")].assign(name=lambda f: f.label.str.removesuffix("-none"))
@@ -288,17 +289,19 @@ if 0.001 not in strict:
 # From below, our attack certifies an $\epsilon$ of its own: it must not exceed the claimed one.
 
 # %%
-delta = beyond.delta_of(run)
-private = beyond.private(run, run.epsilons, run.private, delta)
+delta = interventions.delta_of(run)
+private = interventions.private(run, run.epsilons, run.private, delta)
 if private:
-    private = audit.align(private, essential=[(baseline, np.inf)])
+    private = compare.align(private, essential=[(baseline, np.inf)])
     labels = {k: k[0] if np.isinf(k[1]) else f"{k[0]}, epsilon {k[1]:g}" for k in private}
-    guard = beyond.defence_table({labels[k]: e for k, e in private.items()}).rename(columns={"optimizer": "label"})
+    guard = interventions.defence_table({labels[k]: e for k, e in private.items()}).rename(
+        columns={"optimizer": "label"}
+    )
     about = {"optimizer": guard.label, "rho": "", "note": "privacy", "n_models": len(private[baseline, np.inf].ids)}
     results.add(guard, **about)
     shown_rows = guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")]
     their = {m: words for m, words in panels.items() if m in set(shown_rows.metric)}
-    display(plots.save(plots.side_by_side(shown_rows, their, baseline), run, "privacy"))
+    display(figures.save(figures.side_by_side(shown_rows, their, baseline), run, "privacy"))
 
 # %% [markdown]
 # What each costs and buys, against the same network without noise:
@@ -306,18 +309,20 @@ if private:
 # %%
 if private:
     for name in [n for n in labels.values() if n != baseline]:
-        say(bought(name, guard[guard.label == f"{name}-{baseline}"], beyond.strict_rate(shown_rows)))
-elif beyond.private_arch(run) is None:
+        say(bought(name, guard[guard.label == f"{name}-{baseline}"], interventions.strict_rate(shown_rows)))
+elif interventions.private_arch(run) is None:
     say(
         f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it; "
         f"or {baseline} asks for gradients anew within a step, which no accountant counts."
     )
 else:
-    say(f"Not run: fewer than 8 of {run.private} models of {beyond.private_arch(run)} learn, even without noise.")
+    say(
+        f"Not run: fewer than 8 of {run.private} models of {interventions.private_arch(run)} learn, even without noise."
+    )
 
 # %%
 if private:
-    bounds = beyond.epsilon_table(private, delta)
+    bounds = interventions.epsilon_table(private, delta)
     display(bounds.style.format({"epsilon": "{:g}", "bound": "{:.3f}"}).hide(axis="index"))
     claimed = bounds[np.isfinite(bounds.epsilon)]
     rows = claimed.rename(columns={"bound": "value"}).assign(
@@ -359,11 +364,11 @@ elif private:
 
 # %%
 two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, other)}
-by_class = beyond.class_table(two)
+by_class = interventions.class_table(two)
 results.add(by_class, attack=["lira" if m == "auc" else "" for m in by_class.metric],
             note=[f"class={c}" if c else "classes weighted alike" for c in by_class["class"]], n_models=len(two[baseline].ids))  # fmt: skip
 if (by_class.metric == "auc").any():
-    display(plots.save(plots.classes(by_class, baseline, other), run, "classes"))
+    display(figures.save(figures.classes(by_class, baseline, other), run, "classes"))
 balanced = by_class[by_class.metric == "balanced_test_accuracy"]
 shown(balanced, across=["optimizer"])
 
@@ -382,7 +387,7 @@ for name in two:
             f"[{row.ci_low:.3f}, {row.ci_high:.3f}], with {row.size} examples in the pool.")  # fmt: skip
 
 # %%
-agreement = beyond.agreement(two)
+agreement = interventions.agreement(two)
 results.add(agreement, note="range over splits of the models", n_models=len(two[baseline].ids))
 shown(agreement)
 within = [pick(agreement, name, "exposure_rank_correlation") for name in two]
@@ -419,9 +424,9 @@ if run.dataset.pattern is None:
 else:
     member = np.array(two[baseline].member)
     memorized = {
-        n: memorization.memorization(audit.plain_signal(e, "confidence"), member).value for n, e in two.items()
+        n: memorization.memorization(compare.plain_signal(e, "confidence"), member).value for n, e in two.items()
     }
-    patterns = beyond.pattern_table(two, memorized)
+    patterns = interventions.pattern_table(two, memorized)
     results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],
                 note=[f"pattern shared by {s}" for s in patterns["size"]], n_models=len(member))  # fmt: skip
     for metric in patterns.metric.unique():
@@ -433,7 +438,7 @@ if run.dataset.pattern is not None:
         rows = patterns[(patterns.metric == metric) & (patterns.optimizer == pair)]
         for row, size in zip(rows.itertuples(), rows["size"], strict=True):
             say(f"`{metric}`, sub-patterns shared by {size}: {other} less {baseline} {points(row)}.")
-    atypical = beyond.most(patterns, (*two, pair))
+    atypical = interventions.most(patterns, (*two, pair))
     for (name, metric), (size, value) in atypical.items():
         say(f"`{metric}` of {name} is largest on sub-patterns shared by {size} ({value:.3f}).")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from lib import data
+from lib.data.dataset import load
 from tests import bench_cpu, bench_gpu, bench_scaling
 from tests.bench_cpu import say
 
@@ -29,9 +29,9 @@ COLUMNS = [
 ]  # fmt: skip
 # name -> function of the parsed arguments that yields rows (name, value, unit, baseline, ratio, goal)
 SECTIONS = {
-    "memory": lambda given: bench_cpu.fresh(bench_cpu.memory, data.load("digits")),
-    "training": lambda given: bench_cpu.training(data.load("digits")),
-    "variants": lambda given: bench_cpu.variants(data.load("digits")),
+    "memory": lambda given: bench_cpu.fresh(bench_cpu.memory, load("digits")),
+    "training": lambda given: bench_cpu.training(load("digits")),
+    "variants": lambda given: bench_cpu.variants(load("digits")),
     "scoring": lambda given: bench_cpu.fresh(bench_cpu.scoring),
     "influence": lambda given: bench_cpu.fresh(bench_cpu.influences),
     "scaling": lambda given: bench_scaling.scaling(given.out),

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lib import attacks, data, ensemble, memorization, models, neural, optimizers, step
-from lib.ensemble import Recipe
-from lib.recipe import membership
+from lib.analysis import influence
+from lib.attacks import catalogue, neural
+from lib.training import ensemble, networks, optimizers, step
+from lib.training.ensemble import Recipe
+from lib.training.recipe import membership
 
 RECIPE = Recipe(epochs=100, batch_size=64)
 SHORT = replace(RECIPE, epochs=5)
@@ -74,7 +76,7 @@ def rows_of(section, args):
 
 def one_model(dataset, batches, recipe=RECIPE):
     """Train one MLP on the half of model 0 with autograd and torch.optim."""
-    net = models.build("mlp", dataset.x.shape[1:], dataset.n_classes)
+    net = networks.build("mlp", dataset.x.shape[1:], dataset.n_classes)
     settings = recipe.lr, recipe.momentum, recipe.weight_decay
     optimizer = optimizers.build(recipe.named, list(net.parameters()), *settings)
     for _ in range(recipe.epochs):
@@ -87,7 +89,7 @@ def one_model(dataset, batches, recipe=RECIPE):
 def half(dataset):
     """Inputs and labels of model 0's half, as tensors."""
     chosen = np.flatnonzero(membership(RECIPE, len(dataset.y), [0])[0])
-    return torch.from_numpy(data.inputs(dataset)[0][chosen]), torch.from_numpy(dataset.y[chosen])
+    return torch.from_numpy(dataset.inputs(dataset)[0][chosen]), torch.from_numpy(dataset.y[chosen])
 
 
 def lean_batches(dataset, size):
@@ -224,7 +226,7 @@ def made_logits(n_models, n):
 def scoring(n_models=256, n=50_000):
     """All the attacks on all the targets, from logits in float16."""
     logits, y, member = made_logits(n_models, n)
-    taken, size = seconds(lambda: attacks.run(logits, y, member, learned=False), repeats=2), f"{n_models} x {n}"
+    taken, size = seconds(lambda: catalogue.run(logits, y, member, learned=False), repeats=2), f"{n_models} x {n}"
     yield f"all attacks but the neural, {size} examples", taken, "s", "", "", "<= 5"
     yield "peak memory of the process: those attacks", peak(), "GB", "", "", "<= 2"
     few = n // 10
@@ -239,7 +241,7 @@ def influences(m=2000, n=50_000, t=10_000):
     values = rng.random((m, t), np.float32) < 0.9
 
     def every():
-        for _, block in memorization.influence_blocks(member, values):
+        for _, block in influence.influence_blocks(member, values):
             assert block.shape[0] == n
 
     size, before = f"{m} models, {n} x {t} examples", sgemm()
@@ -248,5 +250,5 @@ def influences(m=2000, n=50_000, t=10_000):
     yield f"influence: {size}", taken, "s", "", "", ""
     yield "influence, rate", rate, "GFLOP/s", "sgemm", rate / best, ">= 0.5"
     yield "peak memory of the process: influence", peak(), "GB", "", "", ""
-    whole = seconds(lambda: memorization.influence_entropy(member, values, y, y_test))
+    whole = seconds(lambda: influence.influence_entropy(member, values, y, y_test))
     yield "influence entropy, same class", whole, "s", "", "", ""

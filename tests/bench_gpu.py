@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Examples
 
-from lib import data, ensemble, models, optimizers, step
-from lib.recipe import Recipe, learning_rate, membership
+from lib.data.dataset import Dataset, load, pool
+from lib.training import ensemble, networks, optimizers, step
+from lib.training.recipe import Recipe, learning_rate, membership
 from tests.bench_cpu import in_turn, seconds
 
 # arch -> (models a GPU-minute that are wanted of SGD, of SAM; models timed)
@@ -45,16 +46,16 @@ def photographs(n=50_000, t=10_000, side=32, classes=10):
     patterns = rng.integers(0, 64, (classes, 3, side, side), np.uint8)
     y, y_test = np.arange(n) % classes, np.arange(t) % classes
     x, x_test = (patterns[of] + rng.integers(0, 192, (len(of), 3, side, side), np.uint8) for of in (y, y_test))
-    return data.Dataset("synthetic", x, y, x_test, y_test, tuple(str(label) for label in range(classes)))
+    return Dataset("synthetic", x, y, x_test, y_test, tuple(str(label) for label in range(classes)))
 
 
 def recipes_of(arch, device):
     """PRESET=fast for this network with SGD and with SAM, as the study trains it on this device."""
-    from lib import study  # here: what the notebooks need is not needed on a bare machine with a GPU
+    from lib.study import settings
 
-    given = study.PRESETS["fast"]["image"]
+    given = settings.PRESETS["fast"]["image"]
     known = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
-    known |= {"arch": arch, "precision": study.precision_of(arch, device)}
+    known |= {"arch": arch, "precision": settings.precision_of(arch, device)}
     return [Recipe(**{**known, "optimizer": optimizer}) for optimizer in ("sgd", "sam")]
 
 
@@ -99,7 +100,7 @@ def beside_the_data(most, recipe, inputs):
     """(GB at the peak without the data, ratio to what was predicted) of bytes at the peak."""
     if most is None:
         return "not measured", ""
-    net = models.build(recipe.arch, inputs.shape, inputs.n_classes)
+    net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)
     lanes = step.lanes_for(net, inputs.device)
     rest = most - sum(tensor.nbytes for tensor in vars(inputs).values() if torch.is_tensor(tensor))
     return rest / 1e9, rest / step.predicted_memory(recipe, inputs.shape, inputs.n_classes, lanes)
@@ -148,7 +149,7 @@ def peers_epoch(recipe, dataset, device, workers, autocast):
     pinned = device.type == "cuda"
     how = dict(shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0)
     loader = DataLoader(Pictures(dataset, recipe), recipe.batch_size, **how)
-    net = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes).to(device)
+    net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes).to(device)
     optimizer = optimizers.build(
         recipe.named, list(net.parameters()), learning_rate(recipe, 0, 100), recipe.momentum, recipe.weight_decay
     )
@@ -193,7 +194,7 @@ def measured(sgd, sam, dataset, device, n_models, workers=4, rounds=3):
 
 def images(path):
     """CIFAR-10 from a path; without one, made-up images."""
-    return data.load("cifar10", path) if path else photographs()
+    return load("cifar10", path) if path else photographs()
 
 
 def gpu(arch, path=None, device="cuda"):
@@ -202,7 +203,7 @@ def gpu(arch, path=None, device="cuda"):
     if device == "cuda" and not torch.cuda.is_available():
         yield from ((name, "not measured", "", baseline, "", goal) for name, _, baseline, goal in rows.values())
         return
-    device, dataset = torch.device(device), data.pool(images(path))
+    device, dataset = torch.device(device), pool(images(path))
     for key, value, ratio in measured(*recipes_of(arch, device), dataset, device, WANTED[arch][2]):
         name, unit, baseline, goal = rows[key]
         yield f"{name} (halves of {len(dataset.y)}, {dataset.name})", value, unit, baseline, ratio, goal

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import linregress
 
-from lib import attacks, models
-from lib.data import Dataset
+from lib.attacks import catalogue
+from lib.data.dataset import Dataset
+from lib.training import networks
 from tests.bench_cpu import RECIPE, in_turn, made_logits, many
 
 AXES = {"M": "models M", "N": "examples in the pool N", "P": "weights of a model P"}
@@ -32,7 +33,7 @@ def __getattr__(name):
     """mlp_512 and so on, an MLP with so many hidden units, by its import path."""
     if not name.startswith("mlp_"):
         raise AttributeError(name)
-    return partial(models.mlp, hidden=(int(name.removeprefix("mlp_")),))
+    return partial(networks.mlp, hidden=(int(name.removeprefix("mlp_")),))
 
 
 def table_like_digits(n, t=640, features=64, classes=10):
@@ -58,7 +59,7 @@ def training_works(axis, sizes, recipe, fixed):
 
 def weights(arch, dataset):
     """How many a model has."""
-    net = models.build(arch, dataset.x.shape[1:], dataset.n_classes)
+    net = networks.build(arch, dataset.x.shape[1:], dataset.n_classes)
     return sum(p.numel() for p in net.parameters())
 
 
@@ -68,7 +69,7 @@ def attack_works(axis, sizes, recipe, fixed):
     def work(size):
         shape = (size, fixed["scored"]) if axis == "M" else (fixed["against"], size)
         logits, y, member = made_logits(*shape)
-        return lambda: attacks.run(logits, y, member, learned=False)
+        return lambda: catalogue.run(logits, y, member, learned=False)
 
     return {size: work(size) for size in sizes}
 
@@ -100,9 +101,9 @@ def figure(frame, fixed=FIXED):
     """A panel for each axis, the slopes in its title. frame: columns series, axis, size, seconds."""
     import matplotlib.pyplot as plt
 
-    from lib import plots
+    from lib.study import figures
 
-    plots.style()
+    figures.style()
     made, panels = plt.subplots(1, len(AXES), figsize=(5.2 * len(AXES), 4.6), layout="constrained")
     for panel, (axis, label) in zip(panels, labels(fixed).items(), strict=True):
         titles = []
@@ -120,11 +121,11 @@ def figure(frame, fixed=FIXED):
 
 def line(panel, points, index, series):
     """Measured points, and the fitted line through them."""
-    from lib import plots
+    from lib.study import figures
 
     fit = linregress(np.log(points["size"]), np.log(points.seconds))
     drawn = np.exp(fit.intercept + fit.slope * np.log(points["size"]))
-    look = plots.look(index)
+    look = figures.look(index)
     panel.plot(points["size"], points.seconds, look["marker"], color=look["color"], label=series)
     panel.plot(points["size"], drawn, look["linestyle"], color=look["color"], lw=1.2)
 

@@ -1,4 +1,4 @@
-"""How often the intervals of lib.metrics hold the truth, by simulation: `python -m tests.calibration 400 300`.
+"""How often the intervals of lib.attacks.intervals hold the truth, by simulation: `python -m tests.calibration 400 300`.
 
 Two optimizers' ensembles are drawn anew, models and examples, 400 times with 300 examples; the truth is the mean.
 `tests/test_metrics.py` runs the same with few replications.
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from lib import attacks, metrics
+from lib.attacks import intervals, shadow
 
 
 def halves_of_pool(rng, n_models, n):
@@ -34,9 +34,9 @@ def two_optimizers(seed, n_models, n):
 
 
 def strictest(n_models, n):
-    """The lowest of some rates that `metrics.table` reports: ten false positives are expected in either fold."""
+    """The lowest of some rates that `intervals.table` reports: ten false positives are expected in either fold."""
     member = halves_of_pool(np.random.default_rng(0), n_models, n)
-    return metrics.reportable(member, (0.05, 0.02, 0.01, 0.005, 0.0025, 0.001))[-1]
+    return intervals.reportable(member, (0.05, 0.02, 0.01, 0.005, 0.0025, 0.001))[-1]
 
 
 def coverage(n_models, n=300, replications=150, variance="pooled", fprs=None):
@@ -48,8 +48,8 @@ def coverage(n_models, n=300, replications=150, variance="pooled", fprs=None):
     found, fprs = [], fprs or sorted({0.05, strictest(n_models, n)}, reverse=True)
     for seed in range(replications):
         a, b, member = two_optimizers(seed, n_models, n)
-        scores = {name: attacks.lira(x, member, variance=variance) for name, x in (("a", a), ("b", b))}
-        found.append(metrics.table(scores, member, fprs=fprs).set_index(["metric", "optimizer"]))
+        scores = {name: shadow.lira(x, member, variance=variance) for name, x in (("a", a), ("b", b))}
+        found.append(intervals.table(scores, member, fprs=fprs).set_index(["metric", "optimizer"]))
     value, low, high = (np.stack([frame[c] for frame in found]) for c in ("value", "ci_low", "ci_high"))
     asked = [asked_for(*key) for key in found[0].index]
     truth = np.where(np.isnan(asked), value.mean(0), asked)

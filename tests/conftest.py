@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data import Dataset
-from lib.ensemble import Recipe
+from lib.data.dataset import Dataset
+from lib.training.ensemble import Recipe
 
 
 def blobs(n=80, t=40, shape=(6,), classes=4, seed=0):

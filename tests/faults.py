@@ -35,8 +35,10 @@ import pandas as pd
 import psutil
 import torch
 
-from lib import attacks, metrics, store, study
-from lib.results import Results
+from lib.attacks import catalogue, intervals
+from lib.study import settings
+from lib.study.results import Results
+from lib.training import store
 from tests.bench import machine
 
 COLUMNS = ["fault", "cases", "same_result", "clear_error", "neither", "note", "date", "command", "machine"]
@@ -44,13 +46,13 @@ GIVEN = {"preset": "tiny", "n_models": 32, "epochs": 4, "n_examples": 200, "devi
 PHASES = ("training", "writing", "attacking", "recording")  # of `small`
 PATIENCE = 120  # seconds that a run of `small`, which takes one or two, may take
 ARRAYS = ("logits", "test_logits", "member", "history", "weights")
-CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(study.PARAMETERS)})=|\d\d_\w+ failed, see )")
+CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(settings.PARAMETERS)})=|\d\d_\w+ failed, see )")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with one thread can be forked
 # `python -m` meets this module twice; who is killed leaves semaphores
 os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy,ignore:resource_tracker:UserWarning")
 FORK = get_context("forkserver")
-FORK.set_forkserver_preload(["tests.faults", "lib.plan", "sklearn.datasets"])
+FORK.set_forkserver_preload(["tests.faults", "lib.study.experiments", "sklearn.datasets"])
 
 
 class Case(NamedTuple):
@@ -76,19 +78,19 @@ tell.mouth = None
 def small(folder):
     """A study in small: two optimizers trained into folder/store, attacked, recorded in folder/out/results.csv."""
     tell("training")
-    run = study.settings({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
+    run = settings.settings({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
     ensembles = {name: run.train(name) for name in run.names}
     tell("attacking")
     member = np.array(ensembles["sgd"].member)
-    scored = {n: attacks.run(e.logits, e.dataset.y, member, learned=False) for n, e in ensembles.items()}
-    tables = [metrics.table({n: s[a] for n, s in scored.items()}, member).assign(attack=a) for a in scored["sgd"]]
+    scored = {n: catalogue.run(e.logits, e.dataset.y, member, learned=False) for n, e in ensembles.items()}
+    tables = [intervals.table({n: s[a] for n, s in scored.items()}, member).assign(attack=a) for a in scored["sgd"]]
     tell("recording")
     Results("00_small", run).add(pd.concat(tables))
 
 
 def only_train(folder):
     """The first half of `small`."""
-    run = study.settings({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
+    run = settings.settings({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
     for name in run.names:
         run.train(name)
 
@@ -477,7 +479,7 @@ def command(folder, n_models=8, n_examples=120, epochs=2):
     said = Path(folder) / "study.err"
     said.parent.mkdir(parents=True, exist_ok=True)
     with open(said, "w") as err, open(os.devnull, "w") as out:
-        how = {"cwd": study.ROOT, "stdout": out, "stderr": err, "start_new_session": True}
+        how = {"cwd": settings.ROOT, "stdout": out, "stderr": err, "start_new_session": True}
         return subprocess.Popen([sys.executable, "-m", "lib.study", *words], **how), said
 
 
@@ -618,7 +620,7 @@ def parts(root, n_kills, n_studies):
 def main(n=50, n_studies=10):
     """Do it all, print the table and write it, row by row as they come. Returns 1 if any case was neither, else 0."""
     n, n_studies = int(n), int(n_studies)
-    path, cases = study.ROOT / "outputs" / "faults.csv", []
+    path, cases = settings.ROOT / "outputs" / "faults.csv", []
     path.parent.mkdir(exist_ok=True)
     about = {"date": date.today().isoformat(), "command": "make faults", "machine": machine()}
     with tempfile.TemporaryDirectory() as root:
@@ -627,7 +629,7 @@ def main(n=50, n_studies=10):
             made = table(cases).assign(**about)
             made.to_csv(path, index=False)
             print(table(some).to_string(index=False, header=len(cases) == len(some)), flush=True)
-    print(f"{len(cases)} cases, {made.neither.sum()} neither. Written to {path.relative_to(study.ROOT)}")
+    print(f"{len(cases)} cases, {made.neither.sum()} neither. Written to {path.relative_to(settings.ROOT)}")
     return int(made.neither.sum() > 0)
 
 

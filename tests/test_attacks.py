@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lib import attacks, metrics
-from lib.metrics import auc_cells, balanced_accuracy_cells, estimate, halves
+from lib.attacks import catalogue, intervals, shadow, thresholds
+from lib.attacks.intervals import auc_cells, balanced_accuracy_cells, estimate, halves
 
 
 def halves_of_pool(rng, n_models, n):
@@ -66,7 +66,7 @@ def test_lira_equals_the_authors_algorithm(design, center, variance, offline):
     if design == "subsets":
         member = subsets(3, 12, 30)
     leave = None if design in ("subsets", "queries") else design
-    fast = attacks.lira(phi, member, offline, variance, center, leave)
+    fast = shadow.lira(phi, member, offline, variance, center, leave)
     cube = np.moveaxis(phi, 1, 2) if phi.ndim == 3 else phi[:, :, None]
     for m in range(len(phi)):
         gone = [m, m ^ 1] if design in ("pair", "queries") else [m]
@@ -78,7 +78,7 @@ def test_lira_equals_the_authors_algorithm(design, center, variance, offline):
 def test_lira_median_with_ties():
     phi, member = leaky(n_models=8, n=40)
     phi = np.round(phi)  # most examples have equal phi among their models
-    fast = attacks.lira(phi, member, variance="global", center="median", offline=True, leave="model")
+    fast = shadow.lira(phi, member, variance="global", center="median", offline=True, leave="model")
     for m in range(8):
         others, outside = np.delete(phi, m, 0), ~np.delete(member, m, 0)
         medians = np.array([np.median(others[outside[:, i], i]) for i in range(40)])
@@ -88,16 +88,16 @@ def test_lira_median_with_ties():
 def test_lira_survives_constant_examples_and_a_large_common_offset():
     phi, member = leaky()
     phi[:, 0] = 3.0
-    scores = attacks.lira(phi, member)
+    scores = shadow.lira(phi, member)
     assert np.isfinite(scores).all()
-    np.testing.assert_allclose(attacks.lira(phi + 1e6, member), scores, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(shadow.lira(phi + 1e6, member), scores, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_lira_reaches_the_optimal_auc_on_gaussians(offline):
     # IN ~ N(mu_i + 1, 1), OUT ~ N(mu_i, 1): the best AUC is Phi(1 / sqrt 2)
     phi, member = leaky(n_models=200, n=400)
-    found = estimate(auc_cells(attacks.lira(phi, member, offline, "pooled"), member))
+    found = estimate(auc_cells(shadow.lira(phi, member, offline, "pooled"), member))
     assert found.low - 0.003 < stats.norm.cdf(1 / np.sqrt(2)) < found.high + 0.003
     assert found.high - found.low < 0.02
 
@@ -108,12 +108,12 @@ def test_lira_finds_a_wider_in_distribution_that_a_threshold_cannot():
     phi = rng.normal(size=(64, 300)) * np.where(member, 3.0, 1.0)  # equal means
     assert abs(auc_cells(phi, member).mean() - 0.5) < 0.02
     # optimal: |x|, AUC = (2/pi) arctan(3)
-    assert auc_cells(attacks.lira(phi, member, variance="pooled"), member).mean() == pytest.approx(
+    assert auc_cells(shadow.lira(phi, member, variance="pooled"), member).mean() == pytest.approx(
         2 / np.pi * np.arctan(3), abs=0.02
     )
 
 
-@pytest.mark.parametrize("attack", [attacks.lira, attacks.rmia])
+@pytest.mark.parametrize("attack", [shadow.lira, shadow.rmia])
 def test_order_of_models_and_of_examples_does_not_matter(attack):
     phi, member = leaky()
     phi = 1 / (1 + np.exp(-phi))
@@ -151,7 +151,7 @@ def test_rmia_equals_pairwise_counts(offline, population, leave):
     phi, member = leaky()
     p = 1 / (1 + np.exp(-phi))
     z = 1 / (1 + np.exp(-np.random.default_rng(9).normal(1, 1.5, (10, 23)))) if population else None
-    fast = attacks.rmia(p, member, z, offline, gamma=1.3, a=0.4, leave=leave)
+    fast = shadow.rmia(p, member, z, offline, gamma=1.3, a=0.4, leave=leave)
     for m in range(10):
         slow = pairwise_rmia(p, z, member, m, offline, 1.3, 0.4, [m, m ^ 1] if leave == "pair" else [m])
         np.testing.assert_allclose(fast[m], slow, atol=1e-6)
@@ -163,29 +163,29 @@ def test_rmia_averages_over_queries(population):
     phi, member = leaky(queries=(3,))
     p = 1 / (1 + np.exp(-phi))
     z = p[:, :, :20] ** 2 if population else None
-    single = [attacks.rmia(p[:, q], member, None if z is None else z[:, q]) for q in range(3)]
-    np.testing.assert_allclose(attacks.rmia(p, member, z), np.mean(single, axis=0), atol=1e-6)
+    single = [shadow.rmia(p[:, q], member, None if z is None else z[:, q]) for q in range(3)]
+    np.testing.assert_allclose(shadow.rmia(p, member, z), np.mean(single, axis=0), atol=1e-6)
 
 
 def test_rmia_counts_a_ratio_of_exactly_gamma():
     _, member = leaky()
     p = np.full(member.shape, 0.5)  # every ratio is 1
-    assert (attacks.rmia(p, member, gamma=1.0) == 1).all() and (attacks.rmia(p, member, gamma=2.0) == 0).all()
+    assert (shadow.rmia(p, member, gamma=1.0) == 1).all() and (shadow.rmia(p, member, gamma=2.0) == 0).all()
 
 
 def test_rmia_orders_confidences_near_one_as_their_ratios_do():
     rng = np.random.default_rng(0)
     member = halves_of_pool(rng, 16, 500)
     p = 1 - 1e-3 * rng.random(member.shape)
-    assert min(len(np.unique(row)) for row in attacks.rmia(p, member)) > 490
-    assert max(len(np.unique(row)) for row in attacks.rmia(p, member, gamma=2.0)) == 1
+    assert min(len(np.unique(row)) for row in shadow.rmia(p, member)) > 490
+    assert max(len(np.unique(row)) for row in shadow.rmia(p, member, gamma=2.0)) == 1
 
 
 def test_rmia_survives_zero_confidence():
     phi, member = leaky()
     p = 1 / (1 + np.exp(-phi))
     p[:, :5] = 0
-    assert np.isfinite(attacks.rmia(p, member)).all()
+    assert np.isfinite(shadow.rmia(p, member)).all()
 
 
 # ---- thresholds ------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_classwise_equals_loops_over_targets_classes_and_thresholds(ties):
         scores = np.round(scores)
     y = np.array([7, 3, 5])[np.arange(120) % 3]
     y[:3] = 9  # a class of three: one half must lack a kind
-    fast, half, fallbacks = attacks.classwise(scores, member, y, seed=4), halves(member, 4, y), 0
+    fast, half, fallbacks = thresholds.classwise(scores, member, y, seed=4), halves(member, 4, y), 0
     for m in range(4):
         for h in (False, True):
             for c in np.unique(y):
@@ -224,7 +224,7 @@ def test_classwise_beats_one_threshold_where_classes_differ():
     y = np.arange(600) % 3
     scores = scores + 10 * y
     learned = balanced_accuracy_cells(scores, member).mean()
-    assert balanced_accuracy_cells(attacks.classwise(scores, member, y), member, 0.0).mean() > learned + 0.1
+    assert balanced_accuracy_cells(thresholds.classwise(scores, member, y), member, 0.0).mean() > learned + 0.1
 
 
 def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
@@ -232,10 +232,10 @@ def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
     eyes = np.repeat(np.arange(40), 2)
     member, y = halves_of_pool(rng, 4, 40)[:, eyes], rng.integers(0, 3, 40)[eyes]
     logits = rng.normal(size=(4, 40, 3))[:, eyes]  # a patient's eyes look alike: one would give the other away
-    found = attacks.single(logits, y, member, groups=eyes)
+    found = catalogue.single(logits, y, member, groups=eyes)
     for name, scores in found.items():
         np.testing.assert_array_equal(scores[:, ::2], scores[:, 1::2], err_msg=name)
-    split = attacks.single(logits, y, member)
+    split = catalogue.single(logits, y, member)
     for name in ("loss", "confidence_classwise", "neural", "neural_classwise"):
         assert (split[name][:, ::2] != split[name][:, 1::2]).any()
     right = [balanced_accuracy_cells(found["confidence"], member, groups=g) for g in (eyes, None)]
@@ -246,7 +246,7 @@ def test_gap_and_yeom_equal_their_closed_forms():
     rng = np.random.default_rng(0)
     member, y = halves_of_pool(rng, 6, 80), rng.integers(0, 3, 80)
     logits = rng.normal(size=(6, 80, 3)) + 2 * member[..., None] * np.eye(3)[y]
-    out = attacks.run(logits, y, member, seed=3)
+    out = catalogue.run(logits, y, member, seed=3)
     correct = logits.argmax(-1) == y
     gap = [correct[m, member[m]].mean() - correct[m, ~member[m]].mean() for m in range(6)]
     assert balanced_accuracy_cells(out["gap"], member, 0.0).mean() == pytest.approx(0.5 + np.mean(gap) / 2)
@@ -276,13 +276,13 @@ def test_run_finds_a_planted_leak_with_every_attack_and_nothing_in_the_null():
     logits, y, member = ensemble()
     population = ensemble(seed=8)[0][:, :100]
     extra = {"population_logits": population, "population_y": np.zeros(100, int)}
-    found = attacks.run(logits, y, member, **extra)
-    nothing = attacks.run(logits, y, attacks.null_member(member), **extra)
-    assert tuple(found) == attacks.NAMES and set(attacks.FIXED) < set(found)
+    found = catalogue.run(logits, y, member, **extra)
+    nothing = catalogue.run(logits, y, catalogue.null_member(member), **extra)
+    assert tuple(found) == catalogue.NAMES and set(catalogue.FIXED) < set(found)
     for name, scores in found.items():
         assert scores.shape == member.shape and scores.dtype == np.float32
         assert estimate(auc_cells(scores, member)).low > 0.5, name
-        null = estimate(auc_cells(nothing[name], attacks.null_member(member)), level=0.999)
+        null = estimate(auc_cells(nothing[name], catalogue.null_member(member)), level=0.999)
         assert null.low < 0.5 < null.high, name
     auc = {name: auc_cells(scores, member).mean() for name, scores in found.items()}
     assert auc["lira_pooled"] > auc["confidence"] + 0.05 > auc["gap"]
@@ -294,9 +294,9 @@ def test_null_auc_is_one_half_only_if_the_pair_is_left_out(n_models, offline):
     null = {"pair": [], "model": []}
     for seed in range(40):
         phi, member = leaky(seed, n_models, 300)
-        alleged = attacks.null_member(member, seed)
+        alleged = catalogue.null_member(member, seed)
         for leave, values in null.items():
-            values.append(auc_cells(attacks.lira(phi, alleged, offline, leave=leave), alleged).mean())
+            values.append(auc_cells(shadow.lira(phi, alleged, offline, leave=leave), alleged).mean())
     error = np.std(null["pair"]) / np.sqrt(40)
     assert abs(np.mean(null["pair"]) - 0.5) < 4 * error
     if n_models == 8 and not offline:  # what leaving out the target alone would have reported
@@ -305,20 +305,20 @@ def test_null_auc_is_one_half_only_if_the_pair_is_left_out(n_models, offline):
 
 def test_null_member_keeps_the_design():
     _, member = leaky()
-    null = attacks.null_member(member, 1)
+    null = catalogue.null_member(member, 1)
     assert (null[0::2] == ~null[1::2]).all() and (null.sum(0) == 5).all() and (null.sum(1) == 30).all()
     assert abs(np.mean(null == member) - 0.5) < 0.2
-    assert (null != attacks.null_member(member, 2)).any()
+    assert (null != catalogue.null_member(member, 2)).any()
 
 
 def test_null_member_draws_each_pair_by_itself_and_without_pairs_one_order_for_all():
     member = np.repeat(np.random.default_rng(0).permuted(np.tile(np.arange(300) < 150, (6, 1)), axis=1), 2, axis=0)
     member[1::2] = ~member[::2]
     member[2], member[3] = member[0], member[1]  # two models on the same half
-    null = attacks.null_member(member)
+    null = catalogue.null_member(member)
     assert (null[0::2] == ~null[1::2]).all() and 0.3 < (null[0] == null[2]).mean() < 0.7
     alone = member[::2]
-    null = attacks.null_member(alone)
+    null = catalogue.null_member(alone)
     np.testing.assert_array_equal(null[0], null[1])
     assert (np.sort(null.sum(0)) == np.sort(alone.sum(0))).all() and (null != alone).any()
 
@@ -327,14 +327,14 @@ def test_null_member_keeps_groups_whole():
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(60), [1] * 20 + [2] * 20 + [3] * 20))
     half = np.arange(60) % 2 == 0
     member = np.stack([half[groups], ~half[groups]])
-    null = attacks.null_member(member, 3, groups)
+    null = catalogue.null_member(member, 3, groups)
     for group in range(60):
         assert len(set(null[0, groups == group])) == 1
     assert null[0].sum() == member[0].sum() and (null[0] == ~null[1]).all()
     assert 0.3 < (null == member).mean() < 0.7
-    named = attacks.null_member(member, 3, np.char.mod("p%02d", groups))
+    named = catalogue.null_member(member, 3, np.char.mod("p%02d", groups))
     np.testing.assert_array_equal(null, named)
-    alone = [(attacks.null_member(member[:, :6], seed, np.array([7, 7, 7, 7, 8, 8]))[0, 0]) for seed in range(200)]
+    alone = [(catalogue.null_member(member[:, :6], seed, np.array([7, 7, 7, 7, 8, 8]))[0, 0]) for seed in range(200)]
     assert 0.35 < np.mean(alone) < 0.65  # a group without another of its size changes sides
 
 
@@ -348,8 +348,8 @@ def test_the_null_is_one_half_where_halves_that_overlap_make_alike_models():
         phi = (2 * member - 1) @ rng.normal(size=(40, 400)) + rng.normal(size=(16, 400))
         phi, wide = np.concatenate([phi[:, :0], phi], 1), np.tile(member, 10)
         order = rng.permutation(400)
-        for name, alleged in (("each pair", attacks.null_member(wide, seed)), ("all alike", wide[:, order])):
-            found[name].append(auc_cells(attacks.lira(phi, alleged, variance="pooled"), alleged).mean())
+        for name, alleged in (("each pair", catalogue.null_member(wide, seed)), ("all alike", wide[:, order])):
+            found[name].append(auc_cells(shadow.lira(phi, alleged, variance="pooled"), alleged).mean())
     error = {name: np.std(values) / np.sqrt(60) for name, values in found.items()}
     assert abs(np.mean(found["each pair"]) - 0.5) < 3 * error["each pair"]
     assert np.mean(found["all alike"]) - 0.5 > 3 * error["all alike"]
@@ -357,12 +357,12 @@ def test_the_null_is_one_half_where_halves_that_overlap_make_alike_models():
 
 def test_run_queries_reach_lira_and_rmia_only():
     logits, y, member = ensemble(n_models=8, n=60)
-    plain = attacks.run(logits, y, member)
-    queried = attacks.run(np.stack([logits, logits[..., ::-1]], 1), y, member)
-    for name in attacks.NAMES:
+    plain = catalogue.run(logits, y, member)
+    queried = catalogue.run(np.stack([logits, logits[..., ::-1]], 1), y, member)
+    for name in catalogue.NAMES:
         assert np.array_equal(plain[name], queried[name]) == (not name.startswith(("lira", "rmia"))), name
-    same = attacks.run(np.stack([logits, logits], 1), y, member)
-    for name in attacks.NAMES:
+    same = catalogue.run(np.stack([logits, logits], 1), y, member)
+    for name in catalogue.NAMES:
         np.testing.assert_allclose(same[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
@@ -372,24 +372,24 @@ def test_run_queries_reach_lira_and_rmia_only():
 def test_too_few_models_are_named():
     phi, member = leaky(n_models=4)
     with pytest.raises(ValueError, match="n_models = 4; valid are at least 3 IN and OUT .*n_models >= 6"):
-        attacks.lira(phi, member)
+        shadow.lira(phi, member)
     with pytest.raises(ValueError, match="too few n_models"):
-        attacks.lira(phi, member, variance="pooled")
-    assert np.isfinite(attacks.lira(phi, member, variance="pooled", leave="model")).all()
-    attacks.rmia(1 / (1 + np.exp(-phi)), member)
+        shadow.lira(phi, member, variance="pooled")
+    assert np.isfinite(shadow.lira(phi, member, variance="pooled", leave="model")).all()
+    shadow.rmia(1 / (1 + np.exp(-phi)), member)
     with pytest.raises(ValueError, match="n_models = 2; valid are at least 2 OUT"):
-        attacks.rmia(phi[:2], member[:2], offline=True)
+        shadow.rmia(phi[:2], member[:2], offline=True)
 
 
 def test_an_example_in_all_or_no_models_is_named():
     phi, member = leaky()
     member[:, 7] = True
     with pytest.raises(ValueError, match="example 7 is in all of n_models = 10"):
-        attacks.lira(phi, member, offline=True)
+        shadow.lira(phi, member, offline=True)
     member[:, 7] = False
     with pytest.raises(ValueError, match="example 7 is in none"):
-        attacks.lira(phi, member)
-    assert np.isfinite(attacks.lira(phi, member, offline=True)).all()  # OUT is all it needs
+        shadow.lira(phi, member)
+    assert np.isfinite(shadow.lira(phi, member, offline=True)).all()  # OUT is all it needs
 
 
 @pytest.mark.parametrize(
@@ -407,12 +407,12 @@ def test_an_example_in_all_or_no_models_is_named():
 def test_lira_faults_are_named(change, words):
     phi, member = leaky()
     with pytest.raises(ValueError, match=words):
-        attacks.lira(**{"phi": phi, "member": member, **change})
+        shadow.lira(**{"phi": phi, "member": member, **change})
 
 
 def test_leaving_out_a_pair_needs_pairs():
     with pytest.raises(ValueError, match="leave: 'pair'"):
-        attacks.lira(np.random.default_rng(0).normal(size=(12, 30)), subsets(0, 12, 30), leave="pair")
+        shadow.lira(np.random.default_rng(0).normal(size=(12, 30)), subsets(0, 12, 30), leave="pair")
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_leaving_out_a_pair_needs_pairs():
 def test_rmia_faults_are_named(change, words):
     phi, member = leaky()
     with pytest.raises(ValueError, match=words):
-        attacks.rmia(1 / (1 + np.exp(-phi)), member, **change)
+        shadow.rmia(1 / (1 + np.exp(-phi)), member, **change)
 
 
 @pytest.mark.parametrize(
@@ -437,13 +437,13 @@ def test_rmia_faults_are_named(change, words):
 def test_run_faults_are_named(change, words):
     logits, y, member = ensemble()
     with pytest.raises(ValueError, match=words):
-        attacks.run(**{"logits": logits, "y": y, "member": member, **change})
+        catalogue.run(**{"logits": logits, "y": y, "member": member, **change})
 
 
 def test_classwise_refuses_labels_of_another_length():
     phi, member = leaky()
     with pytest.raises(ValueError, match="y: shape"):
-        attacks.classwise(phi, member, np.zeros(59, int))
+        thresholds.classwise(phi, member, np.zeros(59, int))
 
 
 def test_logits_in_any_order_of_models_get_the_same_scores_and_intervals():
@@ -454,11 +454,11 @@ def test_logits_in_any_order_of_models_get_the_same_scores_and_intervals():
         member[k, rng.permutation(150)[:75]] = True
         member[k + 1] = ~member[k]
     phi, order = rng.normal(size=member.shape) + member, rng.permutation(12)
-    straight, shuffled = attacks.lira(phi, member), attacks.lira(phi[order], member[order])
+    straight, shuffled = shadow.lira(phi, member), shadow.lira(phi[order], member[order])
     np.testing.assert_allclose(shuffled, straight[order], rtol=1e-4, atol=1e-4)
     first, second = (
-        metrics.evaluate(straight, member, fprs=()),
-        metrics.evaluate(straight[order], member[order], fprs=()),
+        intervals.evaluate(straight, member, fprs=()),
+        intervals.evaluate(straight[order], member[order], fprs=()),
     )
     np.testing.assert_allclose(first[["value", "ci_low", "ci_high"]], second[["value", "ci_low", "ci_high"]], atol=1e-9)
-    assert metrics.partners(rng.random((4, 9)) < 0.5) is None
+    assert intervals.partners(rng.random((4, 9)) < 0.5) is None

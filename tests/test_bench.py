@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.study import PRESETS
+from lib.study.settings import PRESETS
 from tests import bench, bench_cpu, bench_gpu, bench_scaling
 from tools import readme
 

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import audit, beyond, memorization, plan, prose, study
-from lib.ensemble import train
-from lib.optimizers import parse
-from lib.recipe import Recipe
+from lib.analysis import compare, interventions, memorization
+from lib.study import experiments, settings, text
+from lib.training.ensemble import train
+from lib.training.optimizers import parse
+from lib.training.recipe import Recipe
 from tests.conftest import blobs
 
 
@@ -33,7 +34,7 @@ def simulated(leak, skill, m=16, n=200, t=150, seed=0, classes=2):
 
 def test_dominated_is_who_another_beats_in_one_respect_and_does_not_trail_in_the_other():
     made = {"base": (1.0, 1.0), "leaky": (2.0, 1.0), "better": (1.0, 2.0), "trade": (2.0, 2.5)}
-    beaten = beyond.dominated({name: simulated(*of) for name, of in made.items()})
+    beaten = interventions.dominated({name: simulated(*of) for name, of in made.items()})
     assert {"base", "better"} <= set(beaten["leaky"])
     assert "better" in beaten["base"] and "base" not in beaten["better"] and not beaten["trade"]
     assert "leaky" not in beaten["base"]
@@ -41,30 +42,30 @@ def test_dominated_is_who_another_beats_in_one_respect_and_does_not_trail_in_the
 
 def test_nothing_dominates_its_equal():
     same = {name: simulated(1.0, 1.0) for name in "ab"}
-    assert beyond.dominated(same) == {"a": [], "b": []}
+    assert interventions.dominated(same) == {"a": [], "b": []}
 
 
 def test_signs_are_those_of_clear_intervals():
     rows = [("auc", 0.1, 0.05, 0.15), ("test_accuracy", 0.1, -0.05, 0.15)]
     table = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(optimizer="sam-sgd", rho=0.3)
-    assert beyond.signs(table, "sgd") == {("sam", 0.3): (0, 1)}
+    assert interventions.signs(table, "sgd") == {("sam", 0.3): (0, 1)}
 
 
 def test_mislabelled_changes_the_share_it_says_and_always_to_another_class(table):
-    noisy = beyond.mislabelled(table, 0.25, seed=1)
+    noisy = interventions.mislabelled(table, 0.25, seed=1)
     assert (noisy.y != table.y).sum() == round(0.25 * len(table.y)) and noisy.hash != table.hash
     assert set(noisy.y) <= set(range(table.n_classes)) and (noisy.y_test == table.y_test).all()
-    assert beyond.mislabelled(table, 0.0).hash == table.hash
+    assert interventions.mislabelled(table, 0.0).hash == table.hash
     with pytest.raises(ValueError, match="share=1.5"):
-        beyond.mislabelled(table, 1.5)
+        interventions.mislabelled(table, 1.5)
 
 
 def test_temperature_changes_neither_accuracy_nor_two_class_lira_but_the_confidence():
     plain = simulated(1.0, 1.0)
-    warm = beyond.tempered(plain, 4)
-    assert beyond.test_accuracy(warm) == beyond.test_accuracy(plain)
+    warm = interventions.tempered(plain, 4)
+    assert interventions.test_accuracy(warm) == interventions.test_accuracy(plain)
     # with two classes phi is a difference of logits: dividing it rescales every Gaussian alike
-    np.testing.assert_allclose(beyond.lira_scores(warm), beyond.lira_scores(plain), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(interventions.lira_scores(warm), interventions.lira_scores(plain), rtol=1e-3, atol=1e-3)
     assert np.abs(warm.logits).max() == pytest.approx(np.abs(plain.logits).max() / 4)
 
 
@@ -73,7 +74,7 @@ def test_effect_table_has_the_effect_and_its_change_from_the_first_level():
         ("as it is", "as it is"): {"sgd": simulated(1, 1), "sam": simulated(1.5, 1)},
         ("epochs", "5"): {"sgd": simulated(1, 1), "sam": simulated(1, 1)},
     }
-    frame = beyond.effect_table(found).set_index(["level", "metric"])
+    frame = interventions.effect_table(found).set_index(["level", "metric"])
     assert frame.value["as it is", "auc"] > 0.02 and frame.value["5", "auc"] == 0
     assert frame.value["as it is", "auc_change"] == 0
     assert frame.value["5", "auc_change"] == pytest.approx(-frame.value["as it is", "auc"])
@@ -84,7 +85,7 @@ def test_class_table_finds_the_class_that_leaks_and_weighs_classes_alike():
     one, other = simulated(1, 1), simulated(1, 1)
     second = other.dataset.y == 1
     other.logits[:, 0, second, 1] += 2.0 * other.member[:, second]
-    frame = beyond.class_table({"sgd": one, "sam": other}).set_index(["metric", "class", "optimizer"])
+    frame = interventions.class_table({"sgd": one, "sam": other}).set_index(["metric", "class", "optimizer"])
     assert frame.ci_low["auc", "b", "sam-sgd"] > 0 and frame.value["auc", "a", "sam-sgd"] == 0
     balanced = frame.value["balanced_test_accuracy", "", "sgd"]
     each = [frame.value["class_test_accuracy", c, "sgd"] for c in "ab"]
@@ -99,8 +100,8 @@ def test_agreement_is_high_with_the_same_exposed_and_low_with_others():
         return found
 
     few, rest = np.arange(50), np.arange(50, 100)
-    same = beyond.agreement({"a": exposing(few, 1), "b": exposing(few, 2)})[:3].set_index("optimizer").value
-    others = beyond.agreement({"a": exposing(few, 1), "b": exposing(rest, 2)})[:3].set_index("optimizer").value
+    same = interventions.agreement({"a": exposing(few, 1), "b": exposing(few, 2)})[:3].set_index("optimizer").value
+    others = interventions.agreement({"a": exposing(few, 1), "b": exposing(rest, 2)})[:3].set_index("optimizer").value
     assert same["a and b"] > 0.5 and same["a"] > 0.5 and others["a and b"] < -0.5
 
 
@@ -114,7 +115,7 @@ def test_corrected_agreement_of_the_same_exposure_is_one():
         found.logits[:, 0, np.arange(600), found.dataset.y] += strength * found.member
         return found
 
-    found = beyond.agreement({"a": exposing(1), "b": exposing(2)})
+    found = interventions.agreement({"a": exposing(1), "b": exposing(2)})
     a, b, both = found[found.metric == "exposure_rank_correlation"].value
     (corrected,) = found[found.metric == "exposure_rank_correlation_corrected"].itertuples()
     assert corrected.value == pytest.approx(both / np.sqrt(a * b)) and 0.85 < corrected.value < 1.15
@@ -122,54 +123,54 @@ def test_corrected_agreement_of_the_same_exposure_is_one():
 
 
 def test_levels_change_one_thing_at_a_time_and_the_run_comes_first(tmp_path):
-    run = study.settings({"preset": "tiny", "store": str(tmp_path), "out": str(tmp_path)})
-    found = beyond.levels(run)
+    run = settings.settings({"preset": "tiny", "store": str(tmp_path), "out": str(tmp_path)})
+    found = interventions.levels(run)
     assert list(found)[0] == ("as it is", "as it is")
     for (factor, _), (changes, data) in list(found.items())[1:]:
         assert (len(changes) == 1) != (data is not run.dataset), factor
         run.recipe("sgd", **changes)  # valid
-    fewer = beyond.chosen_levels(run, 1)
+    fewer = interventions.chosen_levels(run, 1)
     assert len({f for f, _ in fewer}) == len(fewer) == len({f for f, _ in found})
 
 
 def test_the_plan_counts_what_is_left(tmp_path, table):
-    run = study.settings(
+    run = settings.settings(
         {"preset": "tiny", "epochs": 2, "n_models": 8, "store": str(tmp_path / "s"), "out": str(tmp_path)}
     )
-    before, total = plan.left(run, ["03"])
+    before, total = experiments.left(run, ["03"])
     recipe = run.recipe("sgd")
     # sgd once and sam twice the gradients, of the same models
-    assert before == total == 3 * plan.work(recipe, len(run.dataset.y), 8)
+    assert before == total == 3 * experiments.work(recipe, len(run.dataset.y), 8)
     assert not list((tmp_path / "s").glob("digits*")), "a plan makes nothing"
     run.train("sgd")
-    assert plan.left(run, ["03"])[0] == pytest.approx(total * 2 / 3)
+    assert experiments.left(run, ["03"])[0] == pytest.approx(total * 2 / 3)
 
 
 def test_the_plan_of_notebook_01_has_the_planted_leak(tmp_path):
     given = {"preset": "tiny", "epochs": 1, "n_models": 8, "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    run = study.settings(given)
-    recipe, later, n_models = plan.wanted(run)["01"][-1]
+    run = settings.settings(given)
+    recipe, later, n_models = experiments.wanted(run)["01"][-1]
     assert (recipe, later, n_models) == (run.recipe("sgd"), "leak", 16)
     main = run.train("sgd")
-    example = audit.least_sure(audit.plain_signal(main, "phi"), main.member)
+    example = compare.least_sure(compare.plain_signal(main, "phi"), main.member)
     leaky, _ = memorization.leak(run.dataset, example, 50, run.seed)
-    before = plan.left(run, ["01"])[0]
+    before = experiments.left(run, ["01"])[0]
     run.train("sgd", 16, dataset=leaky, subset=0.5)
-    assert plan.left(run, ["01"])[0] == before - plan.work(recipe, len(run.dataset.y), 16)
+    assert experiments.left(run, ["01"])[0] == before - experiments.work(recipe, len(run.dataset.y), 16)
 
 
 @pytest.mark.parametrize(
     "name, count",
     [("sgd", 1), ("sam", 2), ("looksam(k=4)", 1.25), ("swa", 1), ("adam", 1)]
     + [("esam", 1 + 1 / 3 + 1 / 2), ("esam(gamma=1.0)", 2 + 1 / 3), ("dpsgd(sigma=1.0)", 1), ("dpsam(sigma=1.0)", 2)]
-    + [("lib.sharpness:gsam", 2), ("lib.sharpness:looksam(k=4)", 1.25)],
+    + [("lib.training.sharpness:gsam", 2), ("lib.training.sharpness:looksam(k=4)", 1.25)],
 )  # as a reader's own, by trial
 def test_the_plan_counts_gradients_as_the_papers_do(name, count):
-    assert plan.gradients(Recipe(optimizer=name, rho=0.1)) == pytest.approx(count)
+    assert experiments.gradients(Recipe(optimizer=name, rho=0.1)) == pytest.approx(count)
 
 
 def test_a_forecast_is_told_once_after_the_second_chunk(tmp_path, capsys):
-    run = study.settings({"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)})
+    run = settings.settings({"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)})
     for _ in range(4):
         run.forecast(run.recipe("sgd"), 300, 32, 1.0)
     said = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_a_forecast_is_told_once_after_the_second_chunk(tmp_path, capsys):
 
 
 def test_variants_are_on_the_baselines_own_base():
-    assert parse(beyond.on("adam")("sam")).base_name == "adam" and beyond.on("sgd")("sam") == "sam"
+    assert parse(interventions.on("adam")("sam")).base_name == "adam" and interventions.on("sgd")("sam") == "sam"
 
 
 def test_pattern_table_finds_the_rare_ones(tmp_path):
@@ -187,7 +188,7 @@ def test_pattern_table_finds_the_rare_ones(tmp_path):
     made = {k: train(Recipe(optimizer=k, rho=0.1, epochs=2, batch_size=8), common, 8, tmp_path, "cpu", quiet=True)
             for k in ("sgd", "sam")}  # fmt: skip
     memorized = {k: np.where(np.arange(80) < 20, rare, 0.1) for k, rare in (("sgd", 0.7), ("sam", 0.9))}
-    frame = beyond.pattern_table(made, memorized)
+    frame = interventions.pattern_table(made, memorized)
     for name, rare, common in (("sam", 0.9, 0.1), ("sam-sgd", 0.2, 0.0)):
         found = frame[(frame.metric == "mean_memorization") & (frame.optimizer == name)].set_index("size").value
         assert found.to_dict() == pytest.approx({"1 to 2": rare, "30 to 99": common})
@@ -200,7 +201,7 @@ def test_pattern_table_finds_the_rare_ones(tmp_path):
 def planned(run):
     """(recipe, data) -> models of notebook 06 in the plan."""
     found = {}
-    for recipe, data, n_models in plan.wanted(run, exact=True)["06"]:
+    for recipe, data, n_models in experiments.wanted(run, exact=True)["06"]:
         found[recipe, data.hash] = max(n_models, found.get((recipe, data.hash), 0))
     return found
 
@@ -208,72 +209,82 @@ def planned(run):
 @pytest.mark.parametrize("more", [{}, {"optimizers": "sgd,sam,looksam(k=3)", "epochs": 3}, {"ema": 0.9, "epochs": 2}])
 def test_the_plan_of_notebook_06_is_what_its_cells_train(tmp_path, more, monkeypatch):
     given = {"preset": "tiny", "epochs": 2, "n_models": 8, "store": str(tmp_path / "s"), "out": str(tmp_path), **more}
-    run, asked = study.settings(given), {}
+    run, asked = settings.settings(given), {}
 
     def record(self, optimizer, n_models=None, dataset=None, **changes):
         key = self.recipe(optimizer, **changes), (dataset or self.dataset).hash
         asked[key] = max(n_models or self.n_models, asked.get(key, 0))
         return SimpleNamespace(ids=np.arange(8))
 
-    monkeypatch.setattr(study.Settings, "train", record)
-    monkeypatch.setattr(audit, "align", lambda made, essential=None: made)
+    monkeypatch.setattr(settings.Settings, "train", record)
+    monkeypatch.setattr(compare, "align", lambda made, essential=None: made)
     cells = [
-        c.source for c in jupytext.read(study.ROOT / "notebooks" / "06_beyond.py").cells if "run.train" in c.source
+        c.source for c in jupytext.read(settings.ROOT / "notebooks" / "06_beyond.py").cells if "run.train" in c.source
     ]
     trains = "\n".join(line for source in cells for line in source.splitlines())
-    names = {"run": run, "baseline": run.names[0], "other": run.other, "beyond": beyond, "plan": plan, "audit": audit}
-    beyond.variants(run, run.strengths, run.few)
+    names = {
+        "run": run,
+        "baseline": run.names[0],
+        "other": run.other,
+        "interventions": interventions,
+        "experiments": experiments,
+        "compare": compare,
+    }
+    interventions.variants(run, run.strengths, run.few)
     for tree in ast.parse(trains).body:  # the statements that train, until the first that looks at what came out
         if "run.train" in ast.unparse(tree) or "plan." in ast.unparse(tree):
             exec(compile(ast.Module([tree], []), "06", "exec"), names)
-    beyond.causes(run, run.few, run.most_levels)
-    beyond.private(run, run.epsilons, run.private, beyond.delta_of(run))
+    interventions.causes(run, run.few, run.most_levels)
+    interventions.private(run, run.epsilons, run.private, interventions.delta_of(run))
     assert asked == planned(run)
 
 
 def test_equal_compute_is_counted_in_gradients(tmp_path):
     given = {"preset": "tiny", "epochs": 20, "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    assert plan.equal_compute(study.settings(given)) == {10: 20, 20: 40}
-    assert plan.equal_compute(study.settings({**given, "optimizers": "sgd,looksam"})) == {10: 12, 20: 24}
+    assert experiments.equal_compute(settings.settings(given)) == {10: 20, 20: 40}
+    assert experiments.equal_compute(settings.settings({**given, "optimizers": "sgd,looksam"})) == {10: 12, 20: 24}
 
 
 def test_private_gradients_weigh_more_in_the_work_than_in_the_count():
     plain, private = (Recipe(optimizer=name, batch_size=8) for name in ("sgd", "dpsgd(sigma=1.0)"))
-    assert plan.work(private, 100, 2) == plan.APART * plan.work(plain, 100, 2)
+    assert experiments.work(private, 100, 2) == experiments.APART * experiments.work(plain, 100, 2)
 
 
 def test_a_radius_in_the_name_is_the_only_dose(tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    run = study.settings({**given, "optimizers": "sgd,sam(rho=0.2)"})
+    run = settings.settings({**given, "optimizers": "sgd,sam(rho=0.2)"})
     assert run.doses("sam(rho=0.2)") == [0.2] and len(run.doses("sam")) > 2
 
 
 def test_the_optimizer_in_question_is_no_private_one(tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    assert study.settings({**given, "optimizers": "sgd,sam,dpsam(sigma=1.0)"}).other == "sam"
+    assert settings.settings({**given, "optimizers": "sgd,sam,dpsam(sigma=1.0)"}).other == "sam"
 
 
 def test_no_level_of_batch_size_is_below_what_msam_needs(tmp_path):
     given = {"preset": "tiny", "batch_size": 64, "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    run = study.settings({**given, "optimizers": "sgd,msam(m=16)"})
-    assert ("batch size", "16") not in beyond.levels(run)
-    assert ("batch size", "16") in beyond.levels(study.settings(given))
-    plan.wanted(run)
+    run = settings.settings({**given, "optimizers": "sgd,msam(m=16)"})
+    assert ("batch size", "16") not in interventions.levels(run)
+    assert ("batch size", "16") in interventions.levels(settings.settings(given))
+    experiments.wanted(run)
 
 
 def test_a_base_that_asks_again_within_a_step_has_no_private_twin(tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
     assert (
-        beyond.private_arch(study.settings({**given, "optimizers": "torch.optim:LBFGS,sam+torch.optim:LBFGS"})) is None
+        interventions.private_arch(
+            settings.settings({**given, "optimizers": "torch.optim:LBFGS,sam+torch.optim:LBFGS"})
+        )
+        is None
     )
-    assert beyond.private_arch(study.settings({**given, "optimizers": "torch.optim:Adagrad,sam"})) == "mlp"
+    assert interventions.private_arch(settings.settings({**given, "optimizers": "torch.optim:Adagrad,sam"})) == "mlp"
 
 
 def test_few_models_only_where_halves_are_complementary(tmp_path):
     given = {"dataset": "digits", "n_models": 256, "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    run = study.settings(given)
+    run = settings.settings(given)
     assert (run.sweep, run.few, run.private) == (128, 64, 32)
-    run = study.settings({**given, "subset": 0.4})
+    run = settings.settings({**given, "subset": 0.4})
     assert run.sweep == run.few == run.private == 256
 
 
@@ -286,14 +297,14 @@ def test_a_defence_is_told_with_its_price_and_the_strictest_rate_there_is():
     ]
     frame = pd.DataFrame(rows, columns=["metric", "attack", "value"])
     frame = frame.assign(ci_low=frame.value - 0.005, ci_high=frame.value + 0.005)
-    assert beyond.strict_rate(frame) == [0.01] and beyond.strict_rate(frame[:3]) == []
-    said = prose.bought("swa", frame, beyond.strict_rate(frame))
+    assert interventions.strict_rate(frame) == [0.01] and interventions.strict_rate(frame[:3]) == []
+    said = text.bought("swa", frame, interventions.strict_rate(frame))
     assert said.startswith("**swa** leaks less: accuracy -2.0 points") and "its TPR at 1% FPR -20.0 points" in said
     more = pd.concat([frame, frame.assign(metric="tpr@0.001"), frame.assign(metric="tpr@0.0001")])
-    assert beyond.strict_rate(more) == [0.001]
+    assert interventions.strict_rate(more) == [0.001]
 
 
 def test_where_a_metric_is_largest():
     rows = [("sgd", "auc", "1 to 2", 0.7), ("sgd", "auc", "3 to 9", 0.6), ("sam-sgd", "auc", "3 to 9", 0.1)]
     frame = pd.DataFrame(rows, columns=["optimizer", "metric", "size", "value"])
-    assert beyond.most(frame, ["sgd"]) == {("sgd", "auc"): ("1 to 2", 0.7)}
+    assert interventions.most(frame, ["sgd"]) == {("sgd", "auc"): ("1 to 2", 0.7)}

@@ -19,8 +19,8 @@ from urllib.request import urlopen
 import jupytext
 import pytest
 
-from lib import report
-from lib.study import ROOT
+from lib.study import report
+from lib.study.settings import ROOT
 
 websocket = pytest.importorskip("websocket")  # comes with JupyterLab's server
 CHROMIUM = shutil.which("chromium")

@@ -14,8 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import data, sources
-from lib.data import Dataset, duplicate_table, duplicates, inputs, load, obtain, pattern_size, pool, validate
+from lib.data import sources
+from lib.data.dataset import (
+    Dataset,
+    _nearest,
+    _reachable,
+    duplicate_table,
+    duplicates,
+    inputs,
+    load,
+    obtain,
+    pattern_size,
+    pool,
+    validate,
+)
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10.tar.xz"
 EYEPACS = CIFAR10.with_name("eyepacs.tar.xz")
@@ -492,7 +504,7 @@ def test_many_groups_of_one_are_as_good_as_none():
 def test_reachable_sums_are_those_of_some_subset(sizes):
     sets = np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes)) & 1
     sums = set((sets @ np.array(sizes)).tolist())
-    assert [data._reachable(np.array(sizes), k) for k in range(50)] == [k in sums for k in range(50)]
+    assert [_reachable(np.array(sizes), k) for k in range(50)] == [k in sums for k in range(50)]
 
 
 def test_groups_split_the_test_part_and_enter_the_hash_only_where_there_are_any(tmp_path):
@@ -809,7 +821,7 @@ def test_duplicates_equal_a_brute_force_search():
 def test_blocks_of_the_search_do_not_change_it():
     z, z_test = RNG.normal(size=(100, 6)).astype(np.float32), RNG.normal(size=(31, 6)).astype(np.float32)
     for b in (z, z_test):
-        whole, blocks = data._nearest(z, b), data._nearest(z, b if b is z_test else z, block=7)
+        whole, blocks = _nearest(z, b), _nearest(z, b if b is z_test else z, block=7)
         assert (whole[0] == blocks[0]).all() and np.allclose(whole[1], blocks[1])
 
 

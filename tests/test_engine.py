@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import engine, ensemble, study
-from lib.recipe import Recipe
+from lib.study import settings
+from lib.training import ensemble, workers
+from lib.training.recipe import Recipe
 from tests.conftest import killing_one, same
 
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -26,7 +27,7 @@ def two_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(ray, "init", lambda start=ray.init, **how: start(num_cpus=2, **how))
-        engine.started()
+        workers.started()
         yield ray
         ray.shutdown()
         for process in [thing for thing in gc.get_objects() if type(thing) is subprocess.Popen]:
@@ -40,7 +41,7 @@ def two_workers():
 def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers, one_thread):
     recipe, told = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), []
     how = {"quiet": True, "notify": lambda *chunk: told.append(chunk)}
-    by_ray = engine.train(recipe, images, 6, tmp_path / "ray", "cpu", "ray", **how)
+    by_ray = workers.train(recipe, images, 6, tmp_path / "ray", "cpu", "ray", **how)
     same(by_ray, ensemble.train(recipe, images, 6, tmp_path / "here", "cpu", quiet=True))
     assert len(told) == 6 and all(chunk[1:3] == (48, 1) for chunk in told)
     assert len(list((tmp_path / "ray").glob("*/done/*.json"))) == 6
@@ -51,13 +52,13 @@ def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers, 
 def test_a_chunk_whose_worker_is_killed_is_trained_anew(images, tmp_path, two_workers, one_thread):
     recipe = Recipe("cnn", "sam", 0.1, epochs=40, batch_size=8)
     kept = ensemble.open_store(recipe, images, tmp_path / "ray")
-    with killing_one(kept, lambda: [pid for pid in workers() if holds_a_claim(pid, kept.folder)]) as killed:
-        by_ray = engine.train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
+    with killing_one(kept, lambda: [pid for pid in ray_workers() if holds_a_claim(pid, kept.folder)]) as killed:
+        by_ray = workers.train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
     assert killed, "no worker was caught in mid-chunk"
     same(by_ray, ensemble.train(recipe, images, 4, tmp_path / "here", "cpu", quiet=True))
 
 
-def workers():
+def ray_workers():
     """Process numbers of Ray's workers on this machine."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -83,30 +84,30 @@ def test_what_a_task_raises_is_raised_here(images, tmp_path, two_workers):
     kept = ensemble.open_store(recipe, images, tmp_path)
     (kept.folder / "logits.npy").mkdir()  # can't be written
     with pytest.raises(ValueError, match="store=.*can't be written"):
-        engine.train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
+        workers.train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
 
 
 def test_an_unknown_engine_never_trains_here_instead(table, quick, tmp_path):
     with pytest.raises(ValueError, match="engine='dask' is unknown"):
-        engine.train(quick, table, 2, tmp_path, "cpu", "dask")
+        workers.train(quick, table, 2, tmp_path, "cpu", "dask")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_engine_that_is_not_there_is_said_before_training(monkeypatch, tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")}
     with pytest.raises(ValueError, match="engine='slurm' is unknown: choose local or ray"):
-        study.settings({**given, "engine": "slurm"})
+        settings.settings({**given, "engine": "slurm"})
     for gpus in (-1, 1.5, 100):
         with pytest.raises(ValueError, match=f"gpus={float(gpus)} is not valid"):
-            study.settings({**given, "gpus": gpus})
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+            settings.settings({**given, "gpus": gpus})
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="engine='ray' is not installed"):
-        study.settings({**given, "engine": "ray"})
+        settings.settings({**given, "engine": "ray"})
 
 
 def not_connected(monkeypatch):
     """As where Ray is installed and this process has not joined one yet."""
-    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(workers, "find_spec", lambda name: True)
     monkeypatch.delitem(sys.modules, "ray", raising=False)
 
 
@@ -118,8 +119,8 @@ def test_a_cluster_that_does_not_answer_is_said_in_time(monkeypatch, address):
         not_connected(monkeypatch)
         began = time.time()
         with pytest.raises(ValueError, match="RAY_ADDRESS=.*does not answer"):
-            engine.check("ray")
-        assert time.time() - began < engine.PATIENCE + 5
+            workers.check("ray")
+        assert time.time() - began < workers.PATIENCE + 5
 
 
 @pytest.mark.parametrize("address", ["here", "host:port", ":6379", "127.0.0.1:99999"])
@@ -127,15 +128,15 @@ def test_an_address_that_is_none_is_said(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     not_connected(monkeypatch)
     with pytest.raises(ValueError, match="RAY_ADDRESS="):
-        engine.check("ray")
+        workers.check("ray")
 
 
 def test_a_cluster_that_listens_but_never_speaks_is_given_up(monkeypatch):
     """A port may be open and no Ray behind it: joining it has a time limit too."""
     pytest.importorskip("ray")
-    monkeypatch.setattr(engine, "PATIENCE", 3)
+    monkeypatch.setattr(workers, "PATIENCE", 3)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         with pytest.raises(ValueError, match="does not answer within 3 s"):
-            engine.answers(f"127.0.0.1:{deaf.getsockname()[1]}")
+            workers.answers(f"127.0.0.1:{deaf.getsockname()[1]}")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import data, ensemble, recipe, step, store
-from lib.ensemble import Recipe, train
+from lib.data.dataset import inputs
+from lib.training import ensemble, recipe, step, store
+from lib.training.ensemble import Recipe, train
 
 
 def arrays(found):
@@ -334,7 +335,7 @@ def test_augmented_queries_reach_the_store(images, tmp_path):
 def test_kept_weights_give_the_stored_logits(table, quick, tmp_path):
     found = train(quick, table, 4, tmp_path, "cpu", quiet=True)
     net, params, buffers = found.weights(3)
-    again = torch.func.functional_call(net, (params, buffers), (torch.from_numpy(data.inputs(found.dataset)[0]),))
+    again = torch.func.functional_call(net, (params, buffers), (torch.from_numpy(inputs(found.dataset)[0]),))
     np.testing.assert_allclose(again, found.logits[3, 0], rtol=1e-4, atol=1e-5)
 
 

@@ -6,14 +6,14 @@ from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.stats import norm, skewnorm
 
-from lib import interpolation as ip
+from lib.analysis import interpolation
 
 
 def problem(n=6, d=15, seed=0, kind=None):
     """x, y and a random sigma (or a diagonal one of the given kind)."""
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(d, d))
-    sigma = factor @ factor.T / d if kind is None else np.diag(ip.spectrum(kind, d))
+    sigma = factor @ factor.T / d if kind is None else np.diag(interpolation.spectrum(kind, d))
     return rng.normal(size=(n, d)), rng.choice([-1.0, 1.0], n), sigma
 
 
@@ -24,37 +24,39 @@ def problem(n=6, d=15, seed=0, kind=None):
 def test_minimum_norm_solves_the_kkt_system(outputs):
     x, y, sigma = problem()
     y = y if outputs is None else np.random.default_rng(1).normal(size=(len(y), outputs))
-    g = ip.penalty(sigma, 2.5)
+    g = interpolation.penalty(sigma, 2.5)
     n, d = x.shape
     # Gw - X'l = 0, Xw = y
     kkt = np.block([[g, -x.T], [x, np.zeros((n, n))]])
     expected = np.linalg.solve(kkt, np.concatenate([np.zeros((d, *y.shape[1:])), y]))[:d]
-    np.testing.assert_allclose(ip.minimum_norm(x, y, g), expected, atol=1e-10)
-    np.testing.assert_allclose(x @ ip.minimum_norm(x, y, g), y, atol=1e-10)
-    np.testing.assert_allclose(ip.minimum_norm(x, y), np.linalg.pinv(x) @ y, atol=1e-10)
+    np.testing.assert_allclose(interpolation.minimum_norm(x, y, g), expected, atol=1e-10)
+    np.testing.assert_allclose(x @ interpolation.minimum_norm(x, y, g), y, atol=1e-10)
+    np.testing.assert_allclose(interpolation.minimum_norm(x, y), np.linalg.pinv(x) @ y, atol=1e-10)
 
 
 def test_minimum_norm_agrees_with_a_numerical_minimiser():
     x, y, sigma = problem(n=2, d=5)
-    g = ip.penalty(sigma, 1.0)
+    g = interpolation.penalty(sigma, 1.0)
     bound = {"type": "eq", "fun": lambda w: x @ w - y, "jac": lambda w: x}
     found = minimize(
         lambda w: w @ g @ w, np.zeros(5), jac=lambda w: 2 * g @ w, constraints=bound, method="SLSQP", tol=1e-14
     )
-    np.testing.assert_allclose(ip.minimum_norm(x, y, g), found.x, atol=1e-6)
+    np.testing.assert_allclose(interpolation.minimum_norm(x, y, g), found.x, atol=1e-6)
 
 
 def test_eta_0_is_the_plain_penalty():
     x, y, sigma = problem()
-    np.testing.assert_array_equal(ip.penalty(sigma, 0), np.eye(15))
-    np.testing.assert_allclose(ip.minimum_norm(x, y, ip.penalty(sigma, 0)), ip.minimum_norm(x, y), atol=1e-12)
+    np.testing.assert_array_equal(interpolation.penalty(sigma, 0), np.eye(15))
+    np.testing.assert_allclose(
+        interpolation.minimum_norm(x, y, interpolation.penalty(sigma, 0)), interpolation.minimum_norm(x, y), atol=1e-12
+    )
 
 
 def test_independent_rows_spans_and_drops_only_what_depends():
     x = problem()[0]
-    assert ip.independent_rows(x).tolist() == list(range(6))
+    assert interpolation.independent_rows(x).tolist() == list(range(6))
     doubled = np.concatenate([x, x[:2], x[:1] + x[3:4], np.zeros((1, 15))])
-    kept = ip.independent_rows(doubled)
+    kept = interpolation.independent_rows(doubled)
     assert len(kept) == 6 == np.linalg.matrix_rank(doubled[kept])
 
 
@@ -64,61 +66,64 @@ def test_independent_rows_spans_and_drops_only_what_depends():
 @pytest.mark.parametrize("kind", [None, "power law", "spiked"])
 def test_the_spectral_formula_is_the_solved_interpolator(kind):
     x, y, sigma = problem(kind=kind)
-    path, etas = ip.spectral(x, y, sigma), np.array([0, 0.01, 0.5, 3, 200])
-    v, slope = ip.contraction(path, etas)
+    path, etas = interpolation.spectral(x, y, sigma), np.array([0, 0.01, 0.5, 3, 200])
+    v, slope = interpolation.contraction(path, etas)
     for eta, expected in zip(etas, v, strict=True):
-        w = ip.minimum_norm(x, y, ip.penalty(sigma, eta))
-        assert ip.variance(w, sigma) == pytest.approx(expected, rel=1e-11)
-        np.testing.assert_allclose(ip.weights(path, eta), w, atol=1e-10)
+        w = interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta))
+        assert interpolation.variance(w, sigma) == pytest.approx(expected, rel=1e-11)
+        np.testing.assert_allclose(interpolation.weights(path, eta), w, atol=1e-10)
     assert (np.diff(v) < 0).all() and (slope < 0).all()
 
 
 def test_the_slope_is_the_numerical_derivative():
-    path = ip.spectral(*problem())
+    path = interpolation.spectral(*problem())
     for eta in (0.1, 1.0, 10.0):
         step = 1e-4 * eta
-        (after, _), (before, _) = ip.contraction(path, eta + step), ip.contraction(path, eta - step)
-        assert ip.contraction(path, eta)[1] == pytest.approx((after - before) / (2 * step), rel=1e-6)
+        (after, _), (before, _) = (
+            interpolation.contraction(path, eta + step),
+            interpolation.contraction(path, eta - step),
+        )
+        assert interpolation.contraction(path, eta)[1] == pytest.approx((after - before) / (2 * step), rel=1e-6)
 
 
 def test_the_limit_is_the_smallest_variance_of_any_interpolator():
     x, y, sigma = problem()
-    path = ip.spectral(x, y, sigma)
-    v, slope = ip.contraction(path, np.inf)
-    assert v == pytest.approx(ip.variance(ip.minimum_norm(x, y, sigma), sigma)) and slope == 0
-    assert v == pytest.approx(ip.contraction(path, 1e9)[0], rel=1e-6)
-    assert ip.contraction(path, 1e200)[0] == pytest.approx(v)
-    assert ip.variance(ip.weights(path, np.inf), sigma) == pytest.approx(v)
+    path = interpolation.spectral(x, y, sigma)
+    v, slope = interpolation.contraction(path, np.inf)
+    assert v == pytest.approx(interpolation.variance(interpolation.minimum_norm(x, y, sigma), sigma)) and slope == 0
+    assert v == pytest.approx(interpolation.contraction(path, 1e9)[0], rel=1e-6)
+    assert interpolation.contraction(path, 1e200)[0] == pytest.approx(v)
+    assert interpolation.variance(interpolation.weights(path, np.inf), sigma) == pytest.approx(v)
 
 
 def test_nothing_moves_with_isotropic_or_empirical_curvature():
     x, y, _ = problem()
     for sigma in (3 * np.eye(15), x.T @ x / len(x), np.zeros((15, 15))):
-        w0, w = ip.minimum_norm(x, y), ip.minimum_norm(x, y, ip.penalty(sigma, 100.0))
+        w0, w = interpolation.minimum_norm(x, y), interpolation.minimum_norm(x, y, interpolation.penalty(sigma, 100.0))
         np.testing.assert_allclose(w, w0, atol=1e-12)
-        path = ip.spectral(x, y, sigma)
-        assert ip.contraction(path, np.inf)[0] == pytest.approx(path.v0, abs=1e-12)
-        assert abs(ip.contraction(path, 0.0)[1]) < 1e-20
+        path = interpolation.spectral(x, y, sigma)
+        assert interpolation.contraction(path, np.inf)[0] == pytest.approx(path.v0, abs=1e-12)
+        assert abs(interpolation.contraction(path, 0.0)[1]) < 1e-20
 
 
 def test_singular_curvature_of_few_new_examples_contracts():
     x, y, _ = problem()
     z = np.random.default_rng(5).normal(size=(4, 15))
     sigma = z.T @ z / 4  # rank 4 of 15
-    path = ip.spectral(x, y, sigma)
+    path = interpolation.spectral(x, y, sigma)
     assert path.s.shape == (4,)
     for eta in (1.0, 50.0):
-        w = ip.minimum_norm(x, y, ip.penalty(sigma, eta))
-        assert ip.contraction(path, eta)[0] == pytest.approx(ip.variance(w, sigma), rel=1e-9)
-    assert ip.contraction(path, np.inf)[0] == pytest.approx(0, abs=1e-12)  # 9 free directions fit 4 zeros
+        w = interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta))
+        assert interpolation.contraction(path, eta)[0] == pytest.approx(interpolation.variance(w, sigma), rel=1e-9)
+    assert interpolation.contraction(path, np.inf)[0] == pytest.approx(0, abs=1e-12)  # 9 free directions fit 4 zeros
 
 
 def test_two_thousand_features():
-    values = ip.spectrum("power law", 2000)
-    x, y = ip.draw(500, values)
-    path = ip.spectral(x, y, np.diag(values))
-    w = ip.minimum_norm(x, y, ip.penalty(np.diag(values), 3.0))
-    assert abs(ip.contraction(path, 3.0)[0] - values @ w**2) < 1e-12
+    values = interpolation.spectrum("power law", 2000)
+    x, y = interpolation.draw(500, values)
+    path = interpolation.spectral(x, y, np.diag(values))
+    w = interpolation.minimum_norm(x, y, interpolation.penalty(np.diag(values), 3.0))
+    assert abs(interpolation.contraction(path, 3.0)[0] - values @ w**2) < 1e-12
 
 
 # ---- Theorem 2 -----------------------------------------------------------------------------------------------
@@ -128,37 +133,37 @@ def test_threshold_advantage_is_the_best_of_all_thresholds():
     for v, mean in ((0.5, 0.0), (3.0, -1.0), (0.2, 0.7), (2.0, 1.5)):
         grid = np.linspace(-9, 9, 18001)
         advantages = (grid <= 1) - norm.sf(grid, mean, np.sqrt(v))
-        assert ip.threshold_advantage(v, mean) == pytest.approx(advantages.max(), abs=1e-3)
-    np.testing.assert_array_equal(ip.threshold_advantage([0, 0, 0], [0, 1, 2]), [1, 0.5, 0])
-    rises = np.diff(ip.threshold_advantage(np.linspace(0, 5, 50)[::-1]))
+        assert interpolation.threshold_advantage(v, mean) == pytest.approx(advantages.max(), abs=1e-3)
+    np.testing.assert_array_equal(interpolation.threshold_advantage([0, 0, 0], [0, 1, 2]), [1, 0.5, 0])
+    rises = np.diff(interpolation.threshold_advantage(np.linspace(0, 5, 50)[::-1]))
     assert (rises > 0).all()
-    assert (np.diff(ip.threshold_advantage(np.linspace(0.1, 5, 50)[::-1], 1.5)) < 0).all()  # mean above 1
+    assert (np.diff(interpolation.threshold_advantage(np.linspace(0.1, 5, 50)[::-1], 1.5)) < 0).all()  # mean above 1
 
 
 def test_threshold_advantage_in_simulation():
-    values = ip.spectrum("power law", 60)
-    x, y = ip.draw(30, values)
-    w = ip.minimum_norm(x, y, ip.penalty(np.diag(values), 1.0))
-    new, signs = ip.draw(200_000, values, seed=1)
+    values = interpolation.spectrum("power law", 60)
+    x, y = interpolation.draw(30, values)
+    w = interpolation.minimum_norm(x, y, interpolation.penalty(np.diag(values), 1.0))
+    new, signs = interpolation.draw(200_000, values, seed=1)
     false_positives = np.mean(signs * (new @ w) >= 1)
-    v = ip.variance(w, np.diag(values))
-    assert 1 - false_positives == pytest.approx(ip.threshold_advantage(v), abs=4 * 0.5 / np.sqrt(200_000))
+    v = interpolation.variance(w, np.diag(values))
+    assert 1 - false_positives == pytest.approx(interpolation.threshold_advantage(v), abs=4 * 0.5 / np.sqrt(200_000))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2, 0.5])
 def test_teacher_advantage_in_simulation_and_against_the_skew_normal(noise):
-    sigma, rng = np.diag(ip.spectrum("spiked", 20)), np.random.default_rng(0)
+    sigma, rng = np.diag(interpolation.spectrum("spiked", 20)), np.random.default_rng(0)
     w, teacher = rng.normal(size=20) / 3, rng.normal(size=20)
-    expected = ip.teacher_advantage(w, sigma, teacher, noise)
-    x, y = ip.draw(200_000, np.diag(sigma), teacher, noise)
+    expected = interpolation.teacher_advantage(w, sigma, teacher, noise)
+    x, y = interpolation.draw(200_000, np.diag(sigma), teacher, noise)
     assert np.mean(y * (x @ w) < 1) == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(200_000))
-    sd = np.sqrt(ip.variance(w, sigma))
-    cosine = teacher @ sigma @ w / sd / np.sqrt(ip.variance(teacher, sigma))
+    sd = np.sqrt(interpolation.variance(w, sigma))
+    cosine = teacher @ sigma @ w / sd / np.sqrt(interpolation.variance(teacher, sigma))
     slant = cosine / np.sqrt(1 - cosine**2)
     cdf = (1 - noise) * skewnorm.cdf(1 / sd, slant) + noise * skewnorm.cdf(1 / sd, -slant)
     assert expected == pytest.approx(cdf, abs=1e-8)
     if noise == 0.5:
-        assert expected == pytest.approx(ip.threshold_advantage(sd**2))
+        assert expected == pytest.approx(interpolation.threshold_advantage(sd**2))
 
 
 # ---- Theorem 3 -----------------------------------------------------------------------------------------------
@@ -181,29 +186,29 @@ def test_likelihood_ratio_advantage_is_the_total_variation(case):
     parts = (
         quad(lambda u: abs(norm.pdf(u, a, s) - norm.pdf(u, b, t)), *e)[0] for e in zip(ends, ends[1:], strict=False)
     )
-    assert ip.likelihood_ratio_advantage(*case) == pytest.approx(sum(parts) / 2, abs=1e-6)
+    assert interpolation.likelihood_ratio_advantage(*case) == pytest.approx(sum(parts) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_slope_is_the_derivative_in_the_spread_of_out(case):
     a, s, b, t = case
-    after, before = (ip.likelihood_ratio_advantage(a, s, b, t + h) for h in (1e-5, -1e-5))
-    assert ip.advantage_slope(*case) == pytest.approx((after - before) / 2e-5, abs=1e-6)
+    after, before = (interpolation.likelihood_ratio_advantage(a, s, b, t + h) for h in (1e-5, -1e-5))
+    assert interpolation.advantage_slope(*case) == pytest.approx((after - before) / 2e-5, abs=1e-6)
 
 
 def test_limits_of_the_likelihood_ratio_advantage():
-    advantage = ip.likelihood_ratio_advantage
+    advantage = interpolation.likelihood_ratio_advantage
     assert advantage(1, 0, 0, 2) == advantage(1, 2, 1, 0) == advantage(1, 0, 0, 0) == 1
     assert advantage(1, 0, 1, 0) == advantage(1, 2, 1, 2) == 0
     assert advantage(1, 1e-9, 0, 2) == pytest.approx(1, abs=1e-7)
     assert advantage(3, 2, 0, 2) == pytest.approx(2 * norm.cdf(3 / 4) - 1)
     assert advantage(0, 1e-4, 0, 1e4) == pytest.approx(1, abs=1e-6)
-    assert ip.advantage_slope(1, 0, 0, 2) == ip.advantage_slope(0, 1, 0, 1) == 0
+    assert interpolation.advantage_slope(1, 0, 0, 2) == interpolation.advantage_slope(0, 1, 0, 1) == 0
 
 
 def test_the_region_where_a_smaller_out_variance_helps_the_attacker():
     delta, r = np.meshgrid(np.linspace(0.05, 4, 60), np.geomspace(0.1, 6, 61))
-    helps = ip.advantage_slope(delta, 1, 0, r) < 0
+    helps = interpolation.advantage_slope(delta, 1, 0, r) < 0
     assert helps[r <= 1].all()  # OUT no wider than IN: always
     delta, r, helps = delta[r > 1], r[r > 1], helps[r > 1]
     m, h = r * delta / (r**2 - 1), np.sqrt(delta**2 + 2 * (r**2 - 1) * np.log(r)) / (r**2 - 1)
@@ -214,27 +219,27 @@ def test_the_region_where_a_smaller_out_variance_helps_the_attacker():
 # ---- data and descent ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ip.SPECTRA)
+@pytest.mark.parametrize("kind", interpolation.SPECTRA)
 def test_spectra_share_their_trace_and_draws_have_them(kind):
-    values = ip.spectrum(kind, 40)
+    values = interpolation.spectrum(kind, 40)
     assert values.sum() == pytest.approx(40) and (np.diff(values) <= 0).all()
-    x, y = ip.draw(40_000, values)
+    x, y = interpolation.draw(40_000, values)
     np.testing.assert_allclose(x.var(0) / values, 1, atol=0.05)
     assert set(y) == {-1.0, 1.0} and abs(y.mean()) < 0.03
 
 
 def test_labels_follow_the_teacher_but_for_the_noise():
     teacher = np.arange(1.0, 11)
-    x, y = ip.draw(20_000, np.ones(10), teacher, noise=0.2)
+    x, y = interpolation.draw(20_000, np.ones(10), teacher, noise=0.2)
     assert np.mean(y != np.sign(x @ teacher)) == pytest.approx(0.2, abs=0.015)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.1])
 def test_descent_stays_in_the_row_space_and_reaches_the_minimum_norm(rho):
     x, y, _ = problem()
-    w = ip.gradient_descent(x, y, rho)
+    w = interpolation.gradient_descent(x, y, rho)
     assert np.linalg.norm(w - np.linalg.pinv(x) @ (x @ w)) < 1e-13
-    np.testing.assert_allclose(w, ip.minimum_norm(x, y), atol=1e-6)
+    np.testing.assert_allclose(w, interpolation.minimum_norm(x, y), atol=1e-6)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -245,45 +250,45 @@ def bad_inputs():
     nan, twice = np.where(x > 1, np.nan, x), np.concatenate([x[:5], x[:1]])
     lopsided, negative = sigma + np.triu(np.ones((15, 15)), 1), sigma - np.eye(15)
     rank_one = np.ones((15, 15))
-    solve, path = ip.minimum_norm, ip.spectral(x, y, sigma)
+    solve, path = interpolation.minimum_norm, interpolation.spectral(x, y, sigma)
     return [
         ("x", lambda: solve(x.T, np.ones(15))),
         ("x", lambda: solve(np.eye(3), np.ones(3))),
         ("x", lambda: solve(twice, y)),
-        ("x", lambda: ip.spectral(twice, y, sigma)),
+        ("x", lambda: interpolation.spectral(twice, y, sigma)),
         ("x", lambda: solve(np.zeros((2, 4)), np.ones(2))),
         ("x", lambda: solve(nan, y)),
         ("x", lambda: solve(np.zeros((0, 4)), np.ones(0))),
-        ("x", lambda: ip.gradient_descent(x.T, np.ones(15))),
+        ("x", lambda: interpolation.gradient_descent(x.T, np.ones(15))),
         ("y", lambda: solve(x, y[:5])),
         ("y", lambda: solve(x, np.where(y > 0, np.nan, y))),
-        ("y", lambda: ip.spectral(x, y[:, None], sigma)),
+        ("y", lambda: interpolation.spectral(x, y[:, None], sigma)),
         ("g", lambda: solve(x, y, rank_one)),
         ("g", lambda: solve(x, y, lopsided)),
         ("g", lambda: solve(x, y, np.eye(14))),
         ("g", lambda: solve(x, y, sigma * np.nan)),
-        ("sigma", lambda: ip.spectral(x, y, negative)),
-        ("sigma", lambda: ip.spectral(x, y, sigma[:4, :4])),
-        ("sigma", lambda: ip.penalty(lopsided, 1.0)),
-        ("sigma", lambda: ip.penalty(np.ones(3), 1.0)),
-        ("sigma", lambda: ip.penalty(2.0, 1.0)),
-        ("eta", lambda: ip.penalty(sigma, -1.0)),
-        ("eta", lambda: ip.penalty(sigma, np.inf)),
-        ("eta", lambda: ip.contraction(path, -0.1)),
-        ("eta", lambda: ip.contraction(path, [1.0, np.nan])),
-        ("eta", lambda: ip.weights(path, -2)),
-        ("v", lambda: ip.threshold_advantage(-1.0)),
-        ("v", lambda: ip.threshold_advantage(np.nan)),
-        ("mean", lambda: ip.threshold_advantage(1.0, np.nan)),
-        ("noise", lambda: ip.teacher_advantage(np.ones(15), sigma, np.ones(15), 1.5)),
-        ("sd_in", lambda: ip.likelihood_ratio_advantage(1, -1, 0, 1)),
-        ("sd_out", lambda: ip.likelihood_ratio_advantage(1, 1, 0, np.nan)),
-        ("mean_in", lambda: ip.likelihood_ratio_advantage(np.inf, 1, 0, 1)),
-        ("sd_out", lambda: ip.advantage_slope(1, 1, 0, 0)),
-        ("kind", lambda: ip.spectrum("flat", 5)),
-        ("noise", lambda: ip.draw(5, np.ones(3), np.ones(3), noise=-0.1)),
-        ("values", lambda: ip.draw(5, [1.0, -1.0])),
-        ("rho", lambda: ip.gradient_descent(x, y, -0.1)),
+        ("sigma", lambda: interpolation.spectral(x, y, negative)),
+        ("sigma", lambda: interpolation.spectral(x, y, sigma[:4, :4])),
+        ("sigma", lambda: interpolation.penalty(lopsided, 1.0)),
+        ("sigma", lambda: interpolation.penalty(np.ones(3), 1.0)),
+        ("sigma", lambda: interpolation.penalty(2.0, 1.0)),
+        ("eta", lambda: interpolation.penalty(sigma, -1.0)),
+        ("eta", lambda: interpolation.penalty(sigma, np.inf)),
+        ("eta", lambda: interpolation.contraction(path, -0.1)),
+        ("eta", lambda: interpolation.contraction(path, [1.0, np.nan])),
+        ("eta", lambda: interpolation.weights(path, -2)),
+        ("v", lambda: interpolation.threshold_advantage(-1.0)),
+        ("v", lambda: interpolation.threshold_advantage(np.nan)),
+        ("mean", lambda: interpolation.threshold_advantage(1.0, np.nan)),
+        ("noise", lambda: interpolation.teacher_advantage(np.ones(15), sigma, np.ones(15), 1.5)),
+        ("sd_in", lambda: interpolation.likelihood_ratio_advantage(1, -1, 0, 1)),
+        ("sd_out", lambda: interpolation.likelihood_ratio_advantage(1, 1, 0, np.nan)),
+        ("mean_in", lambda: interpolation.likelihood_ratio_advantage(np.inf, 1, 0, 1)),
+        ("sd_out", lambda: interpolation.advantage_slope(1, 1, 0, 0)),
+        ("kind", lambda: interpolation.spectrum("flat", 5)),
+        ("noise", lambda: interpolation.draw(5, np.ones(3), np.ones(3), noise=-0.1)),
+        ("values", lambda: interpolation.draw(5, [1.0, -1.0])),
+        ("rho", lambda: interpolation.gradient_descent(x, y, -0.1)),
     ]
 
 
@@ -296,7 +301,7 @@ def test_bad_input_is_one_error_that_names_the_parameter(index):
 
 def test_limits_at_the_edge_of_float64_are_numbers():
     values, teacher = np.array([1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])
-    still = ip.teacher_advantage(np.array([0.0, 0.0, 1.0]), np.diag(values), teacher, 0.1)
+    still = interpolation.teacher_advantage(np.array([0.0, 0.0, 1.0]), np.diag(values), teacher, 0.1)
     assert still == 1  # no variance: every non-member is at 0, below the threshold
     for far in ((1, 1e-160, 0, 1), (1e200, 1, 0, 1), (0, 1, 0, 1e200)):
-        assert ip.likelihood_ratio_advantage(*far) == pytest.approx(1)
+        assert interpolation.likelihood_ratio_advantage(*far) == pytest.approx(1)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import attacks, label_only, metrics
-from lib.ensemble import Recipe, train
-from lib.metrics import auc_cells
+from lib.attacks import catalogue, intervals, label_only, thresholds
+from lib.attacks.intervals import auc_cells
+from lib.training.ensemble import Recipe, train
 from tests.conftest import blobs
 
 
@@ -104,7 +104,7 @@ def test_one_plain_query_is_the_gap_attack(images, tables):
         x = torch.from_numpy(label_only.data.inputs(ensemble.dataset)[0])
         nets = [label_only.network(ensemble, k) for k in range(8)]
         found = label_only.shares(nets, x, ensemble.dataset.y, plain)
-        gap = attacks.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member))["gap"]
+        gap = catalogue.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member))["gap"]
         np.testing.assert_array_equal(found, gap[:8])
 
 
@@ -166,8 +166,8 @@ def test_scores_of_trained_models_find_members_and_no_shuffled_ones(tables):
     found, ids = label_only.scores(tables["sgd"])
     member = np.array(tables["sgd"].member)
     assert ids.tolist() == list(range(10)) and found.shape == (10, 120) and found.dtype == np.float32
-    assert metrics.estimate(auc_cells(found, member)).low > 0.5
-    null = np.mean([auc_cells(found, attacks.null_member(member, s)).mean() for s in range(20)])
+    assert intervals.estimate(auc_cells(found, member)).low > 0.5
+    null = np.mean([auc_cells(found, catalogue.null_member(member, s)).mean() for s in range(20)])
     assert null == pytest.approx(0.5, abs=0.02)
     again, few = label_only.scores(tables["sgd"].only(range(2, 10)), 8)
     assert few.tolist() == list(range(2, 8)) + [8, 9] and again.shape == (8, 120)
@@ -193,7 +193,7 @@ def test_one_example_is_asked_as_among_all(tables, images):
 def test_no_example_that_is_wrong_as_it_is_outranks_one_that_is_right(images, tables):
     for ensemble in (images, tables["sgd"]):
         found, _ = label_only.answers(ensemble, 8)
-        right = attacks.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member))["gap"][:8] > 0
+        right = catalogue.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member))["gap"][:8] > 0
         np.testing.assert_array_equal(found[0], right)  # the first strength is none
         assert all(scores[right].min() > 0.5 > scores[~right].max() for scores in found)
 
@@ -207,12 +207,12 @@ def test_table_has_both_attacks_each_optimizer_and_the_paired_difference(tables)
         member = np.array(ensemble.only(ids).member)
         scores = label_only.scores(ensemble.only(ids))[0]
         assert auc["label_only", name] == pytest.approx(auc_cells(scores, member).mean())
-        by_class = attacks.classwise(scores, member, y)
+        by_class = thresholds.classwise(scores, member, y)
         assert auc["label_only_classwise", name] == pytest.approx(auc_cells(by_class, member).mean())
     assert auc["label_only", "sam-sgd"] == pytest.approx(auc["label_only", "sam"] - auc["label_only", "sgd"])
     accuracy = frame[(frame.metric == "balanced_accuracy") & (frame.optimizer == "sam")].set_index("attack").value
     assert accuracy["label_only_classwise"] == pytest.approx(
-        metrics.balanced_accuracy_cells(by_class, member, 0.0).mean()
+        intervals.balanced_accuracy_cells(by_class, member, 0.0).mean()
     )
 
 

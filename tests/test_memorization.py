@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lib import memorization as mem
-from lib.ensemble import Recipe, membership
+from lib.analysis import influence, memorization
+from lib.training.ensemble import Recipe, membership
 
 RNG = np.random.default_rng(0)
 
@@ -46,7 +46,7 @@ def regression():
 
 def test_over_all_subsets_the_estimate_is_exact_leave_one_out(regression):
     subsets, predicted, truth = regression
-    np.testing.assert_allclose(mem.memorization(predicted, subsets).value, truth, atol=1e-12)
+    np.testing.assert_allclose(memorization.memorization(predicted, subsets).value, truth, atol=1e-12)
     assert np.abs(truth).max() > 0.1
 
 
@@ -56,7 +56,7 @@ def test_the_standard_error_is_the_spread_about_leave_one_out(regression, m):
     z = []
     for seed in range(200):
         drawn = np.random.default_rng(seed).integers(len(subsets), size=m)
-        found = mem.memorization(predicted[drawn], subsets[drawn])
+        found = memorization.memorization(predicted[drawn], subsets[drawn])
         z.append((found.value - truth) / found.se)
     assert np.abs(np.mean(z)) < 0.15 and np.sqrt(np.mean(np.square(z))) == pytest.approx(1, abs=0.12)
 
@@ -71,44 +71,44 @@ def test_equals_feldman_and_zhangs_arithmetic():
     def dot(x, mask):
         return (np.matmul(x.T, mask) / np.maximum(np.sum(mask, axis=0, keepdims=True), 1e-10)).astype(np.float32)
 
-    np.testing.assert_allclose(mem.memorization(hits, member).value, average(hits, mask) - average(hits, inverse),
+    np.testing.assert_allclose(memorization.memorization(hits, member).value, average(hits, mask) - average(hits, inverse),
                                atol=1e-6)  # fmt: skip
     tests = coins(60, 25, 0.7, seed=2)
     theirs = (dot(tests, mask) - dot(tests, inverse)).T
-    np.testing.assert_allclose(mem.influence(member, tests, block=7), theirs, atol=1e-6)
+    np.testing.assert_allclose(influence.influence(member, tests, block=7), theirs, atol=1e-6)
 
 
 def test_influence_on_the_pool_itself_has_memorization_on_its_diagonal():
     member, values = halves(20, 12), RNG.random((20, 12))
-    diagonal = np.diag(mem.influence(member, values))
-    np.testing.assert_allclose(diagonal, mem.memorization(values, member).value, atol=1e-6)
+    diagonal = np.diag(influence.influence(member, values))
+    np.testing.assert_allclose(diagonal, memorization.memorization(values, member).value, atol=1e-6)
 
 
 def test_mean_memorization_is_accuracy_in_minus_accuracy_out():
     member, hits = halves(16, 50), coins(16, 50, 0.7, seed=3)
-    found = mem.memorization(hits, member).value.mean()
+    found = memorization.memorization(hits, member).value.mean()
     assert found == pytest.approx(hits[member].mean() - hits[~member].mean(), abs=1e-12)
     assert found != 0
 
 
 def test_the_standard_error_of_a_proportion_is_agresti_and_caffos_and_never_zero():
     member = halves(8, 6)
-    found = mem.memorization(np.ones((8, 6), bool), member)
+    found = memorization.memorization(np.ones((8, 6), bool), member)
     # 4 of 4 on both sides: p = 5/6, p (1 - p) / 6 twice
     np.testing.assert_allclose(found.se, np.sqrt(2 * 5 / 36 / 6))
     numbers = RNG.random((8, 6))
-    one = mem.memorization(numbers, member)
+    one = memorization.memorization(numbers, member)
     inside, outside = numbers[member[:, 0], 0], numbers[~member[:, 0], 0]
     assert one.se[0] == pytest.approx(np.sqrt(inside.var(ddof=1) / 4 + outside.var(ddof=1) / 4))
 
 
 def test_models_needed_scales_with_the_square():
-    assert mem.models_needed(0.1, 64, 0.05) == 256
-    np.testing.assert_array_equal(mem.models_needed(np.array([0.1, 0.2]), 10, 0.1), [10, 40])
+    assert memorization.models_needed(0.1, 64, 0.05) == 256
+    np.testing.assert_array_equal(memorization.models_needed(np.array([0.1, 0.2]), 10, 0.1), [10, 40])
 
 
 def test_bands_are_the_issues():
-    shares = mem.band_shares(np.array([-0.2, 0.0999, 0.1, 0.4, 0.6 - 1e-12, 0.7, 0.85, 1.0]))
+    shares = memorization.band_shares(np.array([-0.2, 0.0999, 0.1, 0.4, 0.6 - 1e-12, 0.7, 0.85, 1.0]))
     np.testing.assert_allclose(shares, np.array([2, 1, 1, 2, 2]) / 8)
 
 
@@ -119,7 +119,7 @@ def test_the_jackknife_covers_a_mean_over_models_and_examples():
         values = rng.normal(size=(40, 1)) / 3 + rng.normal(size=60) / 3 + rng.normal(size=(40, 60))
         member = np.zeros(values.shape, bool)
         member[::2] = True
-        found = mem.jackknife(lambda r, c, v=values: v[np.ix_(r, c)].mean(), member)[0]
+        found = memorization.jackknife(lambda r, c, v=values: v[np.ix_(r, c)].mean(), member)[0]
         hit += found.low <= 0 <= found.high
         widths.append(found.high - found.low)
     assert 0.9 <= hit / 150 <= 1 and np.mean(widths) < 0.6
@@ -130,7 +130,7 @@ def test_the_table_is_paired_and_holds_the_identity():
     member = halves(24, 80)
     a = np.where(member, coins(24, 80, 0.95, 4), coins(24, 80, 0.6, 5))
     b = np.where(member, a, a | coins(24, 80, 0.2, 6))  # the same, but better on what it did not see
-    frame = mem.memorization_table({"sgd": a, "sam": b}, member).set_index(["optimizer", "metric"])
+    frame = memorization.memorization_table({"sgd": a, "sam": b}, member).set_index(["optimizer", "metric"])
     means = frame.value[:, "mean_memorization"]
     assert means["sam-sgd"] == pytest.approx(means["sam"] - means["sgd"])
     assert frame.ci_high["sam-sgd", "mean_memorization"] < 0
@@ -144,20 +144,20 @@ def test_exposure_is_the_auc_of_each_example():
 
     member, scores = halves(30, 5), RNG.integers(0, 6, (30, 5)).astype(float)
     expected = [roc_auc_score(member[:, i], scores[:, i]) for i in range(5)]
-    np.testing.assert_allclose(mem.exposure(scores, member), expected)
+    np.testing.assert_allclose(memorization.exposure(scores, member), expected)
 
 
 def test_atypicality_singles_out_a_mislabelled_point():
     x = np.concatenate([RNG.normal(0, 1, (20, 2)), RNG.normal(8, 1, (20, 2))])
     y = np.repeat([3, 7], 20)
     y[0] = 7
-    found = mem.atypicality(x, y)
+    found = memorization.atypicality(x, y)
     assert found.argmax() == 0 and found[0] > 1 and np.median(found) < 0.5
     inside = np.sort(np.linalg.norm(x[1] - x[(y == 3) & (np.arange(40) != 1)], axis=1))[:5].mean()
     other = np.sort(np.linalg.norm(x[1] - x[y == 7], axis=1))[:5].mean()
     assert found[1] == pytest.approx(inside / other)
     with pytest.raises(ValueError, match="k=30"):
-        mem.atypicality(x, y, k=30)
+        memorization.atypicality(x, y, k=30)
 
 
 # ---- influence and its entropy ------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def test_entropy_is_that_of_the_normalized_influences(part, same_class):
     member, values = coins(40, 30), RNG.random((40, 23))
     y, y_test = np.arange(30) % 3, np.arange(23) % 3
     values[:, 4] = 0.5  # nothing influences this one: the limit
-    found = mem.influence_entropy(member, values, y, y_test, part, same_class, block=4)
-    expected = entropy_by_hand(mem.influence(member, values), y, y_test, part, same_class)
+    found = influence.influence_entropy(member, values, y, y_test, part, same_class, block=4)
+    expected = entropy_by_hand(influence.influence(member, values), y, y_test, part, same_class)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert found[4] == pytest.approx(np.log(10 if same_class else 30))
 
@@ -187,25 +187,25 @@ def test_entropy_is_that_of_the_normalized_influences(part, same_class):
 def test_entropy_is_low_for_a_test_point_that_leans_on_one_example():
     member = halves(64, 40)
     values = np.stack([member[:, 0], member[:, :20].mean(1)], 1).astype(float)
-    leaning, spread = mem.influence_entropy(member, values, np.zeros(40, int), np.zeros(2, int))
+    leaning, spread = influence.influence_entropy(member, values, np.zeros(40, int), np.zeros(2, int))
     assert leaning < spread
 
 
 def test_buckets_are_equal_rising_and_within_groups():
     score = RNG.random(103)
-    bucket = mem.buckets(score)
+    bucket = influence.buckets(score)
     assert np.ptp(np.bincount(bucket)) <= 1
     assert all(score[bucket == b].max() <= score[bucket == b + 1].min() for b in range(4))
     group = np.arange(103) % 2
-    nested = mem.buckets(score, 4, within=group)
+    nested = influence.buckets(score, 4, within=group)
     assert all(np.ptp(np.bincount(nested[group == g])) <= 1 for g in (0, 1))
-    assert len(set(mem.buckets(np.zeros(50), 5))) == 5  # ties are cut too
+    assert len(set(influence.buckets(np.zeros(50), 5))) == 5  # ties are cut too
 
 
 def test_buckets_are_formed_on_the_other_half_of_the_models():
     member = halves(12, 20)
     seen = []
-    label = mem.cross_fitted(lambda rows: seen.append(set(rows)) or np.full(7, len(seen)), member)
+    label = influence.cross_fitted(lambda rows: seen.append(set(rows)) or np.full(7, len(seen)), member)
     assert label.shape == (12, 7) and not seen[0] & seen[1] and seen[0] | seen[1] == set(range(12))
     for m in range(12):
         assert m not in seen[label[m, 0] - 1] and (m ^ 1) not in seen[label[m, 0] - 1]
@@ -213,9 +213,9 @@ def test_buckets_are_formed_on_the_other_half_of_the_models():
 
 def test_forming_and_measuring_on_the_same_models_is_biased_and_cross_fitting_is_not():
     member, difference = halves(40, 20), np.random.default_rng(5).normal(size=(40, 400))
-    same = np.tile(mem.buckets(-difference.mean(0)), (40, 1))  # nothing to find, but the first bucket gains
-    cross = mem.cross_fitted(lambda rows: mem.buckets(-difference[rows].mean(0)), member)
-    biased, honest = (mem.gains(difference, b, "bucket").set_index("metric") for b in (same, cross))
+    same = np.tile(influence.buckets(-difference.mean(0)), (40, 1))  # nothing to find, but the first bucket gains
+    cross = influence.cross_fitted(lambda rows: influence.buckets(-difference[rows].mean(0)), member)
+    biased, honest = (influence.gains(difference, b, "bucket").set_index("metric") for b in (same, cross))
     assert biased.ci_low["gain_bucket_1"] > 0.1
     assert honest.ci_low["gain_bucket_1"] < 0 < honest.ci_high["gain_bucket_1"]
 
@@ -223,7 +223,7 @@ def test_forming_and_measuring_on_the_same_models_is_biased_and_cross_fitting_is
 def test_gains_find_a_planted_gain_and_its_share():
     label = np.tile(np.arange(500) % 5, (40, 1))
     difference = RNG.normal(size=(40, 500)) / 10 + 0.5 * (label == 0)
-    frame = mem.gains(difference, label, "bucket", total=True).set_index("metric")
+    frame = influence.gains(difference, label, "bucket", total=True).set_index("metric")
     assert frame.ci_low["gain_bucket_1"] < 0.5 < frame.ci_high["gain_bucket_1"]
     assert frame.ci_low["gain_bucket_5"] < 0 < frame.ci_high["gain_bucket_5"]
     assert frame.value["gain_share_bucket_1"] == pytest.approx(1, abs=0.05)
@@ -239,20 +239,26 @@ def test_gains_find_a_planted_gain_and_its_share():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: mem.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
-        (lambda: mem.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
-        (lambda: mem.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
-        (lambda: mem.memorization(np.ones((2, 6)), halves(2, 6)), "n_models=2 is too few: example 0 is in 1 and out"),
-        (lambda: mem.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "out of 0"),
-        (lambda: mem.influence(halves(8, 6), np.ones((7, 4))), "values: shape"),
-        (lambda: mem.influence(halves(8, 6), np.ones((8, 4)), block=0), "block=0"),
+        (lambda: memorization.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
+        (lambda: memorization.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
+        (lambda: memorization.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
         (
-            lambda: mem.influence_entropy(halves(8, 6), np.ones((8, 4)), np.zeros(6), np.zeros(4)),
+            lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)),
+            "n_models=2 is too few: example 0 is in 1 and out",
+        ),
+        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "out of 0"),
+        (lambda: influence.influence(halves(8, 6), np.ones((7, 4))), "values: shape"),
+        (lambda: influence.influence(halves(8, 6), np.ones((8, 4)), block=0), "block=0"),
+        (
+            lambda: influence.influence_entropy(halves(8, 6), np.ones((8, 4)), np.zeros(6), np.zeros(4)),
             "nothing has any influence",
         ),
-        (lambda: mem.influence_entropy(halves(8, 6), np.eye(8), np.zeros(6), np.zeros(8), part="both"), "part='both'"),
-        (lambda: mem.buckets(np.ones(4), 5), "n=5 buckets; valid are 2 to 4"),
-        (lambda: mem.buckets(np.ones(4), 1), "n=1"),
+        (
+            lambda: influence.influence_entropy(halves(8, 6), np.eye(8), np.zeros(6), np.zeros(8), part="both"),
+            "part='both'",
+        ),
+        (lambda: influence.buckets(np.ones(4), 5), "n=5 buckets; valid are 2 to 4"),
+        (lambda: influence.buckets(np.ones(4), 1), "n=1"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):
@@ -264,7 +270,7 @@ def test_planting_changes_what_it_says_and_nothing_else():
     from tests.conftest import blobs
 
     dataset = blobs()
-    planted, wrong, copied = mem.plant(dataset, [3, 5], 4, copies=2)
+    planted, wrong, copied = memorization.plant(dataset, [3, 5], 4, copies=2)
     assert (planted.y[wrong] != dataset.y[wrong]).all() and copied.shape == (2, 2)
     np.testing.assert_array_equal(planted.x[copied], dataset.x[[3, 5]][:, None].repeat(2, 1))
     same = np.setdiff1d(np.arange(len(dataset.y)), np.concatenate([wrong, copied.ravel()]))
@@ -272,14 +278,14 @@ def test_planting_changes_what_it_says_and_nothing_else():
     np.testing.assert_array_equal(planted.y[same], dataset.y[same])
     assert planted.hash != dataset.hash and not {3, 5} & {*wrong, *copied.ravel()}
     with pytest.raises(ValueError, match="no room"):
-        mem.plant(dataset, [3, 5], len(dataset.y))
+        memorization.plant(dataset, [3, 5], len(dataset.y))
 
 
 def test_a_leak_is_one_example_many_times_in_one_group_and_one_other_less():
     from tests.conftest import blobs
 
     dataset = blobs()
-    planted, place = mem.leak(dataset, 7, times=20, seed=1)
+    planted, place = memorization.leak(dataset, 7, times=20, seed=1)
     same = (planted.x == dataset.x[7]).all(1)
     assert len(planted.y) == len(dataset.y) + 18 and same.sum() == 20 and same[place]
     assert (planted.y[same] == dataset.y[7]).all() and len(set(planted.groups[same])) == 1
@@ -287,7 +293,7 @@ def test_a_leak_is_one_example_many_times_in_one_group_and_one_other_less():
     lost = set(range(len(dataset.y))) - set(planted.index)
     assert len(lost) == 1 and dataset.y[lost.pop()] == dataset.y[7]
     np.testing.assert_array_equal(planted.x, dataset.x[planted.index])
-    assert planted.hash != dataset.hash and (mem.leak(dataset, 7, 20, 1)[0].index == planted.index).all()
+    assert planted.hash != dataset.hash and (memorization.leak(dataset, 7, 20, 1)[0].index == planted.index).all()
     member = membership(Recipe(), len(planted.y), range(8), planted.groups)
     assert (member[:, same].sum(1) % 20 == 0).all() and (member[::2, place] != member[1::2, place]).all()
     assert (member.sum(1) == len(planted.y) // 2).all()
@@ -297,7 +303,7 @@ def test_a_leaks_copies_join_the_examples_patient():
     from tests.conftest import blobs
 
     eyes = replace(blobs(n=100), groups=np.arange(100) // 2, index=np.arange(100) + 5)
-    planted, place = mem.leak(eyes, 40, times=30)
+    planted, place = memorization.leak(eyes, 40, times=30)
     kin = planted.groups == planted.groups[place]
     assert kin.sum() == 31 and {45, 46} == set(planted.index[kin])
     member = membership(Recipe(), len(planted.y), range(8), planted.groups)
@@ -309,32 +315,32 @@ def test_a_leak_that_no_half_can_hold_is_named(times):
     from tests.conftest import blobs
 
     with pytest.raises(ValueError, match=f"times={times}: valid are even numbers from 2 to 78 in a pool of 80"):
-        mem.leak(blobs(), 3, times=times)
-    mem.leak(blobs(), 3, times=78)
+        memorization.leak(blobs(), 3, times=times)
+    memorization.leak(blobs(), 3, times=78)
 
 
 def test_entropies_of_a_rare_class_do_not_sink_below_those_of_a_common_one():
     member = halves(32, 40)
     y, y_test = np.repeat([0, 1], [36, 4]), np.array([0, 0, 1])
     values = np.stack([member[:, :18].mean(1), member[:, 0], np.full(32, 0.5)], 1)
-    found = mem.influence_entropy(member, values, y, y_test)
+    found = influence.influence_entropy(member, values, y, y_test)
     assert found[2] == pytest.approx(np.log(36)) and found[2] > found[0] > found[1]  # nothing influences the third
 
 
 def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
     label = np.tile(np.arange(20) % 5, (8, 1))
-    found = mem.gains(np.zeros((8, 20)), label, "bucket", total=True)
+    found = influence.gains(np.zeros((8, 20)), label, "bucket", total=True)
     assert "gain_share_bucket_1" not in set(found.metric) and found.notna().all().all()
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: mem.models_needed(0.1, 16, 0), "wanted=0"),
-        (lambda: mem.buckets(np.array([1.0, np.nan, 2, 3]), 2), "score: NaN"),
-        (lambda: mem.atypicality(np.eye(6), np.zeros(6, int)), "1 classes"),
-        (lambda: mem.atypicality(np.eye(6), np.arange(6) % 2, k=0), "k=0"),
-        (lambda: mem.influence_entropy(halves(8, 6), np.eye(8)[:, :2], np.zeros(6), np.array([0, 7])), "class 7"),
+        (lambda: memorization.models_needed(0.1, 16, 0), "wanted=0"),
+        (lambda: influence.buckets(np.array([1.0, np.nan, 2, 3]), 2), "score: NaN"),
+        (lambda: memorization.atypicality(np.eye(6), np.zeros(6, int)), "1 classes"),
+        (lambda: memorization.atypicality(np.eye(6), np.arange(6) % 2, k=0), "k=0"),
+        (lambda: influence.influence_entropy(halves(8, 6), np.eye(8)[:, :2], np.zeros(6), np.array([0, 7])), "class 7"),
     ],
 )
 def test_more_bad_input(call, message):
@@ -343,13 +349,13 @@ def test_more_bad_input(call, message):
 
 
 def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
-    from lib import data
+    from lib.data.dataset import pool
     from tests.conftest import blobs
 
     whole = blobs()
-    pool = data.pool(data.pool(whole, 40, seed=1), 20, seed=2)
+    pool = pool(pool(whole, 40, seed=1), 20, seed=2)
     np.testing.assert_array_equal(whole.x[pool.index], pool.x)
-    found = mem.memorization(coins(10, 20), halves(10, 20))
-    frame = mem.per_example({"correct": {"sgd": found}}, pool)
+    found = memorization.memorization(coins(10, 20), halves(10, 20))
+    frame = memorization.per_example({"correct": {"sgd": found}}, pool)
     assert list(frame["index"]) == list(pool.index) and frame["class"][3] == whole.classes[whole.y[pool.index[3]]]
     np.testing.assert_array_equal(frame.correct_sgd, found.value)

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lib import metrics
+from lib.attacks import intervals
 from tests import calibration
 from tests.calibration import halves_of_pool
 
@@ -46,7 +46,7 @@ def test_estimate_equals_the_textbook_two_way_formula(clusters):
     v = max(v_rows + v_columns - v_both, v_rows, v_columns)
     df = v**2 / (v_rows**2 / (n_groups - 1) + v_columns**2 / 8)
     half = stats.t.ppf(0.975, df) * np.sqrt(v)
-    found = metrics.estimate(cells, clusters)
+    found = intervals.estimate(cells, clusters)
     np.testing.assert_allclose(found, [cells.mean(), cells.mean() - half, cells.mean() + half])
 
 
@@ -55,12 +55,12 @@ def test_estimate_of_one_factor_is_the_t_interval():
     by_example = np.ones((8, 1)) * np.array([1.0, 4, 2, 7, 3])
     for cells, values in ((by_pair, [1, 4, 2, 7]), (by_example, [1, 4, 2, 7, 3])):
         expected = stats.t.interval(0.9, len(values) - 1, np.mean(values), stats.sem(values))
-        np.testing.assert_allclose(metrics.estimate(cells, level=0.9)[1:], expected, rtol=1e-6)
+        np.testing.assert_allclose(intervals.estimate(cells, level=0.9)[1:], expected, rtol=1e-6)
 
 
 def test_widen_multiplies_the_row_term():
     cells = np.array([1.0, 4, 2, 7]).repeat(2)[:, None] * np.ones(500)
-    plain, wide = metrics.estimate(cells), metrics.estimate(cells, widen=12)
+    plain, wide = intervals.estimate(cells), intervals.estimate(cells, widen=12)
     assert wide.high - wide.value == pytest.approx(2 * (plain.high - plain.value), rel=1e-6)
 
 
@@ -68,15 +68,15 @@ def test_rates_stay_inside_the_unit_interval():
     rng = np.random.default_rng(0)
     cells = (rng.random((6, 30)) < 0.02).astype(float)
     cells[0, 0] = 1
-    plain, rate = metrics.estimate(cells), metrics.estimate(cells, rate=True)
+    plain, rate = intervals.estimate(cells), intervals.estimate(cells, rate=True)
     assert plain.low < 0 < rate.low < rate.value == plain.value < rate.high < 1
     middle = 0.5 + 0.1 * rng.normal(size=(20, 300)), 0.5 + 0.001 * rng.normal(size=(20, 300))
     for cells in middle:  # far from the ends the two agree
-        np.testing.assert_allclose(metrics.estimate(cells), metrics.estimate(cells, rate=True), rtol=1e-3)
+        np.testing.assert_allclose(intervals.estimate(cells), intervals.estimate(cells, rate=True), rtol=1e-3)
 
 
 def test_rates_of_zero_and_one_have_clopper_pearson_bounds():
-    none, all_ = (metrics.estimate(np.full((6, 200), v), rate=True) for v in (0.0, 1.0))
+    none, all_ = (intervals.estimate(np.full((6, 200), v), rate=True) for v in (0.0, 1.0))
     bound = stats.beta.ppf(0.975, 1, 200)  # 0 of 200
     np.testing.assert_allclose(none, [0, 0, bound])
     np.testing.assert_allclose(all_, [1, 1 - bound, 1])
@@ -85,27 +85,27 @@ def test_rates_of_zero_and_one_have_clopper_pearson_bounds():
 @pytest.mark.parametrize("found, n", [(0, 5), (3, 8), (5, 5), (8, 8), (6, 7)])
 def test_a_proportion_has_the_exact_interval_and_a_tie_counts_half(found, n):
     exact = stats.binomtest(found, n).proportion_ci(method="exact")
-    np.testing.assert_allclose(metrics.proportion(found, n), [found / n, *exact])
+    np.testing.assert_allclose(intervals.proportion(found, n), [found / n, *exact])
     if found < n:
-        tie = metrics.proportion(found + 0.5, n)
-        above = metrics.proportion(found + 1, n)
+        tie = intervals.proportion(found + 0.5, n)
+        above = intervals.proportion(found + 1, n)
         np.testing.assert_allclose(tie, [(found + 0.5) / n, exact.low, above.high])
 
 
 def test_six_trials_are_the_fewest_that_exclude_a_half():
-    assert [n for n in range(1, 12) if metrics.proportion(n, n).low > 0.5][0] == 6
+    assert [n for n in range(1, 12) if intervals.proportion(n, n).low > 0.5][0] == 6
 
 
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("shape", [(2, 40), (1, 40), (6, 1)])
 def test_no_interval_without_two_clusters_and_two_examples(shape, rate):
     for cells in (np.random.default_rng(0).random(shape), np.zeros(shape)):
-        found = metrics.estimate(cells, rate=rate)
+        found = intervals.estimate(cells, rate=rate)
         assert found.value == pytest.approx(cells.mean()) and np.isnan(found[1:]).all()
 
 
 def test_constant_cells_have_a_point_interval():
-    assert metrics.estimate(np.full((4, 6), 0.25)) == (0.25, 0.25, 0.25)
+    assert intervals.estimate(np.full((4, 6), 0.25)) == (0.25, 0.25, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_constant_cells_have_a_point_interval():
 )
 def test_estimate_faults_are_named(cells, clusters, words):
     with pytest.raises(ValueError, match=words):
-        metrics.estimate(cells, clusters)
+        intervals.estimate(cells, clusters)
 
 
 # ---- examples in groups, and models that are given -----------------------------------------------------------
@@ -134,10 +134,10 @@ def test_doubled_columns_in_groups_give_the_interval_of_single_ones(how):
     rng = np.random.default_rng(4)
     cells, names = rng.random((8, 30)) + 0.2 * rng.random(30), doubled(rng.permutation(30) - 7)
     order = rng.permutation(60)
-    found = metrics.estimate(doubled(cells)[:, order], columns=names[order], **how)
-    np.testing.assert_allclose(found, metrics.estimate(cells, **how), rtol=1e-12)
-    alone = metrics.estimate(cells, columns=rng.permutation(30), **how)  # groups of one
-    np.testing.assert_allclose(alone, metrics.estimate(cells, **how), rtol=1e-12)
+    found = intervals.estimate(doubled(cells)[:, order], columns=names[order], **how)
+    np.testing.assert_allclose(found, intervals.estimate(cells, **how), rtol=1e-12)
+    alone = intervals.estimate(cells, columns=rng.permutation(30), **how)  # groups of one
+    np.testing.assert_allclose(alone, intervals.estimate(cells, **how), rtol=1e-12)
 
 
 def test_groups_of_unequal_size_equal_the_plain_formula():
@@ -145,19 +145,19 @@ def test_groups_of_unequal_size_equal_the_plain_formula():
     cells, names = rng.normal(size=(1, 12)), np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
     sums = [(cells[0, names == k] - cells.mean()).sum() for k in range(5)]
     half = stats.t.ppf(0.975, 4) * np.sqrt(5 / 4 * np.square(sums).sum()) / 12
-    found = metrics.estimate(cells, columns=names, examples_only=True)
+    found = intervals.estimate(cells, columns=names, examples_only=True)
     np.testing.assert_allclose(found, [cells.mean(), cells.mean() - half, cells.mean() + half])
 
 
 def test_a_rate_of_zero_counts_groups():
-    found = metrics.estimate(np.zeros((6, 200)), rate=True, columns=np.arange(200) // 2)
+    found = intervals.estimate(np.zeros((6, 200)), rate=True, columns=np.arange(200) // 2)
     np.testing.assert_allclose(found, [0, 0, stats.beta.ppf(0.975, 1, 100)])
 
 
 def test_one_group_and_columns_of_another_length():
-    assert np.isnan(metrics.estimate(np.random.default_rng(0).random((4, 6)), columns=np.zeros(6))[1:]).all()
+    assert np.isnan(intervals.estimate(np.random.default_rng(0).random((4, 6)), columns=np.zeros(6))[1:]).all()
     with pytest.raises(ValueError, match=r"columns: shape \(5,\); valid is \(6,\)"):
-        metrics.estimate(np.zeros((4, 6)), columns=np.zeros(5))
+        intervals.estimate(np.zeros((4, 6)), columns=np.zeros(5))
 
 
 def test_tables_count_groups():
@@ -165,10 +165,10 @@ def test_tables_count_groups():
     frames = []
     for f, how in ((np.asarray, {}), (doubled, {"columns": doubled(np.arange(300))})):
         scored = {"a": f(scores), "b": f(scores + member)}
-        frames.append(metrics.table(scored, f(member), fprs=(), threshold=0.0, **how))
+        frames.append(intervals.table(scored, f(member), fprs=(), threshold=0.0, **how))
     pd.testing.assert_frame_equal(*frames)
-    difference = metrics.compare(scores, scores + member, member, fprs=(), columns=np.arange(300) // 3)
-    assert difference.ci_low[0] != metrics.compare(scores, scores + member, member, fprs=()).ci_low[0]
+    difference = intervals.compare(scores, scores + member, member, fprs=(), columns=np.arange(300) // 3)
+    assert difference.ci_low[0] != intervals.compare(scores, scores + member, member, fprs=()).ci_low[0]
 
 
 def test_groups_restore_the_coverage_that_correlated_pairs_take():
@@ -176,7 +176,7 @@ def test_groups_restore_the_coverage_that_correlated_pairs_take():
     for _ in range(400):
         eyes = 0.95 * doubled(rng.normal(size=(1, 60))) + 0.3 * rng.normal(size=(1, 120))
         cells = eyes + 0.1 * rng.normal(size=(8, 120))
-        found.append([metrics.estimate(cells, columns=c) for c in (None, np.arange(120) // 2)])
+        found.append([intervals.estimate(cells, columns=c) for c in (None, np.arange(120) // 2)])
     plain, grouped = ((np.array(found)[..., 1] < 0) & (0 < np.array(found)[..., 2])).mean(0)
     assert plain < 0.88 and 0.92 < grouped < 0.98, (plain, grouped)
 
@@ -184,20 +184,20 @@ def test_groups_restore_the_coverage_that_correlated_pairs_take():
 def test_one_given_model_has_delongs_interval_and_the_t_interval():
     scores, member = example(n_models=2, n=400)
     s, inside = scores[0], member[0]
-    found = metrics.estimate(metrics.auc_cells(scores[:1], member[:1]), examples_only=True)
+    found = intervals.estimate(intervals.auc_cells(scores[:1], member[:1]), examples_only=True)
     v10 = [(s[~inside] < x).mean() for x in s[inside]]
     v01 = [(s[inside] > x).mean() for x in s[~inside]]
     delong = np.sqrt(np.var(v10, ddof=1) / len(v10) + np.var(v01, ddof=1) / len(v01))
     assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 399) * delong, rel=0.01)
     cells = np.random.default_rng(0).normal(size=(3, 50))
-    np.testing.assert_allclose(metrics.estimate(cells, examples_only=True), metrics.t_interval(cells.mean(0)))
+    np.testing.assert_allclose(intervals.estimate(cells, examples_only=True), intervals.t_interval(cells.mean(0)))
 
 
 @pytest.mark.parametrize("fpr", [0.1, 0.25])
 def test_tpr_within_one_model_equals_a_plain_loop(fpr):
     scores, member = example(n_models=2, n=200)
-    tpr, realised = metrics.tpr_cells_within(scores, member, fpr, seed=3)
-    for m, half in enumerate(metrics.halves(member, 3)):
+    tpr, realised = intervals.tpr_cells_within(scores, member, fpr, seed=3)
+    for m, half in enumerate(intervals.halves(member, 3)):
         flagged = np.empty(200, bool)
         for h in (False, True):
             null = scores[m, ~member[m] & (half == h)]
@@ -210,8 +210,8 @@ def test_tpr_within_one_model_covers_the_truth():
     # N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + Phi^-1(f))
     rng, member, found = np.random.default_rng(7), np.arange(600)[None] < 300, []
     for seed in range(300):
-        cells = metrics.tpr_cells_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[0]
-        found.append(metrics.estimate(cells, rate=True, examples_only=True))
+        cells = intervals.tpr_cells_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[0]
+        found.append(intervals.estimate(cells, rate=True, examples_only=True))
     value, low, high = np.array(found).T
     truth = stats.norm.cdf(1 + stats.norm.ppf(0.1))
     assert value.mean() == pytest.approx(truth, abs=0.015)
@@ -220,10 +220,10 @@ def test_tpr_within_one_model_covers_the_truth():
 
 def test_one_given_model_has_a_whole_table():
     scores, member = example(n_models=2, n=500)
-    found = metrics.evaluate(scores[:1], member[:1], examples_only=True)
+    found = intervals.evaluate(scores[:1], member[:1], examples_only=True)
     assert found.metric.tolist() == ["auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1"]
     assert (found.ci_low < found.value).all() and (found.value < found.ci_high).all()
-    assert metrics.evaluate(scores[:1], member[:1]).ci_low.isna().all()
+    assert intervals.evaluate(scores[:1], member[:1]).ci_low.isna().all()
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
@@ -232,14 +232,14 @@ def test_one_given_model_has_a_whole_table():
 @pytest.mark.parametrize("data", [example(), example(ties=True), uneven(), example(leak=50)])
 def test_auc_equals_scikit_learn_per_target(data):
     scores, member = data
-    cells = metrics.auc_cells(scores, member)
+    cells = intervals.auc_cells(scores, member)
     expected = [roc_auc_score(inside, s) for s, inside in zip(scores, member, strict=True)]
     np.testing.assert_allclose(cells.mean(1), expected, atol=1e-12)
 
 
 def test_auc_cells_are_delongs_placements():
     scores, member = example(ties=True)
-    cells, s, inside = metrics.auc_cells(scores, member), scores[0], member[0]
+    cells, s, inside = intervals.auc_cells(scores, member), scores[0], member[0]
     auc = roc_auc_score(inside, s)
     for i in range(60):
         others = s[inside != inside[i]]
@@ -251,7 +251,7 @@ def test_auc_interval_of_one_target_is_delongs():
     # independent examples, every pair with the same scores: only the examples vary
     scores, member = example(n_models=2, n=400)
     s, inside = scores[0], member[0]
-    found = metrics.estimate(metrics.auc_cells(np.tile(s, (40, 1)), np.tile(inside, (40, 1))))
+    found = intervals.estimate(intervals.auc_cells(np.tile(s, (40, 1)), np.tile(inside, (40, 1))))
     v10 = [(s[~inside] < x).mean() for x in s[inside]]
     v01 = [(s[inside] > x).mean() for x in s[~inside]]
     delong = np.sqrt(np.var(v10, ddof=1) / len(v10) + np.var(v01, ddof=1) / len(v01))
@@ -262,7 +262,7 @@ def test_auc_interval_of_one_target_is_delongs():
 @pytest.mark.parametrize("fpr", [0.1, 0.25])
 def test_tpr_and_realised_fpr_equal_a_plain_loop(data, fpr):
     scores, member = data
-    tpr, realised = metrics.tpr_cells(scores, member, fpr)
+    tpr, realised = intervals.tpr_cells(scores, member, fpr)
     expected_tpr, expected_fpr = [], []
     for m in range(len(scores)):
         others = [k for k in range(len(scores)) if (k // 2) % 2 != (m // 2) % 2]
@@ -278,7 +278,7 @@ def test_tpr_cells_carry_the_error_of_the_threshold():
     # independent scores, N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + q), q = Phi^-1(f)
     rng = np.random.default_rng(3)
     member = halves_of_pool(rng, 40, 2000)
-    cells = metrics.tpr_cells(rng.normal(size=member.shape) + member, member, 0.1)[0]
+    cells = intervals.tpr_cells(rng.normal(size=member.shape) + member, member, 0.1)[0]
     q = stats.norm.ppf(0.1)
     tpr, slope = stats.norm.cdf(1 + q), stats.norm.pdf(1 + q) / stats.norm.pdf(q)
     # Var = tpr (1 - tpr) / n_in + slope^2 fpr (1 - fpr) / n_out (Hsieh & Turnbull 1996)
@@ -289,10 +289,10 @@ def test_tpr_cells_carry_the_error_of_the_threshold():
 
 def test_ratio_cells_are_means_over_the_chosen_with_their_sampling_error():
     x, chosen = uneven(n_models=40, n=3000)
-    cells = metrics.ratio_cells(x, chosen)
+    cells = intervals.ratio_cells(x, chosen)
     np.testing.assert_allclose(cells.mean(1), [x[m, chosen[m]].mean() for m in range(40)])
-    np.testing.assert_array_equal(cells[3], metrics.ratio_cells(x[3], chosen[3]))
-    np.testing.assert_allclose(metrics.ratio_cells(np.where(chosen, x, 99.0), chosen), cells)
+    np.testing.assert_array_equal(cells[3], intervals.ratio_cells(x[3], chosen[3]))
+    np.testing.assert_allclose(intervals.ratio_cells(np.where(chosen, x, 99.0), chosen), cells)
     # independent entries of variance 1: Var of a row's mean = 1 / n, so its cells have variance N / n
     np.testing.assert_allclose(cells.var(1), 3000 / chosen.sum(1), rtol=0.2)
 
@@ -305,9 +305,9 @@ def test_balanced_accuracy_equals_its_definition(data):
         return (np.mean(s[inside] > limit) + np.mean(s[~inside] <= limit)) / 2
 
     rows = range(len(scores))
-    fixed = metrics.balanced_accuracy_cells(scores, member, 0.7)
+    fixed = intervals.balanced_accuracy_cells(scores, member, 0.7)
     np.testing.assert_allclose(fixed.mean(1), [definition(scores[m], member[m], 0.7) for m in rows])
-    half, learned = metrics.halves(member, 5), metrics.balanced_accuracy_cells(scores, member, seed=5)
+    half, learned = intervals.halves(member, 5), intervals.balanced_accuracy_cells(scores, member, seed=5)
     for m in rows:
         right = np.empty(member.shape[1], bool)
         for h in (False, True):
@@ -321,7 +321,7 @@ def test_balanced_accuracy_equals_its_definition(data):
 
 def test_learned_thresholds_are_not_judged_on_what_they_learned():
     scores, member = example(n=20, n_models=400, leak=0)
-    found = metrics.estimate(metrics.balanced_accuracy_cells(scores, member))
+    found = intervals.estimate(intervals.balanced_accuracy_cells(scores, member))
     assert found.low < 0.5 < found.high and found.high - found.low < 0.06
 
 
@@ -329,35 +329,35 @@ def test_best_thresholds_per_group():
     # group 0: best to flag none, though its largest score ties with the next group's smallest; 2: no members
     s, member = np.array([1.0, 2, 2, 3, 0, 9]), np.array([True, False, False, True, False, False])
     group = np.array([0, 0, 1, 1, 2, 2], np.uint16)
-    np.testing.assert_array_equal(metrics.best_thresholds(s, member, group, 4), [2, 2.5, np.nan, np.nan])
+    np.testing.assert_array_equal(intervals.best_thresholds(s, member, group, 4), [2, 2.5, np.nan, np.nan])
 
 
 def test_halves_split_members_and_non_members_of_every_class():
     _, member = example(n=60)
     y = np.arange(60) % 4
-    half = metrics.halves(member, 1, y)
+    half = intervals.halves(member, 1, y)
     for m in range(8):
         for inside in (member[m], ~member[m]):
             assert abs(half[m, inside].sum() - half[m, y == 0][inside[y == 0]].sum() - 11) < 4
             for c in range(4):
                 chosen = inside & (y == c)
                 assert abs(half[m, chosen].sum() - chosen.sum() / 2) <= 0.5
-            assert abs(metrics.halves(member, 1)[m, inside].sum() - inside.sum() / 2) <= 0.5
-    assert (metrics.halves(member, 1) != metrics.halves(member, 2)).any()
+            assert abs(intervals.halves(member, 1)[m, inside].sum() - inside.sum() / 2) <= 0.5
+    assert (intervals.halves(member, 1) != intervals.halves(member, 2)).any()
 
 
 def test_halves_keep_groups_whole():
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(30), 2))
     member = np.random.default_rng(1).permuted(np.tile(np.arange(30) < 15, (6, 1)), axis=1)[:, groups]
-    half = metrics.halves(member, 1, groups % 3, groups)
+    half = intervals.halves(member, 1, groups % 3, groups)
     for m in range(6):
         for group in range(30):
             assert len(set(half[m, groups == group])) == 1
         assert abs(half[m, member[m]].sum() - 15) <= 4 and abs(half[m, ~member[m]].sum() - 15) <= 4
     with pytest.raises(ValueError, match="groups: 1 are too few for halves"):
-        metrics.halves(member, 1, groups=groups // 30)
+        intervals.halves(member, 1, groups=groups // 30)
     with pytest.raises(ValueError, match="groups: shape"):
-        metrics.halves(member, 1, groups=groups[1:])
+        intervals.halves(member, 1, groups=groups[1:])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_halves_keep_groups_whole():
 
 def test_evaluate_is_tidy_and_consistent():
     scores, member = example(n_models=12, n=1000)
-    table = metrics.evaluate(scores, member)
+    table = intervals.evaluate(scores, member)
     assert list(table.columns) == ["metric", "value", "ci_low", "ci_high"]
     assert table.metric.tolist() == [
         "auc",
@@ -382,42 +382,42 @@ def test_evaluate_is_tidy_and_consistent():
     for fpr in (0.1, 0.01):
         row = values.loc[f"realised_fpr@{fpr}"]
         assert row.ci_low < fpr < row.ci_high
-    assert values.value["auc"] == pytest.approx(metrics.auc_cells(scores, member).mean())
+    assert values.value["auc"] == pytest.approx(intervals.auc_cells(scores, member).mean())
 
 
 def test_rates_are_reported_where_the_counts_allow():
     member = halves_of_pool(np.random.default_rng(0), 8, 1000)  # 2000 non-members in either fold
-    assert metrics.reportable(member, (0.005, 0.0049)) == [0.005]
-    assert metrics.reportable(member[:2], (0.1,)) == []
+    assert intervals.reportable(member, (0.005, 0.0049)) == [0.005]
+    assert intervals.reportable(member[:2], (0.1,)) == []
     with pytest.raises(ValueError, match="scores: 2 models"):
-        metrics.tpr_cells(np.zeros((2, 1000)), member[:2], 0.1)
-    table = metrics.evaluate(member[:2] + 0.0, member[:2])
+        intervals.tpr_cells(np.zeros((2, 1000)), member[:2], 0.1)
+    table = intervals.evaluate(member[:2] + 0.0, member[:2])
     assert table.metric.tolist() == ["auc", "balanced_accuracy", "advantage"] and table.ci_low.isna().all()
 
 
 def test_compare_is_b_minus_a_and_antisymmetric():
     a, member = example(n_models=12, n=400)
     b = a + 0.5 * member
-    forth, back = metrics.compare(a, b, member), metrics.compare(b, a, member)
-    difference = metrics.evaluate(b, member).value - metrics.evaluate(a, member).value
+    forth, back = intervals.compare(a, b, member), intervals.compare(b, a, member)
+    difference = intervals.evaluate(b, member).value - intervals.evaluate(a, member).value
     np.testing.assert_allclose(forth.value, difference, atol=1e-12)
     np.testing.assert_allclose(forth.ci_low, -back.ci_high, atol=1e-12)
     assert forth.ci_low[0] > 0
-    same = metrics.compare(a, a, member)
+    same = intervals.compare(a, a, member)
     assert (same[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
 
 
 def test_table_has_every_optimizer_and_its_difference_from_the_first():
     a, member = example(n_models=12, n=400)
     scores = {"sgd": a, "sam": a + 0.5 * member, "asam": a + 0.2 * member}
-    found = metrics.table(scores, member, fprs=(0.1,), threshold=0.0)
+    found = intervals.table(scores, member, fprs=(0.1,), threshold=0.0)
     assert found.optimizer.unique().tolist() == ["sgd", "sam", "asam", "sam-sgd", "asam-sgd"]
     for name, part in found.groupby("optimizer"):
         first, _, second = name.partition("-")
         expected = (
-            metrics.compare(a, scores[first], member, fprs=(0.1,), threshold=0.0)
+            intervals.compare(a, scores[first], member, fprs=(0.1,), threshold=0.0)
             if second
-            else metrics.evaluate(scores[first], member, fprs=(0.1,), threshold=0.0)
+            else intervals.evaluate(scores[first], member, fprs=(0.1,), threshold=0.0)
         )
         pd.testing.assert_frame_equal(part.drop(columns="optimizer").reset_index(drop=True), expected)
 
@@ -426,11 +426,11 @@ def test_cells_are_computed_once_for_values_and_differences(monkeypatch):
     a, member = example(n_models=12, n=400)
     calls = []
     for name in ("auc_cells", "balanced_accuracy_cells", "tpr_cells"):
-        whole = getattr(metrics, name)
+        whole = getattr(intervals, name)
         monkeypatch.setattr(
-            metrics, name, lambda *x, whole=whole, name=name, **how: calls.append(name) or whole(*x, **how)
+            intervals, name, lambda *x, whole=whole, name=name, **how: calls.append(name) or whole(*x, **how)
         )
-    metrics.table({"sgd": a, "sam": a + member}, member, fprs=(0.1,))
+    intervals.table({"sgd": a, "sam": a + member}, member, fprs=(0.1,))
     assert sorted(calls) == sorted(2 * ["auc_cells", "balanced_accuracy_cells", "tpr_cells"])
 
 
@@ -438,25 +438,25 @@ def test_pairing_narrows_the_difference():
     rng = np.random.default_rng(1)
     a, member = example(n_models=16, n=300)
     b = a + 0.1 * member + 0.1 * rng.normal(size=a.shape)
-    paired = metrics.compare(a, b, member).set_index("metric").loc["auc"]
-    alone = metrics.evaluate(a, member).set_index("metric").loc["auc"]
+    paired = intervals.compare(a, b, member).set_index("metric").loc["auc"]
+    alone = intervals.evaluate(a, member).set_index("metric").loc["auc"]
     assert paired.ci_high - paired.ci_low < (alone.ci_high - alone.ci_low) / 2
 
 
 @pytest.mark.parametrize("data", [example(n=400), example(n=400, ties=True)])
 def test_monotone_transformations_change_nothing_but_fixed_thresholds(data):
     scores, member = data
-    a, b = metrics.evaluate(scores, member), metrics.evaluate(np.exp(scores / 3) - 7, member)
+    a, b = intervals.evaluate(scores, member), intervals.evaluate(np.exp(scores / 3) - 7, member)
     by_rank = ~a.metric.isin(["balanced_accuracy", "advantage"])
     pd.testing.assert_frame_equal(a[by_rank], b[by_rank])
 
 
 def test_perfect_and_useless_scores():
     _, member = example(n=400)
-    perfect = metrics.evaluate(member + 0.0, member).set_index("metric")
+    perfect = intervals.evaluate(member + 0.0, member).set_index("metric")
     assert perfect.value["auc"] == perfect.value["tpr@0.1"] == perfect.value["advantage"] == 1
     assert 0.98 < perfect.ci_low["auc"] < 1 == perfect.ci_high["auc"]
-    flat = metrics.evaluate(np.zeros(member.shape), member).set_index("metric")
+    flat = intervals.evaluate(np.zeros(member.shape), member).set_index("metric")
     assert flat.value["auc"] == flat.value["balanced_accuracy"] == 0.5
     assert flat.value["tpr@0.1"] == flat.value["realised_fpr@0.1"] == 0
 
@@ -464,7 +464,7 @@ def test_perfect_and_useless_scores():
 def test_roc_pools_the_targets():
     scores, member = example()
     grid = np.array([[0.05, 0.1], [0.5, 1.0]])
-    curve = metrics.roc(scores, member, grid)
+    curve = intervals.roc(scores, member, grid)
     null = scores[~member]
     for fpr, tpr in zip(grid.ravel(), curve.ravel(), strict=True):
         limits = [t for t in null if np.mean(null > t) <= fpr]
@@ -483,7 +483,7 @@ def test_roc_pools_the_targets():
     ],
 )
 def test_faults_are_named(scores, member, words):
-    for function in (metrics.evaluate, metrics.auc_cells, metrics.balanced_accuracy_cells):
+    for function in (intervals.evaluate, intervals.auc_cells, intervals.balanced_accuracy_cells):
         with pytest.raises(ValueError, match=words):
             function(scores, member)
 
@@ -491,7 +491,7 @@ def test_faults_are_named(scores, member, words):
 @pytest.mark.parametrize("fpr", [0, 1, -0.1])
 def test_rates_out_of_range_are_named(fpr):
     with pytest.raises(ValueError, match="fpr"):
-        metrics.tpr_cells(*example(), fpr)
+        intervals.tpr_cells(*example(), fpr)
 
 
 # ---- coverage (in full: python -m tests.calibration) --------------------------------------------------------
@@ -507,12 +507,12 @@ def test_intervals_cover_the_truth_over_new_models_and_new_examples(n_models, n,
 
 
 def test_the_coverage_test_can_fail(monkeypatch):
-    whole = metrics.estimate
+    whole = intervals.estimate
 
     def narrow(*args, **how):
         """Half as wide as it should be."""
         value, low, high = whole(*args, **how)
-        return metrics.Estimate(value, (value + low) / 2, (value + high) / 2)
+        return intervals.Estimate(value, (value + low) / 2, (value + high) / 2)
 
-    monkeypatch.setattr(metrics, "estimate", narrow)
+    monkeypatch.setattr(intervals, "estimate", narrow)
     assert calibration.coverage(8, 200, 40, fprs=(0.05,)).drop("realised_fpr@0.05", level=0).max() < 0.95

@@ -6,9 +6,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from lib import ensemble, models
+from lib.training import ensemble, networks
 
-IMAGES = [arch for arch in models.MODELS if not arch.startswith("mlp")]
+IMAGES = [arch for arch in networks.MODELS if not arch.startswith("mlp")]
 
 
 def smallest(arch, channels=1):
@@ -16,7 +16,7 @@ def smallest(arch, channels=1):
 
 
 def count(arch, shape, n_classes):
-    return sum(p.numel() for p in models.build(arch, shape, n_classes).parameters())
+    return sum(p.numel() for p in networks.build(arch, shape, n_classes).parameters())
 
 
 @pytest.mark.parametrize(
@@ -32,17 +32,17 @@ def count(arch, shape, n_classes):
     + [("resnet18", (1, 8, 8)), ("wrn28_2", (1, 8, 8)), ("vgg16_bn", (1, 32, 32)), ("vgg16_bn", (3, 48, 40))],
 )
 def test_logits_of_every_network(arch, shape):
-    net = models.build(arch, shape, 5)
+    net = networks.build(arch, shape, 5)
     assert net.training
     assert net(torch.randn(4, *shape)).shape == (4, 5)
-    assert models.is_convolutional(net) == (arch in IMAGES)
-    assert models.has_batchnorm(net) == (arch in ("mlp_bn", "cnn", "resnet18", "wrn28_2", "vgg16_bn"))
+    assert networks.is_convolutional(net) == (arch in IMAGES)
+    assert networks.has_batchnorm(net) == (arch in ("mlp_bn", "cnn", "resnet18", "wrn28_2", "vgg16_bn"))
 
 
 def test_resnet18_has_the_small_image_stem():
     """The first residual stage sees 32x32 maps, as in He et al. 2016 for CIFAR, not 8x8."""
     seen = []
-    net = models.build("resnet18", (3, 32, 32), 10)
+    net = networks.build("resnet18", (3, 32, 32), 10)
     net.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
     net(torch.randn(2, 3, 32, 32))
     assert seen == [32]
@@ -51,12 +51,12 @@ def test_resnet18_has_the_small_image_stem():
 @pytest.mark.parametrize("arch, shape, names", [("vit", (3, 32, 32), "arch='vit'"), ("cnn", (64,), "arch='cnn'.*mlp")])
 def test_an_unfit_network_is_named(arch, shape, names):
     with pytest.raises(ValueError, match=names):
-        models.build(arch, shape, 10)
+        networks.build(arch, shape, 10)
 
 
 def test_vgg_refuses_images_that_its_poolings_would_use_up():
     with pytest.raises(ValueError, match=r"vgg16_bn.*32x32.*\(1, 31, 32\)"):
-        models.build("vgg16_bn", (1, 31, 32), 10)
+        networks.build("vgg16_bn", (1, 31, 32), 10)
 
 
 def chain(widths):
@@ -85,10 +85,10 @@ def test_wrn28_2_has_the_published_size():
 
 
 def test_wrn28_2_has_28_convolutions_and_an_identity_shortcut_within_a_stage():
-    net = models.build("wrn28_2", (1, 8, 8), 10)
+    net = networks.build("wrn28_2", (1, 8, 8), 10)
     kernels = [m.kernel_size for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert kernels.count((3, 3)) == 25 and kernels.count((1, 1)) == 3
-    block = models.PreActivation(4, 4, 1)
+    block = networks.PreActivation(4, 4, 1)
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(block(x), x)
@@ -103,12 +103,12 @@ def test_vgg16_has_thirteen_convolutions_and_torchvisions_features():
     assert count("vgg16_bn", (1, 32, 32), 10) == count("vgg16_bn", (3, 32, 32), 10) - 2 * 9 * 64
 
 
-@pytest.mark.parametrize("arch", models.MODELS)
+@pytest.mark.parametrize("arch", networks.MODELS)
 def test_gradients_of_stacked_copies_are_those_of_each(arch):
     """vmap over two models in training mode, BatchNorm writing into copies of the buffers, as in ensemble.py."""
     torch.manual_seed(0)
     shape, batch = smallest(arch), 3
-    nets = [models.build(arch, shape, 4).double() for _ in range(2)]
+    nets = [networks.build(arch, shape, 4).double() for _ in range(2)]
     params, buffers = stack_module_state(nets)
     x, y = torch.randn(2, batch, *shape).double(), torch.tensor([[0, 1, 2], [3, 2, 1]])
 
@@ -129,7 +129,7 @@ def test_gradients_of_stacked_copies_are_those_of_each(arch):
 def test_gradients_of_every_example_of_every_copy(arch):
     """Two vmaps, as private training nests them."""
     shape = smallest(arch)
-    nets = [models.build(arch, shape, 4).double() for _ in range(2)]
+    nets = [networks.build(arch, shape, 4).double() for _ in range(2)]
     params, _ = stack_module_state(nets)
     x, y = torch.randn(2, 3, *shape).double(), torch.tensor([[0, 1, 2], [3, 2, 1]])
 
@@ -145,10 +145,10 @@ def test_gradients_of_every_example_of_every_copy(arch):
 
 def test_building_draws_no_random_number_beside_the_weights_and_leaves_the_statistics():
     torch.manual_seed(3)
-    direct = models.MODELS["cnn"]((1, 8, 8), 4)
+    direct = networks.MODELS["cnn"]((1, 8, 8), 4)
     drawn = torch.rand(1)
     torch.manual_seed(3)
-    built = models.build("cnn", (1, 8, 8), 4)
+    built = networks.build("cnn", (1, 8, 8), 4)
     assert torch.equal(torch.rand(1), drawn)
     assert all(
         torch.equal(a, b) for a, b in zip(direct.state_dict().values(), built.state_dict().values(), strict=True)
@@ -190,16 +190,16 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     for name in ("own_nets", "own_nets.zoo", "own_nets.broken"):
-        models.sys.modules.pop(name, None)
+        networks.sys.modules.pop(name, None)
 
 
 def test_a_network_of_the_readers_own(own):
-    before = list(models.sys.path)
-    net = models.build("own_nets.zoo:linear", (6,), 4)
-    assert models.sys.path == before
+    before = list(networks.sys.path)
+    net = networks.build("own_nets.zoo:linear", (6,), 4)
+    assert networks.sys.path == before
     assert net(torch.randn(3, 6)).shape == (3, 4)
     assert [m.training for m in net] == [True, True, False, True]
-    assert models.has_batchnorm(net) and not models.is_convolutional(net)
+    assert networks.has_batchnorm(net) and not networks.is_convolutional(net)
 
 
 def test_a_network_that_draws_random_numbers_is_refused_before_training(own, table):
@@ -215,13 +215,13 @@ def test_a_network_that_draws_random_numbers_is_refused_before_training(own, tab
 )
 def test_a_readers_own_that_is_no_network_is_named(own, name, says):
     with pytest.raises(ValueError, match=f"arch='own_nets.zoo:{name}'.*{says}"):
-        models.build(f"own_nets.zoo:{name}", (6,), 4)
+        networks.build(f"own_nets.zoo:{name}", (6,), 4)
 
 
-@pytest.mark.parametrize("path", ["torch.nn:ReLU", "torch.nn:Linear", "lib.sharpness:sam"])
+@pytest.mark.parametrize("path", ["torch.nn:ReLU", "torch.nn:Linear", "lib.training.sharpness:sam"])
 def test_a_callable_that_makes_no_network_of_a_shape_is_named(path):
     with pytest.raises(ValueError, match=f"arch='{path}' (fails|made|maps)"):
-        models.build(path, (3, 8, 8), 4)
+        networks.build(path, (3, 8, 8), 4)
 
 
 @pytest.mark.parametrize(
@@ -229,16 +229,16 @@ def test_a_callable_that_makes_no_network_of_a_shape_is_named(path):
 )
 def test_what_is_no_import_path_is_refused(path):
     with pytest.raises(ValueError, match="optimizers='.*package.module:name"):
-        models.resolve(path, "optimizers")
+        networks.resolve(path, "optimizers")
 
 
 @pytest.mark.parametrize("module, says", [("no_such_module", "no_such_module"), ("own_nets.broken", "no_such_package")])
 def test_a_module_that_is_not_there_or_fails_is_named(own, module, says):
-    before = list(models.sys.path)
+    before = list(networks.sys.path)
     with pytest.raises(ValueError, match=f"optimizers='{module}:x'.*{says}"):
-        models.resolve(f"{module}:x", "optimizers")
-    assert models.sys.path == before
+        networks.resolve(f"{module}:x", "optimizers")
+    assert networks.sys.path == before
 
 
 def test_an_import_path_gives_the_object_itself():
-    assert models.resolve("torch.optim:AdamW", "optimizers") is torch.optim.AdamW
+    assert networks.resolve("torch.optim:AdamW", "optimizers") is torch.optim.AdamW

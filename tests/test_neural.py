@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from lib import attacks, metrics, neural
-from lib.metrics import auc_cells, balanced_accuracy_cells, estimate, halves
-from lib.signals import signals
+from lib.attacks import catalogue, intervals, neural, thresholds
+from lib.attacks.intervals import auc_cells, balanced_accuracy_cells, estimate, halves
+from lib.attacks.signals import signals
 
 
 def problem(seed=0, n_models=6, n=120, n_classes=4, leak=1.5, share=0.5):
@@ -95,11 +95,11 @@ def test_no_score_and_no_decision_depends_on_the_membership_it_judges():
     assert (first[half] == second[half]).all() and (own[~half] == own_second[~half]).all()
     assert (first[~half] != second[~half]).any()
     decided = [
-        attacks.classwise(s, a, y, half=half, own=o)[half]
+        thresholds.classwise(s, a, y, half=half, own=o)[half]
         for s, a, o in ((first, member, own), (second, other, own_second))
     ]
     assert (decided[0] == decided[1]).all()
-    crossed = [attacks.classwise(s, a, y, half=half)[half] for s, a in ((first, member), (second, other))]
+    crossed = [thresholds.classwise(s, a, y, half=half)[half] for s, a in ((first, member), (second, other))]
     assert (crossed[0] != crossed[1]).any()  # thresholds from the other half's scores would have known
 
 
@@ -111,7 +111,7 @@ def test_null_is_one_half_where_a_look_at_the_judged_would_show():
         scores, own = neural.fit(logits, y, member, half, seed)
         found["auc"].append(auc_cells(scores, member))
         found["accuracy"].append(balanced_accuracy_cells(scores, member))
-        decided = attacks.classwise(scores, member, y, half=half, own=own)
+        decided = thresholds.classwise(scores, member, y, half=half, own=own)
         found["classwise"].append(balanced_accuracy_cells(decided, member, 0.0))
         # own scores come from a network that stopped at the example: a faint look, and it must be detectable
         found["seen"].append(auc_cells(own, member))
@@ -142,7 +142,7 @@ def test_finds_a_shape_of_the_output_that_confidence_cannot():
     rest[:, np.arange(200), y] = -np.inf
     p = 0.4 * np.exp(rest) / np.exp(rest).sum(-1, keepdims=True)
     p[:, np.arange(200), y] = 0.6 + 0.01 * rng.normal(size=(24, 200))
-    out = attacks.run(np.log(p), y, member)
+    out = catalogue.run(np.log(p), y, member)
     auc = {
         name: auc_cells(scores, member).mean() for name, scores in out.items() if not name.startswith(("lira", "rmia"))
     }
@@ -191,7 +191,7 @@ def test_survives_certain_and_constant_outputs():
     logits[2, :5, 0] = -np.inf
     scores = neural.attack(logits, y, member)
     assert np.isfinite(scores).all()
-    assert metrics.auc_cells(scores, member)[0].mean() == pytest.approx(0.5, abs=0.1)
+    assert intervals.auc_cells(scores, member)[0].mean() == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

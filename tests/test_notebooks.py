@@ -9,8 +9,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from lib import attacks, verdict
-from lib.study import NOTEBOOKS, PARAMETERS, ROOT
+from lib.attacks import catalogue
+from lib.study import verdict
+from lib.study.command_line import NOTEBOOKS
+from lib.study.settings import PARAMETERS, ROOT
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -56,7 +58,7 @@ def test_the_parameters_cell_is_the_vocabulary_and_cells_are_short(source):
 def test_the_numbers_of_notebook_01(run):
     found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
     one = found[(found.notebook == "01_phenomenon") & (found.note == "")]
-    assert set(attacks.NAMES) <= set(one.attack) and {"sgd", "sam", "sam-sgd"} == set(one.optimizer)
+    assert set(catalogue.NAMES) <= set(one.attack) and {"sgd", "sam", "sam-sgd"} == set(one.optimizer)
     for metric in ("auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1", "test_accuracy",
                    "train_accuracy", "train_loss", "nonmember_variance_phi_across_models",
                    "hessian_top_eigenvalue", "loss_rise_in_ball"):  # fmt: skip
@@ -72,7 +74,7 @@ def test_the_null_control_of_notebook_01_holds_a_half(run):
     found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
     null = found[found.note.str.startswith("null control")]
     low, high = null.ci_low.astype(float), null.ci_high.astype(float)
-    assert len(null) == len(attacks.NAMES)
+    assert len(null) == len(catalogue.NAMES)
     assert ((low <= 0.5) & (high >= 0.5)).sum() >= len(null) - 2  # 95% intervals of attacks that are not independent
 
 
@@ -80,10 +82,10 @@ def test_the_planted_leak_of_notebook_01_is_found(run):
     found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
     found = found[found.metric == "planted_pairs_found"].astype({"value": float, "ci_low": float})
     planted = found[found.note == "planted leak: one example trained 50 times"].set_index("attack")
-    assert set(planted.index) == {*attacks.NAMES, "label_only"} and set(planted.n_models) == {16}
+    assert set(planted.index) == {*catalogue.NAMES, "label_only"} and set(planted.n_models) == {16}
     found_it = planted.index[planted.ci_low > 0.5]
     blind = {"entropy", "entropy_classwise"}  # they do not see the label
-    assert set(attacks.NAMES) - set(found_it) <= blind | {"neural", "neural_classwise"}  # these learn from no copy
+    assert set(catalogue.NAMES) - set(found_it) <= blind | {"neural", "neural_classwise"}  # these learn from no copy
     assert (planted.value > 0.5).all()  # but all lean to the model that was trained on it
     once = found[found.note == "the same example trained once"].set_index("attack")
     assert once.value.mean() < planted.value.mean()

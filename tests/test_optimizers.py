@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import ensemble, optimizers, sharpness
-from lib.ensemble import Recipe, train
+from lib.training import ensemble, optimizers, sharpness
+from lib.training.ensemble import Recipe, train
 from tests.test_sharpness import REFERENCE, Twin, assert_is_the_twin
 
 OWN = '''
@@ -173,7 +173,7 @@ BAD = {
     "dpsam(sigma=-1.0)": "sigma=-1.0 of dpsam must lie between 0",
     "gsam(alpha=-3.0)": "alpha=-3.0 of gsam must lie between 0",
     "sam(rho=1e999)": "rho=inf of sam must be finite",
-    "lib.models:mlp": "lib.models:mlp is no rule: on two small tensors it fails",
+    "lib.training.networks:mlp": "lib.training.networks:mlp is no rule: on two small tensors it fails",
     "os.path:join": "no rule",
     "swa(start=1.5)": "start=1.5 of swa must lie between 0 and 1",
     "sgd+sam": "rule\\+base is needed",

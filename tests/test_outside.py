@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import attacks, metrics, outside
-from lib.results import COLUMNS
-from lib.signals import signals
+from lib.attacks import catalogue, intervals
+from lib.attacks.signals import signals
+from lib.study import own_logits
+from lib.study.results import COLUMNS
 
-ALONE = [name for name in attacks.NAMES if not name.startswith(("lira", "rmia"))]
+ALONE = [name for name in catalogue.NAMES if not name.startswith(("lira", "rmia"))]
 
 
 def given(n_models=8, n=80, leak=1.0, classes=4, seed=0, member=None):
@@ -36,7 +37,7 @@ def page(out):
 
 
 def auc(frame, optimizer=None):
-    rows = frame[(frame.metric == "auc") & (frame.note != outside.SHUFFLED)]
+    rows = frame[(frame.metric == "auc") & (frame.note != own_logits.SHUFFLED)]
     return rows[rows.optimizer == optimizer].set_index("attack") if optimizer else rows
 
 
@@ -48,7 +49,7 @@ def two(tmp_path_factory):
     for name, one in arrays.items():
         np.savez(folder / f"{name}.npz", **one)
     words = [f"DATA={folder / 'sgd.npz'},{folder / 'sam.npz'}", f"OUT={folder / 'out'}"]
-    assert outside.main(words) == 0
+    assert own_logits.main(words) == 0
     return folder / "out", arrays
 
 
@@ -56,12 +57,12 @@ def test_the_table_holds_what_attacks_and_metrics_say(two):
     out, arrays = two
     frame = pd.read_csv(out / "results.csv", keep_default_na=False)
     assert list(frame.columns) == COLUMNS and set(frame.notebook) == {"outside"}
-    scored = {name: attacks.run(**one)["rmia"] for name, one in arrays.items()}
-    expected = metrics.table(scored, arrays["sgd"]["member"]).set_index(["optimizer", "metric"])
-    found = frame[(frame.attack == "rmia") & (frame.note != outside.SHUFFLED)].set_index(["optimizer", "metric"])
+    scored = {name: catalogue.run(**one)["rmia"] for name, one in arrays.items()}
+    expected = intervals.table(scored, arrays["sgd"]["member"]).set_index(["optimizer", "metric"])
+    found = frame[(frame.attack == "rmia") & (frame.note != own_logits.SHUFFLED)].set_index(["optimizer", "metric"])
     columns = ["value", "ci_low", "ci_high"]
     np.testing.assert_allclose(found.loc[expected.index, columns].astype(float), expected[columns], rtol=1e-5)
-    assert set(frame.attack) == {"", *attacks.NAMES} and set(frame.n_models) == {8} and set(frame.n_examples) == {80}
+    assert set(frame.attack) == {"", *catalogue.NAMES} and set(frame.n_models) == {8} and set(frame.n_examples) == {80}
     accuracy = frame[(frame.metric == "train_accuracy") & (frame.optimizer == "sam")].value.iloc[0]
     one = arrays["sam"]
     correct = one["logits"].argmax(-1) == one["y"]
@@ -85,19 +86,19 @@ def test_the_page_stands_alone_and_holds_the_numbers(two):
 
 def test_the_null_control_finds_nothing_and_the_attacks_much(two):
     frame = pd.read_csv(two[0] / "results.csv")
-    control = frame[frame.note == outside.SHUFFLED]
-    assert control.attack.tolist() == list(attacks.NAMES) and control.value.between(0.38, 0.62).all()
+    control = frame[frame.note == own_logits.SHUFFLED]
+    assert control.attack.tolist() == list(catalogue.NAMES) and control.value.between(0.38, 0.62).all()
     assert (auc(frame, "sam").value > 0.62).all()
 
 
 def test_one_model_has_a_table_over_examples(tmp_path):
     one = single()
     np.savez(tmp_path / "target.npz", logits=one["logits"][0], y=one["y"], member=one["member"][0])
-    frame = outside.audit([tmp_path / "target.npz"], tmp_path / "out")
+    frame = own_logits.audit([tmp_path / "target.npz"], tmp_path / "out")
     assert auc(frame).attack.tolist() == ALONE
     row = auc(frame, "target").loc["confidence"]
-    cells = metrics.auc_cells(signals(one["logits"], one["y"])["phi"], one["member"])
-    expected = metrics.estimate(cells, rate=True, examples_only=True)
+    cells = intervals.auc_cells(signals(one["logits"], one["y"])["phi"], one["member"])
+    expected = intervals.estimate(cells, rate=True, examples_only=True)
     np.testing.assert_allclose(row[["value", "ci_low", "ci_high"]].astype(float), expected)
     assert {"tpr@0.1", "realised_fpr@0.1"} < set(frame.metric) and frame.ci_low.notna().all()
     text = page(tmp_path / "out")
@@ -108,7 +109,7 @@ def test_one_model_has_a_table_over_examples(tmp_path):
 def test_seeds_on_one_split_and_pairs_run_the_attacks_on_single_models(tmp_path):
     same = np.repeat(single(120)["member"], 4, 0)
     for k, arrays in enumerate((given(member=same), given(n_models=2))):
-        frame = outside.audit({"x": arrays}, tmp_path / str(k))
+        frame = own_logits.audit({"x": arrays}, tmp_path / str(k))
         assert auc(frame).attack.tolist() == ALONE and auc(frame).ci_low.notna().all()
         only = frame.note.str.contains("examples only").any()
         assert only == (k == 1) == ("over new examples only" in page(tmp_path / str(k)))
@@ -117,9 +118,9 @@ def test_seeds_on_one_split_and_pairs_run_the_attacks_on_single_models(tmp_path)
 def test_subsets_without_partners_run_every_attack(tmp_path):
     rng = np.random.default_rng(0)
     member = rng.permuted(np.tile(np.arange(12)[:, None] < 7, 60), axis=0)  # each example in 7 of 12 models
-    assert metrics.partners(member) is None
-    frame = outside.audit({"x": given(member=member)}, tmp_path)
-    assert auc(frame).attack.tolist() == list(attacks.NAMES)
+    assert intervals.partners(member) is None
+    frame = own_logits.audit({"x": given(member=member)}, tmp_path)
+    assert auc(frame).attack.tolist() == list(catalogue.NAMES)
 
 
 def variants(one):
@@ -140,21 +141,21 @@ def variants(one):
 @pytest.mark.parametrize("name", ["one-hot", "integers", "probabilities", "queries", "population", "groups"])
 def test_other_spellings_of_the_same_are_read(name, tmp_path):
     one = given(n_models=6)
-    e, plain = outside.checked("x", variants(one)[name]), outside.checked("x", one)
-    found, expected = outside.scores(e, e.member), outside.scores(plain, plain.member)
+    e, plain = own_logits.checked("x", variants(one)[name]), own_logits.checked("x", one)
+    found, expected = own_logits.scores(e, e.member), own_logits.scores(plain, plain.member)
     for attack in ("confidence", "entropy", "lira"):
         np.testing.assert_allclose(found[attack], expected[attack], atol=1e-3)
     for attack, other in (("rmia", "population"), ("entropy_classwise", "groups")):
         assert (np.abs(found[attack] - expected[attack]).max() > 0.01) == (name == other)
-    a, b = (outside.leakage({"x": {"loss": expected["loss"]}}, one) for one in (e, plain))
+    a, b = (own_logits.leakage({"x": {"loss": expected["loss"]}}, one) for one in (e, plain))
     assert (a.ci_low[0] != b.ci_low[0]) == (name == "groups")
-    assert ("logarithms" in " ".join(outside.limits({"x": e}))) == (name == "probabilities")
-    assert ("40 groups" in " ".join(outside.limits({"x": e}))) == (name == "groups")
+    assert ("logarithms" in " ".join(own_logits.limits({"x": e}))) == (name == "probabilities")
+    assert ("40 groups" in " ".join(own_logits.limits({"x": e}))) == (name == "groups")
 
 
 def test_probabilities_of_zero_become_the_smallest_given():
     p = np.tile([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]], (1, 6, 1))
-    e = outside.checked("x", {"probabilities": p, "y": np.arange(12) % 3, "member": np.arange(12)[None] % 2})
+    e = own_logits.checked("x", {"probabilities": p, "y": np.arange(12) % 3, "member": np.arange(12)[None] % 2})
     np.testing.assert_allclose(e.logits[0, 0], np.log([0.75, 0.25, 0.25]))
     assert "33.33% that are 0 as 0.25" in e.notes[0]
 
@@ -162,14 +163,14 @@ def test_probabilities_of_zero_become_the_smallest_given():
 def test_a_class_that_thresholds_lack_is_said_and_an_absent_class_is_none():
     one = given(classes=6)
     one["y"] = np.where(np.arange(80) == 7, 4, one["y"] % 4)  # one example of class 4, none of 5
-    assert outside.classes_without(outside.checked("x", one)) == [4]
-    assert outside.classes_without(outside.checked("x", given())) == []
-    assert "Classes [4] lack" in " ".join(outside.limits({"x": outside.checked("x", one)}))
+    assert own_logits.classes_without(own_logits.checked("x", one)) == [4]
+    assert own_logits.classes_without(own_logits.checked("x", given())) == []
+    assert "Classes [4] lack" in " ".join(own_logits.limits({"x": own_logits.checked("x", one)}))
 
 
 def test_names_of_files_are_escaped_wherever_they_are_shown(tmp_path):
     name = "_<script>alert(1)<\\script>&$\\frac$"
-    frame = outside.audit({name: single(120)}, tmp_path)
+    frame = own_logits.audit({name: single(120)}, tmp_path)
     assert "<script" not in page(tmp_path) and html.escape(name) in page(tmp_path)
     assert set(frame.optimizer) == {name}
 
@@ -218,9 +219,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("words", FAULTS)
 def test_faults_are_named_before_any_attack(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(outside, "scores", lambda *_: pytest.fail("an attack ran"))
+    monkeypatch.setattr(own_logits, "scores", lambda *_: pytest.fail("an attack ran"))
     with pytest.raises(ValueError, match=words):
-        outside.audit({"x": FAULTS[words]}, tmp_path / "out")
+        own_logits.audit({"x": FAULTS[words]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -228,14 +229,14 @@ def test_faults_are_named_before_any_attack(words, tmp_path, monkeypatch):
 def test_files_that_cannot_be_paired_are_sent_to_separate_runs(key, tmp_path):
     other = changed(**{key: {"y": ONE["y"][::-1], "member": ~ONE["member"], "groups": np.arange(80)}[key]})
     with pytest.raises(ValueError, match=f"sam: {key}: differs from that of sgd; .*one at a time"):
-        outside.audit({"sgd": ONE, "sam": other}, tmp_path)
+        own_logits.audit({"sgd": ONE, "sam": other}, tmp_path)
 
 
 def test_names_that_collide_are_refused(tmp_path):
     with pytest.raises(ValueError, match="different names"):
-        outside.audit(["a/x.npz", "b/x.npz"], tmp_path)
+        own_logits.audit(["a/x.npz", "b/x.npz"], tmp_path)
     with pytest.raises(ValueError, match="b-a: the name of a file and of a difference"):
-        outside.audit({"a": ONE, "b": ONE, "b-a": ONE}, tmp_path)
+        own_logits.audit({"a": ONE, "b": ONE, "b-a": ONE}, tmp_path)
 
 
 def test_files_that_are_no_archives_end_the_command_with_one_line(tmp_path, capsys):
@@ -247,18 +248,18 @@ def test_files_that_are_no_archives_end_the_command_with_one_line(tmp_path, caps
     whole = (tmp_path / "short.npz").read_bytes()
     (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
     for name in ("text.npz", "empty.npz", "single.npy", "objects.npz", "short.npz", "absent.npz"):
-        assert outside.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        assert own_logits.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and name in said, said
         assert ("y: Object arrays" in said) == (name == "objects.npz")
-    assert outside.main([]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
+    assert own_logits.main([]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
 
 
 def test_the_results_of_a_study_are_not_overwritten(tmp_path):
     (tmp_path / "results.csv").write_text("notebook,value\n01,2\n")
     with pytest.raises(ValueError, match="holds other results"):
-        outside.audit({"x": single(120)}, tmp_path)
+        own_logits.audit({"x": single(120)}, tmp_path)
     (tmp_path / "results.csv").unlink()
     for _ in range(2):  # its own are
-        frame = outside.audit({"x": single(120)}, tmp_path)
+        frame = own_logits.audit({"x": single(120)}, tmp_path)
     assert len(pd.read_csv(tmp_path / "results.csv")) == len(frame)

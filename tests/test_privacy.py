@@ -10,8 +10,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
 
-from lib import ensemble, models, privacy, sharpness
-from lib.recipe import Recipe
+from lib.training import ensemble, networks, privacy, sharpness
+from lib.training.recipe import Recipe
 
 # ---- rules ------------------------------------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ class Problem:
 
     def __init__(self, seed=0, queries=2):
         torch.manual_seed(seed)
-        self.net = models.build("mlp", (3,), 4).double()
+        self.net = networks.build("mlp", (3,), 4).double()
         self.params = {n: p.detach() for n, p in self.net.named_parameters()}
         self.x, self.y = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 1])
         self.noise = {n: torch.randn(queries, *p.shape).double() for n, p in self.params.items()}

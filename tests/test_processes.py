@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import engine, ensemble, plan, processes, step, study
-from lib.recipe import Recipe
+from lib.study import experiments, settings
+from lib.training import ensemble, processes, step, workers
+from lib.training.recipe import Recipe
 from tests.conftest import killing_one, same
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_two_processes_make_what_one_thread_makes(images, tmp_path, two, one_thr
     told, how = [], {"quiet": True}
     for name in ("sgd", "sam"):  # the second by the same processes
         recipe = Recipe("cnn", name, 0.1, epochs=2, batch_size=8)
-        made = engine.train(recipe, images, 6, tmp_path / "two", "cpu", notify=lambda *c: told.append(c), **how)
+        made = workers.train(recipe, images, 6, tmp_path / "two", "cpu", notify=lambda *c: told.append(c), **how)
         same(made, ensemble.train(recipe, images, 6, tmp_path / "one", "cpu", **how))
     assert len(told) == 8 and all(chunk[1:3] == (48, 1) for chunk in told)  # all but the first two of each
     assert list(processes.POOLS) == [2]
@@ -58,7 +59,7 @@ def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path
     recipe = Recipe("cnn", "sam", 0.1, epochs=60, batch_size=8)
     kept = ensemble.open_store(recipe, images, tmp_path / "two")
     with killing_one(kept, lambda: list(getattr(processes.POOLS.get(2), "_processes", None) or ())) as killed:
-        made = engine.train(recipe, images, 4, tmp_path / "two", "cpu", quiet=True)
+        made = workers.train(recipe, images, 4, tmp_path / "two", "cpu", quiet=True)
     assert killed and "a process that trained was lost" in capfd.readouterr().out
     same(made, ensemble.train(recipe, images, 4, tmp_path / "one", "cpu", quiet=True))
     assert not processes.POOLS
@@ -68,7 +69,7 @@ def test_what_a_process_raises_is_raised_here(images, tmp_path, two):
     recipe = Recipe("cnn", epochs=1, batch_size=8)
     (ensemble.open_store(recipe, images, tmp_path).folder / "logits.npy").mkdir()  # can't be written
     with pytest.raises(ValueError, match="store=.*can't be written"):
-        engine.train(recipe, images, 2, tmp_path, "cpu", quiet=True)
+        workers.train(recipe, images, 2, tmp_path, "cpu", quiet=True)
     assert not processes.POOLS
 
 
@@ -77,7 +78,7 @@ def test_they_end_with_the_process_that_started_them(tmp_path):
         import sys
         sys.path.insert(0, {here!r})
         from tests.conftest import blobs
-        from lib import ensemble, processes
+        from lib.training import ensemble, processes
         from lib.recipe import Recipe
         images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
         if __name__ == "__main__":
@@ -113,10 +114,10 @@ def until(done, seconds):
 
 
 def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, monkeypatch):
-    run = study.settings({"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")})
+    run = settings.settings({"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")})
     run.train("sgd")
-    one = plan.table(run, ["01"]).seconds
+    one = experiments.table(run, ["01"]).seconds
     monkeypatch.setattr(processes, "how_many", lambda *_: 4)
-    np.testing.assert_allclose(plan.table(run, ["01"]).seconds, one / 4)
+    np.testing.assert_allclose(experiments.table(run, ["01"]).seconds, one / 4)
     before = torch.get_num_threads()
-    assert plan.trial(run, steps=2) > 0 and torch.get_num_threads() == before
+    assert experiments.trial(run, steps=2) > 0 and torch.get_num_threads() == before

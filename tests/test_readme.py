@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from lib import data, ensemble, study
-from lib.ensemble import train
-from lib.results import SETTINGS
-from lib.study import ROOT
+from lib.data.dataset import load
+from lib.study import command_line, settings
+from lib.study.results import SETTINGS
+from lib.study.settings import ROOT
+from lib.training import ensemble
+from lib.training.ensemble import train
 from tools import costs, readme
 
 TEXT, HOW_TO = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
@@ -50,7 +52,7 @@ def names(tmp_path, monkeypatch):
     for name, gain in (("logits_sgd", 1.0), ("logits_sam", 3.0)):
         made[name] = rng.normal(size=(8, 200, 3))
         made[name][:, np.arange(200), y] += gain * member
-    digits = data.load("digits")
+    digits = load("digits")
     np.savez("table.npz", x=digits.x[:600].reshape(600, -1).astype(np.float32), y=digits.y[:600])
     return made
 
@@ -110,18 +112,18 @@ def test_every_make_command_has_a_target_that_takes_its_parameters(command, tmp_
     target, *words = shlex.split(command)[1:]
     assert re.search(rf"^(\w+ )*{target}( \w+)*:", (ROOT / "Makefile").read_text(), flags=re.M), target
     if target in ("study", "plan", "work"):
-        study.clean(study.parse(words)[1])
+        settings.clean(command_line.parse(words)[1])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lib.study" in c and "--help" not in c])
 def test_every_line_of_the_study_is_understood(command):
-    assert study.clean(study.parse(shlex.split(command)[3:])[1])["preset"] in study.PRESETS
+    assert settings.clean(command_line.parse(shlex.split(command)[3:])[1])["preset"] in settings.PRESETS
 
 
 def test_papermill_is_told_parameters_that_exist():
     (command,) = [shlex.split(c) for c in COMMANDS if "papermill" in c]
     assert Path(ROOT / command[1]).exists()
-    study.clean({command[i + 1]: command[i + 2] for i, word in enumerate(command) if word == "-p"})
+    settings.clean({command[i + 1]: command[i + 2] for i, word in enumerate(command) if word == "-p"})
 
 
 def test_no_table_is_typed():
@@ -165,9 +167,14 @@ def test_disk_is_what_the_store_takes(table, quick, tmp_path):
 
 
 def test_time_is_of_a_whole_run_of_just_these_settings_or_not_measured(tmp_path):
-    run = costs.settings("digits", "tiny", str(tmp_path / "store"))
+    run = costs.preset_run("digits", "tiny", str(tmp_path / "store"))
     book = {name: run.values[name] for name in SETTINGS}
-    took = {"notebooks": [book.name[:2] for book in study.NOTEBOOKS], "n_models": 16, "seconds": 11, "trained": 1.0}
+    took = {
+        "notebooks": [book.name[:2] for book in command_line.NOTEBOOKS],
+        "n_models": 16,
+        "seconds": 11,
+        "trained": 1.0,
+    }
 
     def told(took, **changed):
         (tmp_path / "settings.json").write_text(json.dumps({"01": book, "02": book | changed}))

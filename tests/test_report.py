@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib import report, verdict
-from lib.results import COLUMNS
-from lib.study import ROOT
+from lib.study import report, verdict
+from lib.study.results import COLUMNS
+from lib.study.settings import ROOT
 
 RUN = ROOT / "outputs" / "reference" / "digits"
 ROW = {"notebook": "01", "metric": "test_accuracy", "value": 0.01, "ci_low": 0.005, "ci_high": 0.015, "n_models": 8}

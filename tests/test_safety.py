@@ -21,10 +21,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from lib import data, outside, report, safe, sources
-from lib.results import COLUMNS
-from lib.store import Rows
-from lib.study import ROOT
+from lib.data import sources
+from lib.data.dataset import load
+from lib.study import own_logits, report, safe
+from lib.study.results import COLUMNS
+from lib.study.settings import ROOT
+from lib.training.store import Rows
 from tests.test_data import cifar_contents, cifar_files, png, tree
 
 OURS = [*sorted((ROOT / "lib").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
@@ -83,7 +85,7 @@ def test_a_download_that_is_not_what_was_published_is_not_read(tmp_path, monkeyp
     monkeypatch.setitem(sources.SOURCES, "cifar10", (url, sources.SOURCES["cifar10"][1], "none"))
     monkeypatch.setattr(sources, "ROOT", tmp_path / "root")
     with pytest.raises(ValueError, match="cifar10 could not be downloaded .*checksum"):
-        data.load("cifar10")
+        load("cifar10")
     assert not list((tmp_path / "root" / "data").iterdir()) and not (tmp_path / "ran").exists()
 
 
@@ -107,9 +109,9 @@ def test_arrays_of_objects_are_refused_everywhere(tmp_path):
     ran = tmp_path / "ran"
     path = evil_npz(tmp_path / "a.npz", ran, ("x", "y"))
     with pytest.raises(ValueError, match="data=.*not a readable .npz"):
-        data.load("npz", path)
+        load("npz", path)
     with pytest.raises(ValueError, match="logits.*no objects"):
-        outside.read(evil_npz(tmp_path / "b.npz", ran, ("logits", "y", "member")))
+        own_logits.read(evil_npz(tmp_path / "b.npz", ran, ("logits", "y", "member")))
     array = np.array([Evil(ran)] * 4, dtype=object)
     np.save(tmp_path / "logits.npy", array)
     assert len(Rows(tmp_path / "logits.npy", (), np.float32)) == 0
@@ -118,10 +120,10 @@ def test_arrays_of_objects_are_refused_everywhere(tmp_path):
 
 def test_a_cache_of_objects_is_made_anew(tmp_path):
     folder, cache, ran = tree(tmp_path / "t"), tmp_path / "cache", tmp_path / "ran"
-    first = data.load("folder", folder, cache)
+    first = load("folder", folder, cache)
     (file,) = cache.iterdir()
     evil_npz(file, ran, ("x", "y", "x_test", "y_test"))
-    assert data.load("folder", folder, cache).hash == first.hash and not ran.exists()
+    assert load("folder", folder, cache).hash == first.hash and not ran.exists()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -133,7 +135,7 @@ def test_a_pickle_with_the_right_checksum_still_runs_nothing(tmp_path, monkeypat
         (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
         (tmp_path / "cifar-10-batches-py" / name).write_bytes(content)
     with pytest.raises(ValueError, match="data=.*a pickle asks for (posix|nt).mkdir"):
-        data.load("cifar10", tmp_path)
+        load("cifar10", tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -192,9 +194,9 @@ def test_no_member_of_an_archive_is_written_or_followed(tmp_path, make, name):
     folder = tree(tmp_path / "t")
     path = make(place / name, folder, target)
     before = everything_below(tmp_path)
-    found = data.load("folder", path, tmp_path / "cache")
+    found = load("folder", path, tmp_path / "cache")
     new = everything_below(tmp_path) - before
-    assert found.hash == data.load("folder", folder, tmp_path / "cache").hash
+    assert found.hash == load("folder", folder, tmp_path / "cache").hash
     assert {p.parent for p, _ in new} == {tmp_path / "cache"} and not list(target.iterdir())
     assert not Path("/tmp/out.png").exists()
 
@@ -208,7 +210,7 @@ def test_what_unpacks_to_too_much_is_refused_unread(tmp_path, monkeypatch, form,
         path = (hostile_zip if form == "zip" else hostile_tar)(tmp_path / f"a.{form}", folder, tmp_path)
     monkeypatch.setattr(sources, limit, 100)
     with pytest.raises(ValueError, match=f"data=.*{match}"):
-        data.load("folder", path, tmp_path / "cache")
+        load("folder", path, tmp_path / "cache")
 
 
 def test_a_bomb_of_zeros_costs_no_memory(tmp_path):
@@ -216,14 +218,14 @@ def test_a_bomb_of_zeros_costs_no_memory(tmp_path):
         out.writestr("train/cat/0.png", bytes(sources.MOST_IMAGE + 1))
     assert os.path.getsize(tmp_path / "a.zip") < 1e6
     with pytest.raises(ValueError, match="0.png has 67 MB unpacked; at most 67 are read"):
-        data.load("folder", tmp_path / "a.zip", tmp_path / "cache")
+        load("folder", tmp_path / "a.zip", tmp_path / "cache")
 
 
 def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     folder = tree(tmp_path / "t")
     Image.new("1", (9000, 9000)).save(folder / "train" / "cat" / "big.png")
     with pytest.raises(ValueError, match="big.png cannot be used: 9000 x 9000 pixels; at most 67 million"):
-        data.load("folder", folder, tmp_path / "cache")
+        load("folder", folder, tmp_path / "cache")
 
 
 def test_an_npz_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
@@ -231,9 +233,9 @@ def test_an_npz_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "b.npz", logits=np.zeros((2, 1000, 1000)), y=np.zeros(1000, int))
     monkeypatch.setattr(sources.os, "sysconf", lambda name: 1024)
     with pytest.raises(ValueError, match="its arrays take 0.0 GB, the memory is 0.0 GB"):
-        data.load("npz", tmp_path / "a.npz")
+        load("npz", tmp_path / "a.npz")
     with pytest.raises(ValueError, match="b.npz: .*the memory is"):
-        outside.read(tmp_path / "b.npz")
+        own_logits.read(tmp_path / "b.npz")
 
 
 # ---- pages --------------------------------------------------------------------------------------------------
@@ -340,7 +342,9 @@ def test_the_audit_of_hostile_names_has_no_script(tmp_path):
     rng, member = np.random.default_rng(0), np.arange(40) % 2 == 0
     arrays = {"logits": rng.normal(size=(40, 2)), "y": np.arange(40) // 2 % 2, "member": member}
     names = (HOSTILE[0], HOSTILE[1], "<a href='javascript:alert(1)'>a")
-    outside.audit({name: {**arrays, "logits": arrays["logits"] + k} for k, name in enumerate(names)}, tmp_path / "out")
+    own_logits.audit(
+        {name: {**arrays, "logits": arrays["logits"] + k} for k, name in enumerate(names)}, tmp_path / "out"
+    )
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert_harmless(page)
     assert "alert(1)" in page
@@ -357,7 +361,7 @@ def everything(folder):
     faults.small(folder)
     hostile_notebook(folder / "out" / "01_a.ipynb")
     report.build(folder / "out")
-    data.load("folder", tree(folder / "images"), folder / "store" / "cache")
+    load("folder", tree(folder / "images"), folder / "store" / "cache")
     (folder / "source").write_bytes(b"x")
     known = hashlib.sha256(b"x").hexdigest()
     sources._download((folder / "source").as_uri(), folder / "data" / "kept", known)

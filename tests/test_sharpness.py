@@ -6,8 +6,9 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from lib import data, ensemble, models, optimizers, recipe, sharpness, step
-from lib.ensemble import Recipe, train
+from lib.data.dataset import inputs
+from lib.training import ensemble, networks, optimizers, recipe, sharpness, step
+from lib.training.ensemble import Recipe, train
 
 RADII = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam", "sharpreg")
 
@@ -20,10 +21,10 @@ class Twin:
 
     def __init__(self, settings, dataset, k):
         self.recipe, self.k, self.named = settings, k, settings.named
-        x, y = data.inputs(dataset)[0], dataset.y
+        x, y = inputs(dataset)[0], dataset.y
         self.x, self.y = torch.from_numpy(x), torch.from_numpy(y)
         torch.manual_seed(int(recipe.generator(settings, "weights", k).integers(2**62)))
-        self.net = models.build(settings.arch, x.shape[1:], dataset.n_classes)
+        self.net = networks.build(settings.arch, x.shape[1:], dataset.n_classes)
         self.weights, self.memory = list(self.net.parameters()), None
         self.base = optimizers.build(self.named, self.weights, settings.lr, settings.momentum, settings.weight_decay)
         self.rho = settings.rho_of([k])[0]
@@ -242,8 +243,8 @@ def test_esam_on_all_tensors_and_examples_is_sam_but_for_the_order_of_the_sum(im
 @pytest.mark.parametrize("optimizer", [o for o in RADII if o != "msam"])
 def test_batchnorm_moves_once_a_step_at_the_unperturbed_weights(images, optimizer):
     """After one step with any rho, the buffers are those of one forward pass at the old weights."""
-    x, y = torch.from_numpy(data.inputs(images)[0]), torch.from_numpy(images.y)
-    net = models.build("cnn", x.shape[1:], 3)
+    x, y = torch.from_numpy(inputs(images)[0]), torch.from_numpy(images.y)
+    net = networks.build("cnn", x.shape[1:], 3)
     params = {n: p.detach() for n, p in net.named_parameters()}
     buffers = {n: b.clone() for n, b in net.named_buffers()}
     context = {"rho": torch.tensor(0.5), "rate": torch.ones(()), "step": torch.zeros(())}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.signals import NAMES, parallel, signals
+from lib.attacks.signals import NAMES, parallel, signals
 
 
 def textbook(logits, y):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lib import ensemble, models, step
-from lib.ensemble import train
-from lib.recipe import Recipe
+from lib.training import ensemble, networks, step
+from lib.training.ensemble import train
+from lib.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def again(work):
 def as_on_a_gpu(monkeypatch):
     """Every decision as CUDA would make it, and the work done on the CPU."""
     monkeypatch.setattr(step, "worth_recording", lambda named, device: named.base_name in ("sgd", "nesterov"))
-    monkeypatch.setattr(step, "channels_last", lambda net, lanes, device: lanes == 1 and models.is_convolutional(net))
+    monkeypatch.setattr(step, "channels_last", lambda net, lanes, device: lanes == 1 and networks.is_convolutional(net))
     monkeypatch.setattr(ensemble, "worth_compiling", lambda *_: True)
     monkeypatch.setattr(step.torch, "compile", lambda function, **_: function)  # what is compiled is tested elsewhere
     seen, plain = [], step.recorded
@@ -100,7 +100,7 @@ def test_images_and_kernels_lie_channels_last_where_that_is_asked_for():
     "arch, shape", [("cnn", (3, 32, 32)), ("resnet9", (3, 32, 32)), ("mlp3", (600,)), ("wrn28_2", (3, 32, 32))]
 )
 def test_predicted_memory_covers_what_the_way_back_keeps_and_is_no_wild_guess(arch, shape):
-    net, kept = models.build(arch, shape, 10), []
+    net, kept = networks.build(arch, shape, 10), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         net(torch.rand(16, *shape)).sum()
     saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
@@ -116,7 +116,7 @@ def test_lanes_are_halved_until_they_fit_and_one_that_does_not_is_refused(monkey
     one = step.predicted_memory(recipe, (64,), 10)
     assert step.predicted_memory(recipe, (64,), 10, 8) == 8 * one
     assert step.predicted_memory(Recipe(optimizer="sam", rho=0.1), (64,), 10) >= one
-    assert step.lanes_that_fit(recipe, (64,), 10, CPU) == step.lanes_for(models.build("mlp", (64,), 10), CPU) >= 8
+    assert step.lanes_that_fit(recipe, (64,), 10, CPU) == step.lanes_for(networks.build("mlp", (64,), 10), CPU) >= 8
     monkeypatch.setattr(step, "free_memory", lambda device: 5 * one)
     assert step.lanes_that_fit(recipe, (64,), 10, CPU) == 4
     monkeypatch.setattr(step, "free_memory", lambda device: one - 1)

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lib import store as store_module
-from lib.store import Rows, Store, write_atomic
+from lib.training import store
+from lib.training.store import Rows, Store, write_atomic
 
 LAYOUT = {"a": ((2, 3), np.float32), "b": ((4,), bool)}
 
@@ -80,7 +80,7 @@ def test_an_atomic_write_leaves_no_litter_and_no_open_door(tmp_path):
 def test_another_version_s_store_is_named_and_left_alone(tmp_path, monkeypatch):
     old = Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT)
     old.save(0, row(0), status="finished")
-    monkeypatch.setattr(store_module, "VERSION", store_module.VERSION + 1)
+    monkeypatch.setattr(store, "VERSION", store.VERSION + 1)
     with pytest.raises(ValueError, match="store=.*version 3 of the store, this is 4"):
         Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT)
     Store(tmp_path, "x", {"lr": 0.2, "sizes": (1, 2)}, LAYOUT)  # another recipe is no conflict

@@ -6,14 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import prose, study, verdict
-from lib.results import COLUMNS, PROVENANCE, Results, differing, recipe_digest
+from lib.study import command_line, settings, text, verdict
+from lib.study.results import COLUMNS, PROVENANCE, Results, differing, recipe_digest
 
-ROOT = study.ROOT
+ROOT = settings.ROOT
 
 
 def tiny(tmp_path, **given):
-    return study.settings({"preset": "tiny", "store": str(tmp_path / "store"), "out": str(tmp_path / "out"), **given})
+    return settings.settings(
+        {"preset": "tiny", "store": str(tmp_path / "store"), "out": str(tmp_path / "out"), **given}
+    )
 
 
 def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
@@ -53,21 +55,21 @@ def test_an_unwritable_out_is_named(tmp_path):
 
 
 def test_words_of_make_and_flags_mean_the_same():
-    one = study.parse(["DATASET=cifar10", "N_MODELS=32", "01"])
-    two = study.parse(["--dataset", "cifar10", "--n-models", "32", "01"])
-    assert one == two == ([study.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"}, "run")
+    one = command_line.parse(["DATASET=cifar10", "N_MODELS=32", "01"])
+    two = command_line.parse(["--dataset", "cifar10", "--n-models", "32", "01"])
+    assert one == two == ([command_line.NOTEBOOKS[0]], {"dataset": "cifar10", "n_models": "32"}, "run")
 
 
 def test_a_notebook_run_again_in_the_same_kernel_sees_its_changed_parameters(tmp_path):
     names = {"preset": "tiny", "n_models": 24, "store": str(tmp_path / "s"), "out": str(tmp_path / "o"), "leak": 1}
-    assert study.notebook_settings(names, before=set(names)).n_models == 24
+    assert settings.notebook_settings(names, before=set(names)).n_models == 24
     with pytest.raises(ValueError, match="leak"):
-        study.notebook_settings(names, before=set(study.PARAMETERS))
+        settings.notebook_settings(names, before=set(settings.PARAMETERS))
 
 
 @pytest.mark.parametrize("words", [["N_MODEL=16"], ["N_MODELS=sixteen"], ["99"], ["01", "77"], ["DATASET=mnist"]])
 def test_the_command_line_refuses_with_one_line_and_status_2(words, capsys):
-    assert study.main(words) == 2
+    assert command_line.main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
 
@@ -79,7 +81,7 @@ def test_make_passes_an_unknown_knob_on_so_that_it_fails():
 
 def test_a_flag_is_not_guessed_from_its_beginning(capsys):
     with pytest.raises(SystemExit, match="2"):
-        study.parse(["--n_model", "16"])
+        command_line.parse(["--n_model", "16"])
     assert "--n_model" in capsys.readouterr().err
 
 
@@ -92,16 +94,16 @@ def test_a_small_table_gets_a_batch_that_fits_and_a_given_batch_is_left_alone(tm
 
 def test_help_lists_every_parameter():
     said = subprocess.run([sys.executable, "-m", "lib.study", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert said.returncode == 0 and all(f"--{name.replace('_', '-')}" in said.stdout for name in study.PARAMETERS)
+    assert said.returncode == 0 and all(f"--{name.replace('_', '-')}" in said.stdout for name in settings.PARAMETERS)
 
 
 def test_presets_are_valid_recipes(tmp_path):
     """Every preset makes recipes on a stand-in of its kind, on the CPU."""
-    for preset, kinds in study.PRESETS.items():
+    for preset, kinds in settings.PRESETS.items():
         for kind, values in kinds.items():
-            unknown = set(values) - set(study.PARAMETERS)
+            unknown = set(values) - set(settings.PARAMETERS)
             assert not unknown, (preset, kind, unknown)
-            run = study.Settings({**values, "data": None, "device": "cpu"}, None)
+            run = settings.Settings({**values, "data": None, "device": "cpu"}, None)
             assert [run.recipe(name).epochs for name in run.names] == [values["epochs"]] * 2
 
 
@@ -146,17 +148,17 @@ def test_the_recipe_names_what_decides_a_run_and_not_where_it_is_made(tmp_path):
 @pytest.mark.parametrize("value, word", [(0.2, "more"), (-0.2, "less"), (0.05, "neither")])
 def test_a_sentence_follows_its_interval(value, word):
     row = frame(value).iloc[0]
-    assert prose.verb(row, "more", "less", "neither") == word
-    assert f"{100 * value:+.1f} points" in prose.points(row)
+    assert text.verb(row, "more", "less", "neither") == word
+    assert f"{100 * value:+.1f} points" in text.points(row)
 
 
 def test_settings_that_differ_between_the_notebooks_of_a_folder_are_said(tmp_path):
     frame = pd.DataFrame([{"metric": "auc", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "optimizer": "sgd"}])
     for book, rho in (("01_phenomenon", 0.1), ("02_memorization", 0.1)):
-        run = study.settings({"preset": "tiny", "rho": rho, "out": str(tmp_path), "store": str(tmp_path / "store")})
+        run = settings.settings({"preset": "tiny", "rho": rho, "out": str(tmp_path), "store": str(tmp_path / "store")})
         Results(book, run).add(frame)
     assert differing(tmp_path) == []
-    run = study.settings({"preset": "tiny", "rho": 0.2, "out": str(tmp_path), "store": str(tmp_path / "store")})
+    run = settings.settings({"preset": "tiny", "rho": 0.2, "out": str(tmp_path), "store": str(tmp_path / "store")})
     Results("02_memorization", run).add(frame)
     assert differing(tmp_path) == ["rho differs: 0.1 in 01_phenomenon, 0.2 in 02_memorization"]
 

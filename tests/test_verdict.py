@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import attacks, verdict
-from lib.plots import tiles
-from lib.results import COLUMNS
-from lib.study import ROOT
+from lib.attacks import catalogue
+from lib.study import verdict
+from lib.study.figures import tiles
+from lib.study.results import COLUMNS
+from lib.study.settings import ROOT
 
 REFERENCE = sorted((ROOT / "outputs" / "reference").glob("*/results.csv"))
 OPPOSITE = {"supported": "contradicted", "contradicted": "supported"}
@@ -28,7 +29,7 @@ def frame(rows):
 def everything(sign=1):
     """Rows for every claim; with sign 1 they support it, with -1 they say the reverse."""
     out = [row("test_accuracy", 0.01 * sign), row("train_accuracy", 0.99, optimizer="sgd")]
-    out += [row("auc", 0.02 * sign, attack=name) for name in attacks.NAMES]
+    out += [row("auc", 0.02 * sign, attack=name) for name in catalogue.NAMES]
     out += [row(f"tpr@{f}", v, attack="lira", optimizer=o)
             for f in (0.1, 0.001) for o, v in (("sgd", 0.02), ("sam-sgd", 0.02 * sign))]  # fmt: skip
     out += [row("auc", 0.6, attack="lira", optimizer="sgd"), row("advantage", 0.02 * sign, attack="lira")]
@@ -225,7 +226,7 @@ def test_what_differs_is_read_off_the_rows():
 def test_the_reference_runs_are_judged_as_their_rows_say_and_flip(path):
     results = verdict.read(path)
     found, main = verdicts(results), results[(results.note == "") & (results.optimizer == "sam-sgd")]
-    for name in attacks.NAMES:
+    for name in catalogue.NAMES:
         recorded = main[(main.attack == name) & (main.metric == "auc")]
         if recorded.empty:  # a run made before this attack was
             assert found[f"leaks_more_{name}"] == "not run"
@@ -237,7 +238,7 @@ def test_the_reference_runs_are_judged_as_their_rows_say_and_flip(path):
     pair = results.optimizer == "sam-sgd"
     results.loc[pair, verdict.NUMBERS] = -results.loc[pair, ["value", "ci_high", "ci_low"]].to_numpy()
     flipped = verdicts(results)
-    for claim in ("generalizes_better", *(f"leaks_more_{n}" for n in attacks.NAMES)):
+    for claim in ("generalizes_better", *(f"leaks_more_{n}" for n in catalogue.NAMES)):
         assert flipped[claim] == OPPOSITE.get(found[claim], found[claim]), claim
 
 

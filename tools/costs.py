@@ -10,34 +10,36 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lib import data, ensemble, models, plan, step, study
-from lib.results import SETTINGS
+from lib.data.dataset import Dataset
+from lib.study import command_line, experiments, settings
+from lib.study.results import SETTINGS
+from lib.training import ensemble, networks, step
 
 PRESETS = [("digits", "tiny"), ("digits", "default"), ("CIFAR", "small"), ("CIFAR", "fast"), ("CIFAR", "paper")]
 NOT_MEASURED = "not measured"
 
 
 def blank(n):
-    """A data set of CIFAR-10's shapes, all black: n pool examples, and test points as `study.settings` takes them."""
+    """A data set of CIFAR-10's shapes, all black: n pool examples, and test points as `settings.settings` takes them."""
     t = min(10_000, n // 2)
     x, x_test = (np.zeros((size, 3, 32, 32), np.uint8) for size in (n, t))
     y, y_test = (np.arange(size) % 10 for size in (n, t))
-    return data.Dataset("CIFAR", x, y, x_test, y_test, tuple("0123456789"))
+    return Dataset("CIFAR", x, y, x_test, y_test, tuple("0123456789"))
 
 
-def settings(name, preset, folder):
+def preset_run(name, preset, folder):
     """The Settings of a preset on digits, or on pictures of CIFAR's size; its store would be in `folder`."""
     given = {"preset": preset, "store": folder, "out": folder}
     if name == "digits":
-        return study.settings({"dataset": name, **given})
-    values = {"data": None, **study.PRESETS[preset]["image"], "dataset": name, **given}
-    return study.Settings(values, blank(values["n_examples"]))
+        return settings.settings({"dataset": name, **given})
+    values = {"data": None, **settings.PRESETS[preset]["image"], "dataset": name, **given}
+    return settings.Settings(values, blank(values["n_examples"]))
 
 
 def ensembles(run):
-    """What the notebooks train, each model once: a list of (Recipe, Dataset, low, high), as plan.ensembles."""
+    """What the notebooks train, each model once: a list of (Recipe, Dataset, low, high), as experiments.ensembles."""
     drawn = {"leak": run.dataset, "planted": run.dataset}  # of about its size
-    return [(r, d if isinstance(d, data.Dataset) else drawn[d], *ids) for _, r, d, *ids in plan.ensembles(run)]
+    return [(r, d if isinstance(d, Dataset) else drawn[d], *ids) for _, r, d, *ids in experiments.ensembles(run)]
 
 
 def memory(made):
@@ -49,7 +51,7 @@ def memory(made):
     for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, *_ in made}:
         dataset = made[0][1]
         shape = dataset.x.shape[1:]
-        lanes = step.lanes_for(models.build(recipe.arch, shape, dataset.n_classes), cpu)
+        lanes = step.lanes_for(networks.build(recipe.arch, shape, dataset.n_classes), cpu)
         most = max(most, step.predicted_memory(recipe, shape, dataset.n_classes, lanes))
     return most
 
@@ -59,7 +61,7 @@ def measured(run, folders):
     for folder in folders:
         made, took = (told(folder / name) for name in ("settings.json", "run.json"))
         alike = all(book.get(name) == run.values[name] for book in made.values() for name in SETTINGS)
-        whole = took.get("trained") == 1 and took["notebooks"] == [book.name[:2] for book in study.NOTEBOOKS]
+        whole = took.get("trained") == 1 and took["notebooks"] == [book.name[:2] for book in command_line.NOTEBOOKS]
         if alike and whole and took.get("n_models") == run.n_models:
             return took["seconds"]
     return None
@@ -78,8 +80,8 @@ def size(n_bytes):
 def line(name, preset, folders):
     """One preset's line of the table."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # of networks the sizes are wanted alone
-        run = settings(name, preset, folder)
-        made, (_, work) = ensembles(run), plan.left(run)
+        run = preset_run(name, preset, folder)
+        made, (_, work) = ensembles(run), experiments.left(run)
         stored, held = (
             size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made)),
             size(memory(made)),
@@ -87,7 +89,7 @@ def line(name, preset, folders):
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
     models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
     seconds = measured(run, folders)
-    time = NOT_MEASURED if seconds is None else plan.duration(seconds)
+    time = NOT_MEASURED if seconds is None else experiments.duration(seconds)
     return f"| `{preset}` | {pool} | {run.arch}, {run.epochs} | {models} | {work:.1e} | {stored} | {held} | {time} |"
 
 

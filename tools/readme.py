@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lib import plots, verdict
-from lib.prose import joined, points, sign, verb
+from lib.study import figures, verdict
+from lib.study.text import joined, points, sign, verb
 from tools import costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def finding(runs):
     for axis, (title, frame) in zip(axes.flat, runs.items(), strict=False):
         for index, (metric, label) in enumerate(labels.items()):
             rows = 100 * frame[frame.metric == metric].set_index("epochs").sort_index()[["value", "ci_low", "ci_high"]]
-            plots.error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
+            figures.error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
         fits = frame[frame.metric == "auc"].sort_values("epochs")
         ticks = [f"{row.epochs} epochs\n(SGD fits {row.train_accuracy:.0%})" for row in fits.itertuples()]
         axis.set_xticks(range(len(ticks)), ticks, fontsize=9)
@@ -219,7 +219,7 @@ def filled(text):
 
 def main():
     """Write the picture and the tables."""
-    plots.style()
+    figures.style()
     figure = finding({title(results): regimes(results) for results in runs().values()})
     figure.savefig(REFERENCE / "finding.png")
     path = ROOT / "README.md"

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-from lib import data, models, optimizers, step
-from lib.recipe import Recipe, averaging, generator, learning_rate, membership
-from lib.step import over_models, stepper, worth_compiling
-from lib.store import Store
+from lib.data.dataset import Dataset, inputs
+from lib.training import networks, optimizers, step
+from lib.training.recipe import Recipe, averaging, generator, learning_rate, membership
+from lib.training.step import over_models, stepper, worth_compiling
+from lib.training.store import Store
 
 KEEP_WEIGHTS = 16  # the first models' weights are kept, to measure sharpness on
 HALF = 1_000_000  # from so many logits a model on, they are stored in half precision (to 1 in 2,000)
@@ -35,7 +36,7 @@ class Inputs:
     """The data on the device, once for all the models. Images are also held with a reflected border, for shifts."""
 
     def __init__(self, dataset, recipe, device):
-        x, x_test = data.inputs(dataset)
+        x, x_test = inputs(dataset)
         # in one layout, whatever way the data were read: a compiled step is built for the strides it first saw
         self.x, self.x_test = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (x, x_test))
         self.y, self.y_test = torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device)
@@ -116,7 +117,7 @@ class Group:
         self.n_steps = self.per_epoch * recipe.epochs
         options = optimizers.fingerprint(recipe.named)["options"]
         self.period = options.get("k", 1) if "turn" in recipe.named.wants else 1
-        self.net = models.build(recipe.arch, inputs.shape, inputs.n_classes).eval()
+        self.net = networks.build(recipe.arch, inputs.shape, inputs.n_classes).eval()
         self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(recipe, self.n_steps, device))
         self.stepper.reset(recipe, inputs.shape, inputs.n_classes, ids, device)
 
@@ -180,7 +181,7 @@ class Group:
     @torch.no_grad()
     def predict(self, x, block=None):
         """Logits [M, len(x), C] float32 in evaluation mode, always at full precision."""
-        lanes, last = len(self.ids), len(self.ids) == 1 and models.is_convolutional(self.net)
+        lanes, last = len(self.ids), len(self.ids) == 1 and networks.is_convolutional(self.net)
         state = {n: step.in_format(p, last) for n, p in self.stepper.params.items()}, self.stepper.buffers
 
         def logits(part):
@@ -214,7 +215,7 @@ class Group:
     @torch.no_grad()
     def refresh_batchnorm(self):
         """BatchNorm's statistics anew, as the mean over one epoch's batches: averaged weights have others."""
-        net = models.build(self.recipe.arch, self.inputs.shape, self.inputs.n_classes)
+        net = networks.build(self.recipe.arch, self.inputs.shape, self.inputs.n_classes)
         norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         if not norms:
             return
@@ -264,7 +265,7 @@ class Ensemble:
     """
 
     recipe: Recipe
-    dataset: data.Dataset
+    dataset: Dataset
     store: Store
     ids: np.ndarray
 
@@ -281,7 +282,7 @@ class Ensemble:
 
     def weights(self, k):
         """(net, params, buffers) of model k < 16: a module in evaluation mode and two dicts of tensors."""
-        net = models.build(self.recipe.arch, self.dataset.x.shape[1:], self.dataset.n_classes).eval()
+        net = networks.build(self.recipe.arch, self.dataset.x.shape[1:], self.dataset.n_classes).eval()
         flat = torch.from_numpy(np.array(self.store.rows["weights"].read()[k]))
         trees, at = [], 0
         for named in (net.named_parameters(), net.named_buffers()):
@@ -309,7 +310,7 @@ def open_store(recipe, dataset, store):
 
 def layout(recipe, dataset):
     """What the store keeps of one model: array name -> (shape, dtype)."""
-    net = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
+    net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
     n_weights = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
     rows = recipe.queries, len(dataset.y), dataset.n_classes
     kind = np.float16 if np.prod(rows) >= HALF else np.float32
@@ -342,9 +343,9 @@ def check(recipe, dataset, n_models):
         raise ValueError(f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
     if (recipe.augment or recipe.queries > 1) and not dataset.is_image:
         raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {dataset.x.shape[1:]}")
-    net, named = models.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), recipe.named
-    models.check_repeatable(net, recipe.arch, dataset.x.shape[1:])
-    if "per_example" in named.wants and models.has_batchnorm(net):
+    net, named = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), recipe.named
+    networks.check_repeatable(net, recipe.arch, dataset.x.shape[1:])
+    if "per_example" in named.wants and networks.has_batchnorm(net):
         raise ValueError(f"arch={recipe.arch!r} has BatchNorm, which mixes what {recipe.optimizer} must keep apart")
     if named.private and optimizers.asks_again(named):
         raise ValueError(

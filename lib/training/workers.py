@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib import ensemble, processes
+from lib.training import ensemble, processes
 
 ENGINES = ("local", "ray")
 PATIENCE = 30  # seconds that a cluster has to answer
@@ -110,7 +110,7 @@ def started(tries=2):
         os.environ.setdefault(quiet, value)  # no report home, no stack of its own when a kernel is shut down
     import ray
 
-    paths = dict.fromkeys([str(Path(__file__).resolve().parent.parent), os.getcwd(), *sys.path[:1]])
+    paths = dict.fromkeys([str(Path(__file__).resolve().parents[2]), os.getcwd(), *sys.path[:1]])
     there = {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
     address = os.environ.get("RAY_ADDRESS", "")
     own = {} if address not in ("", "local") else {"include_dashboard": False}

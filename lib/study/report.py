@@ -1,7 +1,7 @@
 """The report of a run, outputs/<run>/report/index.html: the verdicts first, behind them every executed notebook.
 
 It opens from disk, without a server, a script or the network: figures are embedded and mathematics is MathML.
-`python -m lib.report DATASET=digits` (or OUT=folder) makes it anew from what is there.
+`python -m lib.study.report DATASET=digits` (or OUT=folder) makes it anew from what is there.
 """
 
 import html
@@ -15,11 +15,11 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from lib import verdict
-from lib.prose import null_control, planted_leak
-from lib.results import differing
-from lib.safe import POLICY, harmless
-from lib.store import write_atomic
+from lib.study import verdict
+from lib.study.results import differing
+from lib.study.safe import POLICY, harmless
+from lib.study.text import null_control, planted_leak
+from lib.training.store import write_atomic
 
 CSS = """
 :root { color-scheme: light dark; --back: #fff; --text: #1f2328; --line: #d0d7de; --code: #f6f8fa; --link: #0550ae }
@@ -157,10 +157,10 @@ def build(out):
 
 def main(arguments=None):
     """Command line: the words of `python -m lib.study`. Returns the exit status, 2 for bad input."""
-    from lib import study  # which itself ends with a report
+    from lib.study import command_line, settings
 
     try:
-        print(f"Look at {build(study.clean(study.parse(arguments)[1])['out'])}")
+        print(f"Look at {build(settings.clean(command_line.parse(arguments)[1])['out'])}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,14 +5,10 @@
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from lib import attacks, data, metrics, sharpness
-from lib.ensemble import KEEP_WEIGHTS
-from lib.signals import signals
+from lib.attacks import catalogue, intervals, shadow
+from lib.attacks.signals import signals
 
 PLANTED = 16  # models of the planted leak, whatever the run's: 8 pairs, of which 6 are the least that can show it
 
@@ -49,7 +45,7 @@ def common_ids(ensembles):
 
 def scores(ensemble, member=None):
     """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control."""
-    return attacks.run(
+    return catalogue.run(
         ensemble.logits,
         ensemble.dataset.y,
         np.array(ensemble.member if member is None else member),
@@ -66,9 +62,9 @@ def leakage(ensembles, scored):
     """
     first, frames = next(iter(ensembles.values())), []
     member, groups = np.array(first.member), first.dataset.groups
-    for attack in tqdm(attacks.NAMES, "scoring", delay=2, leave=False):
-        how = {"threshold": 0.0 if attack in attacks.FIXED else None, "columns": groups}
-        frame = metrics.table({name: scored[name][attack] for name in ensembles}, member, **how)
+    for attack in tqdm(catalogue.NAMES, "scoring", delay=2, leave=False):
+        how = {"threshold": 0.0 if attack in catalogue.FIXED else None, "columns": groups}
+        frame = intervals.table({name: scored[name][attack] for name in ensembles}, member, **how)
         frames.append(frame.assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
@@ -81,7 +77,7 @@ def compared(ensembles, cells_of, metric, rate=False, widen=0.0, test=False):
     dataset = next(iter(ensembles.values())).dataset
     groups = dataset.groups_test if test else dataset.groups
     cells = {name: cells_of(e) for name, e in ensembles.items()}
-    found = metrics.paired(cells, rate=rate, widen=widen, columns=groups)
+    found = intervals.paired(cells, rate=rate, widen=widen, columns=groups)
     return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
 
 
@@ -105,11 +101,11 @@ def accuracies(ensembles):
     """Test accuracy, accuracy and loss on the training halves, and the gap between accuracies in and out."""
 
     def train(name):
-        return lambda e: metrics.ratio_cells(plain_signal(e, name).astype(float), np.array(e.member))
+        return lambda e: intervals.ratio_cells(plain_signal(e, name).astype(float), np.array(e.member))
 
     def gap(e):
         hits, member = plain_signal(e, "correct").astype(float), np.array(e.member)
-        return metrics.ratio_cells(hits, member) - metrics.ratio_cells(hits, ~member)
+        return intervals.ratio_cells(hits, member) - intervals.ratio_cells(hits, ~member)
 
     return pd.concat(
         [
@@ -149,14 +145,14 @@ def variance_cells(ensemble, name, kind, members=False):
     n = total(chosen.astype(float))
     centre = total(np.where(chosen, values, 0.0)) / np.maximum(n, 1)
     # s^2 = sum (x - mean)^2 / (n - 1), as the mean over the chosen of (x - mean)^2 n / (n - 1)
-    return metrics.ratio_cells((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
+    return intervals.ratio_cells((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
 
 
 def ratio(cells, reference):
     """Ratio of the means of two matrices of cells [M, N], with its paired interval (delta method): an Estimate."""
     value, below = cells.mean() / reference.mean(), reference.mean()
     # A/B about (a, b):  a/b + (A - (a/b) B) / b
-    return metrics.estimate(value + (cells - value * reference) / below)
+    return intervals.estimate(value + (cells - value * reference) / below)
 
 
 def extremes(ensembles):
@@ -165,10 +161,10 @@ def extremes(ensembles):
     def above_median(e):
         phi, member = plain_signal(e, "phi"), np.array(e.member)
         median = np.nanmedian(np.where(member, phi, np.nan), axis=1, keepdims=True)
-        return metrics.ratio_cells(phi > median, ~member)
+        return intervals.ratio_cells(phi > median, ~member)
 
     def certain(e):
-        return metrics.ratio_cells(plain_signal(e, "confidence") > 0.99, ~np.array(e.member))
+        return intervals.ratio_cells(plain_signal(e, "confidence") > 0.99, ~np.array(e.member))
 
     share = "nonmember_share_above"
     kinds = ((certain, f"{share}_0.99"), (above_median, f"{share}_member_median"))
@@ -178,7 +174,7 @@ def extremes(ensembles):
 def lira_cells(ensemble):
     """Cells [M, N] of the AUC of LiRA (online, per-example variance, over all the queries)."""
     phi, member = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"], np.array(ensemble.member)
-    return metrics.auc_cells(attacks.lira(phi, member), member)
+    return intervals.auc_cells(shadow.lira(phi, member), member)
 
 
 def contrast(ensembles):
@@ -186,7 +182,7 @@ def contrast(ensembles):
 
     Column train_loss holds the optimizer's loss beside each of its rows (NaN beside differences).
     """
-    auc = compared(ensembles, lira_cells, "auc", rate=True, widen=metrics.SHADOWS).assign(attack="lira")
+    auc = compared(ensembles, lira_cells, "auc", rate=True, widen=intervals.SHADOWS).assign(attack="lira")
     frame = pd.concat([accuracies(ensembles), auc], ignore_index=True)
     loss = frame[frame.metric == "train_loss"].set_index("optimizer").value
     return frame.assign(train_loss=frame.optimizer.map(loss).where(frame.optimizer.isin(list(ensembles))))
@@ -208,14 +204,14 @@ def dose_table(doses, other, baseline, table=contrast):
 
 
 def null_table(ensemble, seed, shuffles=5):
-    """AUC of every attack on shuffled membership (attacks.null_member), averaged over shuffles: 0.5 without a fault."""
+    """AUC of every attack on shuffled membership (catalogue.null_member), averaged over shuffles: 0.5 without a fault."""
     cells = {}
     for shuffle in range(shuffles):
-        member = attacks.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)
+        member = catalogue.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)
         for attack, found in scores(ensemble, member).items():
-            cells[attack] = cells.get(attack, 0) + metrics.auc_cells(found, member) / shuffles
-    how = {"rate": True, "widen": metrics.SHADOWS, "columns": ensemble.dataset.groups}
-    found = {attack: metrics.estimate(c, **how) for attack, c in cells.items()}
+            cells[attack] = cells.get(attack, 0) + intervals.auc_cells(found, member) / shuffles
+    how = {"rate": True, "widen": intervals.SHADOWS, "columns": ensemble.dataset.groups}
+    found = {attack: intervals.estimate(c, **how) for attack, c in cells.items()}
     return pd.DataFrame([row("auc", e, attack=attack) for attack, e in found.items()])
 
 
@@ -241,7 +237,7 @@ def planted_table(scored, member, place, n_pairs=PLANTED // 2):
         own = scores[:, place].reshape(-1, 2)[pairs]
         inside, outside = own[seen[pairs]], own[~seen[pairs]]
         found = (inside > outside).sum() + (inside == outside).sum() / 2
-        rows.append(row("planted_pairs_found", metrics.proportion(found, len(pairs)), attack=attack))
+        rows.append(row("planted_pairs_found", intervals.proportion(found, len(pairs)), attack=attack))
     frame = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high", "attack"])
     return frame.assign(n_models=2 * len(pairs))
 
@@ -315,7 +311,7 @@ def loss_series(regime_frame, dose_frame, baseline, other):
 
 def train_losses(ensemble):
     """Cells [M, N] of the train loss (nats)."""
-    return metrics.ratio_cells(-plain_signal(ensemble, "log_confidence").astype(float), np.array(ensemble.member))
+    return intervals.ratio_cells(-plain_signal(ensemble, "log_confidence").astype(float), np.array(ensemble.member))
 
 
 def at_equal(baseline, other, cells_of, scale=float, test=False):
@@ -339,14 +335,14 @@ def at_equal(baseline, other, cells_of, scale=float, test=False):
         right = int(np.searchsorted(places, at))
         if not 0 < right < len(places):
             continue
-        apart = metrics.estimate(of[right] - of[right - 1], columns=ensemble.dataset.groups_test if test else groups)
+        apart = intervals.estimate(of[right] - of[right - 1], columns=ensemble.dataset.groups_test if test else groups)
         if apart.low <= 0 <= apart.high:
             continue
         own, found = lira_cells(ensemble), []
         for weights in curves(places, at, right):
             cells = own - sum(weight * leak[k] for k, weight in weights.items())
-            found.append(metrics.estimate(cells, widen=metrics.SHADOWS, columns=groups))
-        hull = metrics.Estimate(
+            found.append(intervals.estimate(cells, widen=intervals.SHADOWS, columns=groups))
+        hull = intervals.Estimate(
             np.mean([e.value for e in found]), min(e.low for e in found), max(e.high for e in found)
         )
         between = {"below": places[right - 1], "above": places[right], "epochs": ensemble.recipe.epochs}
@@ -375,68 +371,3 @@ def at_equal_loss(baseline, other):
     between = [f"{np.exp(low):.3g} and {np.exp(high):.3g}" for low, high in zip(frame.below, frame.above, strict=True)]
     kept = frame[["epochs", "metric", "value", "ci_low", "ci_high"]]
     return pd.concat([pd.DataFrame({"train_loss": np.exp(frame["at"]), "between": between}), kept], axis=1)
-
-
-# ---- flatness -----------------------------------------------------------------------------------------------
-
-
-def flatness(ensemble, rho, n_models=8, n_examples=512):
-    """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
-
-    rho > 0. Returns [models whose weights are kept, 2]: the largest Hessian eigenvalue, and the loss rise within
-    the ball of radius rho.
-    """
-    x = torch.from_numpy(data.inputs(ensemble.dataset)[0])
-    y = torch.from_numpy(ensemble.dataset.y)
-    found = []
-    kept = [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
-    for index, k in enumerate(tqdm(kept, "flatness", delay=2, leave=False)):
-        net, params, buffers = ensemble.weights(k)
-        chosen = np.flatnonzero(ensemble.member[index])[:n_examples]
-
-        def loss(params, net=net, buffers=buffers, chosen=chosen):
-            return F.cross_entropy(functional_call(net, (params, buffers), (x[chosen],)), y[chosen])
-
-        pair = sharpness.top_eigenvalue(loss, params), sharpness.ball_rise(loss, params, rho)
-        found.append([float(value) for value in pair])
-    return np.array(found).reshape(-1, 2)
-
-
-def flatness_table(ensembles, rho):
-    """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over pairs of models."""
-    found = {name: flatness(e, rho) for name, e in ensembles.items()}
-    baseline, *others = found
-    found |= {f"{name}-{baseline}": found[name] - found[baseline] for name in others}
-    rows = []
-    for name, values in found.items():
-        for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
-            rows.append(row(metric, t_interval(values[:, column]), optimizer=name))
-    return pd.DataFrame(rows)
-
-
-def t_interval(values, level=0.95):
-    """Mean of one value per model [n], partners side by side, with Student's t interval over the means of pairs."""
-    return metrics.t_interval(values.reshape(-1, 2).mean(1), level)
-
-
-# ---- a trained network's linear model ------------------------------------------------------------------------
-
-
-def tangent_features(ensemble, k, chosen, most=100_000):
-    """Gradient of phi in the weights of model k (< 16), at examples `chosen` of the pool: [len(chosen), P] float64.
-
-    P: all the weights, or those of the last layers while they are at most `most`.
-    """
-    net, params, buffers = ensemble.weights(k)
-    x, y = (torch.from_numpy(a[chosen]) for a in (data.inputs(ensemble.dataset)[0], ensemble.dataset.y))
-    sizes = np.cumsum([p.numel() for p in reversed(params.values())])
-    names = list(reversed(params))[: max(1, np.sum(sizes <= most))]
-
-    def phi(some, x, own):
-        logits = functional_call(net, ({**params, **some}, buffers), (x[None],))[0]
-        # phi = z_y - logsumexp_{j != y} z_j
-        return (logits * own).sum() - torch.logsumexp(logits.masked_fill(own, -torch.inf), 0)
-
-    own = F.one_hot(y, ensemble.dataset.n_classes).bool()
-    gradients = vmap(grad(phi), (None, 0, 0), chunk_size=64)({n: params[n] for n in names}, x, own)
-    return torch.cat([g.flatten(1) for g in gradients.values()], 1).double().numpy()

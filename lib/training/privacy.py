@@ -14,8 +14,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch.func import vmap
 
-from lib.metrics import checked, estimate, pairs, ratio_cells
-from lib.sharpness import ascend, norm
+from lib.attacks.intervals import checked, estimate, pairs, ratio_cells
+from lib.training.sharpness import ascend, norm
 
 # ---- rules, as those of sharpness.py ------------------------------------------------------------------------
 

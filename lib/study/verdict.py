@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.attacks import NAMES
-from lib.results import COLUMNS
+from lib.attacks.catalogue import NAMES
+from lib.study.results import COLUMNS
 
 NUMBERS, GROUP = ["value", "ci_low", "ci_high"], ["run", "dataset", "arch"]
 NOTHING = pd.DataFrame(columns=COLUMNS)

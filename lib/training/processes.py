@@ -16,7 +16,7 @@ from multiprocessing import get_context, parent_process
 import torch
 from tqdm import tqdm
 
-from lib import ensemble, step
+from lib.training import ensemble, step
 
 LONG = 100  # steps of one model from which a process of its own pays for being started
 OWN = 6e8  # bytes that a process takes before it trains anything

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from lib import ensemble
-from lib.store import VERSION, write_atomic
+from lib.training import ensemble
+from lib.training.store import VERSION, write_atomic
 
 COLUMNS = "notebook dataset arch optimizer rho attack metric value ci_low ci_high n_models n_examples note".split()
 PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
@@ -42,7 +42,7 @@ def recipe_digest(run):
 
 def versions():
     """'flat-is-not-private 0.1.0 python 3.11.7 torch 2.15.0 numpy 2.3.1'."""
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"  # absent where the library was installed
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"  # absent where the library was installed
     found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.M) if project.exists() else None
     own = found[1] if found else metadata.version("flat-is-not-private")
     used = {"flat-is-not-private": own, "python": platform.python_version()}

@@ -29,7 +29,7 @@ import pandas as pd
 from scipy import stats
 from scipy.special import expit, logit
 
-from lib.signals import parallel
+from lib.attacks.signals import parallel
 
 FPRS = (0.1, 0.01, 0.001, 0.0001)
 SHADOWS = 5.0

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import sources
-from lib.sources import CIFAR, DATASETS, ROOT, need, obtain
+from lib.data import sources
+from lib.data.sources import CIFAR, DATASETS, ROOT, need, obtain
 
 __all__ = ["DATASETS", "Dataset", "duplicate_table", "duplicates", "inputs", "load", "obtain", "pattern_size", "pool"]
 __all__ += ["validate"]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lib import models, optimizers, sharpness
-from lib.recipe import generator
+from lib.training import networks, optimizers, sharpness
+from lib.training.recipe import generator
 
 BLOCK = 2000  # examples that finished models are asked about at once, at most
 
@@ -31,7 +31,7 @@ def initial_state(recipe, shape, n_classes, ids, device, last=False):
         for k in ids:
             # the CPU's generator alone: torch.manual_seed also visits the GPUs, 3 ms a model
             torch.default_generator.manual_seed(int(generator(recipe, "weights", k).integers(2**62)))
-            nets.append(models.build(recipe.arch, shape, n_classes))
+            nets.append(networks.build(recipe.arch, shape, n_classes))
     params, buffers = torch.func.stack_module_state(nets)
     params = {n: in_format(p.detach().to(device), last) for n, p in params.items()}
     return params, {n: b.to(device) for n, b in buffers.items()}
@@ -131,7 +131,7 @@ class Stepper:
     def __init__(self, recipe, shape, n_classes, lanes, device, compiled):
         self.recipe, self.named, self.lanes = recipe, recipe.named, lanes
         self.remembers = "memory" in self.named.wants
-        self.net = models.build(recipe.arch, shape, n_classes)
+        self.net = networks.build(recipe.arch, shape, n_classes)
         self.last = channels_last(self.net, lanes, device)
         self.params, self.buffers = initial_state(recipe, shape, n_classes, range(lanes), device, self.last)
         self.graphs = {} if compiled and worth_recording(self.named, device) else None  # turn -> the step for it
@@ -327,7 +327,7 @@ def worth_recording(named, device):
 
 def channels_last(net, lanes, device):
     """Tensor cores want the channels last. (On CPUs it gained nothing; under vmap it would not be seen.)"""
-    return device.type == "cuda" and lanes == 1 and models.is_convolutional(net)
+    return device.type == "cuda" and lanes == 1 and networks.is_convolutional(net)
 
 
 def block_for(device):
@@ -337,7 +337,7 @@ def block_for(device):
 
 def lanes_for(net, device):
     """How many models train together, from the device and the network alone: a resumed run cuts the work alike."""
-    if models.is_convolutional(net):
+    if networks.is_convolutional(net):
         return 1
     size = sum(p.numel() for p in net.parameters())
     # weights, gradients and momentum of all the lanes stay in the cache (CPU), or in 1 GB (GPU)
@@ -350,7 +350,7 @@ def predicted_memory(recipe, shape, n_classes, lanes=1):
 
     Weights, and all that is as large as they are; what the layers put out, once for the way back and once in passing.
     """
-    net = models.build(recipe.arch, shape, n_classes).eval()
+    net = networks.build(recipe.arch, shape, n_classes).eval()
     sizes = output_sizes(net, shape)
     weights, wants = sum(p.numel() for p in net.parameters()), recipe.named.wants
     # weights, gradient, momentum, one in passing; a rule's moved weights and second gradient; memory; Adam's square
@@ -387,7 +387,7 @@ def free_memory(device):
 
 def lanes_that_fit(recipe, shape, n_classes, device):
     """`lanes_for`, halved until memory is predicted to suffice. Raises ValueError if it won't for one model."""
-    lanes, free = lanes_for(models.build(recipe.arch, shape, n_classes), device), free_memory(device)
+    lanes, free = lanes_for(networks.build(recipe.arch, shape, n_classes), device), free_memory(device)
     while (needed := predicted_memory(recipe, shape, n_classes, lanes)) > free:
         if lanes == 1:
             raise ValueError(

@@ -36,7 +36,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 # the largest image file and other file that are read, in bytes, the largest archive, and pixels of an image
 MOST_IMAGE, MOST_FILE, MOST_ARCHIVE, MOST_PIXELS = 1 << 26, 1 << 31, 1 << 38, 1 << 26
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # (leading folder of an archive, train or test, class, file) of an image; nothing hidden, absolute or with ".."
 PLACE = re.compile(r"(?:\./)?(?:([^./][^/]*)/)?(train|test)/([^./][^/]*)/([^./][^/]*\.(?i:png|jpe?g|bmp|webp))")

@@ -19,9 +19,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from lib import attacks, data, metrics
-from lib.ensemble import KEEP_WEIGHTS
-from lib.signals import signals
+from lib.attacks import catalogue, intervals, thresholds
+from lib.attacks.signals import signals
+from lib.data.dataset import inputs
+from lib.training.ensemble import KEEP_WEIGHTS
 
 LEAST = 8  # models: fewer pairs give no interval
 COPIES = 50  # noisy copies beside the plain input: an odd number of queries
@@ -31,7 +32,7 @@ BATCH = 200  # examples: the activations stay in the cache, twice as fast as 500
 
 
 def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
-    """`metrics.table` of the attacks label_only, label_only_classwise and label_once on the models that all have kept.
+    """`intervals.table` of the attacks label_only, label_only_classwise and label_once on the models that all have kept.
 
     label_once asks for the label of the example as it is and no more: it is the attack `gap`.
 
@@ -44,12 +45,12 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     asked = {name: answers(e.only(ids), n_models, device=device)[0] for name, e in ensembles.items()}
     member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
     scored = {name: chosen(found, member) for name, found in asked.items()}
-    half = metrics.halves(member, 0, y, groups)
-    by_class = {name: attacks.classwise(s, member, y, half=half) for name, s in scored.items()}
+    half = intervals.halves(member, 0, y, groups)
+    by_class = {name: thresholds.classwise(s, member, y, half=half) for name, s in scored.items()}
     right = {n: signals(e.only(ids).logits[:, 0], y, only=("correct",))["correct"] for n, e in ensembles.items()}
     kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", right, 0.0))
     how = {"columns": groups}
-    frames = [metrics.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
+    frames = [intervals.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
     null = [null_auc(found, member, groups) for found in asked.values()]
     rows = [dict(metric="null_auc", value=e.value, ci_low=e.low, ci_high=e.high, attack="label_only") for e in null]
     return pd.concat([*frames, pd.DataFrame(rows).assign(optimizer=list(asked))], ignore_index=True)
@@ -59,9 +60,9 @@ def null_auc(found, member, groups=None, shuffles=5):
     """AUC on shuffled membership, averaged over shuffles, as an Estimate: without a fault 0.5. found: [S, m, N]."""
     cells = 0
     for shuffle in range(shuffles):
-        alleged = attacks.null_member(member, shuffle, groups)
-        cells = cells + metrics.auc_cells(chosen(found, alleged), alleged) / shuffles
-    return metrics.estimate(cells, rate=True, columns=groups)
+        alleged = catalogue.null_member(member, shuffle, groups)
+        cells = cells + intervals.auc_cells(chosen(found, alleged), alleged) / shuffles
+    return intervals.estimate(cells, rate=True, columns=groups)
 
 
 def scores(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +96,7 @@ def answers(ensemble, n_models=16, seed=0, device="cpu", rows=slice(None), most=
     optimizers. rows: the examples asked about, N of them. ValueError: see `kept`.
     """
     ids = kept([ensemble], n_models)
-    nets, x = [network(ensemble, k, device) for k in ids], torch.from_numpy(data.inputs(ensemble.dataset)[0])
+    nets, x = [network(ensemble, k, device) for k in ids], torch.from_numpy(inputs(ensemble.dataset)[0])
     strengths, y = shifts(x, most) if ensemble.dataset.is_image else noises(x, seed), ensemble.dataset.y[rows]
     return np.stack([shares(nets, x[rows], y, queries, device) for queries in (once, *strengths)]), ids
 
@@ -201,7 +202,7 @@ def chosen(found, member) -> np.ndarray:
 
     member: [m, N] bool. The folds keep pairs together, as those of the thresholds in `metrics` do.
     """
-    fold = np.unique(metrics.pairs(member), return_inverse=True)[1] % 2
-    auc = np.array([metrics.auc_cells(s, member).mean(1) for s in found])  # [S, m]
+    fold = np.unique(intervals.pairs(member), return_inverse=True)[1] % 2
+    auc = np.array([intervals.auc_cells(s, member).mean(1) for s in found])  # [S, m]
     best = [auc[:, fold != side].mean(1).argmax() for side in (0, 1)]
     return np.where((fold == 0)[:, None], found[best[0]], found[best[1]])

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.metrics import checked, halves
-from lib.signals import parallel, signals
+from lib.attacks.intervals import checked, halves
+from lib.attacks.signals import parallel, signals
 
 FOLDS = 2  # of a half: each network learns on the others and stops on one; three or four cost more and gain nothing
 TOP = 10  # log-probabilities a network sees; three were enough for Salem et al.

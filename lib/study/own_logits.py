@@ -1,4 +1,4 @@
-"""Audit models trained elsewhere: `python -m lib.outside sgd.npz sam.npz --out outputs/mine`, or `audit` from Python.
+"""Audit models trained elsewhere: `python -m lib.study.own_logits sgd.npz sam.npz --out outputs/mine`, or `audit` from Python.
 
 A file holds what any framework can save with numpy.savez; M models (one is enough), N examples, C classes, Q queries:
 
@@ -23,11 +23,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from lib import attacks, metrics, plots, prose, report
-from lib.results import COLUMNS
-from lib.signals import signals
-from lib.sources import fits
-from lib.store import write_atomic
+from lib.attacks import catalogue, intervals, shadow
+from lib.attacks.signals import signals
+from lib.data.sources import fits
+from lib.study import figures, report, text
+from lib.study.results import COLUMNS
+from lib.training.store import write_atomic
 
 NEEDED = ("logits", "y", "member")
 OPTIONAL = ("population_logits", "population_y", "groups", "probabilities", "population_probabilities")
@@ -204,17 +205,17 @@ def alike(ensembles):
 def lacking(member) -> str:
     """What LiRA and RMIA lack in models; empty if nothing."""
     try:
-        return attacks._enough(member, 2, True) or ""
+        return shadow._enough(member, 2, True) or ""
     except ValueError as error:
         return str(error).removeprefix("member: ")
 
 
 def scores(e, member) -> dict[str, np.ndarray]:
-    """Attack -> scores [M, N]: all attacks.NAMES, or, with too few shadow models, those that need none."""
+    """Attack -> scores [M, N]: all catalogue.NAMES, or, with too few shadow models, those that need none."""
     if not lacking(member):
-        return attacks.run(e.logits, e.y, member, e.population_logits, e.population_y, groups=e.groups)
-    found = attacks.single(plain(e), e.y, member, groups=e.groups)
-    return {name: found[name] for name in attacks.NAMES if name in found}
+        return catalogue.run(e.logits, e.y, member, e.population_logits, e.population_y, groups=e.groups)
+    found = catalogue.single(plain(e), e.y, member, groups=e.groups)
+    return {name: found[name] for name in catalogue.NAMES if name in found}
 
 
 def plain(e):
@@ -223,7 +224,7 @@ def plain(e):
 
 
 def how(e):
-    """The arguments of metrics.table that say what the intervals are about."""
+    """The arguments of intervals.table that say what the intervals are about."""
     return {"columns": e.groups, "examples_only": len(e.member) < 3}
 
 
@@ -231,9 +232,9 @@ def leakage(scored, e):
     """Every metric of every attack, for each name and difference from the first: a tidy frame."""
     frames = []
     for attack in next(iter(scored.values())):
-        threshold = 0.0 if attack in attacks.FIXED else None
+        threshold = 0.0 if attack in catalogue.FIXED else None
         each = {name: found[attack] for name, found in scored.items()}
-        frames.append(metrics.table(each, e.member, threshold=threshold, **how(e)).assign(attack=attack))
+        frames.append(intervals.table(each, e.member, threshold=threshold, **how(e)).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -243,18 +244,18 @@ def fit(ensembles):
     for name, e in ensembles.items():
         seen = signals(plain(e), e.y, only=("correct", "log_confidence"))
         right, loss = seen["correct"].astype(float), -seen["log_confidence"].astype(float)
-        inside, outside = (metrics.ratio_cells(right, side) for side in (e.member, ~e.member))
-        cells[name] = inside, metrics.ratio_cells(loss, e.member), inside - outside
+        inside, outside = (intervals.ratio_cells(right, side) for side in (e.member, ~e.member))
+        cells[name] = inside, intervals.ratio_cells(loss, e.member), inside - outside
     for k, metric in enumerate(("train_accuracy", "train_loss", "generalization_gap")):
         each = {name: c[k] for name, c in cells.items()}
-        found = metrics.paired(each, metrics.pairs(base.member), rate=k == 0, **how(base))
+        found = intervals.paired(each, intervals.pairs(base.member), rate=k == 0, **how(base))
         rows += [(metric, *estimate, name, "") for name, estimate in found.items()]
     return pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high", "optimizer", "attack"])
 
 
 def null(name, e):
     """AUC of every attack on shuffled membership, without a fault 0.5: a tidy frame."""
-    shuffled = SimpleNamespace(**{**vars(e), "member": attacks.null_member(e.member, 0, e.groups)})
+    shuffled = SimpleNamespace(**{**vars(e), "member": catalogue.null_member(e.member, 0, e.groups)})
     frame = leakage({name: scores(e, shuffled.member)}, shuffled)
     return frame[frame.metric == "auc"].assign(note=SHUFFLED)
 
@@ -307,22 +308,22 @@ def prepared(out):
 
 def draw(out, ensembles, scored, frame):
     """Write figures/auc.png, difference.png (of several names), roc.png and phi.png."""
-    plots.style()
+    figures.style()
     safe = {name: name.replace("$", r"\$").lstrip("_") for name in frame.optimizer.unique()}  # in matplotlib's labels
     auc, member = true_auc(frame), next(iter(ensembles.values())).member
     alone = auc.optimizer.isin(ensembles.keys())
     auc, attack = auc.assign(optimizer=auc.optimizer.map(safe)), "lira" if "lira" in auc.attack.values else "confidence"
     phis = {safe[name]: signals(plain(e), e.y, only=("phi",))["phi"] for name, e in ensembles.items()}
     above = auc[alone].assign(**(auc.loc[alone, ["value", "ci_low", "ci_high"]] - 0.5))
-    figures = {
-        "auc": plots.forest(above, "AUC above 1/2, which is guessing"),
-        "roc": plots.roc({safe[name]: found for name, found in scored.items()}, member, attack),
-        "phi": plots.phi_of_members(phis, member),
+    drawn = {
+        "auc": figures.forest(above, "AUC above 1/2, which is guessing"),
+        "roc": figures.roc({safe[name]: found for name, found in scored.items()}, member, attack),
+        "phi": figures.phi_of_members(phis, member),
     }
     if len(ensembles) > 1:
-        figures["difference"] = plots.forest(auc[~alone], "difference in AUC")
-    for name, figure in figures.items():
-        plots.save(figure, SimpleNamespace(out=out), name)
+        drawn["difference"] = figures.forest(auc[~alone], "difference in AUC")
+    for name, figure in drawn.items():
+        figures.save(figure, SimpleNamespace(out=out), name)
 
 
 def true_auc(frame):
@@ -338,9 +339,9 @@ def summary(ensembles, frame):
         best, above = rows.loc[rows.value.idxmax()], int((rows.ci_low > 0.5).sum())
         said.append(
             f"{name}: {above} of {len(rows)} attacks tell members from non-members (interval of AUC above 1/2); "
-            f"the highest AUC is {prose.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}."
+            f"the highest AUC is {text.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}."
         )
-    return said + [prose.summary(auc[auc.optimizer == f"{b}-{first}"], f"{b} leaks", first) for b in others]
+    return said + [text.summary(auc[auc.optimizer == f"{b}-{first}"], f"{b} leaks", first) for b in others]
 
 
 def limits(ensembles):
@@ -366,21 +367,21 @@ def limits(ensembles):
 
 def classes_without(e):
     """The classes without members or without non-members in a half of some model: a list."""
-    part = 2 * metrics.halves(e.member, 0, e.y, e.groups) + e.member
+    part = 2 * intervals.halves(e.member, 0, e.y, e.groups) + e.member
     present = {c: [(part[:, e.y == c] == k).any(1).all() for k in range(4)] for c in np.unique(e.y).tolist()}
     return [c for c, sides in present.items() if not all(sides)]
 
 
 def tables(frame, columns):
     """An HTML table for each optimizer: attacks by metrics, all text escaped."""
-    text = ""
+    shown = ""
     for name, rows in frame.groupby("optimizer", sort=False):
-        cells = [prose.number(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)]
+        cells = [text.number(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)]
         order = [c for c in dict.fromkeys(rows.metric) if c in columns or "@" in c]
         wide = rows.assign(cell=cells).pivot(index="attack", columns="metric", values="cell")
         wide = wide.loc[rows.attack.unique(), order].rename_axis(index=None, columns=None).fillna("")
-        text += f"<h3>{html.escape(name)}</h3>{wide.to_html(border=0)}"
-    return text
+        shown += f"<h3>{html.escape(name)}</h3>{wide.to_html(border=0)}"
+    return shown
 
 
 def picture(path):
@@ -414,7 +415,7 @@ def page(out, ensembles, frame):
 
 def parse(arguments=None):
     """(files, out) of a command line: files and --out, or DATA=a.npz,b.npz OUT=folder as make has them."""
-    parser = argparse.ArgumentParser(prog="python -m lib.outside", description="Audit logits from anywhere.")
+    parser = argparse.ArgumentParser(prog="python -m lib.study.own_logits", description="Audit logits from anywhere.")
     parser.add_argument("files", nargs="*", help=".npz files, the first is the baseline (or DATA=a.npz,b.npz)")
     parser.add_argument("--out", default="outputs/mine", help="folder of the results (or OUT=folder)")
     found = parser.parse_args(arguments)

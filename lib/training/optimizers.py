@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib import models, privacy, sharpness
+from lib.training import networks, privacy, sharpness
 
 BASES = {
     "sgd": torch.optim.SGD,
@@ -127,7 +127,7 @@ def _part(text):
     if ":" not in name and (name not in known or name == "plain"):
         listed = ", ".join([*BASES, *(r for r in RULES if r != "plain")])
         raise ValueError(f"{name!r} is unknown: choose from {listed}, or package.module:name")
-    return name, known[name] if name in known else models.resolve(name, "optimizers"), options
+    return name, known[name] if name in known else networks.resolve(name, "optimizers"), options
 
 
 def _kind(name, found):
@@ -259,7 +259,7 @@ def source(name):
 
     What that module imports is not in it.
     """
-    return _source(models.resolve(name, "import path")) if ":" in name else ""
+    return _source(networks.resolve(name, "import path")) if ":" in name else ""
 
 
 @cache  # a file that is edited after its import changes no code that runs

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib import audit, beyond, ensemble, optimizers, processes
-from lib.optimizers import fingerprint
-from lib.store import place
+from lib.analysis import compare, interventions
+from lib.training import ensemble, optimizers, processes
+from lib.training.optimizers import fingerprint
+from lib.training.store import place
 
 COLUMNS = "notebook arch optimizer rho epochs models finished megagradients megabytes".split()
 APART = 3  # times as long as their mean take the gradients of single examples, which private rules clip
@@ -56,7 +57,7 @@ def wanted(run, exact=False):
     lengths = [(e, name) for e in run.regimes() for name in (base, other)] + [(e, base) for e in run.between()]
     planted = min(run.n_models, max(32, run.n_models // 4))
     longest = of(base, planted, epochs=run.regimes()[-1], subset=0.5)
-    leak = run.recipe(base, subset=0.5), "leak", audit.PLANTED
+    leak = run.recipe(base, subset=0.5), "leak", compare.PLANTED
     return {
         "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths), leak],
         "02": [*main, longest, (longest[0], "planted", planted)],
@@ -75,19 +76,19 @@ def equal_compute(run):
 def beyond_models(run, of, exact):
     """What notebook 06 trains beside the lengths of the first."""
     base, other = run.names[0], run.other
-    made = [of(name, run.few, rho=rho) for name, rho in beyond.variant_radii(run, run.strengths)]
+    made = [of(name, run.few, rho=rho) for name, rho in interventions.variant_radii(run, run.strengths)]
     for e, twice in equal_compute(run).items():
         made += [of(other, run.few, epochs=e), of(base, run.few, epochs=twice)]
-    for changes, data in beyond.chosen_levels(run, run.most_levels).values():
+    for changes, data in interventions.chosen_levels(run, run.most_levels).values():
         made += [of(name, run.few, data, **changes) for name in (base, other)]
-    made += [of(changes.pop("optimizer", base), run.few, **changes) for changes in beyond.defences(run).values()]
-    arch = beyond.private_arch(run)
+    made += [of(changes.pop("optimizer", base), run.few, **changes) for changes in interventions.defences(run).values()]
+    arch = interventions.private_arch(run)
     if arch is None:
         return made
     noise = dict.fromkeys([(rule, e) for rule in ("dpsgd", "dpsam") for e in run.epsilons], 1.0)
-    noise = beyond.noise_levels(run, run.epsilons, beyond.delta_of(run)) if exact else noise
+    noise = interventions.noise_levels(run, run.epsilons, interventions.delta_of(run)) if exact else noise
     rules = [f"{rule}(sigma={sigma:.4g})" for (rule, _), sigma in noise.items()]
-    return made + [of(name, run.private, arch=arch) for name in [base, *map(beyond.on(base), rules)]]
+    return made + [of(name, run.private, arch=arch) for name in [base, *map(interventions.on(base), rules)]]
 
 
 def ensembles(run, notebooks=None, exact=False):

@@ -1,7 +1,7 @@
 """What the paper leaves open: its variants, what switches the effect off, defences, and who pays.
 
 Every comparison is paired with a baseline on the same halves, initial weights and batch orders. Ensembles are
-dicts label -> Ensemble with the same models (audit.align).
+dicts label -> Ensemble with the same models (compare.align).
 """
 
 from dataclasses import replace
@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from lib import attacks, audit, metrics, models, optimizers, privacy
-from lib.audit import lira_cells, plain_signal, row
-from lib.memorization import exposure, spearman
-from lib.prose import sign
-from lib.signals import signals
+from lib.analysis import compare
+from lib.analysis.compare import lira_cells, plain_signal, row
+from lib.analysis.memorization import exposure, spearman
+from lib.attacks import intervals, shadow
+from lib.attacks.signals import signals
+from lib.study.text import sign
+from lib.training import networks, optimizers, privacy
 
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
@@ -47,11 +49,11 @@ def variants(run, factors, n_models):
 
 
 def variant_table(found):
-    """`audit.contrast` of every variant with the baseline, which is first: a tidy frame with a column rho."""
+    """`compare.contrast` of every variant with the baseline, which is first: a tidy frame with a column rho."""
     (first, _), *others = found
     frames = []
     for name, rho in others:
-        frame = audit.contrast({first: found[first, 0.0], name: found[name, rho]})
+        frame = compare.contrast({first: found[first, 0.0], name: found[name, rho]})
         frames.append(frame.assign(rho=np.where(frame.optimizer == first, 0.0, rho)))
     return pd.concat(frames, ignore_index=True).drop_duplicates(["optimizer", "rho", "metric"])
 
@@ -71,13 +73,13 @@ def dominated(found, level=0.95):
     b beats a if it tests better or leaks less (LiRA's AUC), the paired interval clear of 0, and is not worse in the
     other by its estimate. Intervals are widened for the number of pairs (Bonferroni).
     """
-    accuracy = {k: audit.hits_on_test(e) for k, e in found.items()}
+    accuracy = {k: compare.hits_on_test(e) for k, e in found.items()}
     leak, k = {label: lira_cells(e).astype(np.float32) for label, e in found.items()}, len(found)
     strict, dataset = 1 - (1 - level) / max(1, k * (k - 1)), next(iter(found.values())).dataset
 
     def beats(b, a):
-        better = metrics.estimate(accuracy[b] - accuracy[a], level=strict, columns=dataset.groups_test)
-        tighter = metrics.estimate(leak[a] - leak[b], level=strict, widen=metrics.SHADOWS, columns=dataset.groups)
+        better = intervals.estimate(accuracy[b] - accuracy[a], level=strict, columns=dataset.groups_test)
+        tighter = intervals.estimate(leak[a] - leak[b], level=strict, widen=intervals.SHADOWS, columns=dataset.groups)
         clear = (better.low > 0) or (tighter.low > 0)
         return clear and better.value >= 0 and tighter.value >= 0
 
@@ -89,12 +91,12 @@ def dominated(found, level=0.95):
 
 def test_accuracy(ensemble):
     """Mean test accuracy."""
-    return float(audit.hits_on_test(ensemble).mean())
+    return float(compare.hits_on_test(ensemble).mean())
 
 
 def at_equal_accuracy(baseline, other):
-    """As audit.at_equal_loss, at the test accuracies that `other` reached: columns test_accuracy, between, ..."""
-    frame = audit.at_equal(baseline, other, audit.hits_on_test, test=True)
+    """As compare.at_equal_loss, at the test accuracies that `other` reached: columns test_accuracy, between, ..."""
+    frame = compare.at_equal(baseline, other, compare.hits_on_test, test=True)
     between = [f"{low:.1%} and {high:.1%}" for low, high in zip(frame.below, frame.above, strict=True)]
     return frame.drop(columns=["below", "above"]).rename(columns={"at": "test_accuracy"}).assign(between=between)
 
@@ -156,7 +158,7 @@ def causes(run, n_models, most=None):
         for level, (changes, data) in chosen_levels(run, most).items()
         for name in names
     }
-    kept = audit.align(wanted, essential=[key for key in wanted if key[0] == "as it is"])
+    kept = compare.align(wanted, essential=[key for key in wanted if key[0] == "as it is"])
     both = [level for level in dict.fromkeys(key[:2] for key in kept) if all((*level, n) in kept for n in names)]
     return {level: {name: kept[(*level, name)] for name in names} for level in both}
 
@@ -176,7 +178,7 @@ def effect_table(found):
     first, rows = effect[next(iter(effect))], []
     for level, cells in effect.items():
         for metric, values in (("auc", cells), ("auc_change", cells - first)):
-            found_here = metrics.estimate(values, widen=metrics.SHADOWS, columns=groups)
+            found_here = intervals.estimate(values, widen=intervals.SHADOWS, columns=groups)
             rows.append(row(metric, found_here, factor=level[0], level=level[1], **about[level]))
     return pd.DataFrame(rows)
 
@@ -209,7 +211,7 @@ def tempered(ensemble, temperature):
 def lira_scores(ensemble):
     """LiRA's scores, online, per-example variance: [M, N]."""
     phi = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"]
-    return attacks.lira(phi, np.array(ensemble.member))
+    return shadow.lira(phi, np.array(ensemble.member))
 
 
 def defence_table(found):
@@ -223,8 +225,8 @@ def defence_table(found):
         "confidence": {k: plain_signal(e, "phi") for k, e in found.items()},
     }
     groups = next(iter(found.values())).dataset.groups
-    frames = [audit.accuracies(found)]
-    frames += [metrics.table(scores, member, columns=groups).assign(attack=name) for name, scores in scored.items()]
+    frames = [compare.accuracies(found)]
+    frames += [intervals.table(scores, member, columns=groups).assign(attack=name) for name, scores in scored.items()]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -257,8 +259,8 @@ def private_arch(run):
     arch = WITHOUT_NORM.get(run.arch, run.arch)
     if optimizers.asks_again(run.recipe(run.names[0]).named):
         return None
-    net = models.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
-    return None if models.has_batchnorm(net) else arch
+    net = networks.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
+    return None if networks.has_batchnorm(net) else arch
 
 
 def private(run, targets, n_models, delta):
@@ -296,29 +298,31 @@ def class_table(ensembles):
     dataset = next(iter(ensembles.values())).dataset
     member, frames = np.array(next(iter(ensembles.values())).member), []
     scores = {k: lira_scores(e) for k, e in ensembles.items()}
-    right = {k: audit.hits_on_test(e) for k, e in ensembles.items()}
+    right = {k: compare.hits_on_test(e) for k, e in ensembles.items()}
     for c, name in enumerate(dataset.classes):
         own, seen = dataset.y == c, dataset.y_test == c
         inside, of = member[:, own], {"groups": own, "groups_test": seen}
         of = {key: None if (g := getattr(dataset, key)) is None else g[rows] for key, rows in of.items()}
         cells = {}
         if inside.any(1).all() and (~inside).any(1).all():
-            cells["auc"] = {k: metrics.auc_cells(s[:, own], inside) for k, s in scores.items()}
+            cells["auc"] = {k: intervals.auc_cells(s[:, own], inside) for k, s in scores.items()}
         if seen.any():
             cells["class_test_accuracy"] = {k: r[:, seen] for k, r in right.items()}
         for metric, each in cells.items():
             how = (
-                {"widen": metrics.SHADOWS, "columns": of["groups"]}
+                {"widen": intervals.SHADOWS, "columns": of["groups"]}
                 if metric == "auc"
                 else {"columns": of["groups_test"]}
             )
-            found = metrics.paired(each, rate=True, **how)
+            found = intervals.paired(each, rate=True, **how)
             rows = [row(metric, e, optimizer=k) for k, e in found.items()]
             frames.append(pd.DataFrame(rows).assign(**{"class": name, "size": own.sum()}))
     counts = np.bincount(dataset.y_test, minlength=dataset.n_classes)
     # mean over classes of the accuracy within: each test point weighs T / (C n_class)
     weight = len(dataset.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[dataset.y_test]
-    balanced = audit.compared(ensembles, lambda e: audit.hits_on_test(e) * weight, "balanced_test_accuracy", test=True)
+    balanced = compare.compared(
+        ensembles, lambda e: compare.hits_on_test(e) * weight, "balanced_test_accuracy", test=True
+    )
     return pd.concat([*frames, balanced.assign(**{"class": "", "size": len(dataset.y)})], ignore_index=True)
 
 
@@ -343,14 +347,14 @@ def agreement(ensembles, parts=8, seed=0):
             both = np.isfinite(seen[one]) & np.isfinite(seen[other])  # some were in, or out of, all of a half's models
             found.setdefault(name, []).append(spearman(seen[one][both], seen[other][both]))
     rows = [
-        row("exposure_rank_correlation", metrics.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
+        row("exposure_rank_correlation", intervals.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
         for name, v in found.items()
     ]
     one, other, across = map(np.array, found.values())
     if min(*one, *other) > 0:
         # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
         corrected, value = across / np.sqrt(one * other), across.mean() / np.sqrt(one.mean() * other.mean())
-        found_here = metrics.Estimate(value, min(corrected), max(corrected))
+        found_here = intervals.Estimate(value, min(corrected), max(corrected))
         rows.append(row("exposure_rank_correlation_corrected", found_here, optimizer=f"{a} and {b}"))
     return pd.DataFrame(rows)
 
@@ -374,14 +378,14 @@ def pattern_table(ensembles, memorized):
         label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
         if own.sum() < 10:
             continue
-        cells = {k: metrics.auc_cells(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()}
-        for k, e in metrics.paired(cells, rate=True, widen=metrics.SHADOWS).items():
+        cells = {k: intervals.auc_cells(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()}
+        for k, e in intervals.paired(cells, rate=True, widen=intervals.SHADOWS).items():
             rows.append(row("auc", e, optimizer=k, size=label))
         for k, values in memorized.items():
-            rows.append(row("mean_memorization", metrics.t_interval(values[own]), optimizer=k, size=label))
+            rows.append(row("mean_memorization", intervals.t_interval(values[own]), optimizer=k, size=label))
         if seen.sum() >= 10:
             right = {k: plain_signal(e, "correct", test=True)[:, seen].astype(float) for k, e in ensembles.items()}
-            for k, e in metrics.paired(right, rate=True).items():
+            for k, e in intervals.paired(right, rate=True).items():
                 rows.append(row("test_accuracy", e, optimizer=k, size=label))
     return pd.DataFrame(rows)
 

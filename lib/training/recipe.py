@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from lib import models, optimizers
+from lib.training import networks, optimizers
 
 STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 
@@ -14,7 +14,7 @@ STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 class Recipe:
     """Everything that decides what is trained, except the data. Raises ValueError naming a bad field.
 
-    arch: a name of models.MODELS, or a reader's own as package.module:name.
+    arch: a name of networks.MODELS, or a reader's own as package.module:name.
     optimizer: a base (sgd, nesterov, adam, adamw), a rule (sam: on SGD), or both (sam+adamw), see optimizers.parse.
     rho: radius of the rule's ball (negative for sharpreg); or a list of radii, taken in turn by the pairs of models.
     warmup: share of the steps with rising learning rate, before the cosine falls to 0.
@@ -51,8 +51,8 @@ class Recipe:
         object.__setattr__(self, "rho", rho if self.has_radius else 0.0)
         object.__setattr__(self, "optimizer", named.text)  # however it was spaced
         require, sign = partial(_require, self), -1 if named.rule_name == "sharpreg" else 1
-        known = f"one of {', '.join(models.MODELS)}, or package.module:name"
-        require("arch", self.arch in models.MODELS or ":" in self.arch, known)
+        known = f"one of {', '.join(networks.MODELS)}, or package.module:name"
+        require("arch", self.arch in networks.MODELS or ":" in self.arch, known)
         side = "zero or positive" if sign > 0 else "zero or negative"
         require("rho", min(sign * np.atleast_1d(self.rho), default=-1) >= 0, side)
         require("lr", self.lr > 0, "positive")

@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter
 
-from lib import metrics
+from lib.attacks import intervals
 
 COLOURS = sns.color_palette("colorblind")
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
@@ -130,7 +130,7 @@ def roc(scored, member, attack="lira"):
     grid = np.geomspace(10 / (~member).sum(), 1, 200)
     for index, (name, attacks) in enumerate(scored.items()):
         axis.plot(
-            grid, metrics.roc(attacks[attack], member, grid), label=name, **(look(index) | {"marker": None}), lw=2
+            grid, intervals.roc(attacks[attack], member, grid), label=name, **(look(index) | {"marker": None}), lw=2
         )
     axis.plot(grid, grid, color="0.5", lw=1, label="guessing")
     axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)

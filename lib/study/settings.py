@@ -4,12 +4,7 @@ The notebooks, the command line and make share one vocabulary of parameters (PAR
 not given; what is given wins; what is unknown raises, before anything is trained.
 """
 
-import argparse
-import base64
-import io
-import json
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,21 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from lib import data, engine, ensemble, models, optimizers, sharpness, step
-from lib.recipe import Recipe
-from lib.store import write_atomic
+from lib.data.dataset import DATASETS, Dataset, load, pool
+from lib.training import ensemble, networks, optimizers, sharpness, step, workers
+from lib.training.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-# the verdict judges what all the others recorded: it comes last
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("verdict" in p.stem, p.stem))
+ROOT = Path(__file__).resolve().parents[2]
 
 PARAMETERS = {
     "preset": (str, "tiny (tests), default, small (images on two cores), fast, paper (both for a GPU)"),
-    "dataset": (str, f"one of {', '.join(data.DATASETS)}"),
+    "dataset": (str, f"one of {', '.join(DATASETS)}"),
     "data": (str, "path of the data, where the data set needs one"),
-    "arch": (str, f"network: {', '.join(models.MODELS)}, or package.module:name"),
+    "arch": (str, f"network: {', '.join(networks.MODELS)}, or package.module:name"),
     "optimizers": (str, "comma-separated, the first is the baseline: sgd,sam,looksam(k=5)"),
     "rho": (float, "radius of SAM's neighbourhood"),
     "n_models": (int, "models per optimizer, an even number (a sweep over radii or epochs takes at most 128)"),
@@ -131,7 +123,7 @@ class Settings:
     """A checked run: every parameter filled in, the data loaded, nothing trained yet."""
 
     values: dict
-    dataset: data.Dataset
+    dataset: Dataset
     began: float = field(default_factory=time.monotonic, compare=False)
 
     def __getattr__(self, name):
@@ -142,7 +134,7 @@ class Settings:
     @cached_property
     def forecast(self):
         """Called with the time of each chunk of models, it tells once how long the run's training will take."""
-        from lib.plan import Forecast  # here: the plan of a run is drawn from its settings
+        from lib.study.experiments import Forecast
 
         return Forecast(self)
 
@@ -213,11 +205,11 @@ class Settings:
         """The ensemble of one optimizer, from the store or trained now, on the run's data or another data set."""
         recipe = self.recipe(optimizer, **changes)
         where = self.store, self.device, self.engine, self.gpus
-        return engine.train(recipe, dataset or self.dataset, n_models or self.n_models, *where, notify=self.forecast)
+        return workers.train(recipe, dataset or self.dataset, n_models or self.n_models, *where, notify=self.forecast)
 
     def train_free(self, recipe, dataset, n_models):
         """Train those models that the store lacks and no other process is training; nothing is waited for."""
-        engine.begin(recipe, dataset, n_models, self.store, self.device, "local", 0.0, notify=self.forecast)
+        workers.begin(recipe, dataset, n_models, self.store, self.device, "local", 0.0, notify=self.forecast)
         kept, device = ensemble.open_store(recipe, dataset, self.store), ensemble.device_of(self.device)
         ensemble.train_missing(recipe, dataset, n_models, kept, device, notify=self.forecast, wait=False)
 
@@ -255,19 +247,19 @@ def settings(given):
     given = clean(given)
     for name in ("out", "store"):
         writable(name, given[name])
-    whole = data.load(given["dataset"], given.get("data"), Path(given["store"]) / "cache")
+    whole = load(given["dataset"], given.get("data"), Path(given["store"]) / "cache")
     kind = "table" if Settings({}, whole).is_table else "image"
     preset = PRESETS[given["preset"]][kind]
     values = {"data": None, **preset, **given}
     bound = None if "n_examples" not in given and len(whole.y) <= values["n_examples"] else values["n_examples"]
     # the models are asked about as many test points as each is trained on, or all there are
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
-    pool = data.pool(whole, bound, values["seed"], n_test)
-    values["n_examples"] = len(pool.y)
+    chosen = pool(whole, bound, values["seed"], n_test)
+    values["n_examples"] = len(chosen.y)
     values.setdefault("gpus", float(ensemble.device_of(values["device"]).type == "cuda"))
     if "batch_size" not in given:  # like n_examples, the preset's is an upper bound
-        values["batch_size"] = max(1, min(values["batch_size"], int(len(pool.y) * values["subset"]) // 2))
-    run = Settings(values, pool)
+        values["batch_size"] = max(1, min(values["batch_size"], int(len(chosen.y) * values["subset"]) // 2))
+    run = Settings(values, chosen)
     check(run)
     return run
 
@@ -277,7 +269,7 @@ def check(run):
     if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
         raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
     device = ensemble.device_of(run.device)
-    engine.check(run.engine, run.gpus)
+    workers.check(run.engine, run.gpus)
     parsed = [optimizers.parse(name) for name in run.names]
     if parsed[0].rule_name != "plain":
         bases = ", ".join(optimizers.BASES)
@@ -324,123 +316,3 @@ def notebook_settings(namespace, before):
     misspelt parameter is seen as one."""
     wanted = {n: v for n, v in namespace.items() if n in PARAMETERS or (n not in before and not n.startswith("_"))}
     return settings(wanted)
-
-
-# ---- running the notebooks headlessly -----------------------------------------------------------------------
-
-
-def parse(arguments):
-    """(notebooks, parameters, what to do with them) of a command line: --name value, or NAME=value as make has them.
-
-    What to do: "run" them, or only "plan" or "work"."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.study",
-        description="Run the notebooks headlessly, in order, into one folder of results.",
-        allow_abbrev=False,
-        epilog="A parameter may also be written as make writes it: DATASET=cifar10.",
-    )
-    for name, (kind, meaning) in PARAMETERS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar=kind.__name__, help=meaning)
-    parser.add_argument("--plan", action="store_true", help="say what is left to train and what it costs")
-    parser.add_argument("--work", action="store_true", help="train what is left, beside other processes; no notebooks")
-    parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
-    found = vars(parser.parse_args(arguments))
-    words, doing = found.pop("words"), [name for name in ("plan", "work") if found.pop(name)]
-    if len(doing) > 1:
-        raise ValueError("--plan and --work exclude each other: choose one")
-    given = {name: value for name, value in found.items() if value is not None}
-    given |= {w.split("=", 1)[0].lower(): w.split("=", 1)[1] for w in words if "=" in w}
-    wanted = [w for w in words if "=" not in w]
-    for word in wanted:
-        if not any(book.name.startswith(word) for book in NOTEBOOKS):
-            raise ValueError(f"notebook {word!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
-    books = [b for b in NOTEBOOKS if not wanted or any(b.name.startswith(w) for w in wanted)]
-    return books, given, (doing or ["run"])[0]
-
-
-def shortest(path):
-    """The path as seen from here, where the kernel will start too; absolute if it lies elsewhere."""
-    path = Path(path).resolve()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def smaller(png):
-    """A PNG (base64) with a palette of 256 colours: a figure loses nothing that is seen, and half its size."""
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(file := io.BytesIO(), "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def execute(book, given, out):
-    """Run one notebook with papermill; what the kernel prints comes here, its progress bars not into the copy."""
-    import papermill
-
-    print(f"{book.stem} -> {out}", flush=True)
-    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
-    done = papermill.execute_notebook(book, out / book.name, parameters=given, kernel_name="python3", **streams)
-    for cell in done.cells:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output.data["image/png"] = smaller(output.data["image/png"])
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
-    for path in ("input_path", "output_path"):
-        done.metadata.papermill.pop(path, None)  # the copy may travel
-    papermill.iorw.write_ipynb(done, str(out / book.name))
-
-
-def main(arguments=None):
-    """Command line. Returns the exit status: 2 for bad input, 1 for a notebook that failed."""
-    from lib import plan
-
-    try:
-        chosen, given, doing = parse(arguments)
-        run = settings(given)
-        numbers = [book.name[:2] for book in chosen]
-        if doing == "plan":
-            print(plan.describe(run, numbers))
-            return 0
-        plan.check_disk(run, numbers)
-        if doing == "work":
-            plan.work_off(run, numbers)
-            return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    to_do, total = plan.left(run, numbers)
-    status = execute_all(chosen, {**clean(given), "store": shortest(run.store), "out": shortest(run.out)})
-    seconds = round(time.monotonic() - run.began)
-    # what this took, and which share of its training the store did not have
-    took = {"notebooks": numbers, "n_models": run.n_models, "seconds": seconds, "trained": to_do / (total or 1)}
-    return status or concluded(run, took)
-
-
-def concluded(run, took):
-    """Write run.json and the report of a run that went through. Returns the exit status."""
-    from lib import report
-
-    try:
-        write_atomic(Path(run.out) / "run.json", json.dumps(took))
-        page = shortest(report.build(run.out))
-    except OSError as error:
-        print(f"error: out={run.out!r} can't be written ({error}): give a writable folder", file=sys.stderr)
-        return 1
-    print(f"Done. Look at {page} (open in a browser), results.csv, figures/ and the notebooks beside it")
-    return 0
-
-
-def execute_all(chosen, given):
-    """Run the notebooks in turn. Returns the exit status."""
-    out = Path(given["out"])
-    for book in chosen:
-        try:
-            execute(book, given, out)
-        except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
-            said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
-            print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

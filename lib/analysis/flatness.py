@@ -1,0 +1,78 @@
+"""flatness"""
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
+
+from lib.analysis.compare import row
+from lib.attacks import intervals
+from lib.data.dataset import inputs
+from lib.training import sharpness
+from lib.training.ensemble import KEEP_WEIGHTS
+
+# ---- flatness -----------------------------------------------------------------------------------------------
+
+
+def flatness(ensemble, rho, n_models=8, n_examples=512):
+    """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
+
+    rho > 0. Returns [models whose weights are kept, 2]: the largest Hessian eigenvalue, and the loss rise within
+    the ball of radius rho.
+    """
+    x = torch.from_numpy(inputs(ensemble.dataset)[0])
+    y = torch.from_numpy(ensemble.dataset.y)
+    found = []
+    kept = [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
+    for index, k in enumerate(tqdm(kept, "flatness", delay=2, leave=False)):
+        net, params, buffers = ensemble.weights(k)
+        chosen = np.flatnonzero(ensemble.member[index])[:n_examples]
+
+        def loss(params, net=net, buffers=buffers, chosen=chosen):
+            return F.cross_entropy(functional_call(net, (params, buffers), (x[chosen],)), y[chosen])
+
+        pair = sharpness.top_eigenvalue(loss, params), sharpness.ball_rise(loss, params, rho)
+        found.append([float(value) for value in pair])
+    return np.array(found).reshape(-1, 2)
+
+
+def flatness_table(ensembles, rho):
+    """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over pairs of models."""
+    found = {name: flatness(e, rho) for name, e in ensembles.items()}
+    baseline, *others = found
+    found |= {f"{name}-{baseline}": found[name] - found[baseline] for name in others}
+    rows = []
+    for name, values in found.items():
+        for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
+            rows.append(row(metric, t_interval(values[:, column]), optimizer=name))
+    return pd.DataFrame(rows)
+
+
+def t_interval(values, level=0.95):
+    """Mean of one value per model [n], partners side by side, with Student's t interval over the means of pairs."""
+    return intervals.t_interval(values.reshape(-1, 2).mean(1), level)
+
+
+# ---- a trained network's linear model ------------------------------------------------------------------------
+
+
+def tangent_features(ensemble, k, chosen, most=100_000):
+    """Gradient of phi in the weights of model k (< 16), at examples `chosen` of the pool: [len(chosen), P] float64.
+
+    P: all the weights, or those of the last layers while they are at most `most`.
+    """
+    net, params, buffers = ensemble.weights(k)
+    x, y = (torch.from_numpy(a[chosen]) for a in (inputs(ensemble.dataset)[0], ensemble.dataset.y))
+    sizes = np.cumsum([p.numel() for p in reversed(params.values())])
+    names = list(reversed(params))[: max(1, np.sum(sizes <= most))]
+
+    def phi(some, x, own):
+        logits = functional_call(net, ({**params, **some}, buffers), (x[None],))[0]
+        # phi = z_y - logsumexp_{j != y} z_j
+        return (logits * own).sum() - torch.logsumexp(logits.masked_fill(own, -torch.inf), 0)
+
+    own = F.one_hot(y, ensemble.dataset.n_classes).bool()
+    gradients = vmap(grad(phi), (None, 0, 0), chunk_size=64)({n: params[n] for n in names}, x, own)
+    return torch.cat([g.flatten(1) for g in gradients.values()], 1).double().numpy()

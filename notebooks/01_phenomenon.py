@@ -79,13 +79,24 @@ from lib.attacks import label_only
 from lib.data.dataset import duplicate_table
 from lib.study import figures
 from lib.study.results import Results
-from lib.study.text import conclusions, difference, null_control, pick, planted_leak, points, say, shown, summary, verb
+from lib.study.text import (
+    conclusions,
+    describe_sign,
+    difference,
+    null_control,
+    percentage_points,
+    pick,
+    planted_leak,
+    show_table,
+    show_text,
+    summary,
+)
 from lib.training import ensemble
 
 figures.style()
-baseline, other = run.names[0], run.other
-pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
-say(run.describe())
+baseline, treatment = run.names[0], run.treatment
+pair, than = f"{treatment}-{baseline}", ("more than", "less than", "no differently from")
+show_text(run.describe())
 
 # %% [markdown]
 # ## What membership inference is, in three pictures
@@ -103,7 +114,7 @@ say(run.describe())
 # the others (but for its partner, which would give the game away) are its shadows.
 
 # %%
-ensembles = compare.align({name: run.train(name) for name in run.names})
+ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 phis = {name: compare.plain_signal(e, "phi") for name, e in ensembles.items()}
 gap = compare.phi_gap(phis[baseline], member)
@@ -142,7 +153,7 @@ for kind in ("exact", "near"):
     own, other_label, outside = (
         counts[f"{kind}_{name}"] for name in ("duplicates", "duplicates_other_label", "test_twins")
     )
-    say(f"Of {len(run.dataset.y)} examples {own:.0f} have {kind} twins in the pool ({other_label:.0f} of them with another "
+    show_text(f"Of {len(run.dataset.y)} examples {own:.0f} have {kind} twins in the pool ({other_label:.0f} of them with another "
         f"label), {outside:.0f} in the test part.")  # fmt: skip
 
 # %% [markdown]
@@ -164,12 +175,14 @@ figures.save(figures.training_curves(ensembles), run, "training")
 # %%
 accuracy = compare.accuracies(ensembles)
 results.add(accuracy)
-shown(accuracy)
+show_table(accuracy)
 test = difference(accuracy, "test_accuracy", pair)
-say(f"{other} tests {verb(test, 'better than', 'worse than', 'no differently from')} {baseline}: {points(test)}.")
+show_text(
+    f"{treatment} tests {describe_sign(test, 'better than', 'worse than', 'no differently from')} {baseline}: {percentage_points(test)}."
+)
 for name in run.names:
     fit, loss = pick(accuracy, name, "train_accuracy"), pick(accuracy, name, "train_loss")
-    say(f"{name} fits its training half with accuracy {fit:.1%} and loss {loss:.2g}.")
+    show_text(f"{name} fits its training half with accuracy {fit:.1%} and loss {loss:.2g}.")
 
 # %% [markdown]
 # **How to read it.** The generalization gap is
@@ -206,7 +219,7 @@ scored = {name: compare.scores(e) for name, e in ensembles.items()}
 leak = compare.leakage(ensembles, scored)
 results.add(leak)
 table = leak.metric.isin(["auc", "balanced_accuracy"])
-shown(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer"])
+show_table(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer"])
 
 # %% [markdown]
 # The strict end: how many members can be named when almost nobody may be accused wrongly? The realised FPR should
@@ -215,7 +228,7 @@ shown(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer
 
 # %%
 strict = leak[leak.metric.str.startswith(("tpr@", "realised_fpr@")) & leak.attack.isin(["lira", "rmia"])]
-shown(strict[strict.optimizer.isin(run.names)], across=["attack", "optimizer"])
+show_table(strict[strict.optimizer.isin(run.names)], across=["attack", "optimizer"])
 
 # %% [markdown]
 # And the differences, paired. To the right of the line, the sharpness-aware ensemble leaks more.
@@ -230,7 +243,7 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
             figures.forest(frame, f"difference in {label} (paired, 95% interval)"), run, f"difference_{metric}"
         )
     )
-    say(summary(frame[frame.optimizer == pair], f"In {label}, {other} leaks", baseline))
+    show_text(summary(frame[frame.optimizer == pair], f"In {label}, {treatment} leaks", baseline))
 
 # %% [markdown]
 # ### Only the label
@@ -246,22 +259,24 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 
 # %%
 where = ensemble.device_of(run.device)
-labels = label_only.table(ensembles, n_models=16 if run.is_table else 8, device=where)
-results.add(labels, n_models=len(label_only.kept(ensembles.values(), 16 if run.is_table else 8)))
-shown(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
+labels = label_only.table(ensembles, n_models=16 if run.is_small else 8, device=where)
+results.add(labels, n_models=len(label_only.kept(ensembles.values(), 16 if run.is_small else 8)))
+show_table(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
 for metric in ("auc", "balanced_accuracy"):
     rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
     only = difference(rows, metric, pair)
-    say(f"By labels alone ({metric}), {other} leaks {verb(only, *than)} {baseline}: {points(only)}.")
+    show_text(
+        f"By labels alone ({metric}), {treatment} leaks {describe_sign(only, *than)} {baseline}: {percentage_points(only)}."
+    )
 
 # %%
 known = pd.concat([labels, leak]).query("metric == 'auc'").set_index(["optimizer", "attack"]).value
 for name in run.names:
-    say(f"{name}: AUC {known[name, 'label_only']:.3f}; asked once, for the example as it is, {known[name, 'label_once']:.3f}; "
+    show_text(f"{name}: AUC {known[name, 'label_only']:.3f}; asked once, for the example as it is, {known[name, 'label_once']:.3f}; "
         f"LiRA, which is shown the confidence, {known[name, 'lira']:.3f}.")  # fmt: skip
 null = labels[labels.metric == "null_auc"].itertuples()
 said = [f"{row.optimizer} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in null]
-say(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")
+show_text(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")
 
 # %% [markdown]
 # ### ROC
@@ -285,9 +300,9 @@ figures.save(figures.roc(scored, member, "lira"), run, "roc")
 display(figures.save(figures.phi_of_members(phis, member), run, "phi"))
 spread = compare.variances(ensembles)
 results.add(spread)
-shown(spread)
+show_table(spread)
 for metric in spread.metric.unique():
-    say(f"`{metric}`: {other} varies {verb(difference(spread, metric, pair), *than)} {baseline}.")
+    show_text(f"`{metric}`: {treatment} varies {describe_sign(difference(spread, metric, pair), *than)} {baseline}.")
 
 # %% [markdown]
 # **How to read it.** $\phi$ has no ceiling, so a longer or larger-stepped training stretches it for members and
@@ -303,15 +318,15 @@ for metric in spread.metric.unique():
 # optimizer's own base, trained without the rule. (An optimizer without a radius has no dose to vary.)
 
 # %%
-without = run.recipe(other).named.base_name
-doses = {0.0: run.train(without, run.sweep)}
-doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
-doses = compare.align(doses, essential=[0.0])
-dose_frame = compare.dose_table(doses, other, without)
-results.add(dose_frame, note="dose and response", n_models=len(doses[0.0].ids))
+without = run.recipe(treatment).named.base_name
+radius_sweep = {0.0: run.train(without, run.sweep)}
+radius_sweep |= {dose: run.train(treatment, run.sweep, rho=dose) for dose in run.radius_sweep(treatment)}
+radius_sweep = compare.keep_common_models(radius_sweep, essential=[0.0])
+radius_frame = compare.radius_table(radius_sweep, treatment, without)
+results.add(radius_frame, note="dose and response", n_models=len(radius_sweep[0.0].ids))
 panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
-dose_steps = dose_frame[dose_frame.optimizer == f"{other}-{without}"]
-figures.save(figures.dose_response(dose_steps, panels), run, "dose")
+radius_steps = radius_frame[radius_frame.optimizer == f"{treatment}-{without}"]
+figures.save(figures.radius_response(radius_steps, panels), run, "dose")
 
 # %% [markdown]
 # **How to read it.** Paired differences from radius 0, with 95% intervals. Left to right: what is gained, how
@@ -332,37 +347,41 @@ figures.save(figures.dose_response(dose_steps, panels), run, "dose")
 # one run more; the interval spans what all of them give.
 
 # %%
-wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.regimes() for name in (baseline, other)}
+wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.length_sweep() for name in (baseline, treatment)}
 wanted |= {(e, baseline): run.train(baseline, run.sweep, epochs=e) for e in run.between()}
-usable = compare.align(wanted, essential=[(run.epochs, baseline), (run.epochs, other)])
-regimes = compare.by_epochs(usable)
-regime_frame = compare.regime_table(regimes)
-about = {"note": [f"epochs={e}" for e in regime_frame.epochs], "n_models": len(usable[run.epochs, other].ids)}
-results.add(regime_frame, **about)
-equal_epochs = regime_frame[(regime_frame.optimizer == pair) & (regime_frame.metric == "auc")]
-shown(equal_epochs, across=["epochs"])
+usable = compare.keep_common_models(wanted, essential=[(run.epochs, baseline), (run.epochs, treatment)])
+length_sweep = compare.by_epochs(usable)
+length_frame = compare.length_table(length_sweep)
+about = {"note": [f"epochs={e}" for e in length_frame.epochs], "n_models": len(usable[run.epochs, treatment].ids)}
+results.add(length_frame, **about)
+equal_epochs = length_frame[(length_frame.optimizer == pair) & (length_frame.metric == "auc")]
+show_table(equal_epochs, across=["epochs"])
 
 # %% [markdown]
 # One line joins numbers of epochs, the other radii, so that both ways of moving the train loss can be seen. A point
 # is a whole ensemble; all are of the same models here, since LiRA finds more the more shadows it has.
 
 # %%
-by_length, by_radius = compare.on_the_same(usable, doses)
-by_length = regime_frame if by_length is usable else compare.regime_table(compare.by_epochs(by_length))
-by_radius = dose_frame if by_radius is doses else compare.dose_table(by_radius, other, without)
-figures.save(figures.leakage_against_loss(compare.loss_series(by_length, by_radius, baseline, other)), run, "regimes")
+by_length, by_radius = compare.on_the_same(usable, radius_sweep)
+by_length = length_frame if by_length is usable else compare.length_table(compare.by_epochs(by_length))
+by_radius = radius_frame if by_radius is radius_sweep else compare.radius_table(by_radius, treatment, without)
+figures.save(
+    figures.leakage_against_loss(compare.loss_series(by_length, by_radius, baseline, treatment)), run, "regimes"
+)
 
 # %%
-trained = [[e for (_, name), e in usable.items() if name == kind] for kind in (baseline, other)]
+trained = [[e for (_, name), e in usable.items() if name == kind] for kind in (baseline, treatment)]
 equal_loss = compare.at_equal_loss(*trained)
 notes = [f"at equal train loss {row.train_loss:.3g}, baseline between {row.between}" for row in equal_loss.itertuples()]
-results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, other].ids))
+results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, treatment].ids))
 display(equal_loss.style.format(precision=4).hide(axis="index"))
 for row in equal_epochs.itertuples():
-    say(f"After {row.epochs} epochs, {other} leaks {verb(row, *than)} {baseline} ({points(row)} of AUC).")
+    show_text(
+        f"After {row.epochs} epochs, {treatment} leaks {describe_sign(row, *than)} {baseline} ({percentage_points(row)} of AUC)."
+    )
 for row in equal_loss.itertuples():
-    say(f"At train loss {row.train_loss:.2g}, where {other} is after {row.epochs} epochs, it leaks "
-        f"{verb(row, *than)} {baseline} ({points(row)} of AUC).")  # fmt: skip
+    show_text(f"At train loss {row.train_loss:.2g}, where {treatment} is after {row.epochs} epochs, it leaks "
+        f"{describe_sign(row, *than)} {baseline} ({percentage_points(row)} of AUC).")  # fmt: skip
 
 # %% [markdown]
 # **How to read it.** Where the lines cross, the sign of the effect turns. Where they coincide at equal loss, the train
@@ -380,10 +399,12 @@ for row in equal_loss.itertuples():
 # %%
 flat = flatness.flatness_table(ensembles, run.rho)
 results.add(flat)
-shown(flat)
+show_table(flat)
 for metric in flat.metric.unique():
-    words = verb(difference(flat, metric, pair), "sharper than", "flatter than", "neither flatter nor sharper than")
-    say(f"`{metric}`: {other} is {words} {baseline}.")
+    words = describe_sign(
+        difference(flat, metric, pair), "sharper than", "flatter than", "neither flatter nor sharper than"
+    )
+    show_text(f"`{metric}`: {treatment} is {words} {baseline}.")
 
 # %% [markdown]
 # ## A control: shuffled membership
@@ -395,10 +416,10 @@ for metric in flat.metric.unique():
 # one 95% interval in twenty misses by chance.)
 
 # %%
-null = compare.null_table(ensembles[other], run.seed)
-results.add(null, optimizer=other, note="null control: shuffled membership")
-shown(null, across=["metric"])
-say(null_control(null))
+null = compare.null_table(ensembles[treatment], run.seed)
+results.add(null, optimizer=treatment, note="null control: shuffled membership")
+show_table(null, across=["metric"])
+show_text(null_control(null))
 
 # %% [markdown]
 # ## Another control: a planted leak
@@ -421,7 +442,7 @@ found = [compare.planted_table(compare.scores(planted), np.array(planted.member)
 found = pd.concat([*found, compare.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
 results.add(found, optimizer=baseline, note=f"planted leak: one example trained {times} times",
             n_models=found.n_models, n_examples=len(leaky.y))  # fmt: skip
-say(f"Trained {times} times: {planted_leak(found)}")
+show_text(f"Trained {times} times: {planted_leak(found)}")
 
 # %% [markdown]
 # Beside it the same example in the main ensemble, trained once and no more, with the same measure.
@@ -429,8 +450,8 @@ say(f"Trained {times} times: {planted_leak(found)}")
 # %%
 once = compare.planted_table(scored[baseline], member, hardest)
 results.add(once, optimizer=baseline, note="the same example trained once", n_models=once.n_models)
-say(f"Trained once: {planted_leak(once)}")
-shown(pd.concat([found.assign(trained=f"{times} times"), once.assign(trained="once")]), across=["trained"])
+show_text(f"Trained once: {planted_leak(once)}")
+show_table(pd.concat([found.assign(trained=f"{times} times"), once.assign(trained="once")]), across=["trained"])
 
 # %% [markdown]
 # **How to read it.** Shares of pairs found, with exact intervals, which are wide: a few pairs can show that an attack
@@ -465,7 +486,7 @@ display(paper.style.format(precision=2, na_rep="").hide(axis="index"))
 # This run, in the same shape and in per cent. Its intervals stand in the tables above.
 
 # %%
-ours = compare.beside_paper(leak, accuracy, baseline, other)
+ours = compare.beside_paper(leak, accuracy, baseline, treatment)
 ours.insert(0, "regime", f"halves, {len(member)} models, N = {member.shape[1]}")
 display(ours.style.format(precision=2, na_rep="").hide(axis="index"))
 
@@ -476,5 +497,5 @@ display(ours.style.format(precision=2, na_rep="").hide(axis="index"))
 
 # %%
 for line in conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
-    say(line)
-say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+    show_text(line)
+show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -83,11 +83,11 @@ from lib.attacks import intervals
 from lib.data.dataset import inputs
 from lib.study import figures
 from lib.study.results import Results
-from lib.study.text import difference, pick, points, say, shown, verb
+from lib.study.text import describe_sign, difference, percentage_points, pick, show_table, show_text
 from lib.training.store import write_atomic
 
-baseline, other = run.names[0], run.other
-pair = f"{other}-{baseline}"
+baseline, treatment = run.names[0], run.treatment
+pair = f"{treatment}-{baseline}"
 
 # %% [markdown]
 # ## The estimates and their precision
@@ -99,8 +99,8 @@ pair = f"{other}-{baseline}"
 # %%
 figures.style()
 than = ("more than", "less than", "no differently from")
-say(run.describe())
-ensembles = compare.align({name: run.train(name) for name in run.names})
+show_text(run.describe())
+ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 results = Results("02_memorization", run, n_models=len(member))
 outputs = {kind: {n: compare.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
@@ -116,7 +116,7 @@ write_atomic(
 for kind, found in mem.items():
     middle, most = np.quantile(found[baseline].se, [0.5, 0.95])
     need = memorization.models_needed(most, len(member), 0.02)
-    say(
+    show_text(
         f"For `{kind}` under {baseline}, {len(member)} models give a standard error of {middle:.3f} in the median and "
         f"{most:.3f} at the 95th percentile; {need} models would bring the latter to 0.02."
     )
@@ -146,7 +146,7 @@ for s, chosen in enumerate(subsets):
     removed[s] = leverage * (y - predicted[s]) / (1 - leverage)
 truth = np.array([removed[subsets[:, i], i].mean() for i in range(10)])
 worst = np.abs(memorization.memorization(predicted, subsets).value - truth).max()
-say(f"Over all 1,024 subsets the estimate differs from exact leave-one-out by at most {worst:.1e}.")
+show_text(f"Over all 1,024 subsets the estimate differs from exact leave-one-out by at most {worst:.1e}.")
 
 # %%
 counts, errors, stated = [16, 32, 64, 128, 256, 512], [], []
@@ -160,7 +160,7 @@ display(
     figures.save(figures.convergence(counts, errors, stated, "error of memorization"), run, "memorization_convergence")
 )
 slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
-say(f"On random subsets the error falls as the number of models to the power {slope:.2f}.")
+show_text(f"On random subsets the error falls as the number of models to the power {slope:.2f}.")
 
 # %% [markdown]
 # **How to read it.** Dots on the line: the standard error is honest. (In our ensembles a model without $i$ has one other
@@ -186,11 +186,11 @@ faulty, wrong, twins = memorization.plant(run.dataset, sources, 2 * n, copies, s
 placed = []
 for pool in (run.dataset, faulty):
     found = run.train(
-        baseline, min(run.n_models, max(32, run.n_models // 4)), pool, epochs=run.regimes()[-1], subset=0.5
+        baseline, min(run.n_models, max(32, run.n_models // 4)), pool, epochs=run.length_sweep()[-1], subset=0.5
     )
     placed.append(memorization.memorization(compare.plain_signal(found, "confidence"), np.array(found.member)).value)
 fitted = compare.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
-say(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")
+show_text(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")
 
 # %% [markdown]
 # An example's rank is the share of the pool that is memorized less than it.
@@ -216,8 +216,8 @@ for kind, rows in kinds.items():
     after = {"metric": "rank_of_planted", "value": ranks[1][rows].mean(), "optimizer": baseline}
     frame = pd.DataFrame([moved, after])
     results.add(frame, note=kind, n_models=len(found.ids))
-    words = verb(frame.iloc[0], "rises", "falls", "does not move detectably")
-    say(f"{kind}: the mean rank {words}, from {ranks[0][rows].mean():.0%} to {ranks[1][rows].mean():.0%}.")
+    words = describe_sign(frame.iloc[0], "rises", "falls", "does not move detectably")
+    show_text(f"{kind}: the mean rank {words}, from {ranks[0][rows].mean():.0%} to {ranks[1][rows].mean():.0%}.")
 
 # %% [markdown]
 # **How to read it.** A dot is an example, the bar holds the middle half of each kind. Where ranks fall with twins, memorization
@@ -233,7 +233,7 @@ for kind, rows in kinds.items():
 # the paired differences of these shares. Intervals come from leaving out groups of models, and groups of examples.
 
 # %%
-values = {name: mem["correct"][name].value for name in (baseline, other)}
+values = {name: mem["correct"][name].value for name in (baseline, treatment)}
 display(figures.save(figures.memorization_density(values, memorization.EDGES), run, "memorization"))
 tables = {}
 for kind, note in (("correct", ""), ("confidence", "of confidence")):
@@ -242,22 +242,22 @@ for kind, note in (("correct", ""), ("confidence", "of confidence")):
         tables[kind, name] = memorization.memorization_table(contrast, member)
         again = (tables[kind, name].optimizer == baseline) & (name != run.names[1])  # its rows are recorded once
         results.add(tables[kind, name][~again], note=note)
-    shown(tables[kind, other])
+    show_table(tables[kind, treatment])
 
 # %%
 frames = {}
 for kind in outputs:
-    table = tables[kind, other]
+    table = tables[kind, treatment]
     frames[f"memorization of {kind}"] = table[(table.optimizer == pair) & table.metric.str.contains("share")]
 figure = figures.interval_panels(
-    frames, f"share of examples: {other} minus {baseline}", "band of memorization",
+    frames, f"share of examples: {treatment} minus {baseline}", "band of memorization",
     ["< 0.1", "0.1-0.4", "0.4-0.6", "0.6-0.85", "> 0.85"],
 )  # fmt: skip
 display(figures.save(figure, run, "memorization_bands"))
 for kind in outputs:
-    middle = difference(tables[kind, other], "memorization_share_0.6_0.85", pair)
-    words = verb(middle, "more examples than", "fewer examples than", "as many examples, within error, as")
-    say(f"By `{kind}`, {other} has {words} {baseline} between 0.6 and 0.85 ({points(middle)}).")
+    middle = difference(tables[kind, treatment], "memorization_share_0.6_0.85", pair)
+    words = describe_sign(middle, "more examples than", "fewer examples than", "as many examples, within error, as")
+    show_text(f"By `{kind}`, {treatment} has {words} {baseline} between 0.6 and 0.85 ({percentage_points(middle)}).")
 
 # %% [markdown]
 # **How to read it.** Most examples are easy and lie at 0; the axis of the first figure is logarithmic so that the tail can be
@@ -275,16 +275,18 @@ for kind in outputs:
 
 # %%
 accuracy = compare.accuracies(ensembles)
-for name in (baseline, other):
+for name in (baseline, treatment):
     gap, mean = pick(accuracy, name, "generalization_gap"), mem["correct"][name].value.mean()
-    say(f"{name}: gap between accuracies {gap:.6f}, mean memorization {mean:.6f}, apart by {abs(gap - mean):.1e}.")
+    show_text(
+        f"{name}: gap between accuracies {gap:.6f}, mean memorization {mean:.6f}, apart by {abs(gap - mean):.1e}."
+    )
 mean, fit = (
-    difference(tables["correct", other], "mean_memorization", pair),
+    difference(tables["correct", treatment], "mean_memorization", pair),
     difference(accuracy, "train_accuracy", pair),
 )
-say(
-    f"Here {other} memorizes {verb(mean, *than)} {baseline} on average ({points(mean)}), while its train accuracy "
-    f"differs by {points(fit)}. So *not lower* is {verb(mean, 'more than met', 'contradicted', 'not contradicted')}."
+show_text(
+    f"Here {treatment} memorizes {describe_sign(mean, *than)} {baseline} on average ({percentage_points(mean)}), while its train accuracy "
+    f"differs by {percentage_points(fit)}. So *not lower* is {describe_sign(mean, 'more than met', 'contradicted', 'not contradicted')}."
 )
 
 # %% [markdown]
@@ -302,36 +304,36 @@ say(
 # ones, they would seem to move further than they do.
 
 # %%
-moves = outputs["confidence"][other].astype(float) - outputs["confidence"][baseline]
+moves = outputs["confidence"][treatment].astype(float) - outputs["confidence"][baseline]
 change = memorization.memorization(moves, member)
 df = np.minimum(member.sum(0), (~member).sum(0)) - 1  # at least as cautious as Welch's
 found = stats.false_discovery_control(2 * stats.t.sf(np.abs(change.value) / np.maximum(change.se, 1e-9), df)) < 0.05
 for sign, word in ((1, "more"), (-1, "less")):
     share = (found & (np.sign(change.value) == sign)).mean()
-    say(f"{other} memorizes {share:.1%} of the examples detectably {word} than {baseline} (of confidence).")
+    show_text(f"{treatment} memorizes {share:.1%} of the examples detectably {word} than {baseline} (of confidence).")
 halves = [np.arange(len(member)) // 2 % 2 == k for k in (0, 1)]
 picked, kept = (memorization.memorization(moves[half], member[half]).value for half in halves)
 up, down = np.argsort(-picked)[:8], np.argsort(picked)[:8]
-values = {name: mem["confidence"][name].value for name in (baseline, other)}
+values = {name: mem["confidence"][name].value for name in (baseline, treatment)}
 se = np.median(mem["confidence"][baseline].se)
 figures.save(figures.against(values, se, np.concatenate([up, down])), run, "memorization_pairs")
 
 
 # %%
 def caption(i):
-    return f"{run.dataset.classes[run.dataset.y[i]]}\n{values[baseline][i]:.2f} to {values[other][i]:.2f}\n({kept[i]:+.2f})"
+    return f"{run.dataset.classes[run.dataset.y[i]]}\n{values[baseline][i]:.2f} to {values[treatment][i]:.2f}\n({kept[i]:+.2f})"
 
 
 rows = {
-    f"memorized more by {other}": [(run.dataset.x[i], caption(i)) for i in up],
-    f"memorized less by {other}": [(run.dataset.x[i], caption(i)) for i in down],
+    f"memorized more by {treatment}": [(run.dataset.x[i], caption(i)) for i in up],
+    f"memorized less by {treatment}": [(run.dataset.x[i], caption(i)) for i in down],
 }
 display(figures.save(figures.captioned(rows), run, "movers"))
 for word, chosen in (("more", up), ("less", down)):
-    say(f"Picked as memorized {word}: a change of {picked[chosen].mean():+.3f} on the half that picked them, "
+    show_text(f"Picked as memorized {word}: a change of {picked[chosen].mean():+.3f} on the half that picked them, "
         f"{kept[chosen].mean():+.3f} on the other.")  # fmt: skip
-rank = difference(tables["confidence", other], "memorization_spearman", pair)
-say(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3f}, {rank.ci_high:.3f}].")
+rank = difference(tables["confidence", treatment], "memorization_spearman", pair)
+show_text(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3f}, {rank.ci_high:.3f}].")
 
 # %% [markdown]
 # **How to read it.** Under each picture its label, its memorization under the two optimizers over all models, and, in brackets, the change
@@ -352,7 +354,7 @@ say(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3f}, {r
 # same models, both would share their accidents, and correlate where there is nothing.
 
 # %%
-phi = {name: compare.plain_signal(ensembles[name], "phi") for name in (baseline, other)}
+phi = {name: compare.plain_signal(ensembles[name], "phi") for name in (baseline, treatment)}
 unsure = compare.plain_signal(ensembles[baseline], "entropy")
 k = min(5, np.bincount(run.dataset.y).min() - 1)
 atypical = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, k)
@@ -363,7 +365,7 @@ def traits(half):
     exposed = {name: memorization.exposure(p[half], member[half]) for name, p in phi.items()}
     ambiguity = (unsure[half] * ~member[half]).sum(0) / (~member[half]).sum(0)
     found = {"ambiguity": ambiguity, "atypicality": atypical, "exposure": exposed[baseline]}
-    return found | {"change of exposure": exposed[other] - exposed[baseline]}
+    return found | {"change of exposure": exposed[treatment] - exposed[baseline]}
 
 
 # %%
@@ -380,15 +382,15 @@ def correlations(_, columns):
 
 frame = memorization.tidy(keys, memorization.jackknife(correlations, member))
 results.add(frame.assign(metric="spearman_" + frame.metric.str.replace(" ", "_"), note=frame.optimizer), optimizer=pair)
-shown(frame.rename(columns={"optimizer": "quantity"}), across=["quantity"])
+show_table(frame.rename(columns={"optimizer": "quantity"}), across=["quantity"])
 
 # %% [markdown]
 # In words:
 
 # %%
 for row in frame[frame.optimizer == "change of memorization"].itertuples():
-    words = verb(row, "higher", "lower", "neither higher nor lower")
-    say(f"Where {other} memorizes more than {baseline}, {row.metric} is {words} ({row.value:+.2f}).")
+    words = describe_sign(row, "higher", "lower", "neither higher nor lower")
+    show_text(f"Where {treatment} memorizes more than {baseline}, {row.metric} is {words} ({row.value:+.2f}).")
 
 # %% [markdown]
 # **How to read it.** The intervals are for new examples, given these models; noise in the estimates pulls correlations
@@ -402,12 +404,18 @@ for row in frame[frame.optimizer == "change of memorization"].itertuples():
 # Computed from the numbers above, whatever they are.
 
 # %%
-band = difference(tables["correct", other], "memorization_share_0.6_0.85", pair)
-say(f"**How much.** {other} memorizes {verb(mean, *than)} {baseline} on average ({points(mean)} of correctness).")
-words = verb(band, "more", "fewer", "not detectably more or fewer")
-say(f"**Where.** Between 0.6 and 0.85 there are {words} examples than under {baseline} ({points(band)}).")
-say(f"**Who.** The two rank the examples alike to {rank.value:.2f}; {found.mean():.1%} of them moved detectably.")
+band = difference(tables["correct", treatment], "memorization_share_0.6_0.85", pair)
+show_text(
+    f"**How much.** {treatment} memorizes {describe_sign(mean, *than)} {baseline} on average ({percentage_points(mean)} of correctness)."
+)
+words = describe_sign(band, "more", "fewer", "not detectably more or fewer")
+show_text(
+    f"**Where.** Between 0.6 and 0.85 there are {words} examples than under {baseline} ({percentage_points(band)})."
+)
+show_text(f"**Who.** The two rank the examples alike to {rank.value:.2f}; {found.mean():.1%} of them moved detectably.")
 row = frame[(frame.optimizer == "change of memorization") & (frame.metric == "change of exposure")].iloc[0]
-words = verb(row, "more exposed", "less exposed", "neither more nor less exposed")
-say(f"**Does it leak?** Examples that {other} memorizes more than {baseline} are {words} under it ({row.value:+.2f}).")
-say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+words = describe_sign(row, "more exposed", "less exposed", "neither more nor less exposed")
+show_text(
+    f"**Does it leak?** Examples that {treatment} memorizes more than {baseline} are {words} under it ({row.value:+.2f})."
+)
+show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

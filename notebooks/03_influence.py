@@ -81,10 +81,10 @@ from lib.analysis.influence import buckets, cross_fitted, gains, influence_entro
 from lib.attacks import catalogue, intervals
 from lib.study import figures
 from lib.study.results import Results
-from lib.study.text import points, say, shown, sign, verb
+from lib.study.text import describe_sign, percentage_points, show_table, show_text, sign
 
-baseline, other, n_buckets = run.names[0], run.other, 5
-pair, y, y_test = f"{other}-{baseline}", run.dataset.y, run.dataset.y_test
+baseline, treatment, n_buckets = run.names[0], run.treatment, 5
+pair, y, y_test = f"{treatment}-{baseline}", run.dataset.y, run.dataset.y_test
 
 # %% [markdown]
 # ## The ensembles
@@ -95,8 +95,8 @@ pair, y, y_test = f"{other}-{baseline}", run.dataset.y, run.dataset.y_test
 # raises now, not after training, if the test part is too small
 _ = buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))
 figures.style()
-say(run.describe())
-ensembles = compare.align({name: run.train(name) for name in run.names})
+show_text(run.describe())
+ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 results = Results("03_influence", run, n_models=len(member))
 tests = {
@@ -105,7 +105,7 @@ tests = {
 }
 gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}
 accuracy = compare.accuracies(ensembles)
-shown(accuracy[accuracy.metric.isin(["test_accuracy", "train_accuracy"])])
+show_table(accuracy[accuracy.metric.isin(["test_accuracy", "train_accuracy"])])
 
 # %% [markdown]
 # ## The gain in five buckets
@@ -130,8 +130,8 @@ label = cross_fitted(lambda rows: by_entropy(rows, correct), member)
 main = {name: gains(gain[name], label, "bucket", total=True) for name in run.names[1:]}
 for name, table in main.items():
     results.add(table, optimizer=f"{name}-{baseline}")
-frame = main[other]
-shown(frame.assign(optimizer=pair))
+frame = main[treatment]
+show_table(frame.assign(optimizer=pair))
 
 # %% [markdown]
 # In points of test accuracy, and as a share of the whole.
@@ -146,12 +146,14 @@ def panel(table, name):
 
 first, last, step = (frame[frame.metric == f"gain_bucket_{b}"].iloc[0] for b in (1, n_buckets, f"1_minus_{n_buckets}"))
 whole, share = frame[frame.metric == "gain"].iloc[0], frame[frame.metric == "gain_share_bucket_1"]
-say(f"{other} gains {points(first)} in bucket 1 and {points(last)} in bucket {n_buckets}; overall {points(whole)}.")
+show_text(
+    f"{treatment} gains {percentage_points(first)} in bucket 1 and {percentage_points(last)} in bucket {n_buckets}; overall {percentage_points(whole)}."
+)
 if sign(whole):
     held = share.iloc[0]
-    say(f"Bucket 1 holds {held.value:.0%} [{held.ci_low:.0%}, {held.ci_high:.0%}] of the overall change.")
+    show_text(f"Bucket 1 holds {held.value:.0%} [{held.ci_low:.0%}, {held.ci_high:.0%}] of the overall change.")
 else:
-    say("The overall change is not clear of zero, so a share of it would mean nothing.")
+    show_text("The overall change is not clear of zero, so a share of it would mean nothing.")
 
 # %% [markdown]
 # And how many of the test points have an influence to speak of?
@@ -159,8 +161,10 @@ else:
 # %%
 never = (correct == correct[0]).all(0).mean()
 full = n_buckets - int(n_buckets * never)
-say(f"{never:.0%} of the test points are influenced by nothing: all {len(member)} models of {baseline} agree on them.")
-say(f"Only buckets 1 to {full} can hold others; whatever lies beyond is in random order."
+show_text(
+    f"{never:.0%} of the test points are influenced by nothing: all {len(member)} models of {baseline} agree on them."
+)
+show_text(f"Only buckets 1 to {full} can hold others; whatever lies beyond is in random order."
     if full < n_buckets else "Every bucket holds test points that something influences.")  # fmt: skip
 
 # %% [markdown]
@@ -196,9 +200,9 @@ for title, found in labels.items():
     for name in run.names[1:]:
         table = gains(gain[name], found, "bucket", total=True)
         results.add(table, optimizer=f"{name}-{baseline}", note=title)
-        if name == other:
+        if name == treatment:
             panels[title] = panel(table, "bucket")
-figures.save(figures.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "buckets")
+figures.save(figures.interval_panels(panels, f"test accuracy: {treatment} minus {baseline}, points"), run, "buckets")
 
 # %% [markdown]
 # ## What the buckets look like
@@ -259,7 +263,7 @@ for kind, values in (("correctness", correct), ("confidence", confidence)):
     for name, design in (("true", member), ("shuffled", shuffled)):
         halves = [influence_entropy(design[f], values[f], y, y_test) for f in (fold, ~fold)]
         reliability[kind, name] = memorization.spearman(*halves)
-    say(f"Entropies of {kind} from two halves of the models correlate by {reliability[kind, 'true']:.2f} in rank, "
+    show_text(f"Entropies of {kind} from two halves of the models correlate by {reliability[kind, 'true']:.2f} in rank, "
         f"and by {reliability[kind, 'shuffled']:.2f} with shuffled membership.")  # fmt: skip
 
 # %% [markdown]
@@ -277,12 +281,12 @@ for kind, values in (("correctness", correct), ("confidence", confidence)):
 panels, excess = {}, []
 for kind, values, true in (("correctness", correct, label), ("p_y", confidence, labels["influence on p_y"])):
     fake = cross_fitted(lambda rows, v=values: by_entropy(rows, v, design=shuffled), member)
-    control = gains(gain[other], fake, "bucket", total=True)
+    control = gains(gain[treatment], fake, "bucket", total=True)
     results.add(control, optimizer=pair, note=f"shuffled membership, {kind}")
-    panels |= {f"{kind}, true": panel(gains(gain[other], true, "bucket"), "bucket")}
+    panels |= {f"{kind}, true": panel(gains(gain[treatment], true, "bucket"), "bucket")}
     panels |= {f"{kind}, shuffled": panel(control, "bucket")}
     for name in run.names[1:]:
-        steps = [influence.step_cells(gain[name], found) for found in (true, fake)]
+        steps = [influence.step_influence_values(gain[name], found) for found in (true, fake)]
         row = compare.row(
             "gain_beyond_shuffled", intervals.estimate(steps[0] - steps[1]), optimizer=f"{name}-{baseline}"
         )
@@ -292,13 +296,15 @@ results.add(beyond)
 
 # %%
 display(
-    figures.save(figures.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "shuffled")
+    figures.save(
+        figures.interval_panels(panels, f"test accuracy: {treatment} minus {baseline}, points"), run, "shuffled"
+    )
 )
 beyond = beyond[beyond.optimizer == pair].set_index("note")
 for note, row in beyond.iterrows():
-    words = verb(row, "further than", "less far than", "no further than")
-    say(f"{note}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled "
-        f"membership does ({points(row)} of gain).")  # fmt: skip
+    words = describe_sign(row, "further than", "less far than", "no further than")
+    show_text(f"{note}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled "
+        f"membership does ({percentage_points(row)} of gain).")  # fmt: skip
 
 # %% [markdown]
 # **How to read it.** Points are gains with 95% intervals, on common axes. Where the shuffled panel looks like the true one, the
@@ -329,7 +335,7 @@ forms = {
     "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, confidence)),
 }
 sorted_by = {name: cross_fitted(form, member) for name, form in forms.items()}
-tables = {name: gains(gain[other], found, name) for name, found in sorted_by.items()}
+tables = {name: gains(gain[treatment], found, name) for name, found in sorted_by.items()}
 
 # %% [markdown]
 # Left to right: entropy alone, difficulty alone, and each with the other held fixed. "1" is always the end where a gain is
@@ -340,15 +346,15 @@ for name in run.names[1:]:
     for kind, found in list(sorted_by.items())[1:]:
         results.add(gains(gain[name], found, kind), optimizer=f"{name}-{baseline}")
 panels = {name.replace("_", " "): panel(table, name) for name, table in tables.items()}
-figures.save(figures.interval_panels(panels, f"test accuracy: {other} minus {baseline}, points"), run, "difficulty")
+figures.save(figures.interval_panels(panels, f"test accuracy: {treatment} minus {baseline}, points"), run, "difficulty")
 
 # %%
 steps = {name: table[table.metric == f"gain_{name}_1_minus_{n_buckets}"].iloc[0] for name, table in tables.items()}
 for name, row in steps.items():
-    words = verb(row, "more than", "less than", "no differently from")
-    say(f"By {name.replace('_', ' ')}: bucket 1 gains {words} bucket {n_buckets} ({points(row)}).")
+    words = describe_sign(row, "more than", "less than", "no differently from")
+    show_text(f"By {name.replace('_', ' ')}: bucket 1 gains {words} bucket {n_buckets} ({percentage_points(row)}).")
 both = np.mean(sorted_by["entropy"] == sorted_by["difficulty"])
-say(
+show_text(
     f"Entropy and difficulty put {both:.0%} of the test points into the same bucket; by chance it would be {1 / n_buckets:.0%}."
 )
 
@@ -365,15 +371,17 @@ say(
 # %%
 than = ("more than", "less than", "no differently from")
 within, untied = steps["entropy_within_difficulty"], steps["entropy"]
-say(f"**Buckets.** Bucket 1 gains {verb(step, *than)} bucket {n_buckets}: {points(step)}.")
-say(
-    f"**Ties.** {never:.0%} of the test points are influenced by nothing; bucket {n_buckets} changes by {points(last)}."
+show_text(f"**Buckets.** Bucket 1 gains {describe_sign(step, *than)} bucket {n_buckets}: {percentage_points(step)}.")
+show_text(
+    f"**Ties.** {never:.0%} of the test points are influenced by nothing; bucket {n_buckets} changes by {percentage_points(last)}."
 )
-say(f"**Without ties**, on p_y, bucket 1 gains {verb(untied, *than)} bucket {n_buckets}: {points(untied)}.")
-say(
-    f"**Beyond difficulty.** Within fifths of it, low entropies gain {verb(within, *than)} high ones: {points(within)}."
+show_text(
+    f"**Without ties**, on p_y, bucket 1 gains {describe_sign(untied, *than)} bucket {n_buckets}: {percentage_points(untied)}."
+)
+show_text(
+    f"**Beyond difficulty.** Within fifths of it, low entropies gain {describe_sign(within, *than)} high ones: {percentage_points(within)}."
 )
 for note, row in beyond.iterrows():
-    say(f"**Control, {note}.** True membership separates the gain {verb(row, 'better than', 'worse than', 'no better than')} "
-        f"a shuffled one ({points(row)}).")  # fmt: skip
-say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+    show_text(f"**Control, {note}.** True membership separates the gain {describe_sign(row, 'better than', 'worse than', 'no better than')} "
+        f"a shuffled one ({percentage_points(row)}).")  # fmt: skip
+show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -81,17 +81,17 @@ from lib.attacks import intervals, shadow
 from lib.attacks.signals import parallel
 from lib.study import figures
 from lib.study.results import Results
-from lib.study.text import difference, number, say, shown, sign, verb
+from lib.study.text import describe_sign, difference, number, show_table, show_text, sign
 from lib.training.ensemble import KEEP_WEIGHTS, Recipe, membership
 
 # %%
 figures.style()
 d, n_simulated = (100, 32) if run.preset == "tiny" else (300, 48)  # features and models of the simulations
 etas = [0.0, 0.3, 1.0, 3.0, 10.0]
-baseline, other = run.names[0], run.other
-pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
+baseline, treatment = run.names[0], run.treatment
+pair, than = f"{treatment}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("04_contraction", run)
-say(run.describe())
+show_text(run.describe())
 
 # %% [markdown]
 # ## The setting
@@ -138,7 +138,7 @@ solved = matrix.LUsolve(right)[:3, :]
 closed = g.inv() * x.T * (x * g.inv() * x.T).inv() * y
 left_over = sp.simplify(solved - closed)
 assert left_over == sp.zeros(3, 1)
-say(f"Solution of the Lagrange equations minus the closed form: ${sp.latex(left_over.T)}$.")
+show_text(f"Solution of the Lagrange equations minus the closed form: ${sp.latex(left_over.T)}$.")
 
 # %% [markdown]
 # ## Theorem 1: contraction
@@ -205,7 +205,7 @@ def left_over(n, d):
 # %%
 for size in ((1, 2), (1, 3), (2, 3)):
     assert left_over(*size) == (0, 0)
-    say(
+    show_text(
         "(n, d) = {}: closed form minus spectral formula ${}$, slope minus the stated one ${}$.".format(
             size, *left_over(*size)
         )
@@ -219,10 +219,13 @@ for size in ((1, 2), (1, 3), (2, 3)):
 # %%
 def formula_error(d):
     """Largest relative gap between the solved interpolators' variances and the spectral formula."""
-    values, turn = interpolation.spectrum("power law", d), np.linalg.qr(np.random.default_rng(d).normal(size=(d, d)))[0]
+    values, is_kth_step = (
+        interpolation.spectrum("power law", d),
+        np.linalg.qr(np.random.default_rng(d).normal(size=(d, d)))[0],
+    )
     x, y = interpolation.draw(d // 2, values, seed=d)
-    sigma = turn * values @ turn.T
-    sigma, x = (sigma + sigma.T) / 2, x @ turn.T
+    sigma = is_kth_step * values @ is_kth_step.T
+    sigma, x = (sigma + sigma.T) / 2, x @ is_kth_step.T
     path, grid = interpolation.spectral(x, y, sigma), (0, 0.1, 1, 10, 100)
     w = [interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta)) for eta in grid]
     solved = np.array([interpolation.variance(one, sigma) for one in w])
@@ -230,7 +233,7 @@ def formula_error(d):
 
 
 checked = {d: formula_error(d) for d in ((20, 100, 400) if run.preset == "tiny" else (20, 200, 2000))}
-say("Largest relative error: " + ", ".join(f"{error:.1e} at d = {d}" for d, error in checked.items()) + ".")
+show_text("Largest relative error: " + ", ".join(f"{error:.1e} at d = {d}" for d, error in checked.items()) + ".")
 
 # %% [markdown]
 # **Illustration.** One problem, a quarter as many examples as features. Left, $V(\eta)$ with one $\eta$ marked. Right, what
@@ -333,7 +336,7 @@ h = np.sqrt(delta[wider] ** 2 + 2 * (r[wider] ** 2 - 1) * np.log(r[wider])) / (r
 assert (slope[~wider] < 0).all()
 agree = ((slope[wider] < 0) == (h < m * np.tanh(m * h))).mean()
 display(figures.save(figures.advantage_regions(delta, r, slope), run, "regions"))
-say(f"The slope's sign and the stated region agree at {agree:.2%} of {wider.sum()} points with OUT the wider.")
+show_text(f"The slope's sign and the stated region agree at {agree:.2%} of {wider.sum()} points with OUT the wider.")
 
 # %% [markdown]
 # **How to read it.** Below the dashed line OUT is the narrower, and contraction always helps the attacker. Above it, it
@@ -378,7 +381,7 @@ def simulate(kind, share, noise):
 # %%
 def contracted(margins, member):
     """V(eta) / V(0) as measured on the non-members."""
-    cells = [intervals.ratio_cells(m**2, ~member) for m in margins]
+    cells = [intervals.ratio_influence_values(m**2, ~member) for m in margins]
     rows = zip(etas[1:], (compare.ratio(c, cells[0]) for c in cells[1:]), strict=True)
     return pd.DataFrame([compare.row("variance_ratio", e, optimizer=f"eta={eta:g}", x=eta) for eta, e in rows])
 
@@ -451,7 +454,9 @@ for metric in ("advantage_confidence", "variance_ratio"):
     rows = every[every.metric == metric]
     inside = (rows.ci_low <= rows.predicted + 1e-9) & (rows.predicted - 1e-9 <= rows.ci_high)
     gap = (rows.value - rows.predicted).abs().max()
-    say(f"`{metric}`: {inside.sum()} of {len(rows)} intervals hold the closed form; the largest gap is {gap:.3f}.")
+    show_text(
+        f"`{metric}`: {inside.sum()} of {len(rows)} intervals hold the closed form; the largest gap is {gap:.3f}."
+    )
 
 # %% [markdown]
 # **How to read it.** Points are attacks with their intervals, lines are closed forms. Points of one series share their
@@ -468,9 +473,9 @@ for name in ("confidence", "lira"):
         said[sign(row)].append("/".join(map(str, setting)))
     words = [f"{word} in {len(said[s])}" for s, word in ((1, "gains"), (-1, "loses"), (0, "no detectable change"))]
     unmoved = f" (unmoved: {', '.join(said[0])})" if 0 < len(said[0]) < len(tables) else ""
-    say(f"From eta = 0 to {etas[-1]:g}, `{name}`: {', '.join(words)} of {len(tables)} settings{unmoved}.")
+    show_text(f"From eta = 0 to {etas[-1]:g}, `{name}`: {', '.join(words)} of {len(tables)} settings{unmoved}.")
 sizes = every[every.metric == "advantage_lira"].value
-say(f"LiRA's advantage over all settings and eta: from {sizes.min():.4f} to {sizes.max():.4f}.")
+show_text(f"LiRA's advantage over all settings and eta: from {sizes.min():.4f} to {sizes.max():.4f}.")
 
 # %% [markdown]
 # **How to read it.** That is Theorem 3's first case. With exact interpolation IN is a point mass, LiRA finds it, and
@@ -516,7 +521,7 @@ for setting, frame in noisy.items():
     record(frame, "advantage_lira", note=note, n_models=n_simulated, n_examples=member.shape[1])
     change, form = frame[frame.optimizer == f"{last}-eta=0"].iloc[0], frame.predicted.dropna()
     helped = (theorem_3(margins[0], member, interpolation.advantage_slope) < 0).mean()
-    say(
+    show_text(
         f"n/d = {setting[1]:g}: a smaller spread should help at {helped:.0%} of the examples. From eta = 0 to {etas[-1]:g} "
         f"LiRA's advantage changes by {number(change.value, change.ci_low, change.ci_high)}, "
         f"predicted {form.iloc[-1] - form.iloc[0]:+.3f}."
@@ -560,7 +565,7 @@ limits = pd.DataFrame(rows, columns=["note", "optimizer", "value"])
 limits = limits.assign(metric="variance_ratio", ci_low=np.nan, ci_high=np.nan)
 results.add(limits, n_models=1, n_examples=len(x))
 for note, rows in limits.groupby("note", sort=False):
-    say(f"{note}: the variance moves by at most {(rows.value - 1).abs().max():.1e} of itself.")
+    show_text(f"{note}: the variance moves by at most {(rows.value - 1).abs().max():.1e} of itself.")
 
 # %% [markdown]
 # ### (A2): gradient descent and SAM never get there
@@ -582,7 +587,7 @@ for name, rho in (("gd", 0.0), ("sam", 0.3)):
     outside = w - np.linalg.pinv(x) @ (x @ w)
     for metric, gap in (("row_space_residual", outside), ("distance_to_minimum_norm", w - w0)):
         rows.append((name, metric, np.linalg.norm(gap) / np.linalg.norm(w0)))
-        say(f"{name}: {metric.replace('_', ' ')} {rows[-1][-1]:.1e}.")
+        show_text(f"{name}: {metric.replace('_', ' ')} {rows[-1][-1]:.1e}.")
 descent = pd.DataFrame(rows, columns=["optimizer", "metric", "value"])
 results.add(
     descent.assign(ci_low=np.nan, ci_high=np.nan), note="limit: linear model from zero", n_models=1, n_examples=20
@@ -625,10 +630,12 @@ rows = [
 ]
 appears = pd.DataFrame(rows, columns=["metric", "value", "note", "optimizer"]).assign(ci_low=np.nan, ci_high=np.nan)
 results.add(appears, n_models=1, n_examples=20)
-say(f"By the theorem, V(3)/V(0) = {interpolation.variance(target, sigma) / v0:.3f}.")
+show_text(f"By the theorem, V(3)/V(0) = {interpolation.variance(target, sigma) / v0:.3f}.")
 for (name, w), ratio in zip(ways.items(), appears.value, strict=True):
     left = np.linalg.norm(w - target) / np.linalg.norm(w0 - target)
-    say(f"{name}: V ratio {ratio:.3f}; it ends at {left:.2f} of the distance from w_0 to w_eta (0 is w_eta itself).")
+    show_text(
+        f"{name}: V ratio {ratio:.3f}; it ends at {left:.2f} of the distance from w_0 to w_eta (0 is w_eta itself)."
+    )
 
 # %% [markdown]
 # ## Beyond linear: do the outputs of real networks contract?
@@ -650,16 +657,16 @@ def outputs(ensembles):
     return pd.concat([compare.variances(ensembles, KINDS), members, compare.extremes(ensembles)], ignore_index=True)
 
 
-ensembles = compare.align({name: run.train(name) for name in run.names})
+ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
 found = outputs(ensembles)
 results.add(found, n_models=len(ensembles[baseline].ids))
-shown(found)
+show_table(found)
 
 # %%
 words = ("higher", "lower", "not detectably different")
 for word in words:
-    metrics_so = [m for m in found.metric.unique() if verb(difference(found, m, pair), *words) == word]
-    say(f"{other} against {baseline}, {word}: {', '.join(f'`{m}`' for m in metrics_so) or 'none'}.")
+    metrics_so = [m for m in found.metric.unique() if describe_sign(difference(found, m, pair), *words) == word]
+    show_text(f"{treatment} against {baseline}, {word}: {', '.join(f'`{m}`' for m in metrics_so) or 'none'}.")
 
 # %% [markdown]
 # **How to read it.** $\phi$ has no ceiling: whatever stretches all the outputs raises its variance for members and
@@ -674,15 +681,15 @@ for word in words:
 # **How we test it.** The ensembles of the first notebook's section on dose and response, radius 0 first.
 
 # %%
-without = run.recipe(other).named.base_name
-doses = {0.0: run.train(without, run.sweep)}
-doses |= {dose: run.train(other, run.sweep, rho=dose) for dose in run.doses(other)}
-doses = compare.align(doses, essential=[0.0])
-dose_frame = compare.dose_table(doses, other, without, table=outputs)
-results.add(dose_frame, note="dose and response", n_models=len(doses[0.0].ids))
+without = run.recipe(treatment).named.base_name
+radius_sweep = {0.0: run.train(without, run.sweep)}
+radius_sweep |= {dose: run.train(treatment, run.sweep, rho=dose) for dose in run.radius_sweep(treatment)}
+radius_sweep = compare.keep_common_models(radius_sweep, essential=[0.0])
+radius_frame = compare.radius_table(radius_sweep, treatment, without, table=outputs)
+results.add(radius_frame, note="dose and response", n_models=len(radius_sweep[0.0].ids))
 
 # %%
-levels = dose_frame[~dose_frame.optimizer.str.contains("-")]
+levels = radius_frame[~radius_frame.optimizer.str.contains("-")]
 parts = levels.metric.str.extract(r"^(member|nonmember)_variance_(phi|confidence)_(.*)$")
 names = {"phi": r"$\phi$", "confidence": "$p_y$"}
 series = parts[0].str.replace("non", "non-") + "s, " + parts[2].str.replace("_", " ")
@@ -694,11 +701,11 @@ figures.save(figures.curves(frame, r"$\rho$", panels, yscale="log"), run, "varia
 # The paired differences from radius 0, a radius a column.
 
 # %%
-steps = dose_frame[dose_frame.optimizer == f"{other}-{without}"]
-shown(steps, across=["rho"])
+steps = radius_frame[radius_frame.optimizer == f"{treatment}-{without}"]
+show_table(steps, across=["rho"])
 for metric in (m for m in steps.metric.unique() if m.endswith("across_examples")):
-    each = [f"{verb(row, *words)} at {row.rho:g}" for row in steps[steps.metric == metric].itertuples()]
-    say(f"`{metric}`, against radius 0: {', '.join(each)}.")
+    each = [f"{describe_sign(row, *words)} at {row.rho:g}" for row in steps[steps.metric == metric].itertuples()]
+    show_text(f"`{metric}`, against radius 0: {', '.join(each)}.")
 
 # %% [markdown]
 # **How to read it.** Compare non-members with members at the same radius: a variance that falls for both is a
@@ -764,10 +771,10 @@ predicted = predicted.assign(optimizer=[f"eta={eta:g}" for eta in predicted.x])
 results.add(predicted, note="feature space, predicted", n_models=len(kept))
 
 # %%
-cells = {name: compare.variance_cells(e, "phi", "across_examples") for name, e in ensembles.items()}
-real = compare.ratio(cells[other], cells[baseline])
+cells = {name: compare.variance_influence_values(e, "phi", "across_examples") for name, e in ensembles.items()}
+real = compare.ratio(cells[treatment], cells[baseline])
 measured_row = compare.row(
-    "variance_ratio", real, optimizer=f"{other}/{baseline}", series=f"measured, {other} over {baseline}"
+    "variance_ratio", real, optimizer=f"{treatment}/{baseline}", series=f"measured, {treatment} over {baseline}"
 )
 results.add(pd.DataFrame([measured_row]), note="feature space, measured", n_models=len(ensembles[baseline].ids))
 across = pd.DataFrame([{**measured_row, "x": eta} for eta in tangent_etas])
@@ -783,13 +790,13 @@ figures.save(figures.curves(frame, r"$\eta$", {"tangent features": "ratio of var
 lowest, nearest = (predicted.loc[i] for i in (predicted.value.idxmin(), (predicted.value - real.value).abs().idxmin()))
 said = f"Measured {number(*real)}; the lowest prediction is {number(lowest.value, lowest.ci_low, lowest.ci_high)}."
 if real.low > max(1, predicted.ci_high.max()):
-    say(f"**No agreement.** {said} The variance grew, further than at any eta here; the closed form never grows.")
+    show_text(f"**No agreement.** {said} The variance grew, further than at any eta here; the closed form never grows.")
 elif real.high < predicted.ci_low.min():
-    say(f"**No agreement.** {said} The variance fell further than at any eta here.")
+    show_text(f"**No agreement.** {said} The variance fell further than at any eta here.")
 elif real.low <= 1 <= real.high:
-    say(f"**Undecided.** {said} No contraction at all, 1, is within the measured interval.")
+    show_text(f"**Undecided.** {said} No contraction at all, 1, is within the measured interval.")
 else:
-    say(f"**No conflict.** {said} The prediction moves from 1 with eta and is nearest at {nearest.optimizer}.")
+    show_text(f"**No conflict.** {said} The prediction moves from 1 with eta and is nearest at {nearest.optimizer}.")
 
 # %% [markdown]
 # Agreement of one number with a curve that has a free $\eta$ is weak evidence, and disagreement of sign strong:
@@ -803,20 +810,22 @@ else:
 # %%
 strongest = {s: f[(f.optimizer == last) & (f.metric == "variance_ratio")].value.iloc[0] for s, f in tables.items()}
 low, high = min(strongest, key=strongest.get), max(strongest, key=strongest.get)
-say(
+show_text(
     f"**The theorem, in its setting.** At {last} the variance falls to {strongest[low]:.2f} of itself "
     f"({', '.join(map(str, low))}) at the most, and to {strongest[high]:.2f} ({', '.join(map(str, high))}) at the least."
 )
 gaps = limits.assign(gap=(limits.value - 1).abs()).groupby("note").gap.max()
-say("**Its premises.** Largest change, by curvature: " + ", ".join(f"{k[7:]} {g:.1g}" for k, g in gaps.items()) + ".")
+show_text(
+    "**Its premises.** Largest change, by curvature: " + ", ".join(f"{k[7:]} {g:.1g}" for k, g in gaps.items()) + "."
+)
 worst = descent.set_index(["metric", "optimizer"]).value["distance_to_minimum_norm", "sam"]
-say(f"**SAM on a linear model** ends within {worst:.1g} of the minimum 2-norm, where gradient descent ends.")
+show_text(f"**SAM on a linear model** ends within {worst:.1g} of the minimum 2-norm, where gradient descent ends.")
 
 # %%
 for name in ("phi", "confidence"):
     row, beside = (difference(found, f"{who}_variance_{name}_across_examples", pair) for who in ("nonmember", "member"))
-    words = verb(row, *than), verb(beside, *than)
-    say(
-        f"**Real networks, {name}.** On non-members, {other} varies {words[0]} {baseline}; on members, {words[1]} {baseline}."
+    words = describe_sign(row, *than), describe_sign(beside, *than)
+    show_text(
+        f"**Real networks, {name}.** On non-members, {treatment} varies {words[0]} {baseline}; on members, {words[1]} {baseline}."
     )
-say(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -73,7 +73,7 @@ from IPython.display import display
 
 from lib.study import figures, verdict
 from lib.study.results import differing
-from lib.study.text import number, say
+from lib.study.text import number, show_text
 from lib.training.store import write_atomic
 
 figures.style()
@@ -89,14 +89,16 @@ here = Path(run.out).resolve().name
 rows = verdict.beside(run.out)
 own = rows[rows.run == here]
 books = ", ".join(sorted(own.notebook.unique()))
-say(f"`{here}` has {len(own)} numbers from {books}." if len(own) else f"`{here}` has no results: nothing was run.")
+show_text(
+    f"`{here}` has {len(own)} numbers from {books}." if len(own) else f"`{here}` has no results: nothing was run."
+)
 given = " ".join(f"--{n} {shlex.quote(str(v))}" for n in settings.PARAMETERS if (v := globals()[n]) is not None)
 if own.empty:
-    say(f"`python -m lib.study {given}` fills it.")
+    show_text(f"`python -m lib.study {given}` fills it.")
 for sentence in differing(run.out):
-    say(f"**Mind:** {sentence}. Verdicts from different notebooks then speak of different trainings.")
+    show_text(f"**Mind:** {sentence}. Verdicts from different notebooks then speak of different trainings.")
 beside = rows.run[rows.run != here].unique()
-say(f"Beside it: {', '.join(beside)}." if len(beside) else "There are no other runs beside it.")
+show_text(f"Beside it: {', '.join(beside)}." if len(beside) else "There are no other runs beside it.")
 
 # %% [markdown]
 # ## The rule
@@ -107,9 +109,9 @@ say(f"Beside it: {', '.join(beside)}." if len(beside) else "There are no other r
 # A verdict needs both, an interval clear of zero and an effect of at least delta.
 
 # %%
-say(verdict.__doc__)
+show_text(verdict.__doc__)
 units = {kind.strip() or "plain": 100 * delta if kind else delta for kind, delta in verdict.DELTAS.items()}
-say("Delta: " + "; ".join(f"{delta:g} ({kind})" for kind, delta in units.items()) + ".")
+show_text("Delta: " + "; ".join(f"{delta:g} ({kind})" for kind, delta in units.items()) + ".")
 
 # %% [markdown]
 # *Points* are for rates: accuracies, AUC, TPR, advantage, shares of examples. *Per cent* are for what has no natural
@@ -141,9 +143,9 @@ display(verdict.table(ledger))
 # %%
 for whose, part in ledger.groupby("whose", sort=False):
     counts = part.verdict.value_counts()
-    say(f"Of claims that are {whose}: " + "; ".join(f"**{n}** {name}" for name, n in counts.items()) + ".")
+    show_text(f"Of claims that are {whose}: " + "; ".join(f"**{n}** {name}" for name, n in counts.items()) + ".")
 judged = int((ledger.verdict != "not run").sum())
-say(f"{judged} claims were judged, nearly all by intervals of 95%, of which one in twenty misses by chance.")
+show_text(f"{judged} claims were judged, nearly all by intervals of 95%, of which one in twenty misses by chance.")
 
 # %% [markdown]
 # **How to read it.** The claims are not independent: the attacks look at the same outputs, and the claims that begin with
@@ -176,9 +178,9 @@ figures.save(figures.tiles(verdict.wide(everything).rename(index=statements), ve
 # %%
 against = ledger[ledger.verdict == "contradicted"]
 for row in against.itertuples():
-    say(f"- **{row.statement}** {row.effect}. *Here:* {row.differs}.")
+    show_text(f"- **{row.statement}** {row.effect}. *Here:* {row.differs}.")
 if against.empty:
-    say("This run contradicts none of the paper's claims.")
+    show_text("This run contradicts none of the paper's claims.")
 
 # %% [markdown]
 # Three of the claims can be contradicted without any fault of the paper's, and should be read with that in mind.
@@ -209,7 +211,7 @@ both["shown"] = [number(*row) for row in both[verdict.NUMBERS].itertuples(index=
 display(both.pivot(index="attack", columns="optimizer", values="shown").style)
 if len(gap) and len(advantage):
     same = advantage[advantage.attack == "gap"].set_index("optimizer").value - gap.set_index("optimizer").value
-    say(f"The advantage of `gap` and the generalization gap differ by {same.abs().max():.1g} at most.")
+    show_text(f"The advantage of `gap` and the generalization gap differ by {same.abs().max():.1g} at most.")
 
 # %% [markdown]
 # **How to read it.** It *is* forbidden that the gap falls and `gap` gains: they are one number. Nothing else is.
@@ -228,9 +230,9 @@ if len(gap) and len(advantage):
 missing = ledger[(ledger.verdict == "not run") & ~ledger.claim.isin(verdict.ALIKE)]
 for book, part in missing.groupby("notebook"):
     command = f"python -m lib.study {book} {given}"
-    say(f"- {len(part)} from notebook {book} ({', '.join(part.claim)}): `{command}`")
+    show_text(f"- {len(part)} from notebook {book} ({', '.join(part.claim)}): `{command}`")
 if missing.empty:
-    say("None: every claim that one run can test has a verdict.")
+    show_text("None: every claim that one run can test has a verdict.")
 
 # %% [markdown]
 # "Other optimizers alike" needs two sharpness-aware optimizers in one run (`optimizers`), "other architectures alike" the
@@ -240,4 +242,4 @@ if missing.empty:
 # preset `paper`.
 
 # %%
-say(f"The ledger is kept in `verdict.csv` beside this copy: {len(ledger)} claims, {judged} of them judged.")
+show_text(f"The ledger is kept in `verdict.csv` beside this copy: {len(ledger)} claims, {judged} of them judged.")

@@ -72,13 +72,13 @@ from IPython.display import display
 from lib.analysis import compare, interventions, memorization
 from lib.study import experiments, figures
 from lib.study.results import Results
-from lib.study.text import bought, joined, label, pick, points, say, shown, sign, verb
+from lib.study.text import bought, describe_sign, joined, label, percentage_points, pick, show_table, show_text, sign
 
 figures.style()
-baseline, other = run.names[0], run.other
-pair, than = f"{other}-{baseline}", ("more than", "less than", "no differently from")
+baseline, treatment = run.names[0], run.treatment
+pair, than = f"{treatment}-{baseline}", ("more than", "less than", "no differently from")
 results = Results("06_beyond", run, n_models=run.few)
-say(run.describe() + f" Here an ensemble has {run.few} models, a private one and its baseline {run.private}.")
+show_text(run.describe() + f" Here an ensemble has {run.few} models, a private one and its baseline {run.private}.")
 
 # %% [markdown]
 # ## Variants: who sits on the frontier?
@@ -104,12 +104,12 @@ say(run.describe() + f" Here an ensemble has {run.few} models, a private one and
 
 # %%
 made = interventions.variants(run, run.strengths, run.few)
-made = compare.align(made, essential=[(baseline, 0.0), (other, run.recipe(other).rho)])
+made = compare.keep_common_models(made, essential=[(baseline, 0.0), (treatment, run.recipe(treatment).rho)])
 table = interventions.variant_table(made)
 own = np.array([row.rho == run.recipe(row.optimizer.removesuffix(f"-{baseline}")).rho for row in table.itertuples()])
 results.add(table, n_models=len(made[baseline, 0.0].ids), note=np.where(own, "variants", "variants, other radius"))
 wanted = table.metric.isin(["auc", "test_accuracy"]) & ~table.optimizer.isin([n for n, _ in made])
-shown(table[wanted & own], across=["metric"])
+show_table(table[wanted & own], across=["metric"])
 
 # %% [markdown]
 # The table has each optimizer at its own radius (the run's; ASAM's is ten times as large, as its authors have
@@ -132,13 +132,13 @@ both = interventions.signs(table, baseline)
 test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
 for kind in dict.fromkeys([(1, 1), *both.values()]):  # the claim's first, then what else there is
     named = [label(*key) for key, found in both.items() if found == kind]
-    say(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {test[kind[0]]} and leak {leak[kind[1]]}** "
+    show_text(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {test[kind[0]]} and leak {leak[kind[1]]}** "
         f"than {baseline}: {joined(named)}.")  # fmt: skip
 own_radius = [key for key in both if key[1] == run.recipe(key[0]).rho]
 failing = [label(*key) for key in own_radius if both[key][0] < 0]
-say(f"At the radii and options of the table, these test *worse* than {baseline}: {joined(failing)}.")
-say(f"Beaten by none: {joined([label(*key) for key in kept])}.")
-say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
+show_text(f"At the radii and options of the table, these test *worse* than {baseline}: {joined(failing)}.")
+show_text(f"Beaten by none: {joined([label(*key) for key in kept])}.")
+show_text(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
 
 # %% [markdown]
 # **How to read it.** Only an ensemble in the lower right quarter improves on the baseline in both respects. A chain of
@@ -159,18 +159,19 @@ say(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.
 # more epochs as a step of the other takes gradients: twice the epochs against SAM, whose step takes two.
 
 # %%
-epochs = {(e, name): run.train(name, run.few, epochs=e) for e in run.regimes() for name in (baseline, other)}
+epochs = {(e, name): run.train(name, run.few, epochs=e) for e in run.length_sweep() for name in (baseline, treatment)}
 epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in run.between()}
 alike = experiments.equal_compute(run)
-epochs |= {(e, other): run.train(other, run.few, epochs=e) for e in alike}
+epochs |= {(e, treatment): run.train(treatment, run.few, epochs=e) for e in alike}
 epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in alike.values()}
-main = [(run.epochs, baseline), (run.epochs, other), (alike[run.epochs], baseline)]
-epochs = compare.align(epochs, essential=main)
-base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, other))
+main = [(run.epochs, baseline), (run.epochs, treatment), (alike[run.epochs], baseline)]
+epochs = compare.keep_common_models(epochs, essential=main)
+base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, treatment))
 accuracy, loss = interventions.at_equal_accuracy(base, sharp), compare.at_equal_loss(base, sharp)
-spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, other) in epochs]
+spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, treatment) in epochs]
 frames = [
-    compare.contrast({baseline: epochs[more, baseline], other: epochs[e, other]}).assign(epochs=e) for e, more in spent
+    compare.contrast({baseline: epochs[more, baseline], treatment: epochs[e, treatment]}).assign(epochs=e)
+    for e, more in spent
 ]
 compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'test_accuracy']")
 
@@ -178,23 +179,25 @@ compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'tes
 about = {"optimizer": pair, "attack": "lira", "n_models": len(base[0].ids)}
 results.add(accuracy, note=[f"equal accuracy {a:.4f}" for a in accuracy.test_accuracy], **about)
 results.add(loss, note=[f"equal loss {at:.4f}" for at in loss.train_loss], **about)
-results.add(compute, note=[f"equal compute, {other} {e} epochs" for e in compute.epochs], n_models=len(base[0].ids))
+results.add(compute, note=[f"equal compute, {treatment} {e} epochs" for e in compute.epochs], n_models=len(base[0].ids))
 for row in accuracy.itertuples():
-    place = f"At test accuracy {row.test_accuracy:.1%} ({other} after {row.epochs} epochs, {baseline} between {row.between})"
-    say(f"{place}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
+    place = f"At test accuracy {row.test_accuracy:.1%} ({treatment} after {row.epochs} epochs, {baseline} between {row.between})"
+    show_text(f"{place}, {treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC.")
 for row in loss.itertuples():
-    place = f"At train loss {row.train_loss:.2g} ({other} after {row.epochs} epochs)"
-    say(f"{place}, {other} leaks {verb(row, *than)} {baseline}: {points(row)} of AUC.")
+    place = f"At train loss {row.train_loss:.2g} ({treatment} after {row.epochs} epochs)"
+    show_text(f"{place}, {treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC.")
 for e, more in spent:
     gain, rise = (compute[(compute.epochs == e) & (compute.metric == m)].iloc[0] for m in ("test_accuracy", "auc"))
-    say(f"At equal compute ({other} {e} epochs, {baseline} {more}): accuracy {points(gain)}, AUC {points(rise)}.")
+    show_text(
+        f"At equal compute ({treatment} {e} epochs, {baseline} {more}): accuracy {percentage_points(gain)}, AUC {percentage_points(rise)}."
+    )
 
 # %%
 reached = [interventions.test_accuracy(e) for e in base]
 most = max(interventions.test_accuracy(e) for e in sharp)
-say(
-    f"{baseline}'s best test accuracy over all lengths of training is {max(reached):.1%}, {other}'s is {most:.1%}. "
-    f"For {len(sharp) - len(accuracy)} of {other}'s {len(sharp)} runs {baseline} has no two neighbours that differ clearly."
+show_text(
+    f"{baseline}'s best test accuracy over all lengths of training is {max(reached):.1%}, {treatment}'s is {most:.1%}. "
+    f"For {len(sharp) - len(accuracy)} of {treatment}'s {len(sharp)} runs {baseline} has no two neighbours that differ clearly."
 )
 
 # %% [markdown]
@@ -219,7 +222,7 @@ notes = [f"cause: {f} {level}" for f, level in zip(effects.factor, effects.level
 n_models = len(next(iter(found.values()))[baseline].ids)
 results.add(effects, optimizer=pair, attack="lira", note=notes, n_models=n_models)
 here = effects[effects.metric == "auc"].reset_index(drop=True)
-figures.save(figures.effects(here, f"{other} minus {baseline}: AUC of LiRA"), run, "causes")
+figures.save(figures.effects(here, f"{treatment} minus {baseline}: AUC of LiRA"), run, "causes")
 
 # %%
 change = effects[effects.metric == "auc_change"].reset_index(drop=True)
@@ -229,12 +232,14 @@ was = sign(here.iloc[0])
 moved = [i for i in range(1, len(here)) if sign(change.iloc[i]) == -was != 0]
 off = [i for i in moved if sign(here.iloc[i]) != was]
 names = [f"{f} {level}" for f, level in zip(here.factor, here.level, strict=True)]
-say(f"As it is, {other} leaks {verb(here.iloc[0], *than)} {baseline}: {points(here.iloc[0])} of AUC.")
+show_text(
+    f"As it is, {treatment} leaks {describe_sign(here.iloc[0], *than)} {baseline}: {percentage_points(here.iloc[0])} of AUC."
+)
 if was:
     weaker = [names[i] for i in moved if i not in off]
-    say(f"**Switched off at**: {joined([names[i] for i in off])}. Weakened, not off: {joined(weaker)}.")
+    show_text(f"**Switched off at**: {joined([names[i] for i in off])}. Weakened, not off: {joined(weaker)}.")
     turned = [names[i] for i in off if sign(here.iloc[i]) == -was]
-    say(f"Turned into its opposite at: {joined(turned)}.")
+    show_text(f"Turned into its opposite at: {joined(turned)}.")
 
 # %% [markdown]
 # **How to read it.** `train_accuracy` is the baseline's, `train_accuracy_other` SAM's, at each level; look at them
@@ -255,7 +260,7 @@ if was:
 defended = {"none": run.train(baseline, run.few)}
 for name, changes in interventions.defences(run).items():
     defended[name] = run.train(**{"optimizer": baseline, "n_models": run.few, **changes})
-defended = compare.align(defended, essential=["none"])
+defended = compare.keep_common_models(defended, essential=["none"])
 defended |= {f"temperature {t}": interventions.tempered(defended["none"], t) for t in (0.25, 4)}
 costs = interventions.defence_table(defended).rename(columns={"optimizer": "label"})
 
@@ -270,9 +275,11 @@ figures.save(figures.side_by_side(levels, panels, "none"), run, "defences")
 # %%
 cheaper = costs[costs.label.str.endswith("-none")].assign(name=lambda f: f.label.str.removesuffix("-none"))
 for name in [n for n in defended if n != "none"]:
-    say(bought(name, cheaper[cheaper.name == name], strict))
+    show_text(bought(name, cheaper[cheaper.name == name], strict))
 if 0.001 not in strict:
-    say("The TPR at 0.1% FPR is not reported: these ensembles have too few non-members for ten false positives at it.")
+    show_text(
+        "The TPR at 0.1% FPR is not reported: these ensembles have too few non-members for ten false positives at it."
+    )
 
 # %% [markdown]
 # **How to read it.** Left, what is paid; middle and right, what is bought; grey, the undefended baseline. Temperature
@@ -292,7 +299,7 @@ if 0.001 not in strict:
 delta = interventions.delta_of(run)
 private = interventions.private(run, run.epsilons, run.private, delta)
 if private:
-    private = compare.align(private, essential=[(baseline, np.inf)])
+    private = compare.keep_common_models(private, essential=[(baseline, np.inf)])
     labels = {k: k[0] if np.isinf(k[1]) else f"{k[0]}, epsilon {k[1]:g}" for k in private}
     guard = interventions.defence_table({labels[k]: e for k, e in private.items()}).rename(
         columns={"optimizer": "label"}
@@ -309,14 +316,14 @@ if private:
 # %%
 if private:
     for name in [n for n in labels.values() if n != baseline]:
-        say(bought(name, guard[guard.label == f"{name}-{baseline}"], interventions.strict_rate(shown_rows)))
+        show_text(bought(name, guard[guard.label == f"{name}-{baseline}"], interventions.strict_rate(shown_rows)))
 elif interventions.private_arch(run) is None:
-    say(
+    show_text(
         f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it; "
         f"or {baseline} asks for gradients anew within a step, which no accountant counts."
     )
 else:
-    say(
+    show_text(
         f"Not run: fewer than 8 of {run.private} models of {interventions.private_arch(run)} learn, even without noise."
     )
 
@@ -336,15 +343,15 @@ if private:
 
 # %%
 if private and claimed.empty:
-    say("Every private ensemble was left out: no claim is left to check.")
+    show_text("Every private ensemble was left out: no claim is left to check.")
 elif private:
     broken = claimed[claimed.bound > claimed.epsilon]
     verdict = f"None of {len(claimed)} bounds exceeds its claim"
     verdict = verdict if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
     loosest = bounds.bound[np.isinf(bounds.epsilon)].iloc[0]
-    say(f"{verdict} (delta {delta:g}). Without noise, LiRA certifies an epsilon of at least {loosest:.2f}.")
+    show_text(f"{verdict} (delta {delta:g}). Without noise, LiRA certifies an epsilon of at least {loosest:.2f}.")
     if loosest <= claimed.epsilon.min():
-        say("That is no more than the smallest claim: with so few models the check could not have found a fault.")
+        show_text("That is no more than the smallest claim: with so few models the check could not have found a fault.")
 
 # %% [markdown]
 # **How to read it.** Between the bound and the claim lies what the accountant must allow for and our attack does not
@@ -363,43 +370,43 @@ elif private:
 # optimizer with itself: noise alone keeps the latter from agreeing perfectly.
 
 # %%
-two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, other)}
+two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, treatment)}
 by_class = interventions.class_table(two)
 results.add(by_class, attack=["lira" if m == "auc" else "" for m in by_class.metric],
             note=[f"class={c}" if c else "classes weighted alike" for c in by_class["class"]], n_models=len(two[baseline].ids))  # fmt: skip
 if (by_class.metric == "auc").any():
-    display(figures.save(figures.classes(by_class, baseline, other), run, "classes"))
+    display(figures.save(figures.classes(by_class, baseline, treatment), run, "classes"))
 balanced = by_class[by_class.metric == "balanced_test_accuracy"]
-shown(balanced, across=["optimizer"])
+show_table(balanced, across=["optimizer"])
 
 # %%
 change = by_class[(by_class.metric == "auc") & (by_class.optimizer == pair)]
 signs = [sign(row) for row in change.itertuples()]
-say(
-    f"Of {len(change)} classes, {signs.count(1)} leak more under {other}, {signs.count(-1)} less, "
+show_text(
+    f"Of {len(change)} classes, {signs.count(1)} leak more under {treatment}, {signs.count(-1)} less, "
     f"{signs.count(0)} without a detectable difference."
 )
 worst = by_class[(by_class.metric == "auc") & by_class.optimizer.isin(two)].sort_values("value")
 for name in two:
     top = worst[worst.optimizer == name].tail(1).itertuples()
     for row in top:
-        say(f"Most exposed under {name}: class {row[worst.columns.get_loc('class') + 1]}, {row.value:.3f} "
+        show_text(f"Most exposed under {name}: class {row[worst.columns.get_loc('class') + 1]}, {row.value:.3f} "
             f"[{row.ci_low:.3f}, {row.ci_high:.3f}], with {row.size} examples in the pool.")  # fmt: skip
 
 # %%
 agreement = interventions.agreement(two)
 results.add(agreement, note="range over splits of the models", n_models=len(two[baseline].ids))
-shown(agreement)
+show_table(agreement)
 within = [pick(agreement, name, "exposure_rank_correlation") for name in two]
-across = pick(agreement, f"{baseline} and {other}", "exposure_rank_correlation")
+across = pick(agreement, f"{baseline} and {treatment}", "exposure_rank_correlation")
 for row in agreement[agreement.metric == "exposure_rank_correlation_corrected"].itertuples():
-    say(
+    show_text(
         f"Across optimizers the ranks agree at {across:.2f}, where noise allows {np.sqrt(np.prod(within)):.2f} (the "
         f"geometric mean of the agreements within): corrected for noise, {row.value:.2f}, from {row.ci_low:.2f} to "
         f"{row.ci_high:.2f} over the splits."
     )
 if len(agreement) == 3:
-    say("The ranks are all noise here: even within one optimizer some splits do not agree.")
+    show_text("The ranks are all noise here: even within one optimizer some splits do not agree.")
 
 # %% [markdown]
 # **How to read it.** A corrected agreement near 1 means that both optimizers expose the same people, and SAM moves the
@@ -420,7 +427,7 @@ if len(agreement) == 3:
 
 # %%
 if run.dataset.pattern is None:
-    say(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
+    show_text(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
 else:
     member = np.array(two[baseline].member)
     memorized = {
@@ -430,17 +437,19 @@ else:
     results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],
                 note=[f"pattern shared by {s}" for s in patterns["size"]], n_models=len(member))  # fmt: skip
     for metric in patterns.metric.unique():
-        shown(patterns[patterns.metric == metric].drop(columns="metric").rename(columns={"size": "metric"}))
+        show_table(patterns[patterns.metric == metric].drop(columns="metric").rename(columns={"size": "metric"}))
 
 # %%
 if run.dataset.pattern is not None:
     for metric in patterns.metric.unique():
         rows = patterns[(patterns.metric == metric) & (patterns.optimizer == pair)]
         for row, size in zip(rows.itertuples(), rows["size"], strict=True):
-            say(f"`{metric}`, sub-patterns shared by {size}: {other} less {baseline} {points(row)}.")
+            show_text(
+                f"`{metric}`, sub-patterns shared by {size}: {treatment} less {baseline} {percentage_points(row)}."
+            )
     atypical = interventions.most(patterns, (*two, pair))
     for (name, metric), (size, value) in atypical.items():
-        say(f"`{metric}` of {name} is largest on sub-patterns shared by {size} ({value:.3f}).")
+        show_text(f"`{metric}` of {name} is largest on sub-patterns shared by {size} ({value:.3f}).")
 
 # %% [markdown]
 # ## What this run shows
@@ -449,27 +458,33 @@ if run.dataset.pattern is not None:
 
 # %%
 more, less = (sum(leak == s for _, leak in both.values()) for s in (1, -1))
-say(f"**Variants.** {more} of {len(both)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
+show_text(f"**Variants.** {more} of {len(both)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
 for e, more in spent:
     rise = compute[(compute.epochs == e) & (compute.metric == "auc")].iloc[0]
-    say(f"**At equal compute** ({e} and {more} epochs) {other} leaks {verb(rise, *than)} {baseline}.")
+    show_text(
+        f"**At equal compute** ({e} and {more} epochs) {treatment} leaks {describe_sign(rise, *than)} {baseline}."
+    )
 for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
-    counted = f"{other} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons."
-    say(f"**At equal {name}** {counted if found else 'nothing can be compared.'}")
+    counted = f"{treatment} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons."
+    show_text(f"**At equal {name}** {counted if found else 'nothing can be compared.'}")
 if was:
-    say(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
+    show_text(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
 
 # %%
 lowered = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc") & (cheaper.ci_high < 0)].sort_values("value")
-said = [f"{row['name']} ({points(row)})" for _, row in lowered.iterrows()]
-say(f"**Defences.** Of those without a guarantee these lower LiRA's AUC, most first: {joined(said)}.")
+said = [f"{row['name']} ({percentage_points(row)})" for _, row in lowered.iterrows()]
+show_text(f"**Defences.** Of those without a guarantee these lower LiRA's AUC, most first: {joined(said)}.")
 if private:
     price = guard[guard.label.str.endswith(f"-{baseline}") & (guard.metric == "test_accuracy")]
-    said = [f"{row.label.removesuffix(f'-{baseline}')} ({points(row)} of accuracy)" for row in price.itertuples()]
-    say(f"**With a guarantee**: {joined(said)}.")
-say(f"**Who pays.** {signs.count(1)} of {len(signs)} classes leak more under {other}, {signs.count(-1)} less.")
+    said = [
+        f"{row.label.removesuffix(f'-{baseline}')} ({percentage_points(row)} of accuracy)" for row in price.itertuples()
+    ]
+    show_text(f"**With a guarantee**: {joined(said)}.")
+show_text(
+    f"**Who pays.** {signs.count(1)} of {len(signs)} classes leak more under {treatment}, {signs.count(-1)} less."
+)
 if run.dataset.pattern is not None:
     said = [f"{metric} of {name}: those shared by {size}" for (name, metric), (size, _) in atypical.items()]
-    say(f"**Atypical sub-patterns.** Largest, by how many examples share a sub-pattern: {'; '.join(said)}.")
-say(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+    show_text(f"**Atypical sub-patterns.** Largest, by how many examples share a sub-pattern: {'; '.join(said)}.")
+show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

@@ -101,9 +101,9 @@ def beside_the_data(most, recipe, inputs):
     if most is None:
         return "not measured", ""
     net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)
-    lanes = step.lanes_for(net, inputs.device)
+    n_stacked = step.lanes_for(net, inputs.device)
     rest = most - sum(tensor.nbytes for tensor in vars(inputs).values() if torch.is_tensor(tensor))
-    return rest / 1e9, rest / step.predicted_memory(recipe, inputs.shape, inputs.n_classes, lanes)
+    return rest / 1e9, rest / step.predicted_memory(recipe, inputs.shape, inputs.n_classes, n_stacked)
 
 
 def steps_of(recipe, inputs, device):

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from lib.attacks import catalogue, intervals, shadow, thresholds
-from lib.attacks.intervals import auc_cells, balanced_accuracy_cells, estimate, halves
+from lib.attacks.intervals import auc_influence_values, balanced_accuracy_influence_values, calibration_split, estimate
 
 
 def halves_of_pool(rng, n_models, n):
@@ -97,7 +97,7 @@ def test_lira_survives_constant_examples_and_a_large_common_offset():
 def test_lira_reaches_the_optimal_auc_on_gaussians(offline):
     # IN ~ N(mu_i + 1, 1), OUT ~ N(mu_i, 1): the best AUC is Phi(1 / sqrt 2)
     phi, member = leaky(n_models=200, n=400)
-    found = estimate(auc_cells(shadow.lira(phi, member, offline, "pooled"), member))
+    found = estimate(auc_influence_values(shadow.lira(phi, member, offline, "pooled"), member))
     assert found.low - 0.003 < stats.norm.cdf(1 / np.sqrt(2)) < found.high + 0.003
     assert found.high - found.low < 0.02
 
@@ -106,9 +106,9 @@ def test_lira_finds_a_wider_in_distribution_that_a_threshold_cannot():
     rng = np.random.default_rng(5)
     member = halves_of_pool(rng, 64, 300)
     phi = rng.normal(size=(64, 300)) * np.where(member, 3.0, 1.0)  # equal means
-    assert abs(auc_cells(phi, member).mean() - 0.5) < 0.02
+    assert abs(auc_influence_values(phi, member).mean() - 0.5) < 0.02
     # optimal: |x|, AUC = (2/pi) arctan(3)
-    assert auc_cells(shadow.lira(phi, member, variance="pooled"), member).mean() == pytest.approx(
+    assert auc_influence_values(shadow.lira(phi, member, variance="pooled"), member).mean() == pytest.approx(
         2 / np.pi * np.arctan(3), abs=0.02
     )
 
@@ -206,7 +206,7 @@ def test_classwise_equals_loops_over_targets_classes_and_thresholds(ties):
         scores = np.round(scores)
     y = np.array([7, 3, 5])[np.arange(120) % 3]
     y[:3] = 9  # a class of three: one half must lack a kind
-    fast, half, fallbacks = thresholds.classwise(scores, member, y, seed=4), halves(member, 4, y), 0
+    fast, half, fallbacks = thresholds.classwise(scores, member, y, seed=4), calibration_split(member, 4, y), 0
     for m in range(4):
         for h in (False, True):
             for c in np.unique(y):
@@ -223,8 +223,10 @@ def test_classwise_beats_one_threshold_where_classes_differ():
     scores, member = leaky(n_models=8, n=600, leak=2.0)
     y = np.arange(600) % 3
     scores = scores + 10 * y
-    learned = balanced_accuracy_cells(scores, member).mean()
-    assert balanced_accuracy_cells(thresholds.classwise(scores, member, y), member, 0.0).mean() > learned + 0.1
+    learned = balanced_accuracy_influence_values(scores, member).mean()
+    assert (
+        balanced_accuracy_influence_values(thresholds.classwise(scores, member, y), member, 0.0).mean() > learned + 0.1
+    )
 
 
 def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
@@ -238,7 +240,7 @@ def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
     split = catalogue.single(logits, y, member)
     for name in ("loss", "confidence_classwise", "neural", "neural_classwise"):
         assert (split[name][:, ::2] != split[name][:, 1::2]).any()
-    right = [balanced_accuracy_cells(found["confidence"], member, groups=g) for g in (eyes, None)]
+    right = [balanced_accuracy_influence_values(found["confidence"], member, groups=g) for g in (eyes, None)]
     assert (right[0] != right[1]).any()
 
 
@@ -249,9 +251,9 @@ def test_gap_and_yeom_equal_their_closed_forms():
     out = catalogue.run(logits, y, member, seed=3)
     correct = logits.argmax(-1) == y
     gap = [correct[m, member[m]].mean() - correct[m, ~member[m]].mean() for m in range(6)]
-    assert balanced_accuracy_cells(out["gap"], member, 0.0).mean() == pytest.approx(0.5 + np.mean(gap) / 2)
+    assert balanced_accuracy_influence_values(out["gap"], member, 0.0).mean() == pytest.approx(0.5 + np.mean(gap) / 2)
     loss = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, y[None, :, None], 2)[..., 0]
-    half = halves(member, 3, y)
+    half = calibration_split(member, 3, y)
     for m in range(6):
         for h in (False, True):
             mean = loss[m, member[m] & (half[m] == h)].mean()
@@ -281,10 +283,10 @@ def test_run_finds_a_planted_leak_with_every_attack_and_nothing_in_the_null():
     assert tuple(found) == catalogue.NAMES and set(catalogue.FIXED) < set(found)
     for name, scores in found.items():
         assert scores.shape == member.shape and scores.dtype == np.float32
-        assert estimate(auc_cells(scores, member)).low > 0.5, name
-        null = estimate(auc_cells(nothing[name], catalogue.null_member(member)), level=0.999)
+        assert estimate(auc_influence_values(scores, member)).low > 0.5, name
+        null = estimate(auc_influence_values(nothing[name], catalogue.null_member(member)), level=0.999)
         assert null.low < 0.5 < null.high, name
-    auc = {name: auc_cells(scores, member).mean() for name, scores in found.items()}
+    auc = {name: auc_influence_values(scores, member).mean() for name, scores in found.items()}
     assert auc["lira_pooled"] > auc["confidence"] + 0.05 > auc["gap"]
 
 
@@ -296,7 +298,7 @@ def test_null_auc_is_one_half_only_if_the_pair_is_left_out(n_models, offline):
         phi, member = leaky(seed, n_models, 300)
         alleged = catalogue.null_member(member, seed)
         for leave, values in null.items():
-            values.append(auc_cells(shadow.lira(phi, alleged, offline, leave=leave), alleged).mean())
+            values.append(auc_influence_values(shadow.lira(phi, alleged, offline, leave=leave), alleged).mean())
     error = np.std(null["pair"]) / np.sqrt(40)
     assert abs(np.mean(null["pair"]) - 0.5) < 4 * error
     if n_models == 8 and not offline:  # what leaving out the target alone would have reported
@@ -349,7 +351,7 @@ def test_the_null_is_one_half_where_halves_that_overlap_make_alike_models():
         phi, wide = np.concatenate([phi[:, :0], phi], 1), np.tile(member, 10)
         order = rng.permutation(400)
         for name, alleged in (("each pair", catalogue.null_member(wide, seed)), ("all alike", wide[:, order])):
-            found[name].append(auc_cells(shadow.lira(phi, alleged, variance="pooled"), alleged).mean())
+            found[name].append(auc_influence_values(shadow.lira(phi, alleged, variance="pooled"), alleged).mean())
     error = {name: np.std(values) / np.sqrt(60) for name, values in found.items()}
     assert abs(np.mean(found["each pair"]) - 0.5) < 3 * error["each pair"]
     assert np.mean(found["all alike"]) - 0.5 > 3 * error["all alike"]

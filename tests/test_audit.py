@@ -82,14 +82,14 @@ def test_equal_loss_refuses_ensembles_of_different_models():
 
 def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, capsys):
     doses = {0.0: pair["sgd"], 0.1: pair["sam"], 9.0: pair["sam"].only([0, 1])}
-    assert list(compare.align(doses, essential=[0.0])) == [0.0, 0.1] and "[9.0]" in capsys.readouterr().out
+    assert list(compare.keep_common_models(doses, essential=[0.0])) == [0.0, 0.1] and "[9.0]" in capsys.readouterr().out
     with pytest.raises(ValueError, match="n_models"):
-        compare.align(doses, essential=[9.0])
+        compare.keep_common_models(doses, essential=[9.0])
 
 
 def test_align_drops_as_few_as_it_must_for_half_of_the_models_in_common(pair, capsys):
     made = {"all": pair["sgd"], "late": pair["sam"].only(range(6, 16)), "early": pair["sam"].only(range(10))}
-    kept = compare.align(made, essential=["all"])  # 4 in common of all three, 10 without one of them
+    kept = compare.keep_common_models(made, essential=["all"])  # 4 in common of all three, 10 without one of them
     assert len(kept) == 2 and "all" in kept and all(len(e.ids) == 10 for e in kept.values())
     assert "left out" in capsys.readouterr().out
 
@@ -98,12 +98,17 @@ def made_up(monkeypatch, runs, noise=0.0):
     """Have ensembles of those names the train loss and the LiRA cells of `runs`; noise: of the loss's cells."""
     own = {n: np.random.default_rng(k).normal(loss, noise, (8, 40)) for k, (n, (loss, _)) in enumerate(runs.items())}
     monkeypatch.setattr(compare, "train_losses", lambda e: own[e.name] if noise else np.full((8, 40), runs[e.name][0]))
-    monkeypatch.setattr(compare, "lira_cells", lambda e: runs[e.name][1])
+    monkeypatch.setattr(compare, "lira_influence_values", lambda e: runs[e.name][1])
 
 
 def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):
-    cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
-    runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "between": (0.1, cells + 0.15), "beyond": (0.001, cells)}
+    influence_values = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
+    runs = {
+        "a": (1.0, influence_values),
+        "b": (0.01, influence_values + 0.2),
+        "between": (0.1, influence_values + 0.15),
+        "beyond": (0.001, influence_values),
+    }
     made_up(monkeypatch, runs)
     found = compare.at_equal_loss(*stand_ins(["a", "b"], ["between", "beyond"]))
     assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: there it is cells + 0.1
@@ -112,8 +117,13 @@ def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):
 
 def test_equal_loss_says_more_only_if_every_curve_does(monkeypatch):
     """The baseline bends: half-way between two runs it is .15 above the first, the straight line .1; the other, .12."""
-    cells = np.random.default_rng(0).normal(0.6, 0.001, (8, 40))
-    runs = {"a": (1.0, cells), "b": (0.01, cells + 0.2), "c": (0.0001, cells), "at": (0.1, cells + 0.12)}
+    influence_values = np.random.default_rng(0).normal(0.6, 0.001, (8, 40))
+    runs = {
+        "a": (1.0, influence_values),
+        "b": (0.01, influence_values + 0.2),
+        "c": (0.0001, influence_values),
+        "at": (0.1, influence_values + 0.12),
+    }
     made_up(monkeypatch, runs)
     assert compare.at_equal_loss(*stand_ins(["a", "b"], ["at"])).ci_low[0] > 0
     found = compare.at_equal_loss(*stand_ins(["a", "b", "c"], ["at"])).iloc[0]
@@ -131,8 +141,8 @@ def test_curves_are_exact_for_what_they_are():
 
 
 def test_runs_that_differ_by_no_more_than_noise_bracket_nothing(monkeypatch):
-    cells = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
-    runs = {"a": (1.01, cells), "b": (1.0, cells + 0.2), "between": (1.005, cells)}
+    influence_values = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
+    runs = {"a": (1.01, influence_values), "b": (1.0, influence_values + 0.2), "between": (1.005, influence_values)}
     made_up(monkeypatch, runs, noise=0.02)
     assert len(compare.at_equal_loss(*stand_ins(["a", "b"], ["between"]))) == 1
     made_up(monkeypatch, runs, noise=2.0)
@@ -155,11 +165,11 @@ def test_identical_ensembles_differ_by_exactly_nothing(pair):
 
 def test_align_drops_a_lost_pair_everywhere_and_refuses_too_few(pair):
     lost = {"sgd": pair["sgd"].only([0, 1, *range(4, 16)]), "sam": pair["sam"]}
-    both = compare.align(lost)
+    both = compare.keep_common_models(lost)
     assert both["sam"].ids.tolist() == both["sgd"].ids.tolist() == [0, 1, *range(4, 16)]
     np.testing.assert_array_equal(both["sam"].logits[2], pair["sam"].logits[4])
     with pytest.raises(ValueError, match="n_models"):
-        compare.align({"sgd": pair["sgd"].only(range(6)), "sam": pair["sam"]})
+        compare.keep_common_models({"sgd": pair["sgd"].only(range(6)), "sam": pair["sam"]})
 
 
 def test_flatness_is_positive_and_paired(pair):
@@ -172,7 +182,12 @@ def test_flatness_is_positive_and_paired(pair):
 def test_null_table_holds_a_half_and_the_true_membership_does_not(pair):
     null = compare.null_table(pair["sgd"], seed=1).set_index("attack")
     assert (null.ci_low.lira_pooled <= 0.5) and (null.ci_high.lira_pooled >= 0.5)
-    assert intervals.estimate(compare.lira_cells(pair["sgd"]), widen=intervals.SHADOWS).low > 0.5
+    assert (
+        intervals.estimate(
+            compare.lira_influence_values(pair["sgd"]), shadow_correction=intervals.SHADOW_CORRECTION
+        ).low
+        > 0.5
+    )
 
 
 def test_variances_within_classes_and_of_members(pair):

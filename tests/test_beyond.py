@@ -217,15 +217,15 @@ def test_the_plan_of_notebook_06_is_what_its_cells_train(tmp_path, more, monkeyp
         return SimpleNamespace(ids=np.arange(8))
 
     monkeypatch.setattr(settings.Settings, "train", record)
-    monkeypatch.setattr(compare, "align", lambda made, essential=None: made)
-    cells = [
+    monkeypatch.setattr(compare, "keep_common_models", lambda made, essential=None: made)
+    influence_values = [
         c.source for c in jupytext.read(settings.ROOT / "notebooks" / "06_beyond.py").cells if "run.train" in c.source
     ]
-    trains = "\n".join(line for source in cells for line in source.splitlines())
+    trains = "\n".join(line for source in influence_values for line in source.splitlines())
     names = {
         "run": run,
         "baseline": run.names[0],
-        "other": run.other,
+        "other": run.treatment,
         "interventions": interventions,
         "experiments": experiments,
         "compare": compare,
@@ -253,12 +253,12 @@ def test_private_gradients_weigh_more_in_the_work_than_in_the_count():
 def test_a_radius_in_the_name_is_the_only_dose(tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
     run = settings.settings({**given, "optimizers": "sgd,sam(rho=0.2)"})
-    assert run.doses("sam(rho=0.2)") == [0.2] and len(run.doses("sam")) > 2
+    assert run.radius_sweep("sam(rho=0.2)") == [0.2] and len(run.radius_sweep("sam")) > 2
 
 
 def test_the_optimizer_in_question_is_no_private_one(tmp_path):
     given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path)}
-    assert settings.settings({**given, "optimizers": "sgd,sam,dpsam(sigma=1.0)"}).other == "sam"
+    assert settings.settings({**given, "optimizers": "sgd,sam,dpsam(sigma=1.0)"}).treatment == "sam"
 
 
 def test_no_level_of_batch_size_is_below_what_msam_needs(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.attacks import catalogue, intervals, label_only, thresholds
-from lib.attacks.intervals import auc_cells
+from lib.attacks.intervals import auc_influence_values
 from lib.training.ensemble import Recipe, train
 from tests.conftest import blobs
 
@@ -115,7 +115,7 @@ def test_a_constant_model_says_nothing():
         [lambda x: torch.zeros(len(x), 4)], torch.randn(8, 2, 5, 7), y, partial(label_only.shifted, most=1)
     )
     np.testing.assert_array_equal(found[0], y == 0)
-    assert auc_cells(found, member[None]).mean() == 0.5
+    assert auc_influence_values(found, member[None]).mean() == 0.5
 
 
 def test_right_further_from_the_boundary_scores_higher():
@@ -156,8 +156,8 @@ def test_null_of_the_choice_is_one_half_and_choosing_on_oneself_is_not():
     aucs, selfish = [], []
     for seed in range(150):
         found, member = leaky(seed, 30, strengths=(0,) * 5)
-        aucs.append(auc_cells(label_only.chosen(found, member), member).mean())
-        selfish.append(max(auc_cells(s, member).mean() for s in found))
+        aucs.append(auc_influence_values(label_only.chosen(found, member), member).mean())
+        selfish.append(max(auc_influence_values(s, member).mean() for s in found))
     assert abs(np.mean(aucs) - 0.5) < 4 * np.std(aucs) / np.sqrt(150)
     assert np.mean(selfish) - 0.5 > 4 * np.std(selfish) / np.sqrt(150)
 
@@ -166,8 +166,8 @@ def test_scores_of_trained_models_find_members_and_no_shuffled_ones(tables):
     found, ids = label_only.scores(tables["sgd"])
     member = np.array(tables["sgd"].member)
     assert ids.tolist() == list(range(10)) and found.shape == (10, 120) and found.dtype == np.float32
-    assert intervals.estimate(auc_cells(found, member)).low > 0.5
-    null = np.mean([auc_cells(found, catalogue.null_member(member, s)).mean() for s in range(20)])
+    assert intervals.estimate(auc_influence_values(found, member)).low > 0.5
+    null = np.mean([auc_influence_values(found, catalogue.null_member(member, s)).mean() for s in range(20)])
     assert null == pytest.approx(0.5, abs=0.02)
     again, few = label_only.scores(tables["sgd"].only(range(2, 10)), 8)
     assert few.tolist() == list(range(2, 8)) + [8, 9] and again.shape == (8, 120)
@@ -178,7 +178,7 @@ def test_scores_of_images_are_the_shares_of_the_shifted(images):
     assert ids.tolist() == list(range(8))
     whole = [np.abs(found * 2 * q - np.round(found * 2 * q)) < 1e-3 for q in (1, 18, 50)]  # a strength's queries
     assert np.any([w.all(1) for w in whole], axis=0).all()
-    assert auc_cells(found, np.array(images.member)).mean() > 0.5
+    assert auc_influence_values(found, np.array(images.member)).mean() > 0.5
 
 
 def test_one_example_is_asked_as_among_all(tables, images):
@@ -206,13 +206,13 @@ def test_table_has_both_attacks_each_optimizer_and_the_paired_difference(tables)
     for name, ensemble in pair.items():
         member = np.array(ensemble.only(ids).member)
         scores = label_only.scores(ensemble.only(ids))[0]
-        assert auc["label_only", name] == pytest.approx(auc_cells(scores, member).mean())
+        assert auc["label_only", name] == pytest.approx(auc_influence_values(scores, member).mean())
         by_class = thresholds.classwise(scores, member, y)
-        assert auc["label_only_classwise", name] == pytest.approx(auc_cells(by_class, member).mean())
+        assert auc["label_only_classwise", name] == pytest.approx(auc_influence_values(by_class, member).mean())
     assert auc["label_only", "sam-sgd"] == pytest.approx(auc["label_only", "sam"] - auc["label_only", "sgd"])
     accuracy = frame[(frame.metric == "balanced_accuracy") & (frame.optimizer == "sam")].set_index("attack").value
     assert accuracy["label_only_classwise"] == pytest.approx(
-        intervals.balanced_accuracy_cells(by_class, member, 0.0).mean()
+        intervals.balanced_accuracy_influence_values(by_class, member, 0.0).mean()
     )
 
 

@@ -31,9 +31,9 @@ def uneven(seed=1, n_models=7, n=50):
 @pytest.mark.parametrize("clusters", [None, [0, 0, 0, 5, 5, 2], [3, 1, 4, 0, 9, 8]])
 def test_estimate_equals_the_textbook_two_way_formula(clusters):
     rng = np.random.default_rng(2)
-    cells = rng.normal(size=(6, 9)) + rng.normal(size=9) + rng.normal(size=(6, 1))
+    influence_values = rng.normal(size=(6, 9)) + rng.normal(size=9) + rng.normal(size=(6, 1))
     names = np.array([0, 0, 1, 1, 2, 2] if clusters is None else clusters)
-    rows = [(names[m], i, cells[m, i] - cells.mean()) for m in range(6) for i in range(9)]
+    rows = [(names[m], i, influence_values[m, i] - influence_values.mean()) for m in range(6) for i in range(9)]
 
     def one_way(key):
         """G/(G-1) x the sum of products of deviations over all pairs of cells with the same key."""
@@ -46,33 +46,37 @@ def test_estimate_equals_the_textbook_two_way_formula(clusters):
     v = max(v_rows + v_columns - v_both, v_rows, v_columns)
     df = v**2 / (v_rows**2 / (n_groups - 1) + v_columns**2 / 8)
     half = stats.t.ppf(0.975, df) * np.sqrt(v)
-    found = intervals.estimate(cells, clusters)
-    np.testing.assert_allclose(found, [cells.mean(), cells.mean() - half, cells.mean() + half])
+    found = intervals.estimate(influence_values, clusters)
+    np.testing.assert_allclose(
+        found, [influence_values.mean(), influence_values.mean() - half, influence_values.mean() + half]
+    )
 
 
 def test_estimate_of_one_factor_is_the_t_interval():
     by_pair = np.array([1.0, 4, 2, 7]).repeat(2)[:, None] * np.ones(500)
     by_example = np.ones((8, 1)) * np.array([1.0, 4, 2, 7, 3])
-    for cells, values in ((by_pair, [1, 4, 2, 7]), (by_example, [1, 4, 2, 7, 3])):
+    for influence_values, values in ((by_pair, [1, 4, 2, 7]), (by_example, [1, 4, 2, 7, 3])):
         expected = stats.t.interval(0.9, len(values) - 1, np.mean(values), stats.sem(values))
-        np.testing.assert_allclose(intervals.estimate(cells, level=0.9)[1:], expected, rtol=1e-6)
+        np.testing.assert_allclose(intervals.estimate(influence_values, level=0.9)[1:], expected, rtol=1e-6)
 
 
 def test_widen_multiplies_the_row_term():
-    cells = np.array([1.0, 4, 2, 7]).repeat(2)[:, None] * np.ones(500)
-    plain, wide = intervals.estimate(cells), intervals.estimate(cells, widen=12)
+    influence_values = np.array([1.0, 4, 2, 7]).repeat(2)[:, None] * np.ones(500)
+    plain, wide = intervals.estimate(influence_values), intervals.estimate(influence_values, shadow_correction=12)
     assert wide.high - wide.value == pytest.approx(2 * (plain.high - plain.value), rel=1e-6)
 
 
 def test_rates_stay_inside_the_unit_interval():
     rng = np.random.default_rng(0)
-    cells = (rng.random((6, 30)) < 0.02).astype(float)
-    cells[0, 0] = 1
-    plain, rate = intervals.estimate(cells), intervals.estimate(cells, rate=True)
+    influence_values = (rng.random((6, 30)) < 0.02).astype(float)
+    influence_values[0, 0] = 1
+    plain, rate = intervals.estimate(influence_values), intervals.estimate(influence_values, rate=True)
     assert plain.low < 0 < rate.low < rate.value == plain.value < rate.high < 1
     middle = 0.5 + 0.1 * rng.normal(size=(20, 300)), 0.5 + 0.001 * rng.normal(size=(20, 300))
-    for cells in middle:  # far from the ends the two agree
-        np.testing.assert_allclose(intervals.estimate(cells), intervals.estimate(cells, rate=True), rtol=1e-3)
+    for influence_values in middle:  # far from the ends the two agree
+        np.testing.assert_allclose(
+            intervals.estimate(influence_values), intervals.estimate(influence_values, rate=True), rtol=1e-3
+        )
 
 
 def test_rates_of_zero_and_one_have_clopper_pearson_bounds():
@@ -99,9 +103,9 @@ def test_six_trials_are_the_fewest_that_exclude_a_half():
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("shape", [(2, 40), (1, 40), (6, 1)])
 def test_no_interval_without_two_clusters_and_two_examples(shape, rate):
-    for cells in (np.random.default_rng(0).random(shape), np.zeros(shape)):
-        found = intervals.estimate(cells, rate=rate)
-        assert found.value == pytest.approx(cells.mean()) and np.isnan(found[1:]).all()
+    for influence_values in (np.random.default_rng(0).random(shape), np.zeros(shape)):
+        found = intervals.estimate(influence_values, rate=rate)
+        assert found.value == pytest.approx(influence_values.mean()) and np.isnan(found[1:]).all()
 
 
 def test_constant_cells_have_a_point_interval():
@@ -117,9 +121,9 @@ def test_constant_cells_have_a_point_interval():
         (np.zeros((4, 5)), [0, 1], "clusters: shape"),
     ],
 )
-def test_estimate_faults_are_named(cells, clusters, words):
+def test_estimate_faults_are_named(influence_values, clusters, words):
     with pytest.raises(ValueError, match=words):
-        intervals.estimate(cells, clusters)
+        intervals.estimate(influence_values, clusters)
 
 
 # ---- examples in groups, and models that are given -----------------------------------------------------------
@@ -129,24 +133,26 @@ def doubled(x):
     return np.repeat(x, 2, axis=-1)
 
 
-@pytest.mark.parametrize("how", [{}, {"rate": True}, {"widen": 5.0}, {"examples_only": True}])
+@pytest.mark.parametrize("how", [{}, {"rate": True}, {"shadow_correction": 5.0}, {"examples_only": True}])
 def test_doubled_columns_in_groups_give_the_interval_of_single_ones(how):
     rng = np.random.default_rng(4)
-    cells, names = rng.random((8, 30)) + 0.2 * rng.random(30), doubled(rng.permutation(30) - 7)
+    influence_values, names = rng.random((8, 30)) + 0.2 * rng.random(30), doubled(rng.permutation(30) - 7)
     order = rng.permutation(60)
-    found = intervals.estimate(doubled(cells)[:, order], columns=names[order], **how)
-    np.testing.assert_allclose(found, intervals.estimate(cells, **how), rtol=1e-12)
-    alone = intervals.estimate(cells, columns=rng.permutation(30), **how)  # groups of one
-    np.testing.assert_allclose(alone, intervals.estimate(cells, **how), rtol=1e-12)
+    found = intervals.estimate(doubled(influence_values)[:, order], columns=names[order], **how)
+    np.testing.assert_allclose(found, intervals.estimate(influence_values, **how), rtol=1e-12)
+    alone = intervals.estimate(influence_values, columns=rng.permutation(30), **how)  # groups of one
+    np.testing.assert_allclose(alone, intervals.estimate(influence_values, **how), rtol=1e-12)
 
 
 def test_groups_of_unequal_size_equal_the_plain_formula():
     rng = np.random.default_rng(5)
-    cells, names = rng.normal(size=(1, 12)), np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
-    sums = [(cells[0, names == k] - cells.mean()).sum() for k in range(5)]
+    influence_values, names = rng.normal(size=(1, 12)), np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
+    sums = [(influence_values[0, names == k] - influence_values.mean()).sum() for k in range(5)]
     half = stats.t.ppf(0.975, 4) * np.sqrt(5 / 4 * np.square(sums).sum()) / 12
-    found = intervals.estimate(cells, columns=names, examples_only=True)
-    np.testing.assert_allclose(found, [cells.mean(), cells.mean() - half, cells.mean() + half])
+    found = intervals.estimate(influence_values, columns=names, examples_only=True)
+    np.testing.assert_allclose(
+        found, [influence_values.mean(), influence_values.mean() - half, influence_values.mean() + half]
+    )
 
 
 def test_a_rate_of_zero_counts_groups():
@@ -175,8 +181,8 @@ def test_groups_restore_the_coverage_that_correlated_pairs_take():
     rng, found = np.random.default_rng(6), []
     for _ in range(400):
         eyes = 0.95 * doubled(rng.normal(size=(1, 60))) + 0.3 * rng.normal(size=(1, 120))
-        cells = eyes + 0.1 * rng.normal(size=(8, 120))
-        found.append([intervals.estimate(cells, columns=c) for c in (None, np.arange(120) // 2)])
+        influence_values = eyes + 0.1 * rng.normal(size=(8, 120))
+        found.append([intervals.estimate(influence_values, columns=c) for c in (None, np.arange(120) // 2)])
     plain, grouped = ((np.array(found)[..., 1] < 0) & (0 < np.array(found)[..., 2])).mean(0)
     assert plain < 0.88 and 0.92 < grouped < 0.98, (plain, grouped)
 
@@ -184,20 +190,22 @@ def test_groups_restore_the_coverage_that_correlated_pairs_take():
 def test_one_given_model_has_delongs_interval_and_the_t_interval():
     scores, member = example(n_models=2, n=400)
     s, inside = scores[0], member[0]
-    found = intervals.estimate(intervals.auc_cells(scores[:1], member[:1]), examples_only=True)
+    found = intervals.estimate(intervals.auc_influence_values(scores[:1], member[:1]), examples_only=True)
     v10 = [(s[~inside] < x).mean() for x in s[inside]]
     v01 = [(s[inside] > x).mean() for x in s[~inside]]
     delong = np.sqrt(np.var(v10, ddof=1) / len(v10) + np.var(v01, ddof=1) / len(v01))
     assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 399) * delong, rel=0.01)
-    cells = np.random.default_rng(0).normal(size=(3, 50))
-    np.testing.assert_allclose(intervals.estimate(cells, examples_only=True), intervals.t_interval(cells.mean(0)))
+    influence_values = np.random.default_rng(0).normal(size=(3, 50))
+    np.testing.assert_allclose(
+        intervals.estimate(influence_values, examples_only=True), intervals.t_interval(influence_values.mean(0))
+    )
 
 
 @pytest.mark.parametrize("fpr", [0.1, 0.25])
 def test_tpr_within_one_model_equals_a_plain_loop(fpr):
     scores, member = example(n_models=2, n=200)
     tpr, realised = intervals.tpr_cells_within(scores, member, fpr, seed=3)
-    for m, half in enumerate(intervals.halves(member, 3)):
+    for m, half in enumerate(intervals.calibration_split(member, 3)):
         flagged = np.empty(200, bool)
         for h in (False, True):
             null = scores[m, ~member[m] & (half == h)]
@@ -210,8 +218,8 @@ def test_tpr_within_one_model_covers_the_truth():
     # N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + Phi^-1(f))
     rng, member, found = np.random.default_rng(7), np.arange(600)[None] < 300, []
     for seed in range(300):
-        cells = intervals.tpr_cells_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[0]
-        found.append(intervals.estimate(cells, rate=True, examples_only=True))
+        influence_values = intervals.tpr_cells_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[0]
+        found.append(intervals.estimate(influence_values, rate=True, examples_only=True))
     value, low, high = np.array(found).T
     truth = stats.norm.cdf(1 + stats.norm.ppf(0.1))
     assert value.mean() == pytest.approx(truth, abs=0.015)
@@ -232,26 +240,26 @@ def test_one_given_model_has_a_whole_table():
 @pytest.mark.parametrize("data", [example(), example(ties=True), uneven(), example(leak=50)])
 def test_auc_equals_scikit_learn_per_target(data):
     scores, member = data
-    cells = intervals.auc_cells(scores, member)
+    influence_values = intervals.auc_influence_values(scores, member)
     expected = [roc_auc_score(inside, s) for s, inside in zip(scores, member, strict=True)]
-    np.testing.assert_allclose(cells.mean(1), expected, atol=1e-12)
+    np.testing.assert_allclose(influence_values.mean(1), expected, atol=1e-12)
 
 
 def test_auc_cells_are_delongs_placements():
     scores, member = example(ties=True)
-    cells, s, inside = intervals.auc_cells(scores, member), scores[0], member[0]
+    influence_values, s, inside = intervals.auc_influence_values(scores, member), scores[0], member[0]
     auc = roc_auc_score(inside, s)
     for i in range(60):
         others = s[inside != inside[i]]
         place = np.mean(others < s[i]) + np.mean(others == s[i]) / 2
-        assert cells[0, i] == pytest.approx(auc + 2 * ((place if inside[i] else 1 - place) - auc))
+        assert influence_values[0, i] == pytest.approx(auc + 2 * ((place if inside[i] else 1 - place) - auc))
 
 
 def test_auc_interval_of_one_target_is_delongs():
     # independent examples, every pair with the same scores: only the examples vary
     scores, member = example(n_models=2, n=400)
     s, inside = scores[0], member[0]
-    found = intervals.estimate(intervals.auc_cells(np.tile(s, (40, 1)), np.tile(inside, (40, 1))))
+    found = intervals.estimate(intervals.auc_influence_values(np.tile(s, (40, 1)), np.tile(inside, (40, 1))))
     v10 = [(s[~inside] < x).mean() for x in s[inside]]
     v01 = [(s[inside] > x).mean() for x in s[~inside]]
     delong = np.sqrt(np.var(v10, ddof=1) / len(v10) + np.var(v01, ddof=1) / len(v01))
@@ -262,7 +270,7 @@ def test_auc_interval_of_one_target_is_delongs():
 @pytest.mark.parametrize("fpr", [0.1, 0.25])
 def test_tpr_and_realised_fpr_equal_a_plain_loop(data, fpr):
     scores, member = data
-    tpr, realised = intervals.tpr_cells(scores, member, fpr)
+    tpr, realised = intervals.tpr_influence_values(scores, member, fpr)
     expected_tpr, expected_fpr = [], []
     for m in range(len(scores)):
         others = [k for k in range(len(scores)) if (k // 2) % 2 != (m // 2) % 2]
@@ -278,23 +286,23 @@ def test_tpr_cells_carry_the_error_of_the_threshold():
     # independent scores, N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + q), q = Phi^-1(f)
     rng = np.random.default_rng(3)
     member = halves_of_pool(rng, 40, 2000)
-    cells = intervals.tpr_cells(rng.normal(size=member.shape) + member, member, 0.1)[0]
+    influence_values = intervals.tpr_influence_values(rng.normal(size=member.shape) + member, member, 0.1)[0]
     q = stats.norm.ppf(0.1)
     tpr, slope = stats.norm.cdf(1 + q), stats.norm.pdf(1 + q) / stats.norm.pdf(q)
     # Var = tpr (1 - tpr) / n_in + slope^2 fpr (1 - fpr) / n_out (Hsieh & Turnbull 1996)
     variance = (tpr * (1 - tpr) + slope**2 * 0.1 * 0.9) / (member.size / 2)
-    assert cells.var() / cells.size == pytest.approx(variance, rel=0.05)
-    assert cells.mean() == pytest.approx(tpr, abs=4 * np.sqrt(variance))
+    assert influence_values.var() / influence_values.size == pytest.approx(variance, rel=0.05)
+    assert influence_values.mean() == pytest.approx(tpr, abs=4 * np.sqrt(variance))
 
 
 def test_ratio_cells_are_means_over_the_chosen_with_their_sampling_error():
     x, chosen = uneven(n_models=40, n=3000)
-    cells = intervals.ratio_cells(x, chosen)
-    np.testing.assert_allclose(cells.mean(1), [x[m, chosen[m]].mean() for m in range(40)])
-    np.testing.assert_array_equal(cells[3], intervals.ratio_cells(x[3], chosen[3]))
-    np.testing.assert_allclose(intervals.ratio_cells(np.where(chosen, x, 99.0), chosen), cells)
+    influence_values = intervals.ratio_influence_values(x, chosen)
+    np.testing.assert_allclose(influence_values.mean(1), [x[m, chosen[m]].mean() for m in range(40)])
+    np.testing.assert_array_equal(influence_values[3], intervals.ratio_influence_values(x[3], chosen[3]))
+    np.testing.assert_allclose(intervals.ratio_influence_values(np.where(chosen, x, 99.0), chosen), influence_values)
     # independent entries of variance 1: Var of a row's mean = 1 / n, so its cells have variance N / n
-    np.testing.assert_allclose(cells.var(1), 3000 / chosen.sum(1), rtol=0.2)
+    np.testing.assert_allclose(influence_values.var(1), 3000 / chosen.sum(1), rtol=0.2)
 
 
 @pytest.mark.parametrize("data", [example(n=90), uneven(n=80)])
@@ -305,9 +313,12 @@ def test_balanced_accuracy_equals_its_definition(data):
         return (np.mean(s[inside] > limit) + np.mean(s[~inside] <= limit)) / 2
 
     rows = range(len(scores))
-    fixed = intervals.balanced_accuracy_cells(scores, member, 0.7)
+    fixed = intervals.balanced_accuracy_influence_values(scores, member, 0.7)
     np.testing.assert_allclose(fixed.mean(1), [definition(scores[m], member[m], 0.7) for m in rows])
-    half, learned = intervals.halves(member, 5), intervals.balanced_accuracy_cells(scores, member, seed=5)
+    half, learned = (
+        intervals.calibration_split(member, 5),
+        intervals.balanced_accuracy_influence_values(scores, member, seed=5),
+    )
     for m in rows:
         right = np.empty(member.shape[1], bool)
         for h in (False, True):
@@ -321,7 +332,7 @@ def test_balanced_accuracy_equals_its_definition(data):
 
 def test_learned_thresholds_are_not_judged_on_what_they_learned():
     scores, member = example(n=20, n_models=400, leak=0)
-    found = intervals.estimate(intervals.balanced_accuracy_cells(scores, member))
+    found = intervals.estimate(intervals.balanced_accuracy_influence_values(scores, member))
     assert found.low < 0.5 < found.high and found.high - found.low < 0.06
 
 
@@ -335,29 +346,29 @@ def test_best_thresholds_per_group():
 def test_halves_split_members_and_non_members_of_every_class():
     _, member = example(n=60)
     y = np.arange(60) % 4
-    half = intervals.halves(member, 1, y)
+    half = intervals.calibration_split(member, 1, y)
     for m in range(8):
         for inside in (member[m], ~member[m]):
             assert abs(half[m, inside].sum() - half[m, y == 0][inside[y == 0]].sum() - 11) < 4
             for c in range(4):
                 chosen = inside & (y == c)
                 assert abs(half[m, chosen].sum() - chosen.sum() / 2) <= 0.5
-            assert abs(intervals.halves(member, 1)[m, inside].sum() - inside.sum() / 2) <= 0.5
-    assert (intervals.halves(member, 1) != intervals.halves(member, 2)).any()
+            assert abs(intervals.calibration_split(member, 1)[m, inside].sum() - inside.sum() / 2) <= 0.5
+    assert (intervals.calibration_split(member, 1) != intervals.calibration_split(member, 2)).any()
 
 
 def test_halves_keep_groups_whole():
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(30), 2))
     member = np.random.default_rng(1).permuted(np.tile(np.arange(30) < 15, (6, 1)), axis=1)[:, groups]
-    half = intervals.halves(member, 1, groups % 3, groups)
+    half = intervals.calibration_split(member, 1, groups % 3, groups)
     for m in range(6):
         for group in range(30):
             assert len(set(half[m, groups == group])) == 1
         assert abs(half[m, member[m]].sum() - 15) <= 4 and abs(half[m, ~member[m]].sum() - 15) <= 4
     with pytest.raises(ValueError, match="groups: 1 are too few for halves"):
-        intervals.halves(member, 1, groups=groups // 30)
+        intervals.calibration_split(member, 1, groups=groups // 30)
     with pytest.raises(ValueError, match="groups: shape"):
-        intervals.halves(member, 1, groups=groups[1:])
+        intervals.calibration_split(member, 1, groups=groups[1:])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -382,7 +393,7 @@ def test_evaluate_is_tidy_and_consistent():
     for fpr in (0.1, 0.01):
         row = values.loc[f"realised_fpr@{fpr}"]
         assert row.ci_low < fpr < row.ci_high
-    assert values.value["auc"] == pytest.approx(intervals.auc_cells(scores, member).mean())
+    assert values.value["auc"] == pytest.approx(intervals.auc_influence_values(scores, member).mean())
 
 
 def test_rates_are_reported_where_the_counts_allow():
@@ -390,7 +401,7 @@ def test_rates_are_reported_where_the_counts_allow():
     assert intervals.reportable(member, (0.005, 0.0049)) == [0.005]
     assert intervals.reportable(member[:2], (0.1,)) == []
     with pytest.raises(ValueError, match="scores: 2 models"):
-        intervals.tpr_cells(np.zeros((2, 1000)), member[:2], 0.1)
+        intervals.tpr_influence_values(np.zeros((2, 1000)), member[:2], 0.1)
     table = intervals.evaluate(member[:2] + 0.0, member[:2])
     assert table.metric.tolist() == ["auc", "balanced_accuracy", "advantage"] and table.ci_low.isna().all()
 
@@ -425,13 +436,15 @@ def test_table_has_every_optimizer_and_its_difference_from_the_first():
 def test_cells_are_computed_once_for_values_and_differences(monkeypatch):
     a, member = example(n_models=12, n=400)
     calls = []
-    for name in ("auc_cells", "balanced_accuracy_cells", "tpr_cells"):
+    for name in ("auc_influence_values", "balanced_accuracy_influence_values", "tpr_influence_values"):
         whole = getattr(intervals, name)
         monkeypatch.setattr(
             intervals, name, lambda *x, whole=whole, name=name, **how: calls.append(name) or whole(*x, **how)
         )
     intervals.table({"sgd": a, "sam": a + member}, member, fprs=(0.1,))
-    assert sorted(calls) == sorted(2 * ["auc_cells", "balanced_accuracy_cells", "tpr_cells"])
+    assert sorted(calls) == sorted(
+        2 * ["auc_influence_values", "balanced_accuracy_influence_values", "tpr_influence_values"]
+    )
 
 
 def test_pairing_narrows_the_difference():
@@ -483,7 +496,7 @@ def test_roc_pools_the_targets():
     ],
 )
 def test_faults_are_named(scores, member, words):
-    for function in (intervals.evaluate, intervals.auc_cells, intervals.balanced_accuracy_cells):
+    for function in (intervals.evaluate, intervals.auc_influence_values, intervals.balanced_accuracy_influence_values):
         with pytest.raises(ValueError, match=words):
             function(scores, member)
 
@@ -491,7 +504,7 @@ def test_faults_are_named(scores, member, words):
 @pytest.mark.parametrize("fpr", [0, 1, -0.1])
 def test_rates_out_of_range_are_named(fpr):
     with pytest.raises(ValueError, match="fpr"):
-        intervals.tpr_cells(*example(), fpr)
+        intervals.tpr_influence_values(*example(), fpr)
 
 
 # ---- coverage (in full: python -m tests.calibration) --------------------------------------------------------

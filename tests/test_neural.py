@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from lib.attacks import catalogue, intervals, neural, thresholds
-from lib.attacks.intervals import auc_cells, balanced_accuracy_cells, estimate, halves
+from lib.attacks.intervals import auc_influence_values, balanced_accuracy_influence_values, calibration_split, estimate
 from lib.attacks.signals import signals
 
 
@@ -55,7 +55,7 @@ def one_network(x, label, learn, stop, seed):
 
 def test_networks_trained_at_once_equal_networks_trained_one_by_one():
     logits, y, member = problem(n_models=3)
-    half = halves(member, 0, y)
+    half = calibration_split(member, 0, y)
     fold = neural.folds(member, half, y)
     scores, own = neural.fit(logits, y, member, half)
     p = torch.from_numpy(logits).double().softmax(-1)
@@ -75,7 +75,7 @@ def test_networks_trained_at_once_equal_networks_trained_one_by_one():
 
 def test_folds_share_members_and_non_members_of_each_half():
     _, y, member = problem(n=122)
-    half = halves(member, 0, y)
+    half = calibration_split(member, 0, y)
     fold = neural.folds(member, half, y)
     for m in range(len(member)):
         for h in (False, True):
@@ -86,7 +86,7 @@ def test_folds_share_members_and_non_members_of_each_half():
 
 def test_no_score_and_no_decision_depends_on_the_membership_it_judges():
     logits, y, member = problem()
-    half = halves(member, 0, y)
+    half = calibration_split(member, 0, y)
     other, rng = member.copy(), np.random.default_rng(1)
     for m in range(len(member)):  # within one half, who is a member is drawn again
         judged = np.flatnonzero(half[m])
@@ -107,16 +107,16 @@ def test_null_is_one_half_where_a_look_at_the_judged_would_show():
     found = {name: [] for name in ("auc", "accuracy", "classwise", "seen")}
     for seed in range(5):
         logits, y, member = problem(seed, n_models=200, n=60, leak=0.0)
-        half = halves(member, seed, y)
+        half = calibration_split(member, seed, y)
         scores, own = neural.fit(logits, y, member, half, seed)
-        found["auc"].append(auc_cells(scores, member))
-        found["accuracy"].append(balanced_accuracy_cells(scores, member))
+        found["auc"].append(auc_influence_values(scores, member))
+        found["accuracy"].append(balanced_accuracy_influence_values(scores, member))
         decided = thresholds.classwise(scores, member, y, half=half, own=own)
-        found["classwise"].append(balanced_accuracy_cells(decided, member, 0.0))
+        found["classwise"].append(balanced_accuracy_influence_values(decided, member, 0.0))
         # own scores come from a network that stopped at the example: a faint look, and it must be detectable
-        found["seen"].append(auc_cells(own, member))
-    for name, cells in found.items():
-        rows = np.concatenate(cells).mean(1)
+        found["seen"].append(auc_influence_values(own, member))
+    for name, influence_values in found.items():
+        rows = np.concatenate(influence_values).mean(1)
         z = (rows.mean() - 0.5) / (rows.std() / np.sqrt(len(rows)))
         assert z > 6 if name == "seen" else abs(z) < 4, (name, z)
 
@@ -126,10 +126,10 @@ def test_knows_nothing_of_how_many_of_a_class_are_members():
     for seed in range(4):
         _, y, member = problem(seed, n_models=200, n=100, n_classes=5, leak=0.0)
         logits = np.eye(5)[y] * (1.0 + y[:, None]) + 0.01 * rng.normal(size=(200, 100, 5))  # the class is plain to see
-        for name, half in (("default", None), ("within classes", halves(member, seed, y))):
-            found[name].append(auc_cells(neural.attack(logits, y, member, half, seed), member))
-    for name, cells in found.items():
-        rows = np.concatenate(cells).mean(1)
+        for name, half in (("default", None), ("within classes", calibration_split(member, seed, y))):
+            found[name].append(auc_influence_values(neural.attack(logits, y, member, half, seed), member))
+    for name, influence_values in found.items():
+        rows = np.concatenate(influence_values).mean(1)
         z = (rows.mean() - 0.5) / (rows.std() / np.sqrt(len(rows)))
         assert z > 6 if name == "within classes" else abs(z) < 4, (name, z)
 
@@ -144,11 +144,13 @@ def test_finds_a_shape_of_the_output_that_confidence_cannot():
     p[:, np.arange(200), y] = 0.6 + 0.01 * rng.normal(size=(24, 200))
     out = catalogue.run(np.log(p), y, member)
     auc = {
-        name: auc_cells(scores, member).mean() for name, scores in out.items() if not name.startswith(("lira", "rmia"))
+        name: auc_influence_values(scores, member).mean()
+        for name, scores in out.items()
+        if not name.startswith(("lira", "rmia"))
     }
     assert abs(auc["confidence"] - 0.5) < 0.05 and auc["neural"] > auc["confidence"] + 0.35
     assert auc["neural_classwise"] > auc["confidence_classwise"] + 0.3
-    assert balanced_accuracy_cells(out["neural_classwise"], member, 0.0).mean() > 0.8
+    assert balanced_accuracy_influence_values(out["neural_classwise"], member, 0.0).mean() > 0.8
 
 
 def test_reaches_the_optimal_auc_on_gaussians():
@@ -157,7 +159,7 @@ def test_reaches_the_optimal_auc_on_gaussians():
     logits = np.zeros((20, 800, 2))
     logits[:, np.arange(800), y] = rng.normal(size=member.shape) + 1 + member
     scores = neural.attack(logits, y, member)
-    found = estimate(auc_cells(scores, member))
+    found = estimate(auc_influence_values(scores, member))
     assert found.low - 0.015 < stats.norm.cdf(1 / np.sqrt(2)) < found.high + 0.015
     # log-odds: log N(phi; 2, 1) - log N(phi; 1, 1) = phi - 3/2
     slope = np.polyfit(signals(logits, y, only=("phi",))["phi"].ravel(), scores.ravel(), 1)
@@ -191,7 +193,7 @@ def test_survives_certain_and_constant_outputs():
     logits[2, :5, 0] = -np.inf
     scores = neural.attack(logits, y, member)
     assert np.isfinite(scores).all()
-    assert intervals.auc_cells(scores, member)[0].mean() == pytest.approx(0.5, abs=0.1)
+    assert intervals.auc_influence_values(scores, member)[0].mean() == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -97,7 +97,7 @@ def test_one_model_has_a_table_over_examples(tmp_path):
     frame = own_logits.audit([tmp_path / "target.npz"], tmp_path / "out")
     assert auc(frame).attack.tolist() == ALONE
     row = auc(frame, "target").loc["confidence"]
-    cells = intervals.auc_cells(signals(one["logits"], one["y"])["phi"], one["member"])
+    cells = intervals.auc_influence_values(signals(one["logits"], one["y"])["phi"], one["member"])
     expected = intervals.estimate(cells, rate=True, examples_only=True)
     np.testing.assert_allclose(row[["value", "ci_low", "ci_high"]].astype(float), expected)
     assert {"tpr@0.1", "realised_fpr@0.1"} < set(frame.metric) and frame.ci_low.notna().all()

@@ -65,7 +65,7 @@ def test_the_readmes_blocks_run_in_order_as_written(names, capsys):
         "made"
     ]
     assert Path("outputs/mine/report/index.html").exists()
-    auc = [names["metrics"].auc_cells(names["attacks"].run(names[key], names["y"], names["member"])["lira"],
+    auc = [names["metrics"].auc_influence_values(names["attacks"].run(names[key], names["y"], names["member"])["lira"],
            names["member"]).mean() for key in ("logits_sgd", "logits_sam")]  # fmt: skip
     assert 0.55 < auc[0] < auc[1]
 

@@ -342,8 +342,8 @@ def test_top_eigenvalue_equals_the_full_hessian_of_a_network(table):
 def test_ball_rise_of_a_linear_and_a_quadratic_loss():
     """Linear: rho |g|. Isotropic quadratic from w: (|w| + rho)^2/2 - |w|^2/2."""
     g, w = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
-    assert float(sharpness.ball_rise(lambda p: g @ p["w"], {"w": w}, 0.5)) == pytest.approx(2.5, rel=1e-5)
-    found = sharpness.ball_rise(lambda p: 0.5 * p["w"] @ p["w"], {"w": w}, 0.5)
+    assert float(sharpness.loss_rise_in_ball(lambda p: g @ p["w"], {"w": w}, 0.5)) == pytest.approx(2.5, rel=1e-5)
+    found = sharpness.loss_rise_in_ball(lambda p: 0.5 * p["w"] @ p["w"], {"w": w}, 0.5)
     assert float(found) == pytest.approx((1.5**2 - 1) / 2, rel=1e-5)
 
 

@@ -27,7 +27,9 @@ def again(work):
 def as_on_a_gpu(monkeypatch):
     """Every decision as CUDA would make it, and the work done on the CPU."""
     monkeypatch.setattr(step, "worth_recording", lambda named, device: named.base_name in ("sgd", "nesterov"))
-    monkeypatch.setattr(step, "channels_last", lambda net, lanes, device: lanes == 1 and networks.is_convolutional(net))
+    monkeypatch.setattr(
+        step, "channels_last", lambda net, n_stacked, device: n_stacked == 1 and networks.is_convolutional(net)
+    )
     monkeypatch.setattr(ensemble, "worth_compiling", lambda *_: True)
     monkeypatch.setattr(step.torch, "compile", lambda function, **_: function)  # what is compiled is tested elsewhere
     seen, plain = [], step.recorded

@@ -51,8 +51,8 @@ def memory(made):
     for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, *_ in made}:
         dataset = made[0][1]
         shape = dataset.x.shape[1:]
-        lanes = step.lanes_for(networks.build(recipe.arch, shape, dataset.n_classes), cpu)
-        most = max(most, step.predicted_memory(recipe, shape, dataset.n_classes, lanes))
+        n_stacked = step.lanes_for(networks.build(recipe.arch, shape, dataset.n_classes), cpu)
+        most = max(most, step.predicted_memory(recipe, shape, dataset.n_classes, n_stacked))
     return most
 
 

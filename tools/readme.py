@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lib.study import figures, verdict
-from lib.study.text import joined, points, sign, verb
+from lib.study.text import describe_sign, joined, percentage_points, sign
 from tools import costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +84,9 @@ def results_table():
         wide = regimes(results)
         for epochs, rows in wide.groupby("epochs"):
             test, auc = (rows[rows.metric == m].iloc[0] for m in ("test_accuracy", "auc"))
-            word = verb(auc, "**more**", "**less**", "no differently")
+            word = describe_sign(auc, "**more**", "**less**", "no differently")
             lines.append(
-                f"| {title(results)} | {epochs} | {auc.train_accuracy:.1%} | {points(test)} | {points(auc)} | {word} |"
+                f"| {title(results)} | {epochs} | {auc.train_accuracy:.1%} | {percentage_points(test)} | {percentage_points(auc)} | {word} |"
             )
     return "\n".join(lines)
 
@@ -106,8 +106,8 @@ def equal_table():
     for results in runs().values():
         for row in equal_rows(results):
             loss, between = row.note.removeprefix("at equal train loss ").split(", baseline between ")
-            word = verb(row, "**more**", "**less**", "no differently")
-            lines.append(f"| {title(results)} | {loss} ({between}) | {points(row)} | {word} |")
+            word = describe_sign(row, "**more**", "**less**", "no differently")
+            lines.append(f"| {title(results)} | {loss} ({between}) | {percentage_points(row)} | {word} |")
     return "\n".join(lines)
 
 

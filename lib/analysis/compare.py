@@ -13,7 +13,7 @@ from lib.attacks.signals import signals
 PLANTED = 16  # models of the planted leak, whatever the run's: 8 pairs, of which 6 are the least that can show it
 
 
-def align(ensembles, essential=None):
+def keep_common_models(ensembles, essential=None):
     """The ensembles on the models that finished in all of them, so that every comparison stays paired.
 
     While fewer than half of the models (or 8) are common, the key with the fewest is dropped, and said, unless it is
@@ -69,15 +69,15 @@ def leakage(ensembles, scored):
     return pd.concat(frames, ignore_index=True)
 
 
-def compared(ensembles, cells_of, metric, rate=False, widen=0.0, test=False):
+def compared(ensembles, influence_values_of, metric, rate=False, shadow_correction=0.0, test=False):
     """One metric for each optimizer and difference: a tidy frame.
 
-    cells_of: Ensemble -> cells [M, N] of the pool, or [M, T] of the test part; groups (patients) count as one.
+    influence_values_of: Ensemble -> cells [M, N] of the pool, or [M, T] of the test part; groups (patients) count as one.
     """
     dataset = next(iter(ensembles.values())).dataset
     groups = dataset.groups_test if test else dataset.groups
-    cells = {name: cells_of(e) for name, e in ensembles.items()}
-    found = intervals.paired(cells, rate=rate, widen=widen, columns=groups)
+    influence_values = {name: influence_values_of(e) for name, e in ensembles.items()}
+    found = intervals.paired(influence_values, rate=rate, shadow_correction=shadow_correction, columns=groups)
     return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
 
 
@@ -101,11 +101,11 @@ def accuracies(ensembles):
     """Test accuracy, accuracy and loss on the training halves, and the gap between accuracies in and out."""
 
     def train(name):
-        return lambda e: intervals.ratio_cells(plain_signal(e, name).astype(float), np.array(e.member))
+        return lambda e: intervals.ratio_influence_values(plain_signal(e, name).astype(float), np.array(e.member))
 
     def gap(e):
         hits, member = plain_signal(e, "correct").astype(float), np.array(e.member)
-        return intervals.ratio_cells(hits, member) - intervals.ratio_cells(hits, ~member)
+        return intervals.ratio_influence_values(hits, member) - intervals.ratio_influence_values(hits, ~member)
 
     return pd.concat(
         [
@@ -127,14 +127,14 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     """
     who = "member" if members else "nonmember"
     frames = [
-        compared(ensembles, lambda e, n=n, k=k: variance_cells(e, n, k, members), f"{who}_variance_{n}_{k}")
+        compared(ensembles, lambda e, n=n, k=k: variance_influence_values(e, n, k, members), f"{who}_variance_{n}_{k}")
         for n in ("phi", "confidence")
         for k in kinds
     ]
     return pd.concat(frames, ignore_index=True)
 
 
-def variance_cells(ensemble, name, kind, members=False):
+def variance_influence_values(ensemble, name, kind, members=False):
     """Cells [M, N] of the variance of one signal, in one of the meanings of `variances`."""
     values, chosen = plain_signal(ensemble, name).astype(float), np.array(ensemble.member) == members
     y = ensemble.dataset.y if kind == "within_class" else np.zeros(values.shape[1], int)
@@ -145,14 +145,14 @@ def variance_cells(ensemble, name, kind, members=False):
     n = total(chosen.astype(float))
     centre = total(np.where(chosen, values, 0.0)) / np.maximum(n, 1)
     # s^2 = sum (x - mean)^2 / (n - 1), as the mean over the chosen of (x - mean)^2 n / (n - 1)
-    return intervals.ratio_cells((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
+    return intervals.ratio_influence_values((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
 
 
-def ratio(cells, reference):
+def ratio(influence_values, reference):
     """Ratio of the means of two matrices of cells [M, N], with its paired interval (delta method): an Estimate."""
-    value, below = cells.mean() / reference.mean(), reference.mean()
+    value, below = influence_values.mean() / reference.mean(), reference.mean()
     # A/B about (a, b):  a/b + (A - (a/b) B) / b
-    return intervals.estimate(value + (cells - value * reference) / below)
+    return intervals.estimate(value + (influence_values - value * reference) / below)
 
 
 def extremes(ensembles):
@@ -161,20 +161,22 @@ def extremes(ensembles):
     def above_median(e):
         phi, member = plain_signal(e, "phi"), np.array(e.member)
         median = np.nanmedian(np.where(member, phi, np.nan), axis=1, keepdims=True)
-        return intervals.ratio_cells(phi > median, ~member)
+        return intervals.ratio_influence_values(phi > median, ~member)
 
     def certain(e):
-        return intervals.ratio_cells(plain_signal(e, "confidence") > 0.99, ~np.array(e.member))
+        return intervals.ratio_influence_values(plain_signal(e, "confidence") > 0.99, ~np.array(e.member))
 
     share = "nonmember_share_above"
     kinds = ((certain, f"{share}_0.99"), (above_median, f"{share}_member_median"))
-    return pd.concat([compared(ensembles, cells, name, rate=True) for cells, name in kinds], ignore_index=True)
+    return pd.concat(
+        [compared(ensembles, influence_values, name, rate=True) for influence_values, name in kinds], ignore_index=True
+    )
 
 
-def lira_cells(ensemble):
+def lira_influence_values(ensemble):
     """Cells [M, N] of the AUC of LiRA (online, per-example variance, over all the queries)."""
     phi, member = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"], np.array(ensemble.member)
-    return intervals.auc_cells(shadow.lira(phi, member), member)
+    return intervals.auc_influence_values(shadow.lira(phi, member), member)
 
 
 def contrast(ensembles):
@@ -182,7 +184,9 @@ def contrast(ensembles):
 
     Column train_loss holds the optimizer's loss beside each of its rows (NaN beside differences).
     """
-    auc = compared(ensembles, lira_cells, "auc", rate=True, widen=intervals.SHADOWS).assign(attack="lira")
+    auc = compared(
+        ensembles, lira_influence_values, "auc", rate=True, shadow_correction=intervals.SHADOW_CORRECTION
+    ).assign(attack="lira")
     frame = pd.concat([accuracies(ensembles), auc], ignore_index=True)
     loss = frame[frame.metric == "train_loss"].set_index("optimizer").value
     return frame.assign(train_loss=frame.optimizer.map(loss).where(frame.optimizer.isin(list(ensembles))))
@@ -193,25 +197,27 @@ def row(metric, found, **more):
     return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
 
 
-def dose_table(doses, other, baseline, table=contrast):
+def radius_table(radius_sweep, treatment, baseline, table=contrast):
     """`table` of every radius with radius 0. doses: dict rho -> Ensemble, 0.0 first; baseline's rows come once."""
     frames = []
-    for rho, ensemble in tqdm(list(doses.items())[1:], "doses", delay=2, leave=False):
-        frame = table({baseline: doses[0.0], other: ensemble})
+    for rho, ensemble in tqdm(list(radius_sweep.items())[1:], "doses", delay=2, leave=False):
+        frame = table({baseline: radius_sweep[0.0], treatment: ensemble})
         frames.append(frame.assign(rho=np.where(frame.optimizer == baseline, 0.0, rho)))
-    frame = pd.concat(frames or [table({baseline: doses[0.0]}).assign(rho=0.0)], ignore_index=True)
+    frame = pd.concat(frames or [table({baseline: radius_sweep[0.0]}).assign(rho=0.0)], ignore_index=True)
     return frame.drop_duplicates(["optimizer", "rho", "metric"])
 
 
 def null_table(ensemble, seed, shuffles=5):
     """AUC of every attack on shuffled membership (catalogue.null_member), averaged over shuffles: 0.5 without a fault."""
-    cells = {}
+    influence_values = {}
     for shuffle in range(shuffles):
         member = catalogue.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)
         for attack, found in scores(ensemble, member).items():
-            cells[attack] = cells.get(attack, 0) + intervals.auc_cells(found, member) / shuffles
-    how = {"rate": True, "widen": intervals.SHADOWS, "columns": ensemble.dataset.groups}
-    found = {attack: intervals.estimate(c, **how) for attack, c in cells.items()}
+            influence_values[attack] = (
+                influence_values.get(attack, 0) + intervals.auc_influence_values(found, member) / shuffles
+            )
+    how = {"rate": True, "shadow_correction": intervals.SHADOW_CORRECTION, "columns": ensemble.dataset.groups}
+    found = {attack: intervals.estimate(c, **how) for attack, c in influence_values.items()}
     return pd.DataFrame([row("auc", e, attack=attack) for attack, e in found.items()])
 
 
@@ -251,11 +257,11 @@ PAPER_ATTACKS = (
 )
 
 
-def beside_paper(leak, accuracy, baseline, other):
+def beside_paper(leak, accuracy, baseline, treatment):
     """This run's numbers in the shape of the paper's table, in per cent."""
     test = {
         n: 100 * accuracy[(accuracy.optimizer == n) & (accuracy.metric == "test_accuracy")].value.iloc[0]
-        for n in (baseline, other)
+        for n in (baseline, treatment)
     }
     rows = []
     for label, attack, metric in PAPER_ATTACKS:
@@ -265,9 +271,9 @@ def beside_paper(leak, accuracy, baseline, other):
                 {
                     "attack": label,
                     baseline: 100 * found[baseline],
-                    other: 100 * found[other],
+                    treatment: 100 * found[treatment],
                     f"{baseline} test": test[baseline],
-                    f"{other} test": test[other],
+                    f"{treatment} test": test[treatment],
                 }
             )
     return pd.DataFrame(rows)
@@ -281,9 +287,9 @@ def by_epochs(ensembles):
     return {e: {name: ensembles[k, name] for k, name in ensembles if k == e} for e in sorted({e for e, _ in ensembles})}
 
 
-def regime_table(regimes):
+def length_table(length_sweep):
     """`contrast` at every number of epochs. regimes: dict epochs -> dict optimizer -> Ensemble, the baseline first."""
-    bar = tqdm(regimes.items(), "regimes", delay=2, leave=False)
+    bar = tqdm(length_sweep.items(), "regimes", delay=2, leave=False)
     return pd.concat([contrast(pair).assign(epochs=epochs) for epochs, pair in bar], ignore_index=True)
 
 
@@ -299,49 +305,56 @@ def on_the_same(*groups):
     return groups if len(common) < 8 else tuple(map(restricted, groups))
 
 
-def loss_series(regime_frame, dose_frame, baseline, other):
+def loss_series(regime_frame, dose_frame, baseline, treatment):
     """LiRA's AUC against train loss as plots.leakage_against_loss takes it: two series over epochs, one over radii."""
     epochs = regime_frame.assign(
         series=regime_frame.optimizer + ", epochs varied", label=regime_frame.epochs.astype(str)
     )
-    radii = dose_frame.assign(series=f"{other}, radius varied", label=[f"{rho:.3g}" for rho in dose_frame.rho])
+    radii = dose_frame.assign(series=f"{treatment}, radius varied", label=[f"{rho:.3g}" for rho in dose_frame.rho])
     both = pd.concat([epochs, radii[radii.rho > 0]], ignore_index=True)
-    return both[(both.metric == "auc") & both.optimizer.isin([baseline, other])]
+    return both[(both.metric == "auc") & both.optimizer.isin([baseline, treatment])]
 
 
 def train_losses(ensemble):
     """Cells [M, N] of the train loss (nats)."""
-    return intervals.ratio_cells(-plain_signal(ensemble, "log_confidence").astype(float), np.array(ensemble.member))
+    return intervals.ratio_influence_values(
+        -plain_signal(ensemble, "log_confidence").astype(float), np.array(ensemble.member)
+    )
 
 
-def at_equal(baseline, other, cells_of, scale=float, test=False):
+def at_equal(baseline, treatment, influence_values_of, scale=float, test=False):
     """AUC differences, other minus baseline, where `other` reached a coordinate: a tidy frame.
 
-    baseline, other: lists of Ensembles of the same models. The coordinate is scale(mean of cells_of(ensemble)), cells
+    baseline, other: lists of Ensembles of the same models. The coordinate is scale(mean of influence_values_of(ensemble)), cells
     [M, N] of the pool or [M, T] of the test part. Between its two neighbouring runs (columns below and above have their
     coordinates) the baseline's AUC is read off several `curves`, which are linear in its cells: the value is the mean
     of the differences, the interval spans the curves' 95% intervals. The coordinate itself is taken as known, so what
     the baseline did not bracket is left out, and so is a bracket whose own two runs differ by no more than noise.
     """
-    ids = [e.ids.tolist() for e in [*baseline, *other]]
+    ids = [e.ids.tolist() for e in [*baseline, *treatment]]
     if any(i != ids[0] for i in ids):
         raise ValueError("baseline, other: the ensembles hold different models; align them first")
-    points = [(cells_of(e), lira_cells(e).astype(np.float32)) for e in baseline]
-    points = sorted(((scale(cells.mean()), cells, leak) for cells, leak in points), key=lambda point: point[0])
+    points = [(influence_values_of(e), lira_influence_values(e).astype(np.float32)) for e in baseline]
+    points = sorted(
+        ((scale(influence_values.mean()), influence_values, leak) for influence_values, leak in points),
+        key=lambda point: point[0],
+    )
     places, of, leak = zip(*points, strict=True)
     rows = []
-    for ensemble in other:
-        at, groups = scale(cells_of(ensemble).mean()), ensemble.dataset.groups
+    for ensemble in treatment:
+        at, groups = scale(influence_values_of(ensemble).mean()), ensemble.dataset.groups
         right = int(np.searchsorted(places, at))
         if not 0 < right < len(places):
             continue
         apart = intervals.estimate(of[right] - of[right - 1], columns=ensemble.dataset.groups_test if test else groups)
         if apart.low <= 0 <= apart.high:
             continue
-        own, found = lira_cells(ensemble), []
+        own, found = lira_influence_values(ensemble), []
         for weights in curves(places, at, right):
-            cells = own - sum(weight * leak[k] for k, weight in weights.items())
-            found.append(intervals.estimate(cells, widen=intervals.SHADOWS, columns=groups))
+            influence_values = own - sum(weight * leak[k] for k, weight in weights.items())
+            found.append(
+                intervals.estimate(influence_values, shadow_correction=intervals.SHADOW_CORRECTION, columns=groups)
+            )
         hull = intervals.Estimate(
             np.mean([e.value for e in found]), min(e.low for e in found), max(e.high for e in found)
         )
@@ -365,9 +378,9 @@ def curves(places, at, right):
     ]
 
 
-def at_equal_loss(baseline, other):
+def at_equal_loss(baseline, treatment):
     """`at_equal` in log train loss: columns train_loss (nats), between (the baseline's two), metric, value, ..."""
-    frame = at_equal(baseline, other, train_losses, np.log)
+    frame = at_equal(baseline, treatment, train_losses, np.log)
     between = [f"{np.exp(low):.3g} and {np.exp(high):.3g}" for low, high in zip(frame.below, frame.above, strict=True)]
     kept = frame[["epochs", "metric", "value", "ci_low", "ci_high"]]
     return pd.concat([pd.DataFrame({"train_loss": np.exp(frame["at"]), "between": between}), kept], axis=1)

@@ -33,7 +33,7 @@ def flatness(ensemble, rho, n_models=8, n_examples=512):
         def loss(params, net=net, buffers=buffers, chosen=chosen):
             return F.cross_entropy(functional_call(net, (params, buffers), (x[chosen],)), y[chosen])
 
-        pair = sharpness.top_eigenvalue(loss, params), sharpness.ball_rise(loss, params, rho)
+        pair = sharpness.top_eigenvalue(loss, params), sharpness.loss_rise_in_ball(loss, params, rho)
         found.append([float(value) for value in pair])
     return np.array(found).reshape(-1, 2)
 

@@ -103,9 +103,9 @@ def cross_fitted(form, member):
     return np.stack([by_fold[k] for k in fold])
 
 
-def step_cells(difference, label):
+def step_influence_values(difference, label):
     """Cells [M, T] of the mean of difference [M, T] in the first bucket of label [M, T] minus that in the last."""
-    first, last = (intervals.ratio_cells(difference, label == b) for b in (0, label.max()))
+    first, last = (intervals.ratio_influence_values(difference, label == b) for b in (0, label.max()))
     return first - last
 
 
@@ -116,15 +116,15 @@ def gains(difference, label, name, total=False):
     that is zero, the first bucket's share of it (gain_share_<name>_1), a ratio, by the delta method.
     """
     n = label.max() + 1
-    cells = [intervals.ratio_cells(difference, label == b) for b in range(n)]
-    found = {f"gain_{name}_{b + 1}": c for b, c in enumerate(cells)}
-    found[f"gain_{name}_1_minus_{n}"] = step_cells(difference, label)
+    influence_values = [intervals.ratio_influence_values(difference, label == b) for b in range(n)]
+    found = {f"gain_{name}_{b + 1}": c for b, c in enumerate(influence_values)}
+    found[f"gain_{name}_1_minus_{n}"] = step_influence_values(difference, label)
     whole, weight = difference.mean(), (label == 0).mean()
     if total:
         found["gain"] = difference
     if total and whole:
-        share = weight * cells[0].mean() / whole
+        share = weight * influence_values[0].mean() / whole
         # d(a/b) = (da - (a/b) db) / b
-        found[f"gain_share_{name}_1"] = share + (weight * cells[0] - share * difference) / whole
+        found[f"gain_share_{name}_1"] = share + (weight * influence_values[0] - share * difference) / whole
     rows = {metric: intervals.estimate(c) for metric, c in found.items()}
     return pd.DataFrame([(m, *e) for m, e in rows.items()], columns=["metric", "value", "ci_low", "ci_high"])

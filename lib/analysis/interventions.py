@@ -1,7 +1,7 @@
 """What the paper leaves open: its variants, what switches the effect off, defences, and who pays.
 
 Every comparison is paired with a baseline on the same halves, initial weights and batch orders. Ensembles are
-dicts label -> Ensemble with the same models (compare.align).
+dicts label -> Ensemble with the same models (compare.keep_common_models).
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis import compare
-from lib.analysis.compare import lira_cells, plain_signal, row
+from lib.analysis.compare import lira_influence_values, plain_signal, row
 from lib.analysis.memorization import exposure, spearman
 from lib.attacks import intervals, shadow
 from lib.attacks.signals import signals
@@ -74,12 +74,14 @@ def dominated(found, level=0.95):
     other by its estimate. Intervals are widened for the number of pairs (Bonferroni).
     """
     accuracy = {k: compare.hits_on_test(e) for k, e in found.items()}
-    leak, k = {label: lira_cells(e).astype(np.float32) for label, e in found.items()}, len(found)
+    leak, k = {label: lira_influence_values(e).astype(np.float32) for label, e in found.items()}, len(found)
     strict, dataset = 1 - (1 - level) / max(1, k * (k - 1)), next(iter(found.values())).dataset
 
     def beats(b, a):
         better = intervals.estimate(accuracy[b] - accuracy[a], level=strict, columns=dataset.groups_test)
-        tighter = intervals.estimate(leak[a] - leak[b], level=strict, widen=intervals.SHADOWS, columns=dataset.groups)
+        tighter = intervals.estimate(
+            leak[a] - leak[b], level=strict, shadow_correction=intervals.SHADOW_CORRECTION, columns=dataset.groups
+        )
         clear = (better.low > 0) or (tighter.low > 0)
         return clear and better.value >= 0 and tighter.value >= 0
 
@@ -94,9 +96,9 @@ def test_accuracy(ensemble):
     return float(compare.hits_on_test(ensemble).mean())
 
 
-def at_equal_accuracy(baseline, other):
+def at_equal_accuracy(baseline, treatment):
     """As compare.at_equal_loss, at the test accuracies that `other` reached: columns test_accuracy, between, ..."""
-    frame = compare.at_equal(baseline, other, compare.hits_on_test, test=True)
+    frame = compare.at_equal(baseline, treatment, compare.hits_on_test, test=True)
     between = [f"{low:.1%} and {high:.1%}" for low, high in zip(frame.below, frame.above, strict=True)]
     return frame.drop(columns=["below", "above"]).rename(columns={"at": "test_accuracy"}).assign(between=between)
 
@@ -118,12 +120,12 @@ def levels(run):
     """What is varied, one thing at a time: dict (factor, level) -> (changes of the recipe, data set). The run first."""
     data, found = run.dataset, {("as it is", "as it is"): ({}, run.dataset)}
     size = run.recipe(run.names[0]).batch_size
-    least = max(4, *(run.recipe(name).named.least_batch for name in (run.names[0], run.other)))
+    least = max(4, *(run.recipe(name).named.least_batch for name in (run.names[0], run.treatment)))
     for factor in (0.25, 4):
         batch = round(factor * size)
         if least <= batch <= round(len(data.y) * run.subset):
             found["batch size", f"{batch}"] = ({"batch_size": batch}, data)
-    for epochs in (run.regimes()[-3:][0], run.regimes()[-1]):
+    for epochs in (run.length_sweep()[-3:][0], run.length_sweep()[-1]):
         if epochs != run.epochs:
             found["epochs", f"{epochs}"] = ({"epochs": epochs}, data)
     for share in (0.1, 0.3):
@@ -148,17 +150,17 @@ def chosen_levels(run, most=None):
 
 
 def causes(run, n_models, most=None):
-    """The baseline and run.other at every one of `chosen_levels`: dict level -> dict optimizer -> Ensemble.
+    """The baseline and run.treatment at every one of `chosen_levels`: dict level -> dict optimizer -> Ensemble.
 
     Levels at which most models diverged are left out, and said.
     """
-    names = run.names[0], run.other
+    names = run.names[0], run.treatment
     wanted = {
         (*level, name): run.train(name, n_models, dataset=data, **changes)
         for level, (changes, data) in chosen_levels(run, most).items()
         for name in names
     }
-    kept = compare.align(wanted, essential=[key for key in wanted if key[0] == "as it is"])
+    kept = compare.keep_common_models(wanted, essential=[key for key in wanted if key[0] == "as it is"])
     both = [level for level in dict.fromkeys(key[:2] for key in kept) if all((*level, n) in kept for n in names)]
     return {level: {name: kept[(*level, name)] for name in names} for level in both}
 
@@ -169,16 +171,16 @@ def effect_table(found):
     Columns factor, level, metric (auc, auc_change), value, ci_low, ci_high; train_accuracy, test_gain beside them.
     """
     effect, about, groups = {}, {}, next(iter(next(iter(found.values())).values())).dataset.groups
-    for level, (base, other) in ((k, e.values()) for k, e in found.items()):
-        effect[level] = lira_cells(other) - lira_cells(base)
+    for level, (base, treatment) in ((k, e.values()) for k, e in found.items()):
+        effect[level] = lira_influence_values(treatment) - lira_influence_values(base)
         member = np.array(base.member)
-        fits = [plain_signal(e, "correct")[member].mean() for e in (base, other)]
-        gain = test_accuracy(other) - test_accuracy(base)
+        fits = [plain_signal(e, "correct")[member].mean() for e in (base, treatment)]
+        gain = test_accuracy(treatment) - test_accuracy(base)
         about[level] = {"train_accuracy": fits[0], "train_accuracy_other": fits[1], "test_gain": gain}
     first, rows = effect[next(iter(effect))], []
-    for level, cells in effect.items():
-        for metric, values in (("auc", cells), ("auc_change", cells - first)):
-            found_here = intervals.estimate(values, widen=intervals.SHADOWS, columns=groups)
+    for level, influence_values in effect.items():
+        for metric, values in (("auc", influence_values), ("auc_change", influence_values - first)):
+            found_here = intervals.estimate(values, shadow_correction=intervals.SHADOW_CORRECTION, columns=groups)
             rows.append(row(metric, found_here, factor=level[0], level=level[1], **about[level]))
     return pd.DataFrame(rows)
 
@@ -188,15 +190,15 @@ def effect_table(found):
 
 def defences(run):
     """What is trained to leak less: dict name -> changes of the baseline's recipe, the optimizer among them."""
-    name, other = on(run.names[0]), run.other
+    name, treatment = on(run.names[0]), run.treatment
     return {
-        other: dict(optimizer=other),
+        treatment: dict(optimizer=treatment),
         "label smoothing 0.1": dict(smoothing=0.1),
         "stopped at a quarter": dict(stop=0.25),
         "stopped at half": dict(stop=0.5),
         "weight averaging (swa)": dict(optimizer=name("swa")),
         "SharpReg": dict(optimizer=name("sharpreg")),
-        f"{other}, smoothing 0.1": dict(optimizer=other, smoothing=0.1),
+        f"{treatment}, smoothing 0.1": dict(optimizer=treatment, smoothing=0.1),
     }
 
 
@@ -303,14 +305,14 @@ def class_table(ensembles):
         own, seen = dataset.y == c, dataset.y_test == c
         inside, of = member[:, own], {"groups": own, "groups_test": seen}
         of = {key: None if (g := getattr(dataset, key)) is None else g[rows] for key, rows in of.items()}
-        cells = {}
+        influence_values = {}
         if inside.any(1).all() and (~inside).any(1).all():
-            cells["auc"] = {k: intervals.auc_cells(s[:, own], inside) for k, s in scores.items()}
+            influence_values["auc"] = {k: intervals.auc_influence_values(s[:, own], inside) for k, s in scores.items()}
         if seen.any():
-            cells["class_test_accuracy"] = {k: r[:, seen] for k, r in right.items()}
-        for metric, each in cells.items():
+            influence_values["class_test_accuracy"] = {k: r[:, seen] for k, r in right.items()}
+        for metric, each in influence_values.items():
             how = (
-                {"widen": intervals.SHADOWS, "columns": of["groups"]}
+                {"shadow_correction": intervals.SHADOW_CORRECTION, "columns": of["groups"]}
                 if metric == "auc"
                 else {"columns": of["groups_test"]}
             )
@@ -343,17 +345,19 @@ def agreement(ensembles, parts=8, seed=0):
         left = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)
         seen = {(k, side): exposure(scores[k][left == side], member[left == side]) for k in scores for side in (0, 1)}
         pairs = {a: ((a, 0), (a, 1)), b: ((b, 0), (b, 1)), f"{a} and {b}": ((a, 0), (b, 1))}
-        for name, (one, other) in pairs.items():
-            both = np.isfinite(seen[one]) & np.isfinite(seen[other])  # some were in, or out of, all of a half's models
-            found.setdefault(name, []).append(spearman(seen[one][both], seen[other][both]))
+        for name, (one, treatment) in pairs.items():
+            both = np.isfinite(seen[one]) & np.isfinite(
+                seen[treatment]
+            )  # some were in, or out of, all of a half's models
+            found.setdefault(name, []).append(spearman(seen[one][both], seen[treatment][both]))
     rows = [
         row("exposure_rank_correlation", intervals.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
         for name, v in found.items()
     ]
-    one, other, across = map(np.array, found.values())
-    if min(*one, *other) > 0:
+    one, treatment, across = map(np.array, found.values())
+    if min(*one, *treatment) > 0:
         # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
-        corrected, value = across / np.sqrt(one * other), across.mean() / np.sqrt(one.mean() * other.mean())
+        corrected, value = across / np.sqrt(one * treatment), across.mean() / np.sqrt(one.mean() * treatment.mean())
         found_here = intervals.Estimate(value, min(corrected), max(corrected))
         rows.append(row("exposure_rank_correlation_corrected", found_here, optimizer=f"{a} and {b}"))
     return pd.DataFrame(rows)
@@ -378,8 +382,12 @@ def pattern_table(ensembles, memorized):
         label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
         if own.sum() < 10:
             continue
-        cells = {k: intervals.auc_cells(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()}
-        for k, e in intervals.paired(cells, rate=True, widen=intervals.SHADOWS).items():
+        influence_values = {
+            k: intervals.auc_influence_values(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()
+        }
+        for k, e in intervals.paired(
+            influence_values, rate=True, shadow_correction=intervals.SHADOW_CORRECTION
+        ).items():
             rows.append(row("auc", e, optimizer=k, size=label))
         for k, values in memorized.items():
             rows.append(row("mean_memorization", intervals.t_interval(values[own]), optimizer=k, size=label))

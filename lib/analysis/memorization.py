@@ -145,7 +145,7 @@ def memorization_table(values, member):
     (metric memorization_spearman) between the two, in the row of the difference. The interval of a share reaches
     two examples either way at least: where a band is empty, leaving groups out shows no spread.
     """
-    baseline, other = values
+    baseline, treatment = values
 
     def statistic(rows, columns):
         part = np.ix_(rows, columns)
@@ -154,11 +154,11 @@ def memorization_table(values, member):
         return np.concatenate([a, b, b - a, [spearman(*mem)]])
 
     names = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
-    keys = [(o, name) for o in (baseline, other, f"{other}-{baseline}") for name in names]
-    keys.append((f"{other}-{baseline}", "memorization_spearman"))
+    keys = [(o, name) for o in (baseline, treatment, f"{treatment}-{baseline}") for name in names]
+    keys.append((f"{treatment}-{baseline}", "memorization_spearman"))
     frame = tidy(keys, jackknife(statistic, member))
     least = 2 / member.shape[1] * frame.metric.str.contains("share")
-    lowest = np.where((frame.optimizer == f"{other}-{baseline}") | (least == 0), -1, 0)
+    lowest = np.where((frame.optimizer == f"{treatment}-{baseline}") | (least == 0), -1, 0)
     return frame.assign(
         ci_low=np.fmax(np.fmin(frame.ci_low, frame.value - least), lowest),
         ci_high=np.fmin(np.fmax(frame.ci_high, frame.value + least), 1),

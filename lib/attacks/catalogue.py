@@ -9,7 +9,7 @@ members gives the target's membership away. With the pair left out the null is e
 import numpy as np
 
 from lib.attacks import neural
-from lib.attacks.intervals import checked, halves, partners
+from lib.attacks.intervals import calibration_split, checked, partners
 from lib.attacks.shadow import _averaged, _lira, rmia
 from lib.attacks.signals import signals
 from lib.attacks.thresholds import _threshold_attacks, classwise
@@ -81,10 +81,10 @@ def single(logits, y, member, seed=0, learned=True, groups=None):
     """
     plain = signals(logits, y)
     member = checked(plain["phi"], member)[1]
-    half = halves(member, seed, y, groups)
+    half = calibration_split(member, seed, y, groups)
     out = _threshold_attacks(plain, member, y, half)
     if learned:
-        half = halves(member, seed, groups=groups)  # not within classes, see neural.attack
+        half = calibration_split(member, seed, groups=groups)  # not within classes, see neural.attack
         out["neural"], own = neural.fit(logits, y, member, half, seed, groups=groups)
         out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
     return out

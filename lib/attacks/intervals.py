@@ -10,7 +10,7 @@ Every model is also a shadow of the others. What that adds example by example ru
 the column term carries it. What a whole model adds (one of wider scale widens everyone's estimate of the
 spread) is common to all rows, and no sum over rows can see it: in a simulation with such model effects the
 plain interval of a LiRA AUC difference covered 86 and 89% with 8 and 16 models. So `table` widens
-the row term of AUC and accuracy by 1 + SHADOWS / (row clusters), fitted to that simulation (then 93 and
+the row term of AUC and accuracy by 1 + SHADOW_CORRECTION / (row clusters), fitted to that simulation (then 93 and
 94%); it fades as models are added. TPR needs none of it: its intervals are wide for few models as they are.
 
 How often 95% intervals held the truth in simulation (`python -m tests.calibration`; LiRA, either variance, of one
@@ -32,7 +32,7 @@ from scipy.special import expit, logit
 from lib.attacks.signals import parallel
 
 FPRS = (0.1, 0.01, 0.001, 0.0001)
-SHADOWS = 5.0
+SHADOW_CORRECTION = 5.0
 
 
 class Estimate(NamedTuple):
@@ -46,7 +46,9 @@ class Estimate(NamedTuple):
 # ---- intervals -------------------------------------------------------------------------------------------
 
 
-def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0, columns=None, examples_only=False) -> Estimate:
+def estimate(
+    influence_values, clusters=None, level=0.95, rate=False, shadow_correction=0.0, columns=None, examples_only=False
+) -> Estimate:
     """Mean of cells[M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
     clusters[M]: integers that say which models belong together; default the pairs (2k, 2k+1). The variance is
@@ -60,18 +62,20 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0, columns=No
     With one row cluster or one example (group) nothing is known about new ones: the interval is (nan, nan).
     Raises ValueError if cells is not a finite matrix, or clusters (columns) has not one entry per row (column).
     """
-    cells = np.asarray(cells)
-    if cells.ndim != 2 or cells.size == 0:
-        raise ValueError(f"cells: shape {cells.shape}; valid is a matrix [M, N]")
-    clusters = np.arange(len(cells)) // 2 if clusters is None else np.asarray(clusters)
-    if clusters.shape != (len(cells),):
-        raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(cells)},), one per row of cells")
-    if columns is not None and np.shape(columns) != cells.shape[1:]:
-        raise ValueError(f"columns: shape {np.shape(columns)}; valid is {cells.shape[1:]}, one per column of cells")
-    value = float(cells.mean(dtype=np.float64))
+    influence_values = np.asarray(influence_values)
+    if influence_values.ndim != 2 or influence_values.size == 0:
+        raise ValueError(f"cells: shape {influence_values.shape}; valid is a matrix [M, N]")
+    clusters = np.arange(len(influence_values)) // 2 if clusters is None else np.asarray(clusters)
+    if clusters.shape != (len(influence_values),):
+        raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(influence_values)},), one per row of cells")
+    if columns is not None and np.shape(columns) != influence_values.shape[1:]:
+        raise ValueError(
+            f"columns: shape {np.shape(columns)}; valid is {influence_values.shape[1:]}, one per column of cells"
+        )
+    value = float(influence_values.mean(dtype=np.float64))
     if not np.isfinite(value):
         raise ValueError(f"cells: mean {value}; valid are finite numbers")
-    variance, df, n = _variance(cells, value, clusters, widen, columns, examples_only)
+    variance, df, n = _variance(influence_values, value, clusters, shadow_correction, columns, examples_only)
     if rate and (value < 1e-12 or value > 1 - 1e-12):  # 0 or 1 up to rounding
         return _at_the_end(value, n, level) if df > 0 else Estimate(value, np.nan, np.nan)
     half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance) if df > 0 else np.nan
@@ -82,15 +86,15 @@ def estimate(cells, clusters=None, level=0.95, rate=False, widen=0.0, columns=No
     return Estimate(value, float(ends[0]), float(ends[1]))
 
 
-def paired(cells, clusters=None, level=0.95, rate=False, **how) -> dict[str, Estimate]:
+def paired(influence_values, clusters=None, level=0.95, rate=False, **how) -> dict[str, Estimate]:
     """`estimate` of each optimizer's cells, and of the differences from the first as 'sam-sgd'.
 
     cells: dict optimizer -> [M, N], rows and columns alike; the rest as in `estimate` (a difference is no rate).
     """
-    first, *others = cells
-    found = {name: estimate(c, clusters, level, rate, **how) for name, c in cells.items()}
+    first, *others = influence_values
+    found = {name: estimate(c, clusters, level, rate, **how) for name, c in influence_values.items()}
     for name in others:
-        found[f"{name}-{first}"] = estimate(cells[name] - cells[first], clusters, level, **how)
+        found[f"{name}-{first}"] = estimate(influence_values[name] - influence_values[first], clusters, level, **how)
     return found
 
 
@@ -113,24 +117,24 @@ def proportion(found, n, level=0.95):
     return Estimate(float(found / n), float(below), float(above))
 
 
-def _variance(cells, value, clusters, widen, together, examples_only):
+def _variance(influence_values, value, clusters, shadow_correction, together, examples_only):
     """Variance of the mean of cells, its degrees of freedom (0: not estimable), and how many (groups of) examples."""
     names, group = np.unique(clusters, return_inverse=True)
-    g, n = len(names), cells.shape[1] if together is None else len(np.unique(together))
+    g, n = len(names), influence_values.shape[1] if together is None else len(np.unique(together))
     if n < 2 or (g < 2 and not examples_only):
         return np.nan, 0, n
-    sums = np.zeros((g, cells.shape[1]))  # a cluster's sum for every example
-    for row, k in zip(cells, group, strict=True):
+    sums = np.zeros((g, influence_values.shape[1]))  # a cluster's sum for every example
+    for row, k in zip(influence_values, group, strict=True):
         sums[k] += row - value
     if together is not None:  # for every group of examples
         index = np.unique(together, return_inverse=True)[1]
         sums = np.stack([np.bincount(index, row, n) for row in sums])
     # V = V_rows + V_columns - V_both, each G/(G-1) sum_g (sum of the deviations in g)^2 / (M N)^2
-    columns = n / (n - 1) * np.square(sums.sum(0)).sum() / cells.size**2
+    columns = n / (n - 1) * np.square(sums.sum(0)).sum() / influence_values.size**2
     if examples_only:
         return columns, n - 1, n
-    rows = (1 + widen / g) * g / (g - 1) * np.square(sums.sum(1)).sum() / cells.size**2
-    both = np.einsum("gn,gn->", sums, sums) / cells.size**2
+    rows = (1 + shadow_correction / g) * g / (g - 1) * np.square(sums.sum(1)).sum() / influence_values.size**2
+    both = np.einsum("gn,gn->", sums, sums) / influence_values.size**2
     variance = max(rows + columns - both, rows, columns)
     # df = V^2 / (V_rows^2 / (G-1) + V_columns^2 / (N-1))
     spread = rows**2 / (g - 1) + columns**2 / (n - 1)
@@ -147,7 +151,7 @@ def _at_the_end(value, n, level):
 # ---- cells -----------------------------------------------------------------------------------------------
 
 
-def auc_cells(scores, member) -> np.ndarray:
+def auc_influence_values(scores, member) -> np.ndarray:
     """Cells [M, N] of the mean over targets of the AUC, from DeLong's placement values (DeLong et al. 1988).
 
     scores: [M, N], higher = more likely a member; member: [M, N] bool. Ties count half.
@@ -157,7 +161,11 @@ def auc_cells(scores, member) -> np.ndarray:
 
     def row(m):
         place = _placements(scores[m], member[m])
-        return ratio_cells(place, member[m]) + ratio_cells(place, ~member[m]) - place[member[m]].mean()
+        return (
+            ratio_influence_values(place, member[m])
+            + ratio_influence_values(place, ~member[m])
+            - place[member[m]].mean()
+        )
 
     return np.stack(parallel(row, range(len(scores))))
 
@@ -174,7 +182,7 @@ def _placements(s, member):
     return place
 
 
-def ratio_cells(x, chosen) -> np.ndarray:
+def ratio_influence_values(x, chosen) -> np.ndarray:
     """Cells of a mean over chosen examples: x and chosen (bool) [N] or [M, N] -> the same shape.
 
     The mean of each row of cells is the mean of x over that row's chosen ones; x elsewhere does not count.
@@ -185,7 +193,7 @@ def ratio_cells(x, chosen) -> np.ndarray:
     return mean + np.where(chosen, x.shape[-1] / n * (x - mean), 0.0)
 
 
-def balanced_accuracy_cells(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
+def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
     """Cells [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
 
     threshold: a number, or None to learn it per target on one half of the members and non-members, apply it
@@ -193,19 +201,19 @@ def balanced_accuracy_cells(scores, member, threshold=None, seed=0, groups=None)
     groups: as in `halves`.
     """
     scores, member = checked(scores, member)
-    side = None if threshold is not None else halves(member, seed, groups=groups).astype(np.uint16)
+    side = None if threshold is not None else calibration_split(member, seed, groups=groups).astype(np.uint16)
 
     def row(m):
         limit = threshold
         if side is not None:
             limit = best_thresholds(scores[m], member[m], side[m], 2)[1 - side[m]]
         right = (scores[m] > limit) == member[m]
-        return (ratio_cells(right, member[m]) + ratio_cells(right, ~member[m])) / 2
+        return (ratio_influence_values(right, member[m]) + ratio_influence_values(right, ~member[m])) / 2
 
     return np.stack(parallel(row, range(len(scores))))
 
 
-def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
+def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     """Cells [M, N] of the TPR at a false positive rate, and of the FPR realised, as an attacker gets them.
 
     The threshold comes from other models: the pairs are split in two folds, the threshold that
@@ -232,8 +240,8 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
         def row(m):
             # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr)
             excess = np.where(member[m], 0.0, (scores[m] > given) - share)
-            tpr[m] = ratio_cells(scores[m] > limit, member[m]) - weight * excess
-            realised[m] = ratio_cells(scores[m] > limit, ~member[m])
+            tpr[m] = ratio_influence_values(scores[m] > limit, member[m]) - weight * excess
+            realised[m] = ratio_influence_values(scores[m] > limit, ~member[m])
 
         parallel(row, folds[here])
 
@@ -243,22 +251,22 @@ def tpr_cells(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tpr_cells_within(scores, member, fpr, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray]:
-    """As `tpr_cells`, for an auditor who knows some non-members of the target itself: one model is enough.
+    """As `tpr_influence_values`, for an auditor who knows some non-members of the target itself: one model is enough.
 
     The threshold comes from a random half of the target's non-members and is applied to the other half of the
     examples, and vice versa. groups: as in `halves`.
     """
     scores, member = checked(scores, member)
-    side, tpr, realised = halves(member, seed, groups=groups), np.empty(scores.shape), np.empty(scores.shape)
+    side, tpr, realised = calibration_split(member, seed, groups=groups), np.empty(scores.shape), np.empty(scores.shape)
 
     def row(m):
         s, inside, half = scores[m], member[m], side[m].astype(int)
         limits = np.array([_limit(np.sort(s[~inside & (half == h)]), fpr) for h in (0, 1)])
         above, slope = s > limits[half], _roc_slope(s, inside, np.sort(s[~inside]), fpr)
         # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr)
-        excess = ratio_cells(above, ~inside) - above[~inside].mean()
-        tpr[m] = ratio_cells(s > limits[1 - half], inside) - slope * excess
-        realised[m] = ratio_cells(s > limits[1 - half], ~inside)
+        excess = ratio_influence_values(above, ~inside) - above[~inside].mean()
+        tpr[m] = ratio_influence_values(s > limits[1 - half], inside) - slope * excess
+        realised[m] = ratio_influence_values(s > limits[1 - half], ~inside)
 
     parallel(row, range(len(scores)))
     return tpr, realised
@@ -286,7 +294,7 @@ def _roc_slope(scores, member, null, fpr):
 # ---- thresholds ------------------------------------------------------------------------------------------
 
 
-def halves(member, seed=0, y=None, groups=None) -> np.ndarray:
+def calibration_split(member, seed=0, y=None, groups=None) -> np.ndarray:
     """A random half [M, N] bool of every target's members and non-members (within classes, given y [N]).
 
     groups [N] (a patient's two eyes) stay together, each in the place of its first example. Raises ValueError where
@@ -296,7 +304,7 @@ def halves(member, seed=0, y=None, groups=None) -> np.ndarray:
         if np.shape(groups) != member.shape[1:]:
             raise ValueError(f"groups: shape {np.shape(groups)}; valid is [N] = {member.shape[1:]}")
         first, own = np.unique(groups, return_index=True, return_inverse=True)[1:]
-        half = halves(member[:, first], seed, None if y is None else np.asarray(y)[first])[:, own]
+        half = calibration_split(member[:, first], seed, None if y is None else np.asarray(y)[first])[:, own]
         if not all((half & kind).any(1).all() and (~half & kind).any(1).all() for kind in (member, ~member)):
             raise ValueError(f"groups: {len(first)} are too few for halves that have members and non-members each")
         return half
@@ -366,15 +374,22 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) 
     scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N]. Columns metric,
     value, ci_low, ci_high, optimizer ('sam-sgd' for a difference). Metrics: auc, balanced_accuracy, advantage
     (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is reported only where each fold expects at least ten
-    false positives at it. `threshold`: as in balanced_accuracy_cells (0.0 for the attacks in attacks.FIXED).
+    false positives at it. `threshold`: as in balanced_accuracy_influence_values (0.0 for the attacks in attacks.FIXED).
     how: columns and examples_only, as in `estimate`; with examples_only and one or two models, the thresholds at
     an FPR come from half of the target's own non-members (tpr_cells_within), since no other model gives any. What is
     together in columns stays so in the halves on which thresholds are learned.
     """
     clusters, rows = pairs(checked(next(iter(scores.values())), member)[1]), {}
     alone, learned = how.get("examples_only", False) and len(member) < 3, {"seed": seed, "groups": how.get("columns")}
-    for metric, cells in _all_cells(scores, member, fprs, threshold, alone, learned):
-        found = paired(cells, clusters, level, rate=True, widen=0.0 if "@" in metric else SHADOWS, **how)
+    for metric, influence_values in _all_influence_values(scores, member, fprs, threshold, alone, learned):
+        found = paired(
+            influence_values,
+            clusters,
+            level,
+            rate=True,
+            shadow_correction=0.0 if "@" in metric else SHADOW_CORRECTION,
+            **how,
+        )
         for name, e in found.items():
             rows.setdefault(name, []).append((metric, *e, name))
             if metric == "balanced_accuracy":  # advantage = TPR - FPR = 2 balanced accuracy - 1
@@ -393,12 +408,15 @@ def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
     return frame[frame.optimizer == "b-a"].drop(columns="optimizer").reset_index(drop=True)
 
 
-def _all_cells(scores, member, fprs, threshold, alone, learned):
+def _all_influence_values(scores, member, fprs, threshold, alone, learned):
     """(metric, dict optimizer -> cells) one by one, so that only one metric's cells are in memory at a time."""
-    yield "auc", {name: auc_cells(s, member) for name, s in scores.items()}
-    yield "balanced_accuracy", {k: balanced_accuracy_cells(s, member, threshold, **learned) for k, s in scores.items()}
+    yield "auc", {name: auc_influence_values(s, member) for name, s in scores.items()}
+    yield (
+        "balanced_accuracy",
+        {k: balanced_accuracy_influence_values(s, member, threshold, **learned) for k, s in scores.items()},
+    )
     for fpr in reportable(member, fprs, alone):
-        at_rate = partial(tpr_cells_within, **learned) if alone else tpr_cells
+        at_rate = partial(tpr_cells_within, **learned) if alone else tpr_influence_values
         both = {name: at_rate(s, member, fpr) for name, s in scores.items()}
         yield f"tpr@{fpr}", {name: tpr for name, (tpr, _) in both.items()}
         yield f"realised_fpr@{fpr}", {name: realised for name, (_, realised) in both.items()}

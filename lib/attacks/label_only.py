@@ -45,7 +45,7 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     asked = {name: answers(e.only(ids), n_models, device=device)[0] for name, e in ensembles.items()}
     member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
     scored = {name: chosen(found, member) for name, found in asked.items()}
-    half = intervals.halves(member, 0, y, groups)
+    half = intervals.calibration_split(member, 0, y, groups)
     by_class = {name: thresholds.classwise(s, member, y, half=half) for name, s in scored.items()}
     right = {n: signals(e.only(ids).logits[:, 0], y, only=("correct",))["correct"] for n, e in ensembles.items()}
     kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", right, 0.0))
@@ -58,11 +58,11 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
 
 def null_auc(found, member, groups=None, shuffles=5):
     """AUC on shuffled membership, averaged over shuffles, as an Estimate: without a fault 0.5. found: [S, m, N]."""
-    cells = 0
+    influence_values = 0
     for shuffle in range(shuffles):
         alleged = catalogue.null_member(member, shuffle, groups)
-        cells = cells + intervals.auc_cells(chosen(found, alleged), alleged) / shuffles
-    return intervals.estimate(cells, rate=True, columns=groups)
+        influence_values = influence_values + intervals.auc_influence_values(chosen(found, alleged), alleged) / shuffles
+    return intervals.estimate(influence_values, rate=True, columns=groups)
 
 
 def scores(ensemble, n_models=16, seed=0, device="cpu") -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +203,6 @@ def chosen(found, member) -> np.ndarray:
     member: [m, N] bool. The folds keep pairs together, as those of the thresholds in `metrics` do.
     """
     fold = np.unique(intervals.pairs(member), return_inverse=True)[1] % 2
-    auc = np.array([intervals.auc_cells(s, member).mean(1) for s in found])  # [S, m]
+    auc = np.array([intervals.auc_influence_values(s, member).mean(1) for s in found])  # [S, m]
     best = [auc[:, fold != side].mean(1).argmax() for side in (0, 1)]
     return np.where((fold == 0)[:, None], found[best[0]], found[best[1]])

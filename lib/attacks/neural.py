@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.attacks.intervals import checked, halves
+from lib.attacks.intervals import calibration_split, checked
 from lib.attacks.signals import parallel, signals
 
 FOLDS = 2  # of a half: each network learns on the others and stops on one; three or four cost more and gain nothing
@@ -51,7 +51,7 @@ def fit(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> tupl
         raise ValueError(f"logits: shape {np.shape(logits)}; valid is [M, N, C]")
     seen = signals(logits, y, only=("phi", "log_confidence"))
     member = _known(seen["phi"], member, groups)
-    half = halves(member, seed, groups=groups) if half is None else half
+    half = calibration_split(member, seed, groups=groups) if half is None else half
     fold = folds(member, half, y, seed, groups)
     scores, own = np.empty(member.shape, np.float32), np.empty(member.shape, np.float32)
     size = max(1, int(BLOCK // (2 * FOLDS * member.shape[1] * HIDDEN)))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib.attacks.intervals import best_thresholds, checked, halves
+from lib.attacks.intervals import best_thresholds, calibration_split, checked
 from lib.attacks.shadow import TINY
 from lib.attacks.signals import parallel
 
@@ -30,7 +30,7 @@ def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     and losses near zero stay distinct in float32. half: [M, N] bool, default halves(member, seed).
     """
     log_confidence, member = checked(log_confidence, member)
-    half, scores = halves(member, seed) if half is None else half, np.empty(member.shape, np.float32)
+    half, scores = calibration_split(member, seed) if half is None else half, np.empty(member.shape, np.float32)
 
     def row(m):
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
@@ -57,7 +57,7 @@ def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
     if np.shape(y) != scores.shape[1:]:
         raise ValueError(f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
-    half, out = halves(member, seed, y) if half is None else half, np.empty(member.shape, np.float32)
+    half, out = calibration_split(member, seed, y) if half is None else half, np.empty(member.shape, np.float32)
 
     def row(m):
         side = half[m].astype(np.uint16)

@@ -47,16 +47,18 @@ def wanted(run, exact=False):
     then (memorization.leak, memorization.plant; the names of their data sets end so).
     exact: with the private optimizers' own noise, which takes seconds to find; it does not change the work.
     """
-    base, other, data = run.names[0], run.other, run.dataset
+    base, treatment, data = run.names[0], run.treatment, run.dataset
 
     def of(name, n_models, dataset=data, **changes):
         return run.recipe(name, **changes), dataset, n_models
 
     main = [of(name, run.n_models) for name in run.names]
-    doses = [of(run.recipe(other).named.base_name, run.sweep)] + [of(other, run.sweep, rho=r) for r in run.doses(other)]
-    lengths = [(e, name) for e in run.regimes() for name in (base, other)] + [(e, base) for e in run.between()]
+    doses = [of(run.recipe(treatment).named.base_name, run.sweep)] + [
+        of(treatment, run.sweep, rho=r) for r in run.radius_sweep(treatment)
+    ]
+    lengths = [(e, name) for e in run.length_sweep() for name in (base, treatment)] + [(e, base) for e in run.between()]
     planted = min(run.n_models, max(32, run.n_models // 4))
-    longest = of(base, planted, epochs=run.regimes()[-1], subset=0.5)
+    longest = of(base, planted, epochs=run.length_sweep()[-1], subset=0.5)
     leak = run.recipe(base, subset=0.5), "leak", compare.PLANTED
     return {
         "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths), leak],
@@ -68,19 +70,19 @@ def wanted(run, exact=False):
 
 
 def equal_compute(run):
-    """dict epochs of run.other -> epochs of the baseline that take as many gradients: half the run's, and the run's."""
-    ratio = gradients(run.recipe(run.other)) / gradients(run.recipe(run.names[0]))
+    """dict epochs of run.treatment -> epochs of the baseline that take as many gradients: half the run's, and the run's."""
+    ratio = gradients(run.recipe(run.treatment)) / gradients(run.recipe(run.names[0]))
     return {e: max(1, round(ratio * e)) for e in (max(1, run.epochs // 2), run.epochs)}
 
 
 def beyond_models(run, of, exact):
     """What notebook 06 trains beside the lengths of the first."""
-    base, other = run.names[0], run.other
+    base, treatment = run.names[0], run.treatment
     made = [of(name, run.few, rho=rho) for name, rho in interventions.variant_radii(run, run.strengths)]
     for e, twice in equal_compute(run).items():
-        made += [of(other, run.few, epochs=e), of(base, run.few, epochs=twice)]
+        made += [of(treatment, run.few, epochs=e), of(base, run.few, epochs=twice)]
     for changes, data in interventions.chosen_levels(run, run.most_levels).values():
-        made += [of(name, run.few, data, **changes) for name in (base, other)]
+        made += [of(name, run.few, data, **changes) for name in (base, treatment)]
     made += [of(changes.pop("optimizer", base), run.few, **changes) for changes in interventions.defences(run).values()]
     arch = interventions.private_arch(run)
     if arch is None:

@@ -149,7 +149,7 @@ def phi_of_members(phis, member):
     return figure
 
 
-def dose_response(frame, panels):
+def radius_response(frame, panels):
     """Paired differences from the baseline against rho, a panel per metric. panels: metric -> axis label."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.4), layout="constrained")
     for axis, (metric, label) in zip(axes, panels.items(), strict=True):

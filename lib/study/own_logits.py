@@ -244,8 +244,8 @@ def fit(ensembles):
     for name, e in ensembles.items():
         seen = signals(plain(e), e.y, only=("correct", "log_confidence"))
         right, loss = seen["correct"].astype(float), -seen["log_confidence"].astype(float)
-        inside, outside = (intervals.ratio_cells(right, side) for side in (e.member, ~e.member))
-        cells[name] = inside, intervals.ratio_cells(loss, e.member), inside - outside
+        inside, outside = (intervals.ratio_influence_values(right, side) for side in (e.member, ~e.member))
+        cells[name] = inside, intervals.ratio_influence_values(loss, e.member), inside - outside
     for k, metric in enumerate(("train_accuracy", "train_loss", "generalization_gap")):
         each = {name: c[k] for name, c in cells.items()}
         found = intervals.paired(each, intervals.pairs(base.member), rate=k == 0, **how(base))
@@ -367,7 +367,7 @@ def limits(ensembles):
 
 def classes_without(e):
     """The classes without members or without non-members in a half of some model: a list."""
-    part = 2 * intervals.halves(e.member, 0, e.y, e.groups) + e.member
+    part = 2 * intervals.calibration_split(e.member, 0, e.y, e.groups) + e.member
     present = {c: [(part[:, e.y == c] == k).any(1).all() for k in range(4)] for c in np.unique(e.y).tolist()}
     return [c for c, sides in present.items() if not all(sides)]
 

@@ -144,7 +144,7 @@ class Settings:
         return optimizers.split(self.optimizers)
 
     @property
-    def other(self):
+    def treatment(self):
         """The last sharpness-aware optimizer, the one that figures and sentences compare with the baseline."""
         named = {name: self.recipe(name) for name in self.names}
         aware = [name for name, recipe in named.items() if recipe.has_radius and not recipe.named.private]
@@ -164,7 +164,7 @@ class Settings:
     @property
     def sweep(self):
         """Models for each ensemble of a sweep (over radii, or epochs): no more than its intervals need."""
-        return self.at_most(128 if self.is_table else 64)
+        return self.at_most(128 if self.is_small else 64)
 
     def at_most(self, n):
         """n models, or n_models if those are fewer, or if each draws its own subset: then few would leave examples that
@@ -174,32 +174,32 @@ class Settings:
     @property
     def few(self):
         """Models for each of the many ensembles of the last notebook."""
-        return self.at_most(64 if self.is_table else 16)
+        return self.at_most(64 if self.is_small else 16)
 
     @property
-    def is_table(self):
+    def is_small(self):
         """True for tables and small pictures, whose networks train quickly: the last notebook tries more of them."""
         return not (self.dataset.is_image and min(self.dataset.x.shape[-2:]) >= 16)
 
     @property
     def strengths(self):
         """Radii of every variant, as shares of its own."""
-        return (0.5, 1, 2) if self.is_table and self.preset != "tiny" else (1,)
+        return (0.5, 1, 2) if self.is_small and self.preset != "tiny" else (1,)
 
     @property
     def most_levels(self):
         """How many levels of each cause are tried; None: all."""
-        return None if self.is_table and self.preset != "tiny" else 1
+        return None if self.is_small and self.preset != "tiny" else 1
 
     @property
     def private(self):
         """Models for each private ensemble: the gradient of every example is dear."""
-        return self.at_most(32 if self.is_table else 8)
+        return self.at_most(32 if self.is_small else 8)
 
     @property
     def epsilons(self):
         """Privacy budgets of the private optimizers."""
-        return (8, 64) if self.is_table else (64,)
+        return (8, 64) if self.is_small else (64,)
 
     def train(self, optimizer, n_models=None, dataset=None, **changes):
         """The ensemble of one optimizer, from the store or trained now, on the run's data or another data set."""
@@ -222,19 +222,19 @@ class Settings:
             f"tested on {held}; {self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
         )
 
-    def regimes(self, factors=None):
+    def length_sweep(self, factors=None):
         """Numbers of epochs from far short of the main run to far beyond it."""
-        factors = factors or ((0.125, 0.375, 1, 2.5) if self.is_table else (0.375, 1, 2))
+        factors = factors or ((0.125, 0.375, 1, 2.5) if self.is_small else (0.375, 1, 2))
         return sorted({max(1, round(factor * self.epochs)) for factor in factors})
 
     def between(self):
         """More numbers of epochs, between the regimes: the baseline's, to interpolate its leakage by train loss."""
-        factors = (0.25, 0.5, 0.75, 1.5) if self.is_table else (0.7, 1.4)
-        return [e for e in self.regimes(factors) if e not in self.regimes()]
+        factors = (0.25, 0.5, 0.75, 1.5) if self.is_small else (0.7, 1.4)
+        return [e for e in self.length_sweep(factors) if e not in self.length_sweep()]
 
-    def doses(self, optimizer):
+    def radius_sweep(self, optimizer):
         """Radii below, at and above the run's rho; none for an optimizer without a radius, one if its name has one."""
-        recipe, factors = self.recipe(optimizer), (0.25, 0.5, 1, 2) if self.is_table else (0.5, 1, 2)
+        recipe, factors = self.recipe(optimizer), (0.25, 0.5, 1, 2) if self.is_small else (0.5, 1, 2)
         factors = factors if recipe.named.rho is None else (1,)
         return [factor * recipe.rho for factor in factors if recipe.has_radius]
 
@@ -248,7 +248,7 @@ def settings(given):
     for name in ("out", "store"):
         writable(name, given[name])
     whole = load(given["dataset"], given.get("data"), Path(given["store"]) / "cache")
-    kind = "table" if Settings({}, whole).is_table else "image"
+    kind = "table" if Settings({}, whole).is_small else "image"
     preset = PRESETS[given["preset"]][kind]
     values = {"data": None, **preset, **given}
     bound = None if "n_examples" not in given and len(whole.y) <= values["n_examples"] else values["n_examples"]

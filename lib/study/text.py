@@ -4,7 +4,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 
-def say(text):
+def show_text(text):
     """Show a computed sentence as Markdown."""
     display(Markdown(text))
 
@@ -17,10 +17,10 @@ def number(value, low, high):
     return f"{value:.{digits}f}{interval}"
 
 
-def shown(frame, across=("optimizer",)):
+def show_table(frame, across=("optimizer",)):
     """Show values with their intervals: one row per metric (or attack), one column per `across`."""
     if frame.empty:
-        return say("*Too few counts to report any.*")
+        return show_text("*Too few counts to report any.*")
     cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
     across = list(across)
     rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
@@ -45,12 +45,12 @@ def sign(row):
     return int(row.ci_low > 0) - int(row.ci_high < 0)
 
 
-def verb(row, more, less, neither):
+def describe_sign(row, more, less, neither):
     """The words that the interval of a difference allows."""
     return {1: more, -1: less, 0: neither}[sign(row)]
 
 
-def points(row):
+def percentage_points(row):
     """'+2.8 points [+2.1, +3.5]' of a difference of rates."""
     return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
 
@@ -63,8 +63,8 @@ def bought(name, rows, rates):
         f"its TPR at {100 * r:g}% FPR": rows[(rows.metric == f"tpr@{r:g}") & (rows.attack == "lira")] for r in rates
     }
     told |= {"AUC of a threshold": rows[(rows.metric == "auc") & (rows.attack == "confidence")]}
-    said = [f"{what} {points(found.iloc[0])}" for what, found in told.items() if len(found)]
-    return f"**{name}** {verb(auc, 'leaks more', 'leaks less', 'leaks no differently')}: {', '.join(said)}."
+    said = [f"{what} {percentage_points(found.iloc[0])}" for what, found in told.items() if len(found)]
+    return f"**{name}** {describe_sign(auc, 'leaks more', 'leaks less', 'leaks no differently')}: {', '.join(said)}."
 
 
 def joined(names):
@@ -117,29 +117,29 @@ def planted_leak(rows):
 
 def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
     """The run in a few sentences, one for each question. pair: 'sam-sgd'."""
-    other, _, baseline = pair.rpartition("-")
+    treatment, _, baseline = pair.rpartition("-")
     than = ("more than", "less than", "no differently from")
     gain, lira = (
         difference(accuracy, "test_accuracy", pair),
         auc[(auc.attack == "lira") & (auc.optimizer == pair)].iloc[0],
     )
     top = difference(flat, "hessian_top_eigenvalue", pair)
-    train = pick(accuracy, baseline, "train_accuracy"), pick(accuracy, other, "train_accuracy")
+    train = pick(accuracy, baseline, "train_accuracy"), pick(accuracy, treatment, "train_accuracy")
     turns = [(row.epochs, sign(row)) for row in equal_epochs.itertuples()]
     words = {1: "more", -1: "less", 0: "no difference"}
     lines = [
-        f"**Generalization.** {other} tests {verb(gain, 'better than', 'worse than', 'no differently from')} "
-        f"{baseline} ({points(gain)}); train accuracies: {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({other}).",
-        f"**Leakage.** Under LiRA, {other} leaks {verb(lira, *than)} {baseline} ({points(lira)} of AUC).",
-        f"**Flatness.** By the largest Hessian eigenvalue, {other} ends "
-        f"{verb(top, 'sharper than', 'flatter than', 'neither flatter nor sharper than')} {baseline}.",
-        f"**Equal epochs.** Leakage of {other} against {baseline}: "
+        f"**Generalization.** {treatment} tests {describe_sign(gain, 'better than', 'worse than', 'no differently from')} "
+        f"{baseline} ({percentage_points(gain)}); train accuracies: {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({treatment}).",
+        f"**Leakage.** Under LiRA, {treatment} leaks {describe_sign(lira, *than)} {baseline} ({percentage_points(lira)} of AUC).",
+        f"**Flatness.** By the largest Hessian eigenvalue, {treatment} ends "
+        f"{describe_sign(top, 'sharper than', 'flatter than', 'neither flatter nor sharper than')} {baseline}.",
+        f"**Equal epochs.** Leakage of {treatment} against {baseline}: "
         + ", ".join(f"{words[s]} after {e}" for e, s in turns)
         + " epochs.",
     ]
     if len(equal_loss):
         at = ", ".join(f"{words[sign(row)]} at {row.train_loss:.2g}" for row in equal_loss.itertuples())
-        lines.append(f"**Equal train loss.** Leakage of {other} against {baseline}: {at} nats.")
+        lines.append(f"**Equal train loss.** Leakage of {treatment} against {baseline}: {at} nats.")
     else:
         lines.append("**Equal train loss.** The two never reached a common train loss: nothing can be said.")
     return lines

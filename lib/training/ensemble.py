@@ -116,7 +116,7 @@ class Group:
         self.per_epoch = self.examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
         self.n_steps = self.per_epoch * recipe.epochs
         options = optimizers.fingerprint(recipe.named)["options"]
-        self.period = options.get("k", 1) if "turn" in recipe.named.wants else 1
+        self.period = options.get("k", 1) if "is_kth_step" in recipe.named.wants else 1
         self.net = networks.build(recipe.arch, inputs.shape, inputs.n_classes).eval()
         self.stepper = stepper(recipe, inputs, len(ids), worth_compiling(recipe, self.n_steps, device))
         self.stepper.reset(recipe, inputs.shape, inputs.n_classes, ids, device)
@@ -181,12 +181,12 @@ class Group:
     @torch.no_grad()
     def predict(self, x, block=None):
         """Logits [M, len(x), C] float32 in evaluation mode, always at full precision."""
-        lanes, last = len(self.ids), len(self.ids) == 1 and networks.is_convolutional(self.net)
+        n_stacked, last = len(self.ids), len(self.ids) == 1 and networks.is_convolutional(self.net)
         state = {n: step.in_format(p, last) for n, p in self.stepper.params.items()}, self.stepper.buffers
 
         def logits(part):
             part = part.contiguous(memory_format=torch.channels_last) if last else part
-            call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), lanes)
+            call = over_models(lambda p, b: functional_call(self.net, (p, b), (part,)), n_stacked)
             return call(*state).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
         parts = x.split(block or step.block_for(self.inputs.device))
@@ -388,15 +388,15 @@ def stored_bytes(recipe, dataset, ids):
 def predicted_memory(recipe, dataset, device):
     """Bytes that training a chunk takes at its peak: `step.predicted_memory` and the data on the device."""
     shape = dataset.x.shape[1:]
-    lanes = step.lanes_that_fit(recipe, shape, dataset.n_classes, device)
+    n_stacked = step.lanes_that_fit(recipe, shape, dataset.n_classes, device)
     held = 4 * (dataset.x.size + dataset.x_test.size) * (1 + 2 * (recipe.augment or recipe.queries > 1))
-    return step.predicted_memory(recipe, shape, dataset.n_classes, lanes) + held
+    return step.predicted_memory(recipe, shape, dataset.n_classes, n_stacked) + held
 
 
 def chunks_of(recipe, dataset, device, n_models=1):
     """The chunks of models that train together: a list of lists that covers models 0..n_models-1 and maybe more."""
-    lanes = step.lanes_that_fit(recipe, dataset.x.shape[1:], dataset.n_classes, device)
-    return [list(range(s, s + lanes)) for s in range(0, n_models, lanes)]
+    n_stacked = step.lanes_that_fit(recipe, dataset.x.shape[1:], dataset.n_classes, device)
+    return [list(range(s, s + n_stacked)) for s in range(0, n_models, n_stacked)]
 
 
 def chunks(recipe, dataset, n_models, kept, device):

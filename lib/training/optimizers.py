@@ -163,11 +163,11 @@ def _check_rule(name, rule, options):
         if kind is float and not np.isfinite(options[option]):
             raise ValueError(f"{option}={value!r} of {name} must be finite")
     if ":" in name:
-        for turn in (True, False):
-            _try_rule(name, rule, options, turn)
+        for is_kth_step in (True, False):
+            _try_rule(name, rule, options, is_kth_step)
 
 
-def _try_rule(name, rule, options, turn):
+def _try_rule(name, rule, options, is_kth_step):
     """Have a reader's own rule make one step on two small tensors, so that it is said now if it is none.
 
     Returns how many passes forward and back it made; a forward pass alone is a third.
@@ -182,7 +182,14 @@ def _try_rule(name, rule, options, turn):
         passes.append(cost)
         return result
 
-    context = {"rho": 0.1 * one, "rate": one, "step": 0 * one, "turn": turn, "size": 8, "uniform": torch.rand(2)}
+    context = {
+        "rho": 0.1 * one,
+        "rate": one,
+        "step": 0 * one,
+        "is_kth_step": is_kth_step,
+        "size": 8,
+        "uniform": torch.rand(2),
+    }
     context |= {"losses": lambda params: counted(1 / 3, torch.ones(8))}
     context |= {"per_example": lambda params: counted(1, (each, aux))}
     context |= {"memory": {n: torch.zeros_like(p) for n, p in params.items()}}
@@ -204,7 +211,7 @@ def _try_rule(name, rule, options, turn):
 def passes(named):
     """Passes forward and back that a step of a reader's own rule makes, averaged over its turns; see `_try_rule`."""
     k = fingerprint(named)["options"].get("k", 1)
-    on, off = (_try_rule(named.rule_name, named.rule, named.options, turn) for turn in (True, False))
+    on, off = (_try_rule(named.rule_name, named.rule, named.options, is_kth_step) for is_kth_step in (True, False))
     return (on + (k - 1) * off) / k
 
 
@@ -282,9 +289,9 @@ class Each:
     """
 
     def __init__(self, named, params, *settings):
-        lanes = range(len(next(iter(params.values()))))
+        n_stacked = range(len(next(iter(params.values()))))
         self.stack = params
-        self.weights = [{name: p[k].clone().requires_grad_() for name, p in params.items()} for k in lanes]
+        self.weights = [{name: p[k].clone().requires_grad_() for name, p in params.items()} for k in n_stacked]
         self.each = [build(named, list(w.values()), *settings) for w in self.weights]
 
     def set_rate(self, lr):

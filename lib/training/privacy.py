@@ -14,7 +14,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch.func import vmap
 
-from lib.attacks.intervals import checked, estimate, pairs, ratio_cells
+from lib.attacks.intervals import checked, estimate, pairs, ratio_influence_values
 from lib.training.sharpness import ascend, norm
 
 # ---- rules, as those of sharpness.py ------------------------------------------------------------------------
@@ -175,7 +175,9 @@ def _naming(scores, member, delta, level):
     fold = np.unique(together, return_inverse=True)[1] % 2
     limits = np.array([_best_limit(scores[fold == k], member[fold == k], delta, level) for k in (0, 1)])
     flagged = scores > limits[1 - fold][:, None]
-    tpr, fpr = (estimate(ratio_cells(flagged, kind), together, level, rate=True) for kind in (member, ~member))
+    tpr, fpr = (
+        estimate(ratio_influence_values(flagged, kind), together, level, rate=True) for kind in (member, ~member)
+    )
     low = min(tpr.low, _least(flagged[member].sum(), member.sum(), level))
     high = max(fpr.high, 1 - _least((~flagged & ~member).sum(), (~member).sum(), level))
     return _epsilon_of(low, high, delta)

@@ -24,7 +24,7 @@ CONTEXT = {
     "rho": "radius of the neighbourhood, a scalar tensor",
     "rate": "learning rate as a share of its peak, a scalar tensor",
     "step": "how many steps were made before this one, a scalar tensor",
-    "turn": "True on every k-th step, the first included, k being an option of the rule",
+    "is_kth_step": "True on every k-th step, the first included, k being an option of the rule",
     "memory": "what the rule returned as memory a step ago: a dict like params, zeros at first",
     "uniform": "uniform random numbers, one for each tensor of params",
     "noise": "standard normal numbers: a dict like params, with a leading axis of `queries` (an attribute of the rule)",
@@ -104,7 +104,7 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
     return {n: g - held * (first[n] - along * g) for n, g in second.items()}, aux
 
 
-def looksam(gradient, params, rho, turn, memory, k=5, alpha=0.7, layerwise=False):
+def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwise=False):
     """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
 
     k and alpha are those of the authors' long trainings of large networks. Where it fails: in the short trainings of
@@ -114,7 +114,7 @@ def looksam(gradient, params, rho, turn, memory, k=5, alpha=0.7, layerwise=False
     """
     first, aux = gradient(params)
     each = [[n] for n in params] if layerwise else [list(params)]
-    if turn:
+    if is_kth_step:
         second, _ = gradient(ascend(params, first, rho))
         # g_v = g_SAM - (g_SAM . g / |g|^2) g: what SAM adds at a right angle to the gradient
         return second, aux, _merge(_across({n: second[n] for n in part}, {n: first[n] for n in part}) for part in each)
@@ -225,7 +225,7 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
     return value
 
 
-def ball_rise(loss, params, rho, steps=5):
+def loss_rise_in_ball(loss, params, rho, steps=5):
     """How much the loss can rise within |e| <= rho: max_e L(w + e) - L(w), by `steps` normalised ascent steps.
 
     loss: dict of tensors -> scalar; rho > 0. A lower bound of the true maximum. Returns a scalar tensor.

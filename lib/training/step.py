@@ -45,9 +45,9 @@ def in_format(stack, last):
 # ---- one step of all the models -----------------------------------------------------------------------------
 
 
-def over_models(function, lanes):
+def over_models(function, n_stacked):
     """Map a one-model function over the leading axis. One lane skips vmap, which would hide the memory format."""
-    if lanes > 1:
+    if n_stacked > 1:
         return vmap(function)
 
     def one(*trees):
@@ -114,10 +114,15 @@ def gradient_of(net, recipe):
         named = optimizers.parse("sgd")
     wants = named.wants
 
-    def gradient(params, buffers, x, y, context, turn=True):
+    def gradient(params, buffers, x, y, context, is_kth_step=True):
         batch = Batch(net, recipe, buffers, x, y, keep="losses" in wants)
         context = {name: value for name, value in context.items() if name in wants}
-        offered = {"turn": turn, "size": batch.size, "losses": batch.losses, "per_example": batch.per_example}
+        offered = {
+            "is_kth_step": is_kth_step,
+            "size": batch.size,
+            "losses": batch.losses,
+            "per_example": batch.per_example,
+        }
         asked = {**context, **{name: offered[name] for name in wants & set(offered)}}
         found = named.rule(batch.gradient, params, **asked, **named.options)
         return found if "memory" in wants else (*found, {})
@@ -128,12 +133,12 @@ def gradient_of(net, recipe):
 class Stepper:
     """Weights, base optimizer and step of `lanes` models: built (and compiled) once, reset for each next group."""
 
-    def __init__(self, recipe, shape, n_classes, lanes, device, compiled):
-        self.recipe, self.named, self.lanes = recipe, recipe.named, lanes
+    def __init__(self, recipe, shape, n_classes, n_stacked, device, compiled):
+        self.recipe, self.named, self.lanes = recipe, recipe.named, n_stacked
         self.remembers = "memory" in self.named.wants
         self.net = networks.build(recipe.arch, shape, n_classes)
-        self.last = channels_last(self.net, lanes, device)
-        self.params, self.buffers = initial_state(recipe, shape, n_classes, range(lanes), device, self.last)
+        self.last = channels_last(self.net, n_stacked, device)
+        self.params, self.buffers = initial_state(recipe, shape, n_classes, range(n_stacked), device, self.last)
         self.graphs = {} if compiled and worth_recording(self.named, device) else None  # turn -> the step for it
         home = "cpu" if self.graphs is None else device  # a number on the host would be frozen into a graph
         # a tensor: no recompilation when it changes
@@ -171,28 +176,30 @@ class Stepper:
             weight.grad = grads[name]
         self.optimizer.step()
 
-    def plain_step(self, buffers, x, y, context, memory, turn):
+    def plain_step(self, buffers, x, y, context, memory, is_kth_step):
         """Gradients by the rule, then the base optimizer: loss and accuracy [M], new buffers, the rule's memory."""
         if self.remembers:
             context = {**context, "memory": memory}
 
         def gradient(params, buffers, x, y, context):
-            return self.model_gradient(params, buffers, x, y, context, turn)
+            return self.model_gradient(params, buffers, x, y, context, is_kth_step)
 
         grads, aux, memory = over_models(gradient, self.lanes)(self.params, buffers, x, y, context)
         if self.named.own_base:
-            self.optimizer.step(aux.loss, grads, lambda k, params: self.again(k, params, buffers, x, y, context, turn))
+            self.optimizer.step(
+                aux.loss, grads, lambda k, params: self.again(k, params, buffers, x, y, context, is_kth_step)
+            )
         else:
             self.apply(grads)
         return aux.loss, aux.accuracy, aux.buffers, memory
 
-    def again(self, k, params, buffers, x, y, context, turn):
+    def again(self, k, params, buffers, x, y, context, is_kth_step):
         """(loss, gradient) of model k alone, at other weights."""
         mine = tree_map(lambda t: t[k], (buffers, x, y, context))
-        grads, aux, _ = self.model_gradient(params, *mine, turn)
+        grads, aux, _ = self.model_gradient(params, *mine, is_kth_step)
         return aux.loss, grads
 
-    def step(self, x, y, context, lr, turn):
+    def step(self, x, y, context, lr, is_kth_step):
         """x [M, B, ...], y [M, B], context: dict of [M, ...] -> loss and accuracy before the step, each [M]."""
         if self.named.own_base:
             self.optimizer.set_rate(lr)
@@ -201,18 +208,18 @@ class Stepper:
         else:
             self.optimizer.param_groups[0]["lr"] = lr
         inputs = self.buffers, in_format(x, self.last), y, context, self.memory
-        loss, accuracy, self.buffers, self.memory = self.turned(turn, inputs)(*inputs)
+        loss, accuracy, self.buffers, self.memory = self.turned(is_kth_step, inputs)(*inputs)
         return loss, accuracy
 
-    def turned(self, turn, inputs):
+    def turned(self, is_kth_step, inputs):
         """The step for this turn as a function of its tensors alone, recorded where that pays."""
-        step = partial(self.run, turn=turn)
+        step = partial(self.run, is_kth_step=is_kth_step)
         if self.graphs is None:
             return step
-        if turn not in self.graphs:
+        if is_kth_step not in self.graphs:
             kept = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-            self.graphs[turn] = recorded(step, inputs, [*self.params.values(), *kept])
-        return self.graphs[turn]
+            self.graphs[is_kth_step] = recorded(step, inputs, [*self.params.values(), *kept])
+        return self.graphs[is_kth_step]
 
 
 # ---- a step as a CUDA graph ---------------------------------------------------------------------------------
@@ -281,12 +288,12 @@ def recorded(step, inputs, state, record=cuda_graph):
 STEPPERS = {}
 
 
-def stepper(recipe, inputs, lanes, compiled):
+def stepper(recipe, inputs, n_stacked, compiled):
     """The stepper for this kind of run; compiled ones are kept, since neither rho nor epochs asks for a new one."""
     radius = float(np.sign(np.max(recipe.rho)) or np.sign(np.min(recipe.rho)))
     fixed = replace(recipe, rho=radius, epochs=1, seed=0, subset=0.5, queries=1, warmup=0.0, lr=1.0, stop=1.0)
-    key = (fixed, inputs.shape, inputs.n_classes, lanes, inputs.device)
-    args = (recipe, inputs.shape, inputs.n_classes, lanes, inputs.device, compiled)
+    key = (fixed, inputs.shape, inputs.n_classes, n_stacked, inputs.device)
+    args = (recipe, inputs.shape, inputs.n_classes, n_stacked, inputs.device, compiled)
     if not compiled:
         return Stepper(*args)
     quiet_compiler()
@@ -325,9 +332,9 @@ def worth_recording(named, device):
     return device.type == "cuda" and named.base_name in ("sgd", "nesterov")
 
 
-def channels_last(net, lanes, device):
+def channels_last(net, n_stacked, device):
     """Tensor cores want the channels last. (On CPUs it gained nothing; under vmap it would not be seen.)"""
-    return device.type == "cuda" and lanes == 1 and networks.is_convolutional(net)
+    return device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(net)
 
 
 def block_for(device):
@@ -345,7 +352,7 @@ def lanes_for(net, device):
     return int(min(most, 2 ** np.floor(np.log2(max(1, budget / (12 * size))))))
 
 
-def predicted_memory(recipe, shape, n_classes, lanes=1):
+def predicted_memory(recipe, shape, n_classes, n_stacked=1):
     """Bytes that training `lanes` models takes at its peak, beside the data: an estimate from above.
 
     Weights, and all that is as large as they are; what the layers put out, once for the way back and once in passing.
@@ -359,7 +366,7 @@ def predicted_memory(recipe, shape, n_classes, lanes=1):
     width = 2 if recipe.precision == "bfloat16" else 4
     training = 4 * copies * weights + 2 * width * recipe.batch_size * sum(sizes)
     asking = 4 * 2 * weights + 4 * BLOCK * 2 * max(sizes)
-    return lanes * max(training, asking)
+    return n_stacked * max(training, asking)
 
 
 def output_sizes(net, shape):
@@ -387,12 +394,12 @@ def free_memory(device):
 
 def lanes_that_fit(recipe, shape, n_classes, device):
     """`lanes_for`, halved until memory is predicted to suffice. Raises ValueError if it won't for one model."""
-    lanes, free = lanes_for(networks.build(recipe.arch, shape, n_classes), device), free_memory(device)
-    while (needed := predicted_memory(recipe, shape, n_classes, lanes)) > free:
-        if lanes == 1:
+    n_stacked, free = lanes_for(networks.build(recipe.arch, shape, n_classes), device), free_memory(device)
+    while (needed := predicted_memory(recipe, shape, n_classes, n_stacked)) > free:
+        if n_stacked == 1:
             raise ValueError(
                 f"batch_size={recipe.batch_size}: training one {recipe.arch} on it takes about {needed / 1e9:.1f} GB "
                 f"beside the data, {free / 1e9:.1f} GB are free on {device}: choose a smaller batch_size or arch"
             )
-        lanes //= 2
-    return lanes
+        n_stacked //= 2
+    return n_stacked

@@ -23,11 +23,35 @@ def show_table(frame, across=("optimizer",)):
         return show_text("*Too few counts to report any.*")
     cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
     across = list(across)
+    if "optimizer" in frame:
+        frame = frame.assign(optimizer=series(frame))
     rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
     rows = rows or [c for c in ("metric", "attack", "optimizer") if c in frame and c not in across][:1]
     keys = frame[rows + across].apply(lambda column: pd.Categorical(column, column.unique()))
     wide = keys.assign(cell=cells).pivot(index=rows, columns=across, values="cell")
     display(wide.fillna("").style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
+
+
+def select(frame, baseline="", **columns):
+    """The one row of a tidy frame whose columns have these values; baseline "" is an optimizer's own value.
+
+    select(frame, metric="auc", optimizer="sam", baseline="sgd") is SAM's AUC minus SGD's. Raises ValueError that names
+    what was sought if no row or several rows have it.
+    """
+    wanted = columns | ({"baseline": baseline} if baseline or "baseline" in frame else {})
+    found = frame
+    for column, value in wanted.items():
+        found = found[found[column] == value]
+    if len(found) != 1:
+        sought = ", ".join(f"{column}={value!r}" for column, value in wanted.items())
+        raise ValueError(f"{len(found)} rows have {sought}; valid is what exactly one row has")
+    return found.iloc[0]
+
+
+def series(frame):
+    """The optimizer of each row as a reader should see it: 'sam', or 'sam − sgd' for a difference."""
+    minus = " − " + frame.get("baseline", pd.Series("", frame.index))
+    return frame.optimizer + minus.where(minus != " − ", "")
 
 
 def pick(frame, optimizer, metric):

@@ -355,7 +355,7 @@ def test_the_audit_of_hostile_names_has_no_script(tmp_path):
 
 def everything(folder):
     """Write one of everything: stores, results, figures, reports, caches, a download, an audit."""
-    from tests import faults
+    from benchmarks import faults
 
     folder = Path(folder)
     faults.small(folder)

@@ -2,7 +2,7 @@
 
     make bench                             # all sections
     make bench ONLY=training,gpu           # some, whose rows are replaced; gpu: every section gpu_...
-    python -m tests.bench training gpu     # the same; --data: CIFAR-10 for the GPU's sections, --out: the folder
+    python -m benchmarks.bench training gpu     # the same; --data: CIFAR-10 for the GPU's sections, --out: the folder
 
 Rows are written to <out>/bench.csv (COLUMNS) as they are measured, so that a run that is killed loses none. Progress
 goes to stderr. Not a test: a machine's speed decides nothing about right or wrong.
@@ -19,9 +19,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from benchmarks import cpu, gpu, scaling
+from benchmarks.cpu import say
 from lib.data.dataset import load
-from tests import bench_cpu, bench_gpu, bench_scaling
-from tests.bench_cpu import say
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = [
@@ -29,14 +29,14 @@ COLUMNS = [
 ]  # fmt: skip
 # name -> function of the parsed arguments that yields rows (name, value, unit, baseline, ratio, goal)
 SECTIONS = {
-    "memory": lambda given: bench_cpu.fresh(bench_cpu.memory, load("digits")),
-    "training": lambda given: bench_cpu.training(load("digits")),
-    "variants": lambda given: bench_cpu.variants(load("digits")),
-    "scoring": lambda given: bench_cpu.fresh(bench_cpu.scoring),
-    "influence": lambda given: bench_cpu.fresh(bench_cpu.influences),
-    "scaling": lambda given: bench_scaling.scaling(given.out),
-    "gpu_resnet9": lambda given: bench_gpu.gpu("resnet9", given.data),
-    "gpu_resnet18": lambda given: bench_gpu.gpu("resnet18", given.data),
+    "memory": lambda given: cpu.fresh(cpu.memory, load("digits")),
+    "training": lambda given: cpu.training(load("digits")),
+    "variants": lambda given: cpu.variants(load("digits")),
+    "scoring": lambda given: cpu.fresh(cpu.scoring),
+    "influence": lambda given: cpu.fresh(cpu.influences),
+    "scaling": lambda given: scaling.scaling(given.out),
+    "gpu_resnet9": lambda given: gpu.gpu("resnet9", given.data),
+    "gpu_resnet18": lambda given: gpu.gpu("resnet18", given.data),
 }
 
 
@@ -125,7 +125,7 @@ def run(section, rows, path, **noted):
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__.split("\n")[0])
     parser.add_argument("only", nargs="*", help=f"sections, spaces or commas between them: {', '.join(SECTIONS)}")
     parser.add_argument("--data", help="path of CIFAR-10, for the sections on a GPU; else made-up images")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs", help="folder of bench.csv and its figure")

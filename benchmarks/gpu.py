@@ -1,7 +1,7 @@
 """The bench's sections on a GPU: networks for images on halves of 50,000, by PRESET=fast, and the peers' way beside it.
 
 A section yields rows (name, value, unit, baseline, ratio, goal). Without a GPU each row says "not measured"; the
-same functions take any device, and tests/test_bench.py runs them on the processor at toy size.
+same functions take any device, and tests/benchmarks/test_bench.py runs them on the processor at toy size.
 """
 
 import tempfile
@@ -15,10 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Examples
 
+from benchmarks.cpu import in_turn, seconds
 from lib.data.dataset import Dataset, load, pool
 from lib.training import ensemble, networks, optimizers, step
 from lib.training.recipe import Recipe, learning_rate, membership
-from tests.bench_cpu import in_turn, seconds
 
 # arch -> (models a GPU-minute that are wanted of SGD, of SAM; models timed)
 WANTED = {"resnet9": (10, 5, 4), "resnet18": (1, 0.5, 2)}

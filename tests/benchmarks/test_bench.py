@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmarks import bench, cpu, gpu, scaling
 from lib.study.settings import PRESETS
-from tests import bench, bench_cpu, bench_gpu, bench_scaling
 from tools import readme
 
-TOY = replace(bench_cpu.RECIPE, epochs=2, batch_size=32)
+TOY = replace(cpu.RECIPE, epochs=2, batch_size=32)
 NOTED = {"date": "2026-01-02", "machine": "a machine", "command": "make bench"}
 
 
@@ -21,7 +21,7 @@ def row(name, value=1.0, ratio="", goal=""):
 
 @pytest.fixture(scope="module")
 def pool():
-    return bench_scaling.table_like_digits(128, t=64)
+    return scaling.table_like_digits(128, t=64)
 
 
 @pytest.mark.parametrize(
@@ -86,32 +86,32 @@ def test_a_table_with_other_columns_is_not_read(tmp_path):
 
 def test_works_take_turns():
     order = []
-    taken = bench_cpu.in_turn({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2)
+    taken = cpu.in_turn({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2)
     assert order == [*"abcabc"] and [*taken] == [*"abc"]
 
 
 def test_training_and_variants_and_memory_at_toy_size(pool):
-    rows = list(bench_cpu.training(pool, TOY, counts=(2, 4), rounds=1))
+    rows = list(cpu.training(pool, TOY, counts=(2, 4), rounds=1))
     ours = [made for made in rows if made[0].startswith("sgd, ")]
     assert len(rows) == 4 + 6 and {made[5] for made in ours} == {">= 5", ">= 10", ">= 20"}
     assert all(made[1] > 0 for made in rows)
     loop, per_model = rows[0][1], ours[0][1]
     assert ours[0][4] == pytest.approx(loop / per_model)
-    assert [made[5] for made in bench_cpu.variants(pool, TOY, 2, {"sam": 2}, rounds=1)] == ["<= 2.20"]
-    assert next(bench_cpu.memory(pool, TOY, (2, 4)))[4] >= 1
+    assert [made[5] for made in cpu.variants(pool, TOY, 2, {"sam": 2}, rounds=1)] == ["<= 2.20"]
+    assert next(cpu.memory(pool, TOY, (2, 4)))[4] >= 1
 
 
 def test_scoring_and_influences_at_toy_size():
-    assert len(list(bench_cpu.scoring(8, 1000))) == 3
-    assert len(list(bench_cpu.influences(50, 200, 40))) == 4
+    assert len(list(cpu.scoring(8, 1000))) == 3
+    assert len(list(cpu.influences(50, 200, 40))) == 4
 
 
 @pytest.mark.parametrize("b", [0.5, 1.0, 2.0])
 def test_slope_recovers_a_power_law(b):
     sizes, rng = np.array([32, 64, 128, 256, 512]), np.random.default_rng(0)
     exact, noisy = 3e-3 * sizes**b, 3e-3 * sizes**b * np.exp(0.05 * rng.normal(size=5))
-    assert bench_scaling.slope(sizes, exact) == pytest.approx((b, 0), abs=1e-6)
-    found, error = bench_scaling.slope(sizes, noisy)
+    assert scaling.slope(sizes, exact) == pytest.approx((b, 0), abs=1e-6)
+    found, error = scaling.slope(sizes, noisy)
     # the same from the normal equations
     design = np.stack([np.ones(5), np.log(sizes)], 1)
     left = np.log(noisy) - design @ np.linalg.lstsq(design, np.log(noisy), rcond=None)[0]
@@ -121,38 +121,38 @@ def test_slope_recovers_a_power_law(b):
 
 def test_scaling_at_toy_size_makes_rows_points_and_the_figure(tmp_path):
     sizes = {
-        (bench_scaling.TRAIN, "M"): (32, 64, 96),
-        (bench_scaling.TRAIN, "N"): (64, 128, 192),
-        (bench_scaling.TRAIN, "P"): (8, 16, 24),
-        (bench_scaling.ATTACK, "M"): (8, 12, 16),
-        (bench_scaling.ATTACK, "N"): (200, 400, 600),
+        (scaling.TRAIN, "M"): (32, 64, 96),
+        (scaling.TRAIN, "N"): (64, 128, 192),
+        (scaling.TRAIN, "P"): (8, 16, 24),
+        (scaling.ATTACK, "M"): (8, 12, 16),
+        (scaling.ATTACK, "N"): (200, 400, 600),
     }
     fixed = {"models": 2, "pool": 128, "scored": 200, "against": 8}
-    rows = list(bench_scaling.scaling(tmp_path, replace(TOY, epochs=1), sizes, fixed, rounds=1))
+    rows = list(scaling.scaling(tmp_path, replace(TOY, epochs=1), sizes, fixed, rounds=1))
     frame = pd.read_csv(tmp_path / "bench_scaling.csv")
     assert len(rows) == 5 and len(frame) == 15 and (frame.seconds > 0).all()
-    picked = frame[(frame.series == bench_scaling.TRAIN) & (frame.axis == "P")]
+    picked = frame[(frame.series == scaling.TRAIN) & (frame.axis == "P")]
     assert list(picked["size"]) == [64 * h + h + 10 * h + 10 for h in (8, 16, 24)]
     assert (tmp_path / "bench_scaling.png").stat().st_size > 10_000
 
 
 def test_the_figure_names_every_slope():
     sizes = [1, 2, 4, 8]
-    cells = [(series, axis) for series, axis in bench_scaling.SIZES]
+    cells = [(series, axis) for series, axis in scaling.SIZES]
     points = [(*cell, size, 2.0 * size**1.25) for cell in cells for size in sizes]
-    made = bench_scaling.figure(pd.DataFrame(points, columns=["series", "axis", "size", "seconds"]))
+    made = scaling.figure(pd.DataFrame(points, columns=["series", "axis", "size", "seconds"]))
     titles = [panel.get_title() for panel in made.axes]
     assert [title.count("^1.25 (± 0.00)") for title in titles] == [2, 2, 1] and "time ~ P^1.25" in titles[2]
 
 
 def test_the_gpu_sections_run_on_any_device(monkeypatch):
-    dataset = bench_gpu.photographs(64, 32, side=16, classes=3)
+    dataset = gpu.photographs(64, 32, side=16, classes=3)
     recipes = [replace(TOY, arch="cnn", optimizer=name, rho=0.1, batch_size=16) for name in ("sgd", "sam")]
-    measured = bench_gpu.measured
-    monkeypatch.setattr(bench_gpu, "images", lambda path: dataset)
-    monkeypatch.setattr(bench_gpu, "recipes_of", lambda arch, device: recipes)
-    monkeypatch.setattr(bench_gpu, "measured", lambda *args: measured(*args, workers=0, rounds=1))
-    rows = {made[0]: made for made in bench_gpu.gpu("resnet18", device="cpu")}
+    measured = gpu.measured
+    monkeypatch.setattr(gpu, "images", lambda path: dataset)
+    monkeypatch.setattr(gpu, "recipes_of", lambda arch, device: recipes)
+    monkeypatch.setattr(gpu, "measured", lambda *args: measured(*args, workers=0, rounds=1))
+    rows = {made[0]: made for made in gpu.gpu("resnet18", device="cpu")}
     assert len(rows) == 8  # the peers' two kinds stand against the same name
     note = "(halves of 64, synthetic)"
     assert rows[f"resnet18, sgd, trained to the end {note}"][1] > 0
@@ -161,36 +161,36 @@ def test_the_gpu_sections_run_on_any_device(monkeypatch):
 
 
 def test_peak_memory_is_counted_beside_the_data_and_against_what_was_predicted():
-    dataset = bench_gpu.photographs(64, 32, side=16, classes=3)
+    dataset = gpu.photographs(64, 32, side=16, classes=3)
     recipe, device = replace(TOY, arch="cnn"), torch.device("cpu")
-    inputs = bench_gpu.ensemble.Inputs(dataset, recipe, device)
+    inputs = gpu.ensemble.Inputs(dataset, recipe, device)
     data = 4 * 3 * 16 * 16 * (64 + 32) + 8 * (64 + 32)  # float32 images and int64 labels
-    wanted = bench_gpu.step.predicted_memory(recipe, (3, 16, 16), 3)
-    assert bench_gpu.beside_the_data(data + wanted // 2, recipe, inputs) == pytest.approx((wanted / 2e9, 0.5), rel=1e-6)
-    assert bench_gpu.most_used(lambda: 7, device) == (7, None)
+    wanted = gpu.step.predicted_memory(recipe, (3, 16, 16), 3)
+    assert gpu.beside_the_data(data + wanted // 2, recipe, inputs) == pytest.approx((wanted / 2e9, 0.5), rel=1e-6)
+    assert gpu.most_used(lambda: 7, device) == (7, None)
 
 
 def test_the_networks_are_trained_by_the_preset():
-    sgd, sam = bench_gpu.recipes_of("resnet18", torch.device("cpu"))
+    sgd, sam = gpu.recipes_of("resnet18", torch.device("cpu"))
     given = PRESETS["fast"]["image"]
     assert (sgd.optimizer, sam.optimizer, sam.rho) == ("sgd", "sam", given["rho"])
     assert sgd.epochs == sam.epochs == given["epochs"] and sgd.batch_size == given["batch_size"]
 
 
 def test_the_peers_see_the_same_half_in_the_same_form():
-    dataset = bench_gpu.photographs(64, 32, side=16, classes=3)
-    pictures = bench_gpu.Pictures(dataset, replace(TOY, arch="cnn"))
+    dataset = gpu.photographs(64, 32, side=16, classes=3)
+    pictures = gpu.Pictures(dataset, replace(TOY, arch="cnn"))
     image, label = pictures[5]
     k = pictures.index[5]
     assert len(pictures) == 32 and label == dataset.y[k]
     np.testing.assert_allclose(image, (dataset.x[k] / 255 - 0.5) / 0.25, atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", bench_gpu.WANTED)
+@pytest.mark.parametrize("arch", gpu.WANTED)
 def test_without_a_gpu_every_row_says_not_measured(arch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rows = list(bench_gpu.gpu(arch))
-    assert len(rows) == len(bench_gpu.expected(arch)) == 9
+    rows = list(gpu.gpu(arch))
+    assert len(rows) == len(gpu.expected(arch)) == 9
     assert all(made[1] == "not measured" and bench.met(made[1], made[4], made[5]) == "" for made in rows)
 
 

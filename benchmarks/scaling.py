@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import linregress
 
+from benchmarks.cpu import RECIPE, in_turn, made_logits, many
 from lib.attacks import catalogue
 from lib.data.dataset import Dataset
 from lib.training import networks
-from tests.bench_cpu import RECIPE, in_turn, made_logits, many
 
 AXES = {"M": "models M", "N": "examples in the pool N", "P": "weights of a model P"}
 TRAIN, ATTACK = "training (SGD)", "attacks but the neural"

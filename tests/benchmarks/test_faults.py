@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from tests import faults
+from benchmarks import faults
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

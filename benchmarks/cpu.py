@@ -1,4 +1,4 @@
-"""The bench's sections on the processor: training, variants, memory, scoring, influence. `tests/bench.py` runs them.
+"""The bench's sections on the processor: training, variants, memory, scoring, influence (run by `bench.py`).
 
 A section yields rows (name, value, unit, baseline, ratio, goal); both sides of a ratio are measured here, in turn.
 """
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lib.analysis import influence
 from lib.attacks import catalogue, neural
+from lib.data.dataset import inputs
 from lib.training import ensemble, networks, optimizers, step
 from lib.training.ensemble import Recipe
 from lib.training.recipe import membership
@@ -89,7 +90,7 @@ def one_model(dataset, batches, recipe=RECIPE):
 def half(dataset):
     """Inputs and labels of model 0's half, as tensors."""
     chosen = np.flatnonzero(membership(RECIPE, len(dataset.y), [0])[0])
-    return torch.from_numpy(dataset.inputs(dataset)[0][chosen]), torch.from_numpy(dataset.y[chosen])
+    return torch.from_numpy(inputs(dataset)[0][chosen]), torch.from_numpy(dataset.y[chosen])
 
 
 def lean_batches(dataset, size):

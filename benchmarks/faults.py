@@ -1,10 +1,14 @@
-"""`make faults`: kill it, fill its disk, damage its store. Does the next run end as if nothing had happened?
+"""`make faults`: kill a study, fill its disk, damage its store. Does the next run end as if nothing had happened?
 
-Every case is judged by what is left: the same bytes in every array of the store and the same results.csv as after an
-undisturbed run ("same result"); or one line `error: ...` that names a parameter or the notebook, and no traceback
-("clear error"); all else is neither, and a fault of ours. Writes outputs/faults.csv (COLUMNS) and prints it.
-tests/test_faults.py asks the same functions with fewer cases. `python -m tests.faults 50 10`: of 50 kills 10 fall on
-the real command with a notebook, the others on `small`, in processes forked from one that has imported everything.
+Each case is judged by what it leaves behind:
+
+    same result   every array of the store and results.csv hold the same bytes as after an undisturbed run
+    clear error   one line `error: ...` that names a parameter or the notebook, and no traceback
+    neither       anything else: a fault of ours
+
+The table (COLUMNS) is printed and written to outputs/faults.csv. `python -m benchmarks.faults 50 10` makes 50 kills, 10
+of the real command with a notebook and 40 of `small`. `small` runs in processes forked from one that has imported all.
+tests/benchmarks/test_faults.py calls the same functions with fewer cases.
 """
 
 import ctypes
@@ -35,11 +39,11 @@ import pandas as pd
 import psutil
 import torch
 
+from benchmarks.bench import machine
 from lib.attacks import catalogue, intervals
 from lib.study import settings
 from lib.study.results import Results
 from lib.training import store
-from tests.bench import machine
 
 COLUMNS = ["fault", "cases", "same_result", "clear_error", "neither", "note", "date", "command", "machine"]
 GIVEN = {"preset": "tiny", "n_models": 32, "epochs": 4, "n_examples": 200, "device": "cpu"}
@@ -52,7 +56,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with one thread can b
 # `python -m` meets this module twice; who is killed leaves semaphores
 os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy,ignore:resource_tracker:UserWarning")
 FORK = get_context("forkserver")
-FORK.set_forkserver_preload(["tests.faults", "lib.study.experiments", "sklearn.datasets"])
+FORK.set_forkserver_preload(["benchmarks.faults", "lib.study.experiments", "sklearn.datasets"])
 
 
 class Case(NamedTuple):

@@ -13,6 +13,7 @@ import pandas as pd
 from lib.analysis import compare
 from lib.analysis.compare import lira_influence_values, plain_signal, row
 from lib.analysis.memorization import exposure, spearman
+from lib.analysis.privacy_audit import audited_epsilon
 from lib.attacks import intervals, shadow
 from lib.attacks.signals import signals
 from lib.study.text import sign
@@ -283,7 +284,7 @@ def epsilon_table(found, delta):
     """Claimed epsilon beside the lower bound that LiRA reaches: a frame with optimizer, epsilon, bound."""
     rows = []
     for (name, target), ensemble in found.items():
-        bound = privacy.audited_epsilon(lira_scores(ensemble), np.array(ensemble.member), delta)
+        bound = audited_epsilon(lira_scores(ensemble), np.array(ensemble.member), delta)
         rows.append({"optimizer": name, "epsilon": target, "bound": float(bound)})
     return pd.DataFrame(rows)
 

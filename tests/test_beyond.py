@@ -47,7 +47,9 @@ def test_nothing_dominates_its_equal():
 
 def test_signs_are_those_of_clear_intervals():
     rows = [("auc", 0.1, 0.05, 0.15), ("test_accuracy", 0.1, -0.05, 0.15)]
-    table = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(optimizer="sam-sgd", rho=0.3)
+    table = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(
+        optimizer="sam", baseline="sgd", rho=0.3
+    )
     assert interventions.signs(table, "sgd") == {("sam", 0.3): (0, 1)}
 
 
@@ -85,10 +87,12 @@ def test_class_table_finds_the_class_that_leaks_and_weighs_classes_alike():
     one, other = simulated(1, 1), simulated(1, 1)
     second = other.dataset.y == 1
     other.logits[:, 0, second, 1] += 2.0 * other.member[:, second]
-    frame = interventions.class_table({"sgd": one, "sam": other}).set_index(["metric", "class", "optimizer"])
-    assert frame.ci_low["auc", "b", "sam-sgd"] > 0 and frame.value["auc", "a", "sam-sgd"] == 0
-    balanced = frame.value["balanced_test_accuracy", "", "sgd"]
-    each = [frame.value["class_test_accuracy", c, "sgd"] for c in "ab"]
+    frame = interventions.class_table({"sgd": one, "sam": other}).set_index(
+        ["metric", "class", "optimizer", "baseline"]
+    )
+    assert frame.ci_low["auc", "b", "sam", "sgd"] > 0 and frame.value["auc", "a", "sam", "sgd"] == 0
+    balanced = frame.value["balanced_test_accuracy", "", "sgd", ""]
+    each = [frame.value["class_test_accuracy", c, "sgd", ""] for c in "ab"]
     assert balanced == pytest.approx(np.mean(each))
 
 
@@ -189,10 +193,11 @@ def test_pattern_table_finds_the_rare_ones(tmp_path):
             for k in ("sgd", "sam")}  # fmt: skip
     memorized = {k: np.where(np.arange(80) < 20, rare, 0.1) for k, rare in (("sgd", 0.7), ("sam", 0.9))}
     frame = interventions.pattern_table(made, memorized)
-    for name, rare, common in (("sam", 0.9, 0.1), ("sam-sgd", 0.2, 0.0)):
-        found = frame[(frame.metric == "mean_memorization") & (frame.optimizer == name)].set_index("size").value
+    sam = frame[(frame.metric == "mean_memorization") & (frame.optimizer == "sam")]
+    for baseline, rare, common in (("", 0.9, 0.1), ("sgd", 0.2, 0.0)):
+        found = sam[sam.baseline == baseline].set_index("size").value
         assert found.to_dict() == pytest.approx({"1 to 2": rare, "30 to 99": common})
-    assert {"auc", "mean_memorization"} <= set(frame.metric) and "sam-sgd" in set(frame.optimizer)
+    assert {"auc", "mean_memorization"} <= set(frame.metric) and set(frame.baseline) == {"", "sgd"}
 
 
 # ---- the plan and the notebook ------------------------------------------------------------------------------
@@ -305,6 +310,7 @@ def test_a_defence_is_told_with_its_price_and_the_strictest_rate_there_is():
 
 
 def test_where_a_metric_is_largest():
-    rows = [("sgd", "auc", "1 to 2", 0.7), ("sgd", "auc", "3 to 9", 0.6), ("sam-sgd", "auc", "3 to 9", 0.1)]
-    frame = pd.DataFrame(rows, columns=["optimizer", "metric", "size", "value"])
-    assert interventions.most(frame, ["sgd"]) == {("sgd", "auc"): ("1 to 2", 0.7)}
+    rows = [("sgd", "", "auc", "1 to 2", 0.7), ("sgd", "", "auc", "3 to 9", 0.6), ("sam", "sgd", "auc", "3 to 9", 0.1)]
+    frame = pd.DataFrame(rows, columns=["optimizer", "baseline", "metric", "size", "value"])
+    largest = {("sgd", "", "auc"): ("1 to 2", 0.7), ("sam", "sgd", "auc"): ("3 to 9", 0.1)}
+    assert interventions.most(frame) == largest

@@ -201,16 +201,18 @@ def test_no_example_that_is_wrong_as_it_is_outranks_one_that_is_right(images, ta
 def test_table_has_both_attacks_each_optimizer_and_the_paired_difference(tables):
     pair = {"sgd": tables["sgd"], "sam": tables["sam"].only([0, 1, 2, 3, 6, 7, 8, 9])}
     frame = label_only.table(pair)
-    auc = frame[frame.metric == "auc"].set_index(["attack", "optimizer"]).value
+    auc = frame[frame.metric == "auc"].set_index(["attack", "optimizer", "baseline"]).value
     ids, y = [0, 1, 2, 3, 6, 7, 8, 9], tables["sgd"].dataset.y
     for name, ensemble in pair.items():
         member = np.array(ensemble.only(ids).member)
         scores = label_only.scores(ensemble.only(ids))[0]
-        assert auc["label_only", name] == pytest.approx(auc_influence_values(scores, member).mean())
+        assert auc["label_only", name, ""] == pytest.approx(auc_influence_values(scores, member).mean())
         by_class = thresholds.classwise(scores, member, y)
-        assert auc["label_only_classwise", name] == pytest.approx(auc_influence_values(by_class, member).mean())
-    assert auc["label_only", "sam-sgd"] == pytest.approx(auc["label_only", "sam"] - auc["label_only", "sgd"])
-    accuracy = frame[(frame.metric == "balanced_accuracy") & (frame.optimizer == "sam")].set_index("attack").value
+        assert auc["label_only_classwise", name, ""] == pytest.approx(auc_influence_values(by_class, member).mean())
+    difference = auc["label_only", "sam", ""] - auc["label_only", "sgd", ""]
+    assert auc["label_only", "sam", "sgd"] == pytest.approx(difference)
+    own = (frame.optimizer == "sam") & (frame.baseline == "")
+    accuracy = frame[(frame.metric == "balanced_accuracy") & own].set_index("attack").value
     assert accuracy["label_only_classwise"] == pytest.approx(
         intervals.balanced_accuracy_influence_values(by_class, member, 0.0).mean()
     )

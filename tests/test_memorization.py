@@ -130,13 +130,13 @@ def test_the_table_is_paired_and_holds_the_identity():
     member = halves(24, 80)
     a = np.where(member, coins(24, 80, 0.95, 4), coins(24, 80, 0.6, 5))
     b = np.where(member, a, a | coins(24, 80, 0.2, 6))  # the same, but better on what it did not see
-    frame = memorization.memorization_table({"sgd": a, "sam": b}, member).set_index(["optimizer", "metric"])
-    means = frame.value[:, "mean_memorization"]
-    assert means["sam-sgd"] == pytest.approx(means["sam"] - means["sgd"])
-    assert frame.ci_high["sam-sgd", "mean_memorization"] < 0
+    frame = memorization.memorization_table({"sgd": a, "sam": b}, member).set_index(["optimizer", "baseline", "metric"])
+    means = frame.value[:, :, "mean_memorization"]
+    assert means["sam", "sgd"] == pytest.approx(means["sam", ""] - means["sgd", ""])
+    assert frame.ci_high["sam", "sgd", "mean_memorization"] < 0
     for name in ("sgd", "sam"):
-        assert frame.value[name].filter(like="share").sum() == pytest.approx(1)
-    assert 0 < frame.value["sam-sgd", "memorization_spearman"] <= 1
+        assert frame.value[name, ""].filter(like="share").sum() == pytest.approx(1)
+    assert 0 < frame.value["sam", "sgd", "memorization_spearman"] <= 1
 
 
 def test_exposure_is_the_auc_of_each_example():

@@ -113,11 +113,11 @@ def test_constant_cells_have_a_point_interval():
 
 
 @pytest.mark.parametrize(
-    "cells, clusters, words",
+    "influence_values, clusters, words",
     [
-        (np.zeros(5), None, "cells: shape"),
-        (np.zeros((0, 5)), None, "cells: shape"),
-        (np.full((4, 5), np.nan), None, "cells: mean nan"),
+        (np.zeros(5), None, "influence_values: shape"),
+        (np.zeros((0, 5)), None, "influence_values: shape"),
+        (np.full((4, 5), np.nan), None, "influence_values: mean nan"),
         (np.zeros((4, 5)), [0, 1], "clusters: shape"),
     ],
 )
@@ -422,15 +422,15 @@ def test_table_has_every_optimizer_and_its_difference_from_the_first():
     a, member = example(n_models=12, n=400)
     scores = {"sgd": a, "sam": a + 0.5 * member, "asam": a + 0.2 * member}
     found = intervals.table(scores, member, fprs=(0.1,), threshold=0.0)
-    assert found.optimizer.unique().tolist() == ["sgd", "sam", "asam", "sam-sgd", "asam-sgd"]
-    for name, part in found.groupby("optimizer"):
-        first, _, second = name.partition("-")
-        expected = (
-            intervals.compare(a, scores[first], member, fprs=(0.1,), threshold=0.0)
-            if second
-            else intervals.evaluate(scores[first], member, fprs=(0.1,), threshold=0.0)
+    how, groups = {"fprs": (0.1,), "threshold": 0.0}, found.groupby(["optimizer", "baseline"])
+    assert set(groups.groups) == {("sgd", ""), ("sam", ""), ("asam", ""), ("sam", "sgd"), ("asam", "sgd")}
+    for (name, baseline), part in groups:
+        own, difference = (
+            intervals.evaluate(scores[name], member, **how),
+            intervals.compare(a, scores[name], member, **how),
         )
-        pd.testing.assert_frame_equal(part.drop(columns="optimizer").reset_index(drop=True), expected)
+        expected = difference if baseline else own
+        pd.testing.assert_frame_equal(part.drop(columns=["optimizer", "baseline"]).reset_index(drop=True), expected)
 
 
 def test_cells_are_computed_once_for_values_and_differences(monkeypatch):

@@ -8,6 +8,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lib.attacks import catalogue, intervals, shadow
+from lib.attacks.intervals import row
 from lib.attacks.signals import signals
 
 PLANTED = 16  # models of the planted leak, whatever the run's: 8 pairs, of which 6 are the least that can show it
@@ -58,7 +59,7 @@ def scores(ensemble, member=None):
 def leakage(ensembles, scored):
     """Metrics of every attack, for each optimizer and for each difference from the baseline: a tidy frame.
 
-    scored: dict optimizer -> dict attack -> scores [M, N]. Differences are rows with optimizer 'sam-sgd'.
+    scored: dict optimizer -> dict attack -> scores [M, N]. Columns optimizer and baseline as in intervals.paired.
     """
     first, frames = next(iter(ensembles.values())), []
     member, groups = np.array(first.member), first.dataset.groups
@@ -77,8 +78,7 @@ def compared(ensembles, influence_values_of, metric, rate=False, shadow_correcti
     dataset = next(iter(ensembles.values())).dataset
     groups = dataset.groups_test if test else dataset.groups
     influence_values = {name: influence_values_of(e) for name, e in ensembles.items()}
-    found = intervals.paired(influence_values, rate=rate, shadow_correction=shadow_correction, columns=groups)
-    return pd.DataFrame([row(metric, e, optimizer=name) for name, e in found.items()])
+    return intervals.paired(influence_values, metric, rate, shadow_correction=shadow_correction, columns=groups)
 
 
 def plain_signal(ensemble, name, test=False):
@@ -188,13 +188,8 @@ def contrast(ensembles):
         ensembles, lira_influence_values, "auc", rate=True, shadow_correction=intervals.SHADOW_CORRECTION
     ).assign(attack="lira")
     frame = pd.concat([accuracies(ensembles), auc], ignore_index=True)
-    loss = frame[frame.metric == "train_loss"].set_index("optimizer").value
-    return frame.assign(train_loss=frame.optimizer.map(loss).where(frame.optimizer.isin(list(ensembles))))
-
-
-def row(metric, found, **more):
-    """One tidy row of an Estimate."""
-    return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
+    loss = frame[(frame.metric == "train_loss") & (frame.baseline == "")].set_index("optimizer").value
+    return frame.assign(train_loss=frame.optimizer.map(loss).where(frame.baseline == ""))
 
 
 def radius_table(radius_sweep, treatment, baseline, table=contrast):
@@ -204,7 +199,7 @@ def radius_table(radius_sweep, treatment, baseline, table=contrast):
         frame = table({baseline: radius_sweep[0.0], treatment: ensemble})
         frames.append(frame.assign(rho=np.where(frame.optimizer == baseline, 0.0, rho)))
     frame = pd.concat(frames or [table({baseline: radius_sweep[0.0]}).assign(rho=0.0)], ignore_index=True)
-    return frame.drop_duplicates(["optimizer", "rho", "metric"])
+    return frame.drop_duplicates(["optimizer", "baseline", "rho", "metric"])
 
 
 def null_table(ensemble, seed, shuffles=5):
@@ -259,8 +254,9 @@ PAPER_ATTACKS = (
 
 def beside_paper(leak, accuracy, baseline, treatment):
     """This run's numbers in the shape of the paper's table, in per cent."""
+    leak, own = leak[leak.baseline == ""], accuracy[accuracy.baseline == ""]
     test = {
-        n: 100 * accuracy[(accuracy.optimizer == n) & (accuracy.metric == "test_accuracy")].value.iloc[0]
+        n: 100 * own[(own.optimizer == n) & (own.metric == "test_accuracy")].value.iloc[0]
         for n in (baseline, treatment)
     }
     rows = []
@@ -312,7 +308,7 @@ def loss_series(regime_frame, dose_frame, baseline, treatment):
     )
     radii = dose_frame.assign(series=f"{treatment}, radius varied", label=[f"{rho:.3g}" for rho in dose_frame.rho])
     both = pd.concat([epochs, radii[radii.rho > 0]], ignore_index=True)
-    return both[(both.metric == "auc") & both.optimizer.isin([baseline, treatment])]
+    return both[(both.metric == "auc") & (both.baseline == "") & both.optimizer.isin([baseline, treatment])]
 
 
 def train_losses(ensemble):

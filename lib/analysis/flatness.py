@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from lib.analysis.compare import row
 from lib.attacks import intervals
+from lib.attacks.intervals import row
 from lib.data.dataset import inputs
 from lib.training import sharpness
 from lib.training.ensemble import KEEP_WEIGHTS
@@ -41,12 +41,13 @@ def flatness(ensemble, rho, n_models=8, n_examples=512):
 def flatness_table(ensembles, rho):
     """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over pairs of models."""
     found = {name: flatness(e, rho) for name, e in ensembles.items()}
-    baseline, *others = found
-    found |= {f"{name}-{baseline}": found[name] - found[baseline] for name in others}
+    first, *others = found
+    shown = {(name, ""): values for name, values in found.items()}
+    shown |= {(name, first): found[name] - found[first] for name in others}
     rows = []
-    for name, values in found.items():
+    for (name, baseline), values in shown.items():
         for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
-            rows.append(row(metric, t_interval(values[:, column]), optimizer=name))
+            rows.append(row(metric, t_interval(values[:, column]), optimizer=name, baseline=baseline))
     return pd.DataFrame(rows)
 
 

@@ -56,15 +56,14 @@ def variant_table(found):
     for name, rho in others:
         frame = compare.contrast({first: found[first, 0.0], name: found[name, rho]})
         frames.append(frame.assign(rho=np.where(frame.optimizer == first, 0.0, rho)))
-    return pd.concat(frames, ignore_index=True).drop_duplicates(["optimizer", "rho", "metric"])
+    return pd.concat(frames, ignore_index=True).drop_duplicates(["optimizer", "baseline", "rho", "metric"])
 
 
 def signs(table, baseline):
     """Signs of the differences in test accuracy and LiRA's AUC, 0 where not clear: dict (name, rho) -> (int, int)."""
-    rows = table[table.optimizer.str.endswith(f"-{baseline}") & (table.rho > 0)]
+    rows = table[(table.baseline == baseline) & (table.rho > 0)]
     rows = rows.assign(sign=[sign(row) for row in rows.itertuples()])
-    names = rows.optimizer.str.removesuffix(f"-{baseline}")
-    wide = rows.assign(name=names).pivot_table("sign", ["name", "rho"], "metric", sort=False)
+    wide = rows.pivot_table("sign", ["optimizer", "rho"], "metric", sort=False)
     return {key: (int(row.test_accuracy), int(row.auc)) for key, row in wide.iterrows()}
 
 
@@ -317,9 +316,8 @@ def class_table(ensembles):
                 if metric == "auc"
                 else {"columns": of["groups_test"]}
             )
-            found = intervals.paired(each, rate=True, **how)
-            rows = [row(metric, e, optimizer=k) for k, e in found.items()]
-            frames.append(pd.DataFrame(rows).assign(**{"class": name, "size": own.sum()}))
+            found = intervals.paired(each, metric, True, **how)
+            frames.append(found.assign(**{"class": name, "size": own.sum()}))
     counts = np.bincount(dataset.y_test, minlength=dataset.n_classes)
     # mean over classes of the accuracy within: each test point weighs T / (C n_class)
     weight = len(dataset.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[dataset.y_test]
@@ -352,7 +350,7 @@ def agreement(ensembles, parts=8, seed=0):
             )  # some were in, or out of, all of a half's models
             found.setdefault(name, []).append(spearman(seen[one][both], seen[treatment][both]))
     rows = [
-        row("exposure_rank_correlation", intervals.Estimate(np.mean(v), min(v), max(v)), optimizer=name)
+        row("exposure_rank_correlation", intervals.Estimate(np.mean(v), min(v), max(v)), optimizer=name, baseline="")
         for name, v in found.items()
     ]
     one, treatment, across = map(np.array, found.values())
@@ -360,7 +358,7 @@ def agreement(ensembles, parts=8, seed=0):
         # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
         corrected, value = across / np.sqrt(one * treatment), across.mean() / np.sqrt(one.mean() * treatment.mean())
         found_here = intervals.Estimate(value, min(corrected), max(corrected))
-        rows.append(row("exposure_rank_correlation_corrected", found_here, optimizer=f"{a} and {b}"))
+        rows.append(row("exposure_rank_correlation_corrected", found_here, optimizer=f"{a} and {b}", baseline=""))
     return pd.DataFrame(rows)
 
 
@@ -371,13 +369,15 @@ def pattern_table(ensembles, memorized):
     gain is on the test part.
     """
     (base, first), *_ = ensembles.items()
-    memorized = memorized | {f"{k}-{base}": memorized[k] - memorized[base] for k in memorized if k != base}
+    memorized = {(k, ""): v for k, v in memorized.items()} | {
+        (k, base): memorized[k] - memorized[base] for k in memorized if k != base
+    }
     dataset, member = first.dataset, np.array(first.member)
     both = dataset.pattern, dataset.pattern_test
     shared = np.bincount(dataset.pattern, minlength=1 + max(p.max() for p in both))  # 0 for one that the pool lacks
     size, size_test = (shared[p] for p in both)
     edges = [1, 3, 10, 30, 100, np.inf]
-    rows = []
+    frames = []
     for low, high in zip(edges, edges[1:], strict=False):
         own, seen = (size >= low) & (size < high), (size_test >= low) & (size_test < high)
         label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
@@ -386,23 +386,21 @@ def pattern_table(ensembles, memorized):
         influence_values = {
             k: intervals.auc_influence_values(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()
         }
-        for k, e in intervals.paired(
-            influence_values, rate=True, shadow_correction=intervals.SHADOW_CORRECTION
-        ).items():
-            rows.append(row("auc", e, optimizer=k, size=label))
-        for k, values in memorized.items():
-            rows.append(row("mean_memorization", intervals.t_interval(values[own]), optimizer=k, size=label))
+        shown = [intervals.paired(influence_values, "auc", True, shadow_correction=intervals.SHADOW_CORRECTION)]
+        means = {key: intervals.t_interval(values[own]) for key, values in memorized.items()}
+        rows = [row("mean_memorization", e, optimizer=k, baseline=b) for (k, b), e in means.items()]
+        shown.append(pd.DataFrame(rows))
         if seen.sum() >= 10:
             right = {k: plain_signal(e, "correct", test=True)[:, seen].astype(float) for k, e in ensembles.items()}
-            for k, e in intervals.paired(right, rate=True).items():
-                rows.append(row("test_accuracy", e, optimizer=k, size=label))
-    return pd.DataFrame(rows)
+            shown.append(intervals.paired(right, "test_accuracy", True))
+        frames.append(pd.concat(shown, ignore_index=True).assign(size=label))
+    return pd.concat(frames, ignore_index=True)
 
 
-def most(patterns, names):
-    """Where each metric of a pattern_table is largest: dict (optimizer or difference, metric) -> (size, value)."""
+def most(patterns):
+    """Where each metric of a pattern_table is largest: dict (optimizer, baseline, metric) -> (size, value)."""
     found = {}
-    for (name, metric), rows in patterns[patterns.optimizer.isin(names)].groupby(["optimizer", "metric"], sort=False):
+    for key, rows in patterns.groupby(["optimizer", "baseline", "metric"], sort=False):
         top = rows.loc[rows.value.idxmax()]
-        found[name, metric] = top["size"], float(top.value)
+        found[key] = top["size"], float(top.value)
     return found

@@ -154,11 +154,11 @@ def memorization_table(values, member):
         return np.concatenate([a, b, b - a, [spearman(*mem)]])
 
     names = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
-    keys = [(o, name) for o in (baseline, treatment, f"{treatment}-{baseline}") for name in names]
-    keys.append((f"{treatment}-{baseline}", "memorization_spearman"))
+    whose = ((baseline, ""), (treatment, ""), (treatment, baseline))
+    keys = [(*who, name) for who in whose for name in names] + [(treatment, baseline, "memorization_spearman")]
     frame = tidy(keys, jackknife(statistic, member))
     least = 2 / member.shape[1] * frame.metric.str.contains("share")
-    lowest = np.where((frame.optimizer == f"{treatment}-{baseline}") | (least == 0), -1, 0)
+    lowest = np.where((frame.baseline != "") | (least == 0), -1, 0)
     return frame.assign(
         ci_low=np.fmax(np.fmin(frame.ci_low, frame.value - least), lowest),
         ci_high=np.fmin(np.fmax(frame.ci_high, frame.value + least), 1),
@@ -166,9 +166,9 @@ def memorization_table(values, member):
 
 
 def tidy(keys, estimates):
-    """A frame with columns optimizer, metric, value, ci_low, ci_high from (optimizer, metric) and Estimates."""
+    """A tidy frame from (optimizer, baseline, metric) and Estimates."""
     rows = [(*key, *estimate) for key, estimate in zip(keys, estimates, strict=True)]
-    return pd.DataFrame(rows, columns=["optimizer", "metric", "value", "ci_low", "ci_high"])
+    return pd.DataFrame(rows, columns=intervals.TIDY)
 
 
 def spearman(a, b):

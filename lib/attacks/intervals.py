@@ -33,6 +33,7 @@ from lib.attacks.signals import parallel
 
 FPRS = (0.1, 0.01, 0.001, 0.0001)
 SHADOW_CORRECTION = 5.0
+TIDY = ["optimizer", "baseline", "metric", "value", "ci_low", "ci_high"]
 
 
 class Estimate(NamedTuple):
@@ -64,17 +65,17 @@ def estimate(
     """
     influence_values = np.asarray(influence_values)
     if influence_values.ndim != 2 or influence_values.size == 0:
-        raise ValueError(f"cells: shape {influence_values.shape}; valid is a matrix [M, N]")
+        raise ValueError(f"influence_values: shape {influence_values.shape}; valid is a matrix [M, N]")
     clusters = np.arange(len(influence_values)) // 2 if clusters is None else np.asarray(clusters)
     if clusters.shape != (len(influence_values),):
-        raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(influence_values)},), one per row of cells")
+        raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(influence_values)},), one per row")
     if columns is not None and np.shape(columns) != influence_values.shape[1:]:
         raise ValueError(
             f"columns: shape {np.shape(columns)}; valid is {influence_values.shape[1:]}, one per column of cells"
         )
     value = float(influence_values.mean(dtype=np.float64))
     if not np.isfinite(value):
-        raise ValueError(f"cells: mean {value}; valid are finite numbers")
+        raise ValueError(f"influence_values: mean {value}; valid are finite numbers")
     variance, df, n = _variance(influence_values, value, clusters, shadow_correction, columns, examples_only)
     if rate and (value < 1e-12 or value > 1 - 1e-12):  # 0 or 1 up to rounding
         return _at_the_end(value, n, level) if df > 0 else Estimate(value, np.nan, np.nan)
@@ -86,16 +87,25 @@ def estimate(
     return Estimate(value, float(ends[0]), float(ends[1]))
 
 
-def paired(influence_values, clusters=None, level=0.95, rate=False, **how) -> dict[str, Estimate]:
-    """`estimate` of each optimizer's cells, and of the differences from the first as 'sam-sgd'.
+def row(metric, found, **more) -> dict:
+    """One row of a tidy frame: the metric, an Estimate's value, ci_low and ci_high, and further columns."""
+    return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
 
-    cells: dict optimizer -> [M, N], rows and columns alike; the rest as in `estimate` (a difference is no rate).
+
+def paired(values, metric, rate=False, **how) -> pd.DataFrame:
+    """Each optimizer's estimate of a metric, and the paired differences from the first optimizer: a tidy frame.
+
+    values: dict optimizer -> influence values [M, N], with the same models and examples. rate: each optimizer's own
+    value is a probability (a difference is not). how: further arguments of `estimate`. Columns optimizer, baseline,
+    metric, value, ci_low, ci_high. The baseline is "" for an optimizer's own value and the first optimizer's name
+    for a difference (optimizer minus baseline).
     """
-    first, *others = influence_values
-    found = {name: estimate(c, clusters, level, rate, **how) for name, c in influence_values.items()}
+    first, *others = values
+    rows = [row(metric, estimate(v, rate=rate, **how), optimizer=k, baseline="") for k, v in values.items()]
     for name in others:
-        found[f"{name}-{first}"] = estimate(influence_values[name] - influence_values[first], clusters, level, **how)
-    return found
+        difference = estimate(values[name] - values[first], **how)
+        rows.append(row(metric, difference, optimizer=name, baseline=first))
+    return pd.DataFrame(rows, columns=TIDY)
 
 
 def t_interval(values, level=0.95):
@@ -371,41 +381,38 @@ def pairs(member) -> np.ndarray:
 def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) -> pd.DataFrame:
     """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
-    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N]. Columns metric,
-    value, ci_low, ci_high, optimizer ('sam-sgd' for a difference). Metrics: auc, balanced_accuracy, advantage
+    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N]. Columns optimizer,
+    baseline, metric, value, ci_low, ci_high, as in `paired`. Metrics: auc, balanced_accuracy, advantage
     (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>. An FPR is reported only where each fold expects at least ten
     false positives at it. `threshold`: as in balanced_accuracy_influence_values (0.0 for the attacks in attacks.FIXED).
     how: columns and examples_only, as in `estimate`; with examples_only and one or two models, the thresholds at
     an FPR come from half of the target's own non-members (tpr_cells_within), since no other model gives any. What is
     together in columns stays so in the halves on which thresholds are learned.
     """
-    clusters, rows = pairs(checked(next(iter(scores.values())), member)[1]), {}
+    clusters, frames = pairs(checked(next(iter(scores.values())), member)[1]), []
     alone, learned = how.get("examples_only", False) and len(member) < 3, {"seed": seed, "groups": how.get("columns")}
     for metric, influence_values in _all_influence_values(scores, member, fprs, threshold, alone, learned):
-        found = paired(
-            influence_values,
-            clusters,
-            level,
-            rate=True,
-            shadow_correction=0.0 if "@" in metric else SHADOW_CORRECTION,
-            **how,
+        correction = 0.0 if "@" in metric else SHADOW_CORRECTION
+        frame = paired(
+            influence_values, metric, True, clusters=clusters, level=level, shadow_correction=correction, **how
         )
-        for name, e in found.items():
-            rows.setdefault(name, []).append((metric, *e, name))
-            if metric == "balanced_accuracy":  # advantage = TPR - FPR = 2 balanced accuracy - 1
-                rows[name].append(("advantage", *(2 * np.array(e) - (name in scores)), name))
-    return pd.DataFrame(sum(rows.values(), []), columns=["metric", "value", "ci_low", "ci_high", "optimizer"])
+        frames.append(frame)
+        if metric == "balanced_accuracy":
+            # advantage = TPR - FPR = 2 balanced accuracy - 1; in a difference the 1 cancels
+            doubled = (2 * frame[["value", "ci_low", "ci_high"]]).sub(frame.baseline == "", axis=0)
+            frames.append(frame.assign(metric="advantage", **doubled))
+    return pd.concat(frames, ignore_index=True)
 
 
 def evaluate(scores, member, **how) -> pd.DataFrame:
-    """`table` of one ensemble's scores [M, N], without the column optimizer. how: the arguments of `table`."""
-    return table({"": scores}, member, **how).drop(columns="optimizer")
+    """`table` of one ensemble's scores [M, N], without optimizer and baseline. how: the arguments of `table`."""
+    return table({"": scores}, member, **how).drop(columns=["optimizer", "baseline"])
 
 
 def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
-    """The paired differences b minus a of `table`, without the column optimizer."""
+    """The paired differences b minus a of `table`, without optimizer and baseline."""
     frame = table({"a": scores_a, "b": scores_b}, member, **how)
-    return frame[frame.optimizer == "b-a"].drop(columns="optimizer").reset_index(drop=True)
+    return frame[frame.baseline == "a"].drop(columns=["optimizer", "baseline"]).reset_index(drop=True)
 
 
 def _all_influence_values(scores, member, fprs, threshold, alone, learned):

@@ -52,7 +52,10 @@ def table(ensembles, n_models=16, device="cpu") -> pd.DataFrame:
     how = {"columns": groups}
     frames = [intervals.table(s, member, threshold=limit, **how).assign(attack=name) for name, s, limit in kinds]
     null = [null_auc(found, member, groups) for found in asked.values()]
-    rows = [dict(metric="null_auc", value=e.value, ci_low=e.low, ci_high=e.high, attack="label_only") for e in null]
+    rows = [
+        dict(metric="null_auc", value=e.value, ci_low=e.low, ci_high=e.high, attack="label_only", baseline="")
+        for e in null
+    ]
     return pd.concat([*frames, pd.DataFrame(rows).assign(optimizer=list(asked))], ignore_index=True)
 
 

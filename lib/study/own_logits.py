@@ -195,8 +195,6 @@ def alike(ensembles):
                     f"{name}: {key}: differs from that of {first}; valid is the same in all files, so that models are "
                     "compared pair by pair: audit files that differ one at a time"
                 )
-        if f"{name}-{first}" in ensembles:
-            raise ValueError(f"{name}-{first}: the name of a file and of a difference; valid is another file name")
 
 
 # ---- what it comes to ---------------------------------------------------------------------------------------
@@ -240,7 +238,7 @@ def leakage(scored, e):
 
 def fit(ensembles):
     """Accuracy and loss on the members, and accuracy in minus out: a tidy frame."""
-    base, cells, rows = next(iter(ensembles.values())), {}, []
+    base, cells, frames = next(iter(ensembles.values())), {}, []
     for name, e in ensembles.items():
         seen = signals(plain(e), e.y, only=("correct", "log_confidence"))
         right, loss = seen["correct"].astype(float), -seen["log_confidence"].astype(float)
@@ -248,9 +246,9 @@ def fit(ensembles):
         cells[name] = inside, intervals.ratio_influence_values(loss, e.member), inside - outside
     for k, metric in enumerate(("train_accuracy", "train_loss", "generalization_gap")):
         each = {name: c[k] for name, c in cells.items()}
-        found = intervals.paired(each, intervals.pairs(base.member), rate=k == 0, **how(base))
-        rows += [(metric, *estimate, name, "") for name, estimate in found.items()]
-    return pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high", "optimizer", "attack"])
+        clusters = intervals.pairs(base.member)
+        frames.append(intervals.paired(each, metric, k == 0, clusters=clusters, **how(base)).assign(attack=""))
+    return pd.concat(frames, ignore_index=True)
 
 
 def null(name, e):
@@ -311,7 +309,7 @@ def draw(out, ensembles, scored, frame):
     figures.style()
     safe = {name: name.replace("$", r"\$").lstrip("_") for name in frame.optimizer.unique()}  # in matplotlib's labels
     auc, member = true_auc(frame), next(iter(ensembles.values())).member
-    alone = auc.optimizer.isin(ensembles.keys())
+    alone = auc.baseline == ""
     auc, attack = auc.assign(optimizer=auc.optimizer.map(safe)), "lira" if "lira" in auc.attack.values else "confidence"
     phis = {safe[name]: signals(plain(e), e.y, only=("phi",))["phi"] for name, e in ensembles.items()}
     above = auc[alone].assign(**(auc.loc[alone, ["value", "ci_low", "ci_high"]] - 0.5))
@@ -335,13 +333,15 @@ def summary(ensembles, frame):
     """The finding, in a sentence for each name and each difference."""
     auc, (first, *others), said = true_auc(frame), ensembles, []
     for name in ensembles:
-        rows = auc[auc.optimizer == name]
+        rows = auc[(auc.optimizer == name) & (auc.baseline == "")]
         best, above = rows.loc[rows.value.idxmax()], int((rows.ci_low > 0.5).sum())
         said.append(
             f"{name}: {above} of {len(rows)} attacks tell members from non-members (interval of AUC above 1/2); "
             f"the highest AUC is {text.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}."
         )
-    return said + [text.summary(auc[auc.optimizer == f"{b}-{first}"], f"{b} leaks", first) for b in others]
+    return said + [
+        text.summary(auc[(auc.optimizer == b) & (auc.baseline == first)], f"{b} leaks", first) for b in others
+    ]
 
 
 def limits(ensembles):
@@ -375,12 +375,12 @@ def classes_without(e):
 def tables(frame, columns):
     """An HTML table for each optimizer: attacks by metrics, all text escaped."""
     shown = ""
-    for name, rows in frame.groupby("optimizer", sort=False):
+    for (name, baseline), rows in frame.groupby(["optimizer", "baseline"], sort=False):
         cells = [text.number(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)]
         order = [c for c in dict.fromkeys(rows.metric) if c in columns or "@" in c]
         wide = rows.assign(cell=cells).pivot(index="attack", columns="metric", values="cell")
         wide = wide.loc[rows.attack.unique(), order].rename_axis(index=None, columns=None).fillna("")
-        shown += f"<h3>{html.escape(name)}</h3>{wide.to_html(border=0)}"
+        shown += f"<h3>{html.escape(name + (f' minus {baseline}' if baseline else ''))}</h3>{wide.to_html(border=0)}"
     return shown
 
 

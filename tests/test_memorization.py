@@ -130,7 +130,8 @@ def test_the_table_is_paired_and_holds_the_identity():
     member = halves(24, 80)
     a = np.where(member, coins(24, 80, 0.95, 4), coins(24, 80, 0.6, 5))
     b = np.where(member, a, a | coins(24, 80, 0.2, 6))  # the same, but better on what it did not see
-    frame = memorization.memorization_table({"sgd": a, "sam": b}, member).set_index(["optimizer", "baseline", "metric"])
+    frame = memorization.memorization_table({"sgd": a, "sam": b}, member)
+    frame = frame.set_index(["optimizer", "baseline", "metric"]).sort_index()
     means = frame.value[:, :, "mean_memorization"]
     assert means["sam", "sgd"] == pytest.approx(means["sam", ""] - means["sgd", ""])
     assert frame.ci_high["sam", "sgd", "mean_memorization"] < 0

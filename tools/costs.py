@@ -17,10 +17,11 @@ from lib.training import ensemble, networks, step
 
 PRESETS = [("digits", "tiny"), ("digits", "default"), ("CIFAR", "small"), ("CIFAR", "fast"), ("CIFAR", "paper")]
 NOT_MEASURED = "not measured"
+COLUMNS = "preset", "pool", "network, epochs", "models", "gradients of one example", "disk", "memory", "time"
 
 
 def blank(n):
-    """A data set of CIFAR-10's shapes, all black: n pool examples, and test points as `settings.settings` takes them."""
+    """A data set of CIFAR-10's shapes, all black: n pool examples, and test points as a run takes them."""
     t = min(10_000, n // 2)
     x, x_test = (np.zeros((size, 3, 32, 32), np.uint8) for size in (n, t))
     y, y_test = (np.arange(size) % 10 for size in (n, t))
@@ -77,26 +78,20 @@ def size(n_bytes):
     return f"{n_bytes / 1e6:.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
 
 
-def line(name, preset, folders):
-    """One preset's line of the table."""
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # of networks the sizes are wanted alone
+def row(name, preset, folders):
+    """One preset's row of the table."""
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # only the sizes of networks are needed
         run = preset_run(name, preset, folder)
         made, (_, work) = ensembles(run), experiments.left(run)
-        stored, held = (
-            size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made)),
-            size(memory(made)),
-        )
+        stored = size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made))
+        held = size(memory(made))
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
     models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
     seconds = measured(run, folders)
     time = NOT_MEASURED if seconds is None else experiments.duration(seconds)
-    return f"| `{preset}` | {pool} | {run.arch}, {run.epochs} | {models} | {work:.1e} | {stored} | {held} | {time} |"
+    return f"`{preset}`", pool, f"{run.arch}, {run.epochs}", models, f"{work:.1e}", stored, held, time
 
 
-def table(folders):
-    """The README's table. folders: of the committed runs."""
-    lines = [
-        "| preset | pool | network, epochs | models | gradients of one example | disk | memory | time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(line(name, preset, folders) for name, preset in PRESETS)])
+def rows(folders):
+    """The rows of the README's table. folders: of the committed runs."""
+    return [row(name, preset, folders) for name, preset in PRESETS]

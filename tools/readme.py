@@ -1,10 +1,9 @@
-"""Fill in the README's picture and tables from the committed runs: `python -m tools.readme` (part of `make sync`).
+"""Fill in the picture and the tables of README.md and docs/: `python -m tools.readme` (part of `make sync`).
 
-No result in the README is typed: what stands between `<!-- name -->` and `<!-- /name -->` is made here from
-outputs/reference/, and a test compares the two.
+No result is typed there. What stands between `<!-- name -->` and `<!-- /name -->` is made by the function of that name
+in TABLES, from outputs/reference/ and from the library; a test compares the two.
 """
 
-import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,33 +16,53 @@ from tools import costs
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs" / "reference"
-FITS = 0.99  # a model that fits so much of its training half is said to interpolate it
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FITS = 0.99  # a model that is right about so much of its training half is said to fit it
+WORDS = "**more**", "**less**", "no differently"
+
+
+# ---- the committed runs -------------------------------------------------------------------------------------
 
 
 def runs():
-    """The committed runs: dict name -> results frame."""
-    return {p.parent.name: pd.read_csv(p, keep_default_na=False) for p in sorted(REFERENCE.glob("*/results.csv"))}
+    """The committed runs: dict name -> results frame, with numbers where they are recorded and "" elsewhere."""
+    numbers = dict.fromkeys(("value", "ci_low", "ci_high"), "")
+    paths = sorted(REFERENCE.glob("*/results.csv"))
+    return {p.parent.name: pd.read_csv(p, keep_default_na=False, na_values=numbers) for p in paths}
 
 
-def regimes(results):
-    """Paired differences at every number of epochs, with the baseline's train accuracy beside them."""
-    rows = results[results.note.str.startswith("epochs=")].copy()
-    rows["epochs"] = rows.note.str.removeprefix("epochs=").astype(int)
-    for column in ("value", "ci_low", "ci_high"):
-        rows[column] = rows[column].astype(float)
-    fit = rows[(rows.optimizer == "sgd") & (rows.metric == "train_accuracy")].set_index("epochs").value
-    differences = rows[rows.optimizer == "sam-sgd"]
-    return differences.assign(train_accuracy=differences.epochs.map(fit))
+def lengths(results):
+    """SAM minus SGD in the length sweep, with columns epochs and the train accuracies sgd and sam."""
+    rows = results[results.experiment == "length sweep"]
+    rows = rows.assign(epochs=rows.coordinate.str.removeprefix("epochs=").astype(int))
+    own = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")]
+    fits = own.pivot(index="epochs", columns="optimizer", values="value")
+    return rows[rows.baseline == "sgd"].join(fits, on="epochs").sort_values("epochs")
+
+
+def leaks(results):
+    """The rows of `lengths` on LiRA's AUC, as named tuples."""
+    return list(lengths(results).query("metric == 'auc'").itertuples())
+
+
+def equal_loss(results):
+    """SAM minus SGD in LiRA's AUC at equal train loss, as named tuples."""
+    rows = results[(results.experiment == "equal train loss") & (results.notebook == "01_phenomenon")]
+    return list(rows.itertuples())
 
 
 def title(results):
-    """'digits, mlp: 128 models on halves of 1200', the models being those of the lengths of training."""
-    first = results[results.note.str.startswith("epochs=")].iloc[0]
+    """'digits, mlp: 128 models on halves of 1200', the models being those of the length sweep."""
+    first = results[results.experiment == "length sweep"].iloc[0]
     return f"{first.dataset}, {first.arch}: {first.n_models} models on halves of {first.n_examples}"
 
 
-def counted(signs):
-    """'more in 3 of 5 comparisons, less in 1', from the signs of differences; 'in none' of none."""
+# ---- the finding --------------------------------------------------------------------------------------------
+
+
+def counted(rows):
+    """'more in 3 of 5 comparisons, less in 1', from differences; 'in none' of none."""
+    signs = [sign(row) for row in rows]
     kinds = [(word, signs.count(s)) for s, word in ((1, "more"), (-1, "less"), (0, "no differently")) if s in signs]
     if not kinds:
         return "in none"
@@ -52,87 +71,53 @@ def counted(signs):
 
 
 def answer():
-    """The finding in plain words, computed from the paired differences of every committed run."""
-    made = runs()
-    frames = {name: regimes(results).query("metric == 'auc'").sort_values("epochs") for name, results in made.items()}
-    rows = [row for frame in frames.values() for row in frame.itertuples()]
-    fitted = [sign(row) for row in rows if row.train_accuracy >= FITS]
-    short = [sign(row) for row in rows if row.train_accuracy < FITS]
-    last = {name: sign(next(frame.iloc[-1:].itertuples())) for name, frame in frames.items()}
-    equal = [sign(row) for results in made.values() for row in equal_rows(results)]
+    """The finding in two sentences, from the paired differences of every committed run."""
+    made = runs().values()
+    rows = [row for results in made for row in leaks(results)]
+    both, short = ([row for row in rows if (min(row.sgd, row.sam) >= FITS) == fit] for fit in (True, False))
     signs = {sign(row) for row in rows}
-    head = "Always, in these runs." if signs == {1} else "Not in these runs." if 1 not in signs else "Sometimes."
-    ends = "; ".join(
+    head = "Always, in these runs" if signs == {1} else "Not in these runs" if 1 not in signs else "Sometimes"
+    return (
+        f"**{head}:** where both optimizers fit at least {FITS:.0%} of their training data, SAM leaks {counted(both)}; "
+        f"where one of them does not, {counted(short)}. At equal train loss, SAM "
+        f"leaks {counted([row for results in made for row in equal_loss(results)])} ({len(made)} runs; leakage is the "
+        "AUC of the attack LiRA)."
+    )
+
+
+def ends():
+    """Where SAM leaks more, less or no differently after the longest training."""
+    last = {name: sign(leaks(results)[-1]) for name, results in runs().items()}
+    said = [
         f"{word} on {joined(name for name, s in last.items() if s == wanted)}"
         for wanted, word in ((1, "more"), (-1, "less"), (0, "no differently"))
         if wanted in last.values()
-    )
-    return (
-        f"**{head}** After the longest training SAM leaks {ends}. Where SGD fits at least {FITS:.0%} of its own half, "
-        f"SAM leaks {counted(fitted)}; short of that, {counted(short)}. At equal train loss, it leaks "
-        f"{counted(equal)}. ({len(made)} runs, leakage by the AUC of the attack LiRA.)"
-    )
-
-
-def results_table():
-    """A line per run and number of epochs: what SAM gains, what it leaks."""
-    lines = [
-        "| run | epochs | SGD fits | test accuracy, SAM − SGD | LiRA AUC, SAM − SGD | SAM leaks |",
-        "|---|---|---|---|---|---|",
     ]
-    for results in runs().values():
-        wide = regimes(results)
-        for epochs, rows in wide.groupby("epochs"):
-            test, auc = (rows[rows.metric == m].iloc[0] for m in ("test_accuracy", "auc"))
-            word = describe_sign(auc, "**more**", "**less**", "no differently")
-            lines.append(
-                f"| {title(results)} | {epochs} | {auc.train_accuracy:.1%} | {percentage_points(test)} | {percentage_points(auc)} | {word} |"
-            )
-    return "\n".join(lines)
-
-
-def equal_rows(results):
-    """The paired differences of LiRA's AUC at equal train loss, as a list of named tuples."""
-    rows = results[results.note.str.startswith("at equal train loss")]
-    return list(rows.astype({"value": float, "ci_low": float, "ci_high": float}).itertuples())
-
-
-def equal_table():
-    """A line per run and train loss at which both optimizers can be compared."""
-    lines = [
-        "| run | train loss (nats), and the SGD runs about it | LiRA AUC, SAM − SGD | SAM leaks |",
-        "|---|---|---|---|",
-    ]
-    for results in runs().values():
-        for row in equal_rows(results):
-            loss, between = row.note.removeprefix("at equal train loss ").split(", baseline between ")
-            word = describe_sign(row, "**more**", "**less**", "no differently")
-            lines.append(f"| {title(results)} | {loss} ({between}) | {percentage_points(row)} | {word} |")
-    return "\n".join(lines)
+    return f"After the longest training SAM leaks {'; '.join(said)}."
 
 
 def finding(runs):
     """The study in one picture: what SAM gains in test accuracy and what it costs in LiRA's AUC, epoch by epoch.
 
-    runs: dict title -> tidy frame of the paired differences with columns epochs, metric, value, ci_low, ci_high,
-    train_accuracy (of the baseline).
+    runs: dict title -> frame as from `lengths`.
     """
     columns = min(3, len(runs))
     lines = -(-len(runs) // columns)
     size = (4.9 * columns, 3.7 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    labels = {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}
     for spare in axes.flat[len(runs) :]:
         spare.set_axis_off()
-    for axis, (title, frame) in zip(axes.flat, runs.items(), strict=False):
-        for index, (metric, label) in enumerate(labels.items()):
-            rows = 100 * frame[frame.metric == metric].set_index("epochs").sort_index()[["value", "ci_low", "ci_high"]]
+    for axis, (heading, frame) in zip(axes.flat, runs.items(), strict=False):
+        for index, (metric, label) in enumerate(
+            {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}.items()
+        ):
+            rows = 100 * frame[frame.metric == metric].set_index("epochs")[["value", "ci_low", "ci_high"]]
             figures.error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
-        fits = frame[frame.metric == "auc"].sort_values("epochs")
-        ticks = [f"{row.epochs} epochs\n(SGD fits {row.train_accuracy:.0%})" for row in fits.itertuples()]
+        fits = frame[frame.metric == "auc"]
+        ticks = [f"{row.epochs} epochs\nfit {100 * row.sgd:.0f}, {row.sam:.0%}" for row in fits.itertuples()]
         axis.set_xticks(range(len(ticks)), ticks, fontsize=9)
         axis.axhline(0, color="0.3", lw=1)
-        axis.set(title=title, ylabel="SAM minus SGD, points")
+        axis.set(title=heading, ylabel="SAM minus SGD, points")
         axis.margins(x=0.12)
     if len(runs) < axes.size:  # the empty place is for the legend
         axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", fontsize=12)
@@ -141,47 +126,54 @@ def finding(runs):
     return figure
 
 
-def bench_table():
-    """The committed output of `make bench`: goals missed are marked; when, where and how each part was measured."""
-    bench = pd.read_csv(REFERENCE / "bench.csv", keep_default_na=False)
-    lines = ["| what | value | against | ratio | goal | met |", "|---|---|---|---|---|---|"]
-    for row in bench.itertuples():
-        value, met = f"{row.value} {row.unit}".strip(), row.met.replace("no", "**no**")
-        lines.append(f"| {row.name} | {value} | {row.baseline} | {row.ratio} | {row.goal} | {met} |")
-    lines.append("")
-    for (command, date, machine), rows in bench.groupby(["command", "date", "machine"], sort=False):
-        lines.append(f"- {', '.join(rows.section.unique())}: `{command}`, {date}, {machine}.")
-    if (REFERENCE / "bench_scaling.png").exists():
-        caption = "Seconds against models, examples and weights, with the slopes of their logarithms"
-        lines += ["", f"![{caption}](outputs/reference/bench_scaling.png)"]
-    return "\n".join(lines)
+# ---- tables -------------------------------------------------------------------------------------------------
 
 
-def faults_table():
-    """The committed output of `make faults`: how every disturbed run ended."""
-    found = pd.read_csv(REFERENCE / "faults.csv", keep_default_na=False)
-    lines = ["| fault | cases | same result | one clear error | neither | of these |", "|---|---|---|---|---|---|"]
-    for row in found.itertuples():
-        counts = f"{row.cases} | {row.same_result} | {row.clear_error} | {row.neither}"
-        lines.append(f"| {row.fault} | {counts} | {row.note} |")
-    return "\n".join([*lines, "", f"`{found.command[0]}`, {found.date[0]}, {found.machine[0]}."])
+def table(header, rows):
+    """A table in Markdown. header: names of the columns; rows: sequences of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-def verdict_table():
-    """A line per claim, a column per run: the verdicts by rule, the attacks of each run counted in one cell."""
+def results():
+    """A row for each run and number of epochs: what SAM gains, what it leaks."""
+    header = "run", "epochs", "SGD fits", "SAM fits", "test accuracy, SAM − SGD", "LiRA AUC, SAM − SGD", "SAM leaks"
+    rows = []
+    for found in runs().values():
+        for epochs, at in lengths(found).groupby("epochs"):
+            test, auc = (at[at.metric == metric].iloc[0] for metric in ("test_accuracy", "auc"))
+            differences = percentage_points(test), percentage_points(auc), describe_sign(auc, *WORDS)
+            rows.append((title(found), epochs, f"{auc.sgd:.1%}", f"{auc.sam:.1%}", *differences))
+    return table(header, rows)
+
+
+def equal():
+    """A row for each run and train loss at which both optimizers can be compared."""
+    header = "run", "train loss (nats), and the SGD runs about it", "LiRA AUC, SAM − SGD", "SAM leaks"
+    rows = []
+    for found in runs().values():
+        for row in equal_loss(found):
+            at = dict(part.split("=") for part in row.coordinate.split(", "))
+            where = f"{at['train_loss']} ({at['between']})"
+            rows.append((title(found), where, percentage_points(row), describe_sign(row, *WORDS)))
+    return table(header, rows)
+
+
+def verdicts():
+    """A row for each claim, a column for each run; the attacks of a run are counted in one cell."""
     ledgers = {p.parent.name: verdict.ledger(verdict.read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
-    lines = [f"| claim | whose | {' | '.join(ledgers)} |", "|---" * (2 + len(ledgers)) + "|"]
-    attacks = {}
-    for name, ledger in ledgers.items():
-        counts = ledger[ledger.claim.str.startswith("leaks_more_")].verdict.value_counts()
-        attacks[name] = ", ".join(f"{counts[word]} {word}" for word in verdict.SHADES if word in counts)
+    each = [ledger.claim.str.startswith("leaks_more_") for ledger in ledgers.values()]
+    counts = [
+        ledger[is_attack].verdict.value_counts() for ledger, is_attack in zip(ledgers.values(), each, strict=True)
+    ]
+    cells = [", ".join(f"{count[word]} {word}" for word in verdict.SHADES if word in count) for count in counts]
     first = next(iter(ledgers.values()))
-    for row in first[~first.claim.str.startswith("leaks_more_")].itertuples():
-        cells = [ledger[ledger.claim == row.claim].verdict.iloc[0] for ledger in ledgers.values()]
-        lines.append(f"| {row.statement} | {row.whose} | {' | '.join(cells)} |")
-    counted = f"| SAM leaks more than SGD, by attack ({counts.sum()}). | the paper's | {' | '.join(attacks.values())} |"
-    lines.insert(3, counted)
-    return "\n".join(lines)
+    rows = [
+        [row.statement, row.whose, *(ledger.set_index("claim").verdict[row.claim] for ledger in ledgers.values())]
+        for row in first[~each[0]].itertuples()
+    ]
+    rows.insert(1, [f"SAM leaks more than SGD, by attack ({counts[0].sum()}).", "the paper's", *cells])
+    return table(["claim", "whose", *ledgers], rows)
 
 
 def failing():
@@ -190,40 +182,68 @@ def failing():
     SharpReg is none of them: it seeks sharp minima and is meant to cost accuracy.
     """
     said = []
-    for name, results in runs().items():
-        rows = results[(results.note == "variants") & (results.metric == "test_accuracy")]
-        rows = rows[rows.optimizer.str.endswith("-sgd")].astype({"ci_low": float, "ci_high": float})
-        rows = rows[~rows.optimizer.str.startswith("sharpreg")]
-        worse = [row.optimizer.removesuffix("-sgd") for row in rows.itertuples() if sign(row) < 0]
+    for name, found in runs().items():
+        rows = found[(found.experiment == "variants") & (found.metric == "test_accuracy") & (found.coordinate == "")]
+        rows = rows[(rows.baseline == "sgd") & ~rows.optimizer.str.startswith("sharpreg")]
+        worse = [row.optimizer for row in rows.itertuples() if sign(row) < 0]
         said += [f"{joined(worse)} on {name}"] if worse else []
     return f"- A default may fail. With the options they have by default, these test worse than SGD: {'; '.join(said)}."
 
 
-def costs_table():
+def bench():
+    """The committed output of `make bench`: goals missed are marked; when, where and how each part was measured."""
+    found = pd.read_csv(REFERENCE / "bench.csv", keep_default_na=False)
+    rows = [
+        (
+            row.name,
+            f"{row.value} {row.unit}".strip(),
+            row.baseline,
+            row.ratio,
+            row.goal,
+            row.met.replace("no", "**no**"),
+        )
+        for row in found.itertuples()
+    ]
+    lines = [table(("what", "value", "against", "ratio", "goal", "met"), rows), ""]
+    for (command, date, machine), rows in found.groupby(["command", "date", "machine"], sort=False):
+        lines.append(f"- {', '.join(rows.section.unique())}: `{command}`, {date}, {machine}.")
+    return "\n".join(lines)
+
+
+def faults():
+    """The committed output of `make faults`: how every disturbed run ended."""
+    found = pd.read_csv(REFERENCE / "faults.csv", keep_default_na=False)
+    header = "fault", "cases", "same result", "one clear error", "neither", "of these"
+    columns = ["fault", "cases", "same_result", "clear_error", "neither", "note"]
+    about = f"`{found.command[0]}`, {found.date[0]}, {found.machine[0]}."
+    return f"{table(header, found[columns].to_numpy())}\n\n{about}"
+
+
+def what_it_costs():
     """What a run costs, by preset."""
-    return costs.table([path.parent for path in sorted(REFERENCE.glob("*/results.csv"))])
+    return table(costs.COLUMNS, costs.rows([path.parent for path in sorted(REFERENCE.glob("*/results.csv"))]))
+
+
+TABLES = {"answer": answer, "ends": ends, "results": results, "equal": equal, "verdict": verdicts, "failing": failing}
+TABLES |= {"bench": bench, "faults": faults, "costs": what_it_costs}
 
 
 def filled(text):
-    """The README with its tables made anew."""
-    tables = {"answer": answer, "costs": costs_table, "results": results_table, "equal": equal_table}
-    tables |= {"verdict": verdict_table, "bench": bench_table, "faults": faults_table}
-    tables |= {"failing": failing}
-    for name, made in tables.items():
-        table = made()
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S
-        )
+    """A page with what is computed in it made anew."""
+    for name, made in TABLES.items():
+        if f"<!-- {name} -->" in text:
+            before, rest = text.split(f"<!-- {name} -->\n")
+            _, after = rest.split(f"<!-- /{name} -->")
+            text = f"{before}<!-- {name} -->\n{made()}\n<!-- /{name} -->{after}"
     return text
 
 
 def main():
-    """Write the picture and the tables."""
+    """Write the picture and the pages."""
     figures.style()
-    figure = finding({title(results): regimes(results) for results in runs().values()})
-    figure.savefig(REFERENCE / "finding.png")
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    finding({title(found): lengths(found) for found in runs().values()}).savefig(REFERENCE / "finding.png")
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The lines of README and CONTRIBUTING, typed as they stand, and the README's tables against the committed runs."""
+"""README, CONTRIBUTING and docs/: their lines typed as they stand, their links, and their tables against the runs."""
 
 import json
 import re
@@ -20,8 +20,13 @@ from lib.training import ensemble
 from lib.training.ensemble import train
 from tools import costs, readme
 
-TEXT, HOW_TO = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
-COMMANDS = re.findall(r"^    ((?:make|\.venv/bin/|bash).*?)\s*(?:#.*)?$", TEXT + HOW_TO, flags=re.M)
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [*readme.PAGES, ROOT / "CONTRIBUTING.md"]}
+README, HOW_TO = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
+ALL = "\n".join(PAGES.values())
+COMMANDS = re.findall(r"^    ((?:make|\.venv/bin/|bash).*?)\s*(?:#.*)?$", ALL, flags=re.M)
+
+
+# ---- code ---------------------------------------------------------------------------------------------------
 
 
 def blocks(text):
@@ -57,28 +62,31 @@ def names(tmp_path, monkeypatch):
     return made
 
 
-def test_the_readmes_blocks_run_in_order_as_written(names, capsys):
-    typed(TEXT, names)
+def test_the_blocks_of_the_readme_and_of_own_audits_run_in_order(names, capsys):
+    typed(README + PAGES["docs/own_audits.md"], names)
     said = capsys.readouterr().out
-    assert said.count("auc") >= 3 and said.count("train_loss") >= 2
-    assert {e.recipe.arch for e in names["made"].values()} == {"mine:net"} and "mine:flatter(share=0.3)" in names[
-        "made"
-    ]
-    assert Path("outputs/mine/report/index.html").exists()
-    auc = [names["metrics"].auc_influence_values(names["attacks"].run(names[key], names["y"], names["member"])["lira"],
-           names["member"]).mean() for key in ("logits_sgd", "logits_sam")]  # fmt: skip
-    assert 0.55 < auc[0] < auc[1]
+    assert said.count("train_loss") >= 2
+    assert {e.recipe.arch for e in names["made"].values()} == {"mine:net"}
+    assert Path("outputs/python/report/index.html").exists()
+    assert names["found"].value.shape == (400,) and len(names["entropy"]) == len(names["data"].y_test)
+    sgd, sam = (names["intervals"].evaluate(names["scores"][n]["lira"], names["member"]) for n in ("sgd", "sam"))
+    assert 0.55 < sgd.value[0] < sam.value[0]
 
 
-def test_the_blocks_of_contributing_run_in_order_as_written(names, capsys):
+def test_the_block_on_results_finds_the_difference(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    typed(PAGES["docs/outputs.md"], {})
+    assert re.search(r"0\.02\d+\s", capsys.readouterr().out)
+
+
+def test_the_blocks_of_contributing_run_in_order(names, capsys):
     typed(HOW_TO, {**names, "logits": names["logits_sam"]})
     said = capsys.readouterr().out
     values = [float(value) for value in re.findall(r"\bauc +(0\.\d+)", said)]
     assert len(values) == 2 and values[0] > 0.7 > 0.55 > values[1], said
 
 
-def test_blocks_are_short():
-    assert len(blocks(TEXT)) >= 6 and all(block.count("\n") <= 10 for block in blocks(TEXT) + blocks(HOW_TO))
+# ---- commands -----------------------------------------------------------------------------------------------
 
 
 def checkout(folder):
@@ -93,65 +101,108 @@ def checkout(folder):
     (folder / ".venv" / ".ready").touch()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "audit" in c or "outside" in c])
+AUDITS = [c for c in COMMANDS if "audit" in c or "own_logits" in c]
+
+
+@pytest.mark.parametrize("command", AUDITS)
 def test_an_audit_as_it_is_typed(names, tmp_path, command):
-    exec(blocks(TEXT)[0], names)  # sgd.npz and sam.npz
+    exec(blocks(README)[0], names)  # sgd.npz and sam.npz
     checkout(tmp_path)
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    pages = list(tmp_path.glob("outputs/*/report/index.html"))
-    assert len(pages) == 1 and "lira" in pages[0].read_text()
+    (page,) = tmp_path.glob("outputs/*/report/index.html")
+    assert "lira" in page.read_text()
 
 
-def test_there_are_audits_to_type():
-    assert sum("audit" in c or "outside" in c for c in COMMANDS) >= 2
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -c" in c])
+def test_a_line_of_python_as_it_is_typed(command):
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
-def test_every_make_command_has_a_target_that_takes_its_parameters(command, tmp_path):
+def test_every_make_command_has_a_target_that_takes_its_parameters(command):
     target, *words = shlex.split(command)[1:]
     assert re.search(rf"^(\w+ )*{target}( \w+)*:", (ROOT / "Makefile").read_text(), flags=re.M), target
     if target in ("study", "plan", "work"):
         settings.clean(command_line.parse(words)[1])
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "lib.study" in c and "--help" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m lib.study " in c and "--help" not in c])
 def test_every_line_of_the_study_is_understood(command):
     assert settings.clean(command_line.parse(shlex.split(command)[3:])[1])["preset"] in settings.PRESETS
 
 
-def test_papermill_is_told_parameters_that_exist():
+def test_papermill_is_given_parameters_that_exist():
     (command,) = [shlex.split(c) for c in COMMANDS if "papermill" in c]
     assert Path(ROOT / command[1]).exists()
     settings.clean({command[i + 1]: command[i + 2] for i, word in enumerate(command) if word == "-p"})
 
 
-def test_no_table_is_typed():
-    assert readme.filled(TEXT) == TEXT, "the tables differ from outputs/reference/: run make sync"
+def test_there_are_commands_and_blocks_to_type():
+    assert len(AUDITS) >= 2 and len(blocks(README)) >= 5 and {"make study", "make test"} <= set(COMMANDS)
 
 
-def test_the_finding_is_in_the_first_screen_and_computed():
-    first = TEXT.split("## ")[0]
+# ---- the pages ----------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) < 1800
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_computed_is_typed(page):
+    assert readme.filled(PAGES[page]) == PAGES[page], "a computed part differs: run make sync"
+
+
+def test_every_computed_part_stands_on_a_page():
+    assert all(f"<!-- {name} -->\n" in ALL and f"<!-- /{name} -->" in ALL for name in readme.TABLES)
+
+
+def test_the_finding_and_its_picture_come_first():
+    first = README.split("\n## ")[0]
     assert "<!-- answer -->\n**" in first and "](outputs/reference/finding.png)" in first
-    assert readme.counted([1, 1, -1]) == "more in 2 of 3 comparisons, less in 1"
-    assert readme.counted([0, 0]) == "no differently in 2 of 2 comparisons" and readme.counted([]) == "in none"
 
 
-def test_every_path_it_names_exists():
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", TEXT + HOW_TO):
-        assert (ROOT / path).exists(), path
-    for path in set(re.findall(r"`((?:lib|tests|tools|notebooks)/\w+\.py)`", TEXT + HOW_TO)) - {"notebooks/NN_name.py"}:
-        assert (ROOT / path).exists(), path
+def test_signs_are_counted():
+    more, less, neither = (type("Row", (), {"ci_low": low, "ci_high": low + 1}) for low in (0.5, -1.5, -0.5))
+    assert readme.counted([more, more, less]) == "more in 2 of 3 comparisons, less in 1"
+    assert readme.counted([neither, neither]) == "no differently in 2 of 2 comparisons"
+    assert readme.counted([]) == "in none"
 
 
-def test_every_module_is_on_the_map_of_the_code():
-    modules = {f"lib/{path.name}" for path in (ROOT / "lib").glob("*.py")} - {"lib/__init__.py"}
-    assert modules == set(re.findall(r"`(lib/\w+\.py)`", TEXT))
+def headings(text):
+    return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", text, flags=re.M)}
 
 
-def test_anchors_lead_somewhere():
-    headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", TEXT, flags=re.M)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_path_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target.read_text()), link
+    for path in re.findall(r"`((?:lib|tests|tools|notebooks|benchmarks|docs)/[\w/]+\.\w+)`", PAGES[page]):
+        assert "NN_" in path or (ROOT / path).exists(), path
+    for module in re.findall(r"python -m ([\w.]+)", PAGES[page]):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    assert {page for page in PAGES if page.startswith("docs/")} <= set(re.findall(r"\]\(([^)#]+)\)", README))
+
+
+def test_the_map_of_the_code_is_the_tree():
+    (drawn,) = re.findall(r"```\n(lib/.*?)```", README, flags=re.S)
+    found, room = set(), ""
+    for line in drawn.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        room = name if name.startswith("lib/") else room
+        if name.endswith(".py"):
+            found.add(room + name)
+    tree = {str(p.relative_to(ROOT)) for p in (ROOT / "lib").glob("*/*.py") if not p.name.startswith("__")}
+    assert found == tree
 
 
 # ---- what a run costs ---------------------------------------------------------------------------------------
@@ -189,10 +240,7 @@ def test_time_is_of_a_whole_run_of_just_these_settings_or_not_measured(tmp_path)
 
 
 def test_a_larger_preset_costs_more():
-    rows = [
-        row.split("|") for row in re.search("<!-- costs -->(.*?)<!-- /costs", TEXT, re.S)[1].splitlines() if "`" in row
-    ]
-    work = {row[1].strip(" `"): float(row[5]) for row in rows}
+    work = {row[0].strip("`"): float(row[4]) for row in costs.rows([])}
     assert list(work) == [preset for _, preset in costs.PRESETS]
     assert work["tiny"] < work["small"] < work["default"] < work["fast"] < work["paper"]
 
@@ -209,7 +257,7 @@ def test_github_runs_what_ci_runs_on_both_systems_and_all_versions():
     assert job["timeout-minutes"] and [s["run"] for s in job["steps"] if "run" in s] == ["bash .ci/run"]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", s["uses"]) for s in job["steps"] if "uses" in s)
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert "make test" in lines and "make test" in COMMANDS
+    assert {"make lint", "make test"} <= set(lines)
 
 
 def test_the_citation_has_what_github_asks_for():

@@ -75,7 +75,6 @@ import pandas as pd
 from IPython.display import display
 
 from lib.analysis import compare, flatness, memorization
-from lib.attacks import label_only
 from lib.data.dataset import duplicate_table
 from lib.study import figures
 from lib.study.results import Results
@@ -259,8 +258,8 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 
 # %%
 where = ensemble.device_of(run.device)
-labels = label_only.table(ensembles, n_models=16 if run.is_small else 8, device=where)
-results.add(labels, n_models=len(label_only.kept(ensembles.values(), 16 if run.is_small else 8)))
+labels = compare.label_only_table(ensembles, 16 if run.is_small else 8, where)
+results.add(labels, n_models=labels.n_models)
 show_table(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
 for metric in ("auc", "balanced_accuracy"):
     rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
@@ -436,7 +435,7 @@ show_text(null_control(null))
 hardest, times = compare.least_sure(phis[baseline], member), compare.leak_times(len(run.dataset.y))
 leaky, place = memorization.leak(run.dataset, hardest, times, seed=run.seed)
 planted = run.train(baseline, compare.PLANTED, dataset=leaky, subset=0.5)
-asked, ids = label_only.of_one(planted, place, compare.PLANTED, where)
+asked, ids = compare.label_only_of_one(planted, place, compare.PLANTED, where)
 sides = np.array(planted.only(ids).member)[:, [place]]
 found = [compare.planted_table(compare.scores(planted), np.array(planted.member), place)]
 found = pd.concat([*found, compare.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)

@@ -5,11 +5,14 @@
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
-from lib.attacks import catalogue, intervals, shadow
+from lib.attacks import catalogue, intervals, label_only, shadow, thresholds
 from lib.attacks.intervals import row
 from lib.attacks.signals import signals
+from lib.data.dataset import inputs
+from lib.training.ensemble import KEEP_WEIGHTS
 
 PLANTED = 16  # models of the planted leak, whatever the run's: 8 pairs, of which 6 are the least that can show it
 
@@ -241,6 +244,74 @@ def planted_table(scored, member, place, n_pairs=PLANTED // 2):
         rows.append(row("planted_pairs_found", intervals.proportion(found, len(pairs)), attack=attack))
     frame = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high", "attack"])
     return frame.assign(n_models=2 * len(pairs))
+
+
+# ---- labels only ---------------------------------------------------------------------------------------------
+
+
+def label_only_table(ensembles, n_models=16, device="cpu"):
+    """`intervals.table` of the attacks that see predicted labels only, on the models whose weights are kept.
+
+    label_only (lib.attacks.label_only), label_only_classwise (with a threshold for each class) and label_once, which
+    asks for the unchanged example only and is the attack `gap`. Also the null control of label_only, as the metric
+    null_auc. Column n_models: how many models were asked. ValueError: see `models_with_weights`.
+    """
+    first, ids = next(iter(ensembles.values())), models_with_weights(ensembles.values(), n_models)
+    member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
+    answered = {name: label_answers(e, ids, device) for name, e in ensembles.items()}
+    scored = {name: label_only.scores(a, member) for name, a in answered.items()}
+    half = intervals.calibration_split(member, 0, y, groups)
+    by_class = {name: thresholds.classwise(s, member, y, half=half) for name, s in scored.items()}
+    right = {name: plain_signal(e.only(ids), "correct") for name, e in ensembles.items()}
+    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", right, 0.0))
+    frames = [
+        intervals.table(s, member, threshold=limit, columns=groups).assign(attack=attack) for attack, s, limit in kinds
+    ]
+    for name, a in answered.items():
+        shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
+        values = [intervals.auc_influence_values(label_only.scores(a, alleged), alleged) for alleged in shuffled]
+        null = intervals.estimate(np.mean(values, axis=0), rate=True, columns=groups)
+        frames.append(pd.DataFrame([row("null_auc", null, optimizer=name, baseline="", attack="label_only")]))
+    return pd.concat(frames, ignore_index=True).assign(n_models=len(ids))
+
+
+def label_only_of_one(ensemble, place, n_models=16, device="cpu"):
+    """Label-only scores [m, 1] of the example in column `place`, and the ids [m] of the models asked.
+
+    Images are asked about this example alone, with shifts of one pixel (the authors' smallest). For tables the
+    strength of the noise is chosen on the whole pool.
+    """
+    ids = models_with_weights([ensemble], n_models)
+    if ensemble.dataset.is_image:
+        return label_answers(ensemble, ids, device, [place], most=1)[-1], ids
+    member = np.array(ensemble.only(ids).member)
+    return label_only.scores(label_answers(ensemble, ids, device), member)[:, [place]], ids
+
+
+def models_with_weights(ensembles, n_models=16):
+    """The first n_models models, in whole pairs, whose weights are kept in all the ensembles: ids [m].
+
+    Raises ValueError if n_models is not an even number from 8, or fewer than 8 are left.
+    """
+    if n_models % 2 or n_models < 8:
+        raise ValueError(f"n_models={n_models!r} is not valid: it must be an even number from 8")
+    there = set.intersection(*(set(e.ids.tolist()) for e in ensembles))
+    ids = [k for k in range(KEEP_WEIGHTS) if {k, k ^ 1} <= there][:n_models]
+    if len(ids) < 8:
+        raise ValueError(f"n_models: only {len(ids)} models finished and kept their weights; 8 are needed")
+    return np.array(ids)
+
+
+def label_answers(ensemble, ids, device="cpu", rows=slice(None), most=None):
+    """label_only.answers [S, m, n] of the models `ids` about the pool's examples `rows`."""
+    predict, dataset = [], ensemble.dataset
+    for k in ids:
+        net, params, buffers = ensemble.weights(k)
+        net.load_state_dict(params | buffers)
+        net = net.to(device, memory_format=torch.channels_last).eval()  # the fastest layout for convolutions
+        predict.append(lambda batch, net=net: net(batch).argmax(-1))
+    x = inputs(dataset)[0][rows]
+    return label_only.answers(predict, x, dataset.y[rows], dataset.is_image, most=most, device=device)
 
 
 PAPER_ATTACKS = (

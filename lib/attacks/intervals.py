@@ -238,14 +238,14 @@ def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     if not 0 < fpr < 1:
         raise ValueError(f"fpr: {fpr}; valid are rates between 0 and 1")
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
-    folds = _folds(member)
-    nulls = parallel(lambda fold: np.sort(scores[fold][~member[fold]]), folds)
+    both = folds(member)
+    nulls = parallel(lambda fold: np.sort(scores[fold][~member[fold]]), both)
 
     def fill(here, there):
         limit, given = (_limit(nulls[fold], fpr) for fold in (there, here))  # used here, given to the others
         share = np.mean(nulls[here] > given)
-        slope = _roc_slope(scores[folds[there]], member[folds[there]], nulls[here], fpr)
-        weight = slope * len(folds[there]) * scores.shape[1] / len(nulls[here])
+        slope = _roc_slope(scores[both[there]], member[both[there]], nulls[here], fpr)
+        weight = slope * len(both[there]) * scores.shape[1] / len(nulls[here])
 
         def row(m):
             # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr)
@@ -253,7 +253,7 @@ def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
             tpr[m] = ratio_influence_values(scores[m] > limit, member[m]) - weight * excess
             realised[m] = ratio_influence_values(scores[m] > limit, ~member[m])
 
-        parallel(row, folds[here])
+        parallel(row, both[here])
 
     fill(0, 1)
     fill(1, 0)
@@ -282,7 +282,7 @@ def tpr_cells_within(scores, member, fpr, seed=0, groups=None) -> tuple[np.ndarr
     return tpr, realised
 
 
-def _folds(member):
+def folds(member):
     """Two folds of models that keep partners together."""
     fold = np.unique(pairs(member), return_inverse=True)[1] % 2
     return [np.flatnonzero(fold == k) for k in (0, 1)]
@@ -435,7 +435,7 @@ def reportable(member, fprs=FPRS, within=False) -> list[float]:
     within: each half of every model's examples instead, as in tpr_cells_within.
     """
     member = np.asarray(member)
-    counts = (~member).sum(1) // 2 if within else [int((~member[f]).sum()) for f in _folds(member)]
+    counts = (~member).sum(1) // 2 if within else [int((~member[f]).sum()) for f in folds(member)]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
 
 

@@ -53,7 +53,7 @@ ARRAYS = ("logits", "test_logits", "member", "history", "weights")
 CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(settings.PARAMETERS)})=|\d\d_\w+ failed, see )")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with one thread can be forked
-# `python -m` meets this module twice; who is killed leaves semaphores
+# `python -m` imports this module twice; a killed process leaves semaphores behind
 os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy,ignore:resource_tracker:UserWarning")
 FORK = get_context("forkserver")
 FORK.set_forkserver_preload(["benchmarks.faults", "lib.study.experiments", "sklearn.datasets"])
@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 
 def tell(phase):
-    """Report the phase to whoever watches this process."""
+    """Report the phase to the process that watches this one, if there is one."""
     if tell.mouth:
         tell.mouth.send(phase)
 
@@ -112,7 +112,8 @@ def report_writing():
 
 
 def life(task, folder, mouth, said):
-    """What a forked process does: task(folder), as a command line would: bad input ends it with one line, status 2."""
+    """The main function of a forked process: task(folder). Like a command line, it ends on bad input with one line and
+    status 2."""
     os.setsid()
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -138,7 +139,7 @@ def start(task, folder, name="run"):
 
 
 def phases(child):
-    """[(seconds, phase)] as a process reports them, up to its end; one that hangs is killed, which is no result."""
+    """[(seconds, phase)] as a process reports them, up to its end. If it hangs it is killed: no valid result."""
     found, until = [], time.perf_counter() + PATIENCE
     with suppress(EOFError, ProcessLookupError):
         while child.ear.poll(max(0, until - time.perf_counter())):
@@ -163,7 +164,7 @@ def once(task, folder, name="run"):
 
 
 def fingerprint(folder):
-    """{file: what is in it} of all that a run must leave alike: the store's arrays, results.csv but for times."""
+    """{file: its content} of what must not differ between runs: the store's arrays, results.csv without times."""
     folder = Path(folder)
     arrays = sorted(folder.glob("store/*-*/*.npy"))
     found = {str(p.relative_to(folder)): blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in arrays}
@@ -175,7 +176,7 @@ def fingerprint(folder):
 
 
 def judged(fault, folder, reference, status, said, note=""):
-    """The Case of a run that ended with this status and stderr in this folder; what is neither keeps its reason."""
+    """The Case of a run that ended with this status and stderr in this folder. Of neither, the note says why."""
     if status == 0:
         left = fingerprint(folder)
         differ = sorted(name for name in reference if left.get(name) != reference[name])
@@ -203,7 +204,7 @@ def moment(times, phase, rng):
 
 
 def kill(child, reports, seconds):
-    """kill -9 a process and its group so long after so many reports: the phase it was in, "" if it was over."""
+    """kill -9 a process and its group, some seconds after some reports: the phase it was in, "" if it had ended."""
     phase = ""
     with suppress(EOFError):
         for _ in range(reports):
@@ -220,7 +221,7 @@ def kill(child, reports, seconds):
 def kills(root, n, reference, times, seed=0):
     """n kills of `small`, in every phase, each followed by an undisturbed run: Cases whose note is the phase."""
     rng, cases = np.random.default_rng(seed), []
-    for k in range(3 * n):  # a kill that comes too late is no case
+    for k in range(3 * n):  # a kill that comes too late does not count
         if len(cases) == n:
             break
         folder = Path(root) / f"kill{k}"
@@ -235,7 +236,7 @@ def kills(root, n, reference, times, seed=0):
 
 
 def own_mounts():
-    """True if this process could get a file system table of its own, seen by nobody else (Linux, mostly as root)."""
+    """True if this process got a private table of file systems, seen by no other process (Linux, mostly as root)."""
     if not sys.platform.startswith("linux"):
         return False
     libc, new_mounts, new_user = ctypes.CDLL(None), 0x20000, 0x10000000
@@ -255,27 +256,27 @@ def mount(*words):
 
 
 def at(phase, count, act):
-    """What hears the reports of `small` and does act() at the count-th one of a phase."""
+    """A listener to the reports of `small`, which calls act() at the count-th report of a phase."""
     left = iter([False] * (count - 1) + [True])
     return SimpleNamespace(send=lambda heard: act() if heard == phase and next(left, False) else None)
 
 
 def fill(disk, spare):
-    """Leave but some kilobytes of a disk free: somebody else's file takes the rest."""
+    """Fill a disk with a file until only `spare` kilobytes are free."""
     with open(Path(disk) / "ballast", "wb") as file:
         file.write(bytes(max(0, shutil.disk_usage(disk).free - 1024 * spare)))
 
 
 def limit(kilobytes):
-    """Let no file grow beyond some kilobytes; -1: let them. It stands in where no disk can be mounted."""
+    """Limit the size of every file to some kilobytes; -1: no limit. Used where no disk can be mounted."""
     most = 1024 * kilobytes if kilobytes >= 0 else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def full_then_freed(folder, phase, count, spare):
-    """`small` on a disk that fills, up to so many kilobytes, at the count-th report of a phase; once freed, again.
+    """`small` on a disk that fills up at the count-th report of a phase, then once more after it was freed.
 
-    Its stderr is that of the first run. Ends with status 3; 4 if a limit on the size of files had to do.
+    stderr is that of the first run. Ends with status 3, or 4 if a limit on the size of files stood in for a disk.
     """
     disk = Path(folder) / "disk"
     disk.mkdir()
@@ -298,7 +299,7 @@ FULL = (("training", 1, 100), ("writing", 1, 20), ("writing", 9, 0), ("writing",
 
 
 def full_disks(root, reference, moments=FULL):
-    """A disk that fills at each of these moments: two Cases each, the run that met it and the next one."""
+    """A disk that fills at each of these moments. Two Cases each: the run in which it filled, and the next run."""
     cases, how = [], {3: "tmpfs", 4: "limit on file size"}
     for phase, count, spare in moments:
         folder = Path(root) / f"full {phase} {count}"
@@ -311,7 +312,7 @@ def full_disks(root, reference, moments=FULL):
 
 
 def read_only(folder, begun=True):
-    """A store that can be read only, after some models were trained there (begun) or before any."""
+    """`small` on a read-only store, in which some models were trained before (begun), or none."""
     place = Path(folder) / "store"
     place.mkdir(parents=True, exist_ok=True)
     if begun:
@@ -342,13 +343,13 @@ def stopping(save, count):
 
 
 def read_only_stores(root, reference, kinds=(False, True)):
-    """Read-only stores, new and begun: two Cases each, the run that met it and the next one, when it is writable."""
+    """Read-only stores, new and begun. Two Cases each: a run on it, and the next run, when it is writable again."""
     cases = []
     for begun in kinds:
         folder = Path(root) / f"readonly{begun}"
         status, said = once(partial(read_only, begun=begun), folder)
         if status == 5:
-            continue  # root without the right to mount: nothing is read-only
+            continue  # root without the right to mount can write anywhere
         note = "begun" if begun else "new"
         cases.append(judged("read-only store", folder, reference, status, said, note))
         cases.append(again("read-only store, writable again", folder, reference, note))
@@ -381,7 +382,7 @@ def header_flipped(path, rng):
 
 
 def arrays(root, whole, reference, n, rng, damages=(truncated, flipped, header_flipped)):
-    """n copies of a finished run, every one with one array damaged, each in another way, and run again."""
+    """n copies of a finished run, each with one array damaged in one way, then run again."""
     cases = []
     for k in range(n):
         damage, name = damages[k % len(damages)], ARRAYS[k // len(damages) % len(ARRAYS)]
@@ -406,7 +407,7 @@ FLAGS = {
 
 
 def flags(root, whole, reference, names=tuple(FLAGS), file="done/00005.json", fault="flag damaged"):
-    """A flag of a finished run, or another JSON file of its store, damaged in the ways of FLAGS, each run again."""
+    """A flag of a finished run, or another JSON file of its store, damaged in every way of FLAGS, then run again."""
     cases = []
     for name in names:
         folder, stores = finished(root, whole, f"{fault} {name}")
@@ -434,7 +435,7 @@ def aged(folder, stamp):
 
 
 def clocks(root, reference, times, stamps=(("1970", 1), ("2100", 4102444800)), seed=0):
-    """A clock that jumps while a run is at work; and files from 1970 and from 2100, found by the run after a kill."""
+    """A clock that jumps during a run; and, after a kill, files dated 1970 and 2100 in the store of the next run."""
     cases, rng = [], np.random.default_rng(seed)
     folder = Path(root) / "mad"
     cases.append(judged("clock changed", folder, reference, *once(mad_clock, folder), "while it ran"))
@@ -450,7 +451,7 @@ def clocks(root, reference, times, stamps=(("1970", 1), ("2100", 4102444800)), s
 
 
 def two_writers(root, reference, n):
-    """Two processes on one empty store at once, n times: both must end as if they had been alone."""
+    """Two processes at once on one empty store, n times: each must end as if it had been alone."""
     cases = []
     for k in range(n):
         folder = Path(root) / f"two{k}"
@@ -461,7 +462,7 @@ def two_writers(root, reference, n):
 
 
 def lost_workers(root, reference, times, n, seed=0):
-    """One of two processes that share a store is killed in mid-chunk, n times: the other finishes alone."""
+    """One of two processes that share a store is killed while it trains, n times: the other must finish alone."""
     cases, rng = [], np.random.default_rng(seed)
     for k in range(n):
         folder = Path(root) / f"lost{k}"
@@ -488,7 +489,7 @@ def command(folder, n_models=8, n_examples=120, epochs=2):
 
 
 def complete(folder):
-    """The real command, undisturbed: (exit status, stderr). One that hangs is killed, which is no result."""
+    """The real command, undisturbed: (exit status, stderr). If it hangs it is killed: not a valid result."""
     process, said = command(folder)
     with suppress(subprocess.TimeoutExpired):
         return process.wait(10 * PATIENCE), said.read_text()
@@ -497,7 +498,7 @@ def complete(folder):
 
 
 def cells_done(folder):
-    """How many cells of the copy of notebook 01 have been run, and the source of the one at work ("" if none is)."""
+    """How many cells of the copy of notebook 01 have run, and the source of the running cell ("" if none)."""
     try:
         (path,) = Path(folder, "out").glob("01_*.ipynb")
         cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
@@ -509,21 +510,24 @@ def cells_done(folder):
 
 
 def phase_of(source, done):
-    """What a notebook was at: training, attacking (any other cell), or papermill (before the first and between)."""
+    """What a notebook was doing: training, attacking (any other cell), or nothing (papermill, between two cells)."""
     if not source:
         return f"papermill {'between cells' if done else 'before the first cell'}"
     return "training in a notebook" if "run.train(" in source else "attacking in a notebook"
 
 
 def reached(folder, cells, part):
-    """True once so many cells were run and the one at work holds `part`."""
+    """True once that many cells have run and the running cell contains `part`."""
     done, source = cells_done(folder)
     return done >= cells and part in source
 
 
 def kill_command(folder, cells, seconds, part="", kernel=False):
-    """Start the real command and kill -9 it (its kernel alone, or all its processes) some seconds after so many cells,
-    in a cell that holds `part`: (exit status, stderr, phase)."""
+    """Start the real command and kill -9 it: (exit status, stderr, phase).
+
+    The kill comes some seconds after a number of cells have run, in a cell that contains `part`. It hits all processes
+    of the command, or only its kernel.
+    """
     process, said = command(folder)
     while process.poll() is None and not reached(folder, cells, part):
         time.sleep(0.05)
@@ -540,7 +544,7 @@ def kill_command(folder, cells, seconds, part="", kernel=False):
 
 
 def studies(root, n, reference, chain=5, seed=0):
-    """n kills of the real command, up to `chain` of them in one folder one after the other, then left to end."""
+    """n kills of the real command, up to `chain` of them one after the other in a folder; then it may end."""
     rng, cases = np.random.default_rng(seed), []
     for first in range(0, n, chain):
         folder, seen = Path(root) / f"study{first}", []
@@ -555,7 +559,7 @@ def studies(root, n, reference, chain=5, seed=0):
 
 
 def kernels(root, n, reference, seed=0):
-    """n deaths of the kernel in mid-notebook: two Cases each, the run that lost it and the next one."""
+    """n deaths of the kernel within a notebook. Two Cases each: the run that lost its kernel, and the next run."""
     rng, cases = np.random.default_rng(seed), []
     for k in range(n):
         folder = Path(root) / f"kernel{k}"
@@ -591,7 +595,7 @@ def undisturbed_command(root):
 
 
 def table(cases):
-    """Cases to a frame of COLUMNS, a line per fault; the note counts the phases, and says what was neither."""
+    """Cases as a frame of COLUMNS, a row for each fault. The note counts the phases, and says why a case is neither."""
     rows = []
     for fault in dict.fromkeys(case.fault for case in cases):
         some = [case for case in cases if case.fault == fault]
@@ -622,7 +626,7 @@ def parts(root, n_kills, n_studies):
 
 
 def main(n=50, n_studies=10):
-    """Do it all, print the table and write it, row by row as they come. Returns 1 if any case was neither, else 0."""
+    """Try all faults; print and write the table row by row. Returns 1 if any case was neither, else 0."""
     n, n_studies = int(n), int(n_studies)
     path, cases = settings.ROOT / "outputs" / "faults.csv", []
     path.parent.mkdir(exist_ok=True)

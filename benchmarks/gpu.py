@@ -1,12 +1,12 @@
-"""The bench's sections on a GPU: networks for images on halves of 50,000, by PRESET=fast, and the peers' way beside it.
+"""The bench's sections on a GPU: networks for images on halves of 50,000, by PRESET=fast, beside the usual loop.
 
-A section yields rows (name, value, unit, baseline, ratio, goal). Without a GPU each row says "not measured"; the
-same functions take any device, and tests/benchmarks/test_bench.py runs them on the processor at toy size.
+A section yields rows (name, value, unit, baseline, ratio, goal). Without a GPU each row says "not measured". The same
+functions take any device: tests/benchmarks/test_bench.py runs them on the processor at toy size.
 """
 
 import tempfile
 from dataclasses import fields, replace
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,27 +17,13 @@ from torch.utils.data import Dataset as Examples
 
 from benchmarks.cpu import in_turn, seconds
 from lib.data.dataset import Dataset, load, pool
-from lib.training import ensemble, networks, optimizers, step
+from lib.study import settings
+from lib.training import ensemble, networks, optimizers
 from lib.training.recipe import Recipe, learning_rate, membership
 
 # arch -> (models a GPU-minute that are wanted of SGD, of SAM; models timed)
 WANTED = {"resnet9": (10, 5, 4), "resnet18": (1, 0.5, 2)}
-RATE, REACHED, STEP, PEAK = "models a GPU-minute", "train accuracy", "a step", "peak GPU memory beside the data"
-PEERS = {"float32": False, "autocast": True}
-
-
-def expected(arch):
-    """Every row of a network without its numbers: key -> (name, unit, baseline, goal)."""
-    rows = {}
-    for optimizer, goal in zip(("sgd", "sam"), WANTED[arch], strict=False):
-        rows[optimizer, RATE] = f"{arch}, {optimizer}, trained to the end", RATE, "", f">= {goal:g}"
-        rows[optimizer, REACHED] = f"{arch}, {optimizer}: {REACHED}, the lowest of the models", "", "", ">= 0.99"
-        rows[optimizer, PEAK] = f"{arch}, {optimizer}: {PEAK}", "GB", "predicted", "<= 1"
-    rows["sam", STEP] = f"{arch}, sam: {STEP}", "ms", "sgd step", "<= 2.05"
-    for kind in PEERS:
-        against = f"DataLoader loop, {kind}, as many steps"
-        rows["sgd", kind] = f"{arch}, sgd: a model", "s", against, ">= 10"
-    return rows
+PEERS = {"float32": False, "autocast": True}  # how the usual loop computes -> whether by autocast
 
 
 def photographs(n=50_000, t=10_000, side=32, classes=10):
@@ -49,10 +35,13 @@ def photographs(n=50_000, t=10_000, side=32, classes=10):
     return Dataset("synthetic", x, y, x_test, y_test, tuple(str(label) for label in range(classes)))
 
 
+def images(path):
+    """CIFAR-10 from a path; without one, made-up images."""
+    return load("cifar10", path) if path else photographs()
+
+
 def recipes_of(arch, device):
     """PRESET=fast for this network with SGD and with SAM, as the study trains it on this device."""
-    from lib.study import settings
-
     given = settings.PRESETS["fast"]["image"]
     known = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
     known |= {"arch": arch, "precision": settings.precision_of(arch, device)}
@@ -69,55 +58,27 @@ def wait(device):
 
 
 def trained(recipe, dataset, n_models, device):
-    """(seconds a model, lowest train accuracy of them) of a whole training into a store.
+    """(seconds a model, lowest train accuracy, peak GB on the device) of a whole training into a new store.
 
     The step is compiled beforehand, by one epoch of another seed.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    on_gpu = device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as another:
         warm = replace(recipe, seed=recipe.seed + 1, stop=1 / recipe.epochs)
-        ensemble.train(warm, dataset, 2, folder, str(device), quiet=True)
+        ensemble.train(warm, dataset, 2, another, str(device), quiet=True)
         wait(device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         found = []
-        taken = seconds(lambda: found.append(ensemble.train(recipe, dataset, n_models, folder, str(device), True)))
+        taken = seconds(
+            lambda: found.append(ensemble.train(recipe, dataset, n_models, folder, str(device), quiet=True))
+        )
         made = found[0]
-        in_all = len(list(made.store.folder.glob("done/*.json")))  # a whole group, where it is larger
         hits = np.asarray(made.logits[:, 0]).argmax(-1) == dataset.y
+        in_all = len(list(Path(folder).glob("*/done/*.json")))  # a whole stack, where that is larger
         fits = [hits[k][made.member[k]].mean() for k in range(len(made.ids))]
-    return taken / in_all, float(min(fits, default=np.nan))
-
-
-def most_used(work, device):
-    """(result of work, bytes that it held on the device at its peak; None where the device does not count them)."""
-    if device.type != "cuda":
-        return work(), None
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    result = work()
-    return result, torch.cuda.max_memory_allocated(device) - before
-
-
-def beside_the_data(most, recipe, inputs):
-    """(GB at the peak without the data, ratio to what was predicted) of bytes at the peak."""
-    if most is None:
-        return "not measured", ""
-    net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)
-    n_stacked = step.lanes_for(net, inputs.device)
-    rest = most - sum(tensor.nbytes for tensor in vars(inputs).values() if torch.is_tensor(tensor))
-    return rest / 1e9, rest / step.predicted_memory(recipe, inputs.shape, inputs.n_classes, n_stacked)
-
-
-def steps_of(recipe, inputs, device):
-    """One epoch's steps of one model, warm, as a function without arguments; and how many they are."""
-    group = ensemble.Group(recipe, inputs, [0])
-
-    def epoch():
-        for at, (x, y) in enumerate(group.batches()):
-            lr = learning_rate(recipe, at, group.n_steps)
-            group.stepper.step(x, y, group.context(at, lr), lr, at % group.period == 0)
-        wait(device)
-
-    epoch()
-    return epoch, group.per_epoch
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else "not measured"
+    return taken / in_all, float(min(fits, default=np.nan)), peak
 
 
 # ---- the peers' way -----------------------------------------------------------------------------------------
@@ -174,36 +135,22 @@ def peers_epoch(recipe, dataset, device, workers, autocast):
 # ---- the rows -----------------------------------------------------------------------------------------------
 
 
-def measured(sgd, sam, dataset, device, n_models, workers=4, rounds=3):
-    """(key of `expected`, value, ratio) as they are measured, of two recipes; the epochs of a ratio take turns."""
-    step.STEPPERS.clear()  # of networks measured before
-    inputs, model = ensemble.Inputs(dataset, sgd, device), {}
-    for recipe in (sgd, sam):
-        name, work = recipe.optimizer, partial(trained, recipe, dataset, n_models, device)
-        (model[name], fits), most = most_used(work, device)
-        yield (name, RATE), 60 / model[name], ""
-        yield (name, REACHED), fits, ""
-        yield (name, PEAK), *beside_the_data(most, recipe, inputs)
-    (one, _), (two, steps) = (steps_of(recipe, inputs, device) for recipe in (sgd, sam))
-    peers = {kind: peers_epoch(sgd, dataset, device, workers, autocast) for kind, autocast in PEERS.items()}
-    taken = in_turn({"sgd": one, "sam": two, **peers}, rounds)
-    yield ("sam", STEP), 1e3 * taken["sam"] / steps, taken["sam"] / taken["sgd"]
-    for kind in PEERS:
-        yield ("sgd", kind), model["sgd"], taken[kind] * sgd.run_epochs / model["sgd"]
-
-
-def images(path):
-    """CIFAR-10 from a path; without one, made-up images."""
-    return load("cifar10", path) if path else photographs()
-
-
-def gpu(arch, path=None, device="cuda"):
-    """The rows of one network; "not measured" in each where there is no GPU."""
-    rows = expected(arch)
+def gpu(arch, path=None, device="cuda", workers=4, rounds=3):
+    """The rows of one network; a single row "not measured" where there is no GPU."""
+    *goals, n_models = WANTED[arch]
     if device == "cuda" and not torch.cuda.is_available():
-        yield from ((name, "not measured", "", baseline, "", goal) for name, _, baseline, goal in rows.values())
+        yield f"{arch}, on a GPU", "not measured", "", "", "", ""
         return
-    device, dataset = torch.device(device), pool(images(path))
-    for key, value, ratio in measured(*recipes_of(arch, device), dataset, device, WANTED[arch][2]):
-        name, unit, baseline, goal = rows[key]
-        yield f"{name} (halves of {len(dataset.y)}, {dataset.name})", value, unit, baseline, ratio, goal
+    device, dataset, model = torch.device(device), pool(images(path)), {}
+    sgd, sam = recipes_of(arch, device)
+    note = f"(halves of {len(dataset.y)}, {dataset.name})"
+    for name, recipe, goal in zip(("sgd", "sam"), (sgd, sam), goals, strict=True):
+        model[name], fits, most = trained(recipe, dataset, n_models, device)
+        yield f"{arch}, {name}, trained to the end {note}", 60 / model[name], "models a minute", "", "", f">= {goal:g}"
+        yield f"{arch}, {name}: train accuracy, the lowest of the models {note}", fits, "", "", "", ">= 0.99"
+        yield f"{arch}, {name}: peak GPU memory {note}", most, "GB", "", "", ""
+    yield f"{arch}, sam: a model {note}", model["sam"], "s", "sgd", model["sam"] / model["sgd"], "<= 2.05"
+    epoch = in_turn({kind: peers_epoch(sgd, dataset, device, workers, cast) for kind, cast in PEERS.items()}, rounds)
+    for kind, taken in epoch.items():
+        against, ratio = f"DataLoader loop, {kind}, as many steps", taken * sgd.run_epochs / model["sgd"]
+        yield f"{arch}, sgd: a model {note}", model["sgd"], "s", against, ratio, ">= 10"

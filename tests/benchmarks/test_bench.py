@@ -148,26 +148,15 @@ def test_the_figure_names_every_slope():
 def test_the_gpu_sections_run_on_any_device(monkeypatch):
     dataset = gpu.photographs(64, 32, side=16, classes=3)
     recipes = [replace(TOY, arch="cnn", optimizer=name, rho=0.1, batch_size=16) for name in ("sgd", "sam")]
-    measured = gpu.measured
     monkeypatch.setattr(gpu, "images", lambda path: dataset)
     monkeypatch.setattr(gpu, "recipes_of", lambda arch, device: recipes)
-    monkeypatch.setattr(gpu, "measured", lambda *args: measured(*args, workers=0, rounds=1))
-    rows = {made[0]: made for made in gpu.gpu("resnet18", device="cpu")}
-    assert len(rows) == 8  # the peers' two kinds stand against the same name
-    note = "(halves of 64, synthetic)"
-    assert rows[f"resnet18, sgd, trained to the end {note}"][1] > 0
-    assert 0 <= rows[f"resnet18, sam: train accuracy, the lowest of the models {note}"][1] <= 1
-    assert rows[f"resnet18, sam: a step {note}"][4] > 0 and rows[f"resnet18, sgd: a model {note}"][4] > 0
-
-
-def test_peak_memory_is_counted_beside_the_data_and_against_what_was_predicted():
-    dataset = gpu.photographs(64, 32, side=16, classes=3)
-    recipe, device = replace(TOY, arch="cnn"), torch.device("cpu")
-    inputs = gpu.ensemble.Inputs(dataset, recipe, device)
-    data = 4 * 3 * 16 * 16 * (64 + 32) + 8 * (64 + 32)  # float32 images and int64 labels
-    wanted = gpu.step.predicted_memory(recipe, (3, 16, 16), 3)
-    assert gpu.beside_the_data(data + wanted // 2, recipe, inputs) == pytest.approx((wanted / 2e9, 0.5), rel=1e-6)
-    assert gpu.most_used(lambda: 7, device) == (7, None)
+    rows = list(gpu.gpu("resnet18", device="cpu", workers=0, rounds=1))
+    assert len(rows) == 9 and all("(halves of 64, synthetic)" in made[0] for made in rows)
+    value = {made[0].split(" (")[0]: made[1] for made in rows}
+    assert value["resnet18, sgd, trained to the end"] > 0
+    assert 0 <= value["resnet18, sam: train accuracy, the lowest of the models"] <= 1
+    assert value["resnet18, sam: peak GPU memory"] == "not measured"
+    assert [made[4] > 0 for made in rows[-3:]] == [True] * 3
 
 
 def test_the_networks_are_trained_by_the_preset():
@@ -187,24 +176,20 @@ def test_the_peers_see_the_same_half_in_the_same_form():
 
 
 @pytest.mark.parametrize("arch", gpu.WANTED)
-def test_without_a_gpu_every_row_says_not_measured(arch, monkeypatch):
+def test_without_a_gpu_the_row_says_not_measured(arch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rows = list(gpu.gpu(arch))
-    assert len(rows) == len(gpu.expected(arch)) == 9
-    assert all(made[1] == "not measured" and bench.met(made[1], made[4], made[5]) == "" for made in rows)
+    ((_, value, _, _, ratio, goal),) = gpu.gpu(arch)
+    assert value == "not measured" and bench.met(value, ratio, goal) == ""
 
 
-def test_the_readme_marks_missed_goals_and_says_when_where_and_how(tmp_path, monkeypatch):
+def test_the_table_marks_missed_goals_and_says_when_where_and_how(tmp_path, monkeypatch):
     path = tmp_path / "bench.csv"
     bench.run("training", [row("fast", ratio=12.0, goal=">= 10"), row("slow", ratio=3.0, goal=">= 10")], path, **NOTED)
     bench.run("gpu_resnet9", [row("g", "not measured")], path, **{**NOTED, "machine": "another"})
     monkeypatch.setattr(readme, "REFERENCE", tmp_path)
-    text = readme.bench_table()
+    text = readme.bench()
     assert (
         "| fast | 1 s | another | 12 | >= 10 | yes |" in text
         and "| slow | 1 s | another | 3 | >= 10 | **no** |" in text
     )
     assert "training: `make bench`, 2026-01-02, a machine." in text and "another." in text
-    assert "bench_scaling.png" not in text
-    (tmp_path / "bench_scaling.png").write_bytes(b"")
-    assert "(outputs/reference/bench_scaling.png)" in readme.bench_table()

@@ -1,12 +1,17 @@
-"""Networks by name: `build(arch, shape, n_classes)`. Each is an ordinary nn.Module for one example batch;
-`ensemble.py` stacks the parameters of many copies and trains them together."""
+"""Networks by name: `build(arch, shape, n_classes)` returns an ordinary nn.Module.
+
+step.py stacks the weights of many copies and trains them together.
+"""
 
 import copy
 import importlib
+import inspect
 import os
 import re
 import sys
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
+from hashlib import blake2b
 from math import prod
 
 import torch
@@ -143,18 +148,18 @@ MODELS = {
 
 
 def build(arch, shape, n_classes):
-    """A freshly initialised network.
+    """A freshly initialised network: an nn.Module that maps [B, *shape] to logits [B, n_classes].
 
     arch: a name in MODELS, or the import path "package.module:name" of a reader's own callable (shape, n_classes) ->
-    nn.Module; shape: of one example, (channels, H, W) or (D,). Returns an nn.Module that maps [B, *shape] to logits
-    [B, n_classes]. Raises ValueError if the name is unknown, needs images, or what it makes is no such module.
+    nn.Module. shape: of one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if the name is unknown,
+    the network needs images, or the callable does not make such a module.
     """
-    if arch not in MODELS and ":" not in arch:
-        raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
-    if arch in MODELS and not arch.startswith("mlp") and len(shape) != 3:
-        raise ValueError(f"arch={arch!r} needs images, but an example has shape {tuple(shape)}: use arch='mlp'")
     if arch in MODELS:
+        if not arch.startswith("mlp") and len(shape) != 3:
+            raise ValueError(f"arch={arch!r} needs images, but an example has shape {tuple(shape)}: use arch='mlp'")
         return MODELS[arch](shape, n_classes)
+    if ":" not in arch:
+        raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
     own = resolve(arch, "arch")
     if not callable(own):
         raise ValueError(f"arch={arch!r} is {type(own).__name__}: a callable (shape, n_classes) is needed")
@@ -162,11 +167,6 @@ def build(arch, shape, n_classes):
         net = own(shape, n_classes)
     except Exception as error:
         raise ValueError(f"arch={arch!r} fails when called with {tuple(shape)}, {n_classes}: {error!r}") from error
-    return checked(net, arch, shape, n_classes)
-
-
-def checked(net, arch, shape, n_classes):
-    """net, or a ValueError if it is no nn.Module or does not map two examples of zeros to logits [2, n_classes]."""
     if not isinstance(net, nn.Module):
         raise ValueError(f"arch={arch!r} made {type(net).__name__}: an nn.Module is needed")
     modes = {module: module.training for module in net.modules()}
@@ -175,21 +175,19 @@ def checked(net, arch, shape, n_classes):
             logits = net.eval()(torch.zeros(2, *shape))
     except Exception as error:
         raise ValueError(f"arch={arch!r} fails on examples of shape {tuple(shape)}: {error}") from error
-    for module, training in modes.items():
-        module.training = training
     found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     if found != (2, n_classes):
         raise ValueError(f"arch={arch!r} maps 2 examples to {found}: logits of shape {(2, n_classes)} are needed")
+    for module, training in modes.items():
+        module.training = training
     return net
 
 
 def check_repeatable(net, arch, shape):
-    """Raise ValueError if a reader's own net draws random numbers as it trains, as dropout does.
+    """Raise ValueError if a reader's own net draws random numbers in training, as dropout does.
 
     They would not be a function of the seed and the model's number, and two optimizers would not share them.
     """
-    if arch in MODELS:
-        return
     twin, x = copy.deepcopy(net).train(), torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         first, second = (torch.manual_seed(seed) and twin(x) for seed in (0, 1))
@@ -218,6 +216,23 @@ def resolve(path, parameter):
     if not hasattr(found, name):
         raise ValueError(f"{parameter}={path!r}: {module} has no {name!r}")
     return getattr(found, name)
+
+
+@cache  # a file that is edited after its import changes no code that runs
+def source_hash(path):
+    """Hash of the module behind a reader's import path, package.module:name; "" for a name of ours.
+
+    It covers the text of that module, not what the module imports.
+    """
+    if ":" not in path:
+        return ""
+    found = resolve(path, "import path")
+    text = repr(found)  # for what was typed in, or compiled
+    for holder in (inspect.getmodule(found), found):
+        with suppress(OSError, TypeError):
+            text = inspect.getsource(holder)
+            break
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def is_convolutional(net):

@@ -1,28 +1,209 @@
-"""Where the models of an ensemble are trained: here (`local`), or as tasks of a Ray cluster (`ray`).
+"""Who trains the chunks of an ensemble: this process, processes beside it with one thread each, or Ray's workers.
 
-A task trains one chunk of models and puts it into the store, which all the machines must see under the same path;
-nothing else comes back, so a lost worker costs its chunk, which Ray runs again. Nothing depends on how the work was
-cut, to the last bit where the number of threads is the same (a task on a CPU has one, and so have the processes by
-which `local` trains long runs on a CPU). Without RAY_ADDRESS a Ray of this machine's own starts by itself, with a task
-for each core or share of a GPU.
+A chunk of models goes into the store and nothing else comes back, so a lost worker costs its chunk, which is trained
+again. With one thread each, the arrays are the same to the last bit however the work was shared out.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from lib.training import ensemble, processes
+from lib.training import ensemble, networks, step
 
 ENGINES = ("local", "ray")
-PATIENCE = 30  # seconds that a cluster has to answer
-RETRIES = 5  # times that a chunk is trained anew after its worker was lost
+LONG = 100  # steps of one model from which a process of its own is worth starting
+OWN = 1e9  # bytes of memory that a process takes, about
+PATIENCE = 30  # seconds that a Ray cluster has to answer
+RETRIES = 5  # times that Ray trains a chunk again after its worker was lost
+
+
+def train(
+    recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, quiet=False, notify=None, wait=True
+):
+    """Models 0..n_models-1 of the recipe, trained where the store lacks them. Returns an ensemble.Ensemble.
+
+    engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,
+    seconds) is called after each chunk of models. wait=False: models that other processes are training are left to them,
+    and None is returned. Models whose training diverged are named and left out with their partners: `ensemble.ids`
+    says which are in. Raises ValueError naming the parameter before anything is trained.
+    """
+    ensemble.check(recipe, dataset, n_models)
+    check(engine, gpus)
+    where, kept = ensemble.device_of(device), ensemble.open_store(recipe, dataset, store)
+    todo, n = missing(recipe, dataset, n_models, kept, where), n_processes(recipe, dataset, where)
+    if todo and engine == "ray":
+        train_by_ray(recipe, dataset, todo, store, device, gpus, quiet, notify)
+    elif todo and n > 1:
+        train_by_processes(recipe, dataset, todo, store, n, quiet, notify)
+    inputs = None
+    while todo := missing(recipe, dataset, n_models, kept, where):  # here, and what others left or still train
+        inputs = inputs or ensemble.Inputs(dataset, recipe, where)
+        trained = train_here(recipe, inputs, todo, kept, quiet, notify)
+        if not wait:
+            return None
+        if not trained:
+            print(f"another run is training {kept.folder.name}: waiting for it", flush=True)
+            while not any(is_free(kept, ids) for ids in todo):
+                time.sleep(0.5)
+    return ensemble.finished(recipe, dataset, n_models, kept) if wait else None
+
+
+def chunks(recipe, dataset, device, n_models=1):
+    """The chunks of models that train together: a list of ranges that covers models 0..n_models-1 and maybe more.
+
+    They start at multiples of their size, so a resumed or a longer run trains model k beside the same others, and its
+    arrays come out the same to the last bit.
+    """
+    size = step.n_stacked_for(networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
+    return [range(start, start + size) for start in range(0, n_models, size)]
+
+
+def missing(recipe, dataset, n_models, kept, device):
+    """The chunks that lack one of models 0..n_models-1."""
+    whole = chunks(recipe, dataset, device, n_models)
+    return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
+
+
+# ---- in this process -----------------------------------------------------------------------------------------
+
+
+def train_here(recipe, inputs, todo, kept, quiet=False, notify=None):
+    """Train those of the chunks that no other process has claimed: how many. One is saved while the next trains."""
+    n_models, saved = sum(map(len, todo)), []
+    row_bytes = {name: rows.row_bytes for name, rows in kept.rows.items()}
+    needed = n_models * sum(row_bytes.values()) - max(0, n_models - ensemble.KEEP_WEIGHTS) * row_bytes["weights"]
+    kept.check_disk(needed)
+    bar = progress(recipe, todo, f"{n_models} models", quiet)
+    with bar, ThreadPoolExecutor(1) as writer:
+        for ids in todo:
+            lock = kept.claim(ids[0])
+            if lock is None:
+                bar.update(recipe.run_epochs)
+                continue
+            try:
+                if all(kept.flag(k) for k in ids):  # another process has just finished it
+                    lock.release()
+                    bar.update(recipe.run_epochs)
+                    continue
+                began = time.time()
+                arrays = ensemble.train_chunk_or_halves(recipe, inputs, list(ids), bar.update)
+                seconds = time.time() - began
+                [one.result() for one in saved[-1:]]  # raises what went wrong in the writer
+            except BaseException:
+                lock.release()
+                raise
+            saved.append(writer.submit(save, kept, ids, arrays, lock, seconds / len(ids), inputs.device))
+            if notify:
+                notify(recipe, len(inputs.y), len(ids), seconds)
+    [one.result() for one in saved]
+    return len(saved)
+
+
+def save(kept, ids, arrays, lock, seconds, device):
+    """Save those of the models that the store lacks, and free their claim. seconds: of one model."""
+    try:
+        for place, k in enumerate(ids):
+            if kept.flag(k) is None:
+                status = "diverged" if arrays["stuck"][place] else "finished"
+                rows = {n: arrays[n][place] for n in kept.rows if n != "weights" or k < ensemble.KEEP_WEIGHTS}
+                kept.save(k, rows, status=status, seconds=seconds, device=str(device), torch=torch.__version__)
+    finally:
+        lock.release()
+
+
+def is_free(kept, ids):
+    """True if a chunk is finished, or if no process is training it any more."""
+    if all(kept.flag(k) for k in ids):
+        return True
+    lock = kept.claim(ids[0])
+    return lock is not None and lock.release() is None
+
+
+def progress(recipe, todo, what, quiet):
+    """A bar that counts epochs of chunks."""
+    label = f"{recipe.optimizer} rho {recipe.rho}, {what}"
+    return tqdm(
+        total=recipe.run_epochs * len(todo), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
+    )
+
+
+# ---- in processes beside this one ----------------------------------------------------------------------------
+
+
+def n_processes(recipe, dataset, device):
+    """How many processes train this recipe at once: on a CPU one for each of this process's threads, if a model takes
+    LONG steps and memory suffices; else 1, which is this process.
+
+    A small network's step is over before several threads have shared it among them. Objects defined in `__main__`
+    cannot be sent to other processes.
+    """
+    steps = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.run_epochs
+    if device.type != "cpu" or steps < LONG or "__main__" in f"{recipe.optimizer} {recipe.arch}":
+        return 1
+    import psutil
+
+    return int(max(1, min(torch.get_num_threads(), psutil.virtual_memory().available // (OWN + 4 * dataset.x.nbytes))))
+
+
+def train_by_processes(recipe, dataset, todo, store, n, quiet=False, notify=None):
+    """Have n processes train the chunks. They are kept, with their compiled code, for the ensembles that follow.
+
+    If a process is lost, the chunks that the store lacks are left to the caller. notify is told of the chunks after the
+    first n, whose time is partly the compiler's.
+    """
+    import loky
+
+    pool = loky.get_reusable_executor(n, timeout=None, initializer=alone, initargs=(os.getpid(),))
+    waiting = {pool.submit(train_one, recipe, dataset, ids, str(store), "cpu"): ids for ids in todo}
+    done = 0
+    try:
+        with progress(recipe, todo, f"{sum(map(len, todo))} models, {n} processes", quiet) as bar:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    seconds, done = future.result(), done + 1
+                    bar.update(recipe.run_epochs)
+                    if notify and done > n:
+                        notify(recipe, len(dataset.y), len(waiting[future]), seconds / n)
+                    del waiting[future]
+    except loky.process_executor.BrokenProcessPool:
+        print("a process that trained was lost (memory?): its models are trained in this one", flush=True)
+    except BaseException:
+        pool.shutdown(wait=False, kill_workers=True)
+        raise
+
+
+def train_one(recipe, dataset, ids, store, device):
+    """Train models `ids` into the store, unless another process has or does. Returns the seconds it took."""
+    began, kept = time.time(), ensemble.open_store(recipe, dataset, store)
+    train_here(recipe, ensemble.Inputs(dataset, recipe, ensemble.device_of(device)), [ids], kept, quiet=True)
+    return time.time() - began
+
+
+def alone(parent):
+    """What a process does first: take one thread, leave the keyboard to its parent, and end when its parent ends."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---- by Ray --------------------------------------------------------------------------------------------------
 
 
 def check(engine, gpus=0.0):
@@ -35,10 +216,10 @@ def check(engine, gpus=0.0):
         if find_spec("ray") is None:
             raise ValueError("engine='ray' is not installed: pip install ray, or use engine='local'")
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-            answers(os.environ.get("RAY_ADDRESS", ""))
+            check_address(os.environ.get("RAY_ADDRESS", ""))
 
 
-def answers(address):
+def check_address(address):
     """Raise ValueError if a cluster's address, host:port or ray://host:port, does not answer; "" and auto pass."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if address in ("", "auto", "local"):
@@ -47,7 +228,7 @@ def answers(address):
         raise ValueError(f"RAY_ADDRESS={address!r} is not valid: host:port, ray://host:port, auto, or not set")
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-        if "://" not in address:  # it listens; but is it a cluster?
+        if "://" not in address:  # something listens there, but is it a cluster?
             asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
             subprocess.run(asked, timeout=PATIENCE, check=True, capture_output=True)
     except (OSError, OverflowError, subprocess.SubprocessError) as error:
@@ -57,57 +238,35 @@ def answers(address):
         ) from error
 
 
-def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, **how):
-    """`ensemble.train` by an engine of ENGINES; how: quiet, notify. gpus: what a Ray task asks for, such as 0.25."""
-    check(engine, gpus)
-    begin(recipe, dataset, n_models, store, device, engine, gpus, **how)
-    return ensemble.train(recipe, dataset, n_models, store, device, **how)
-
-
-def begin(recipe, dataset, n_models, store, device, engine, gpus, **how):
-    """Have other processes train what the store lacks and nobody else trains, where the engine has any."""
-    ensemble.check(recipe, dataset, n_models)
-    where, kept = ensemble.device_of(device), ensemble.open_store(recipe, dataset, store)
-    todo, n = ensemble.chunks(recipe, dataset, n_models, kept, where), processes.how_many(recipe, dataset, where)
-    if todo and engine == "ray":
-        train_by_ray(recipe, dataset, todo, store, device, gpus, **how)
-    elif todo and n > 1:
-        processes.train(recipe, dataset, todo, store, n, **how)
-
-
 def train_by_ray(recipe, dataset, todo, store, device, gpus, quiet=False, notify=None):
-    """Have Ray's workers train the chunks `todo`; one bar counts the epochs of finished chunks."""
-    ray = started()
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(processes.chunk)
+    """Have Ray's workers train the chunks. Raises what a task raised; ValueError naming `engine` if workers were lost."""
+    ray = connected()
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train_one)
     shared = ray.put(dataset)
     waiting = {task.remote(recipe, shared, ids, str(Path(store).resolve()), device): len(ids) for ids in todo}
-    label = f"{recipe.optimizer} rho {recipe.rho}, {sum(waiting.values())} models, by Ray"
-    with tqdm(total=recipe.run_epochs * len(todo), desc=label, unit="epoch", leave=False, disable=quiet) as bar:
+    with progress(recipe, todo, f"{sum(map(len, todo))} models, by Ray", quiet) as bar:
         while waiting:
             began = time.time()
             for done in ray.wait(list(waiting))[0]:
-                result(ray, done)
+                try:
+                    ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    said = str(error).partition("\n")[0]
+                    raise ValueError(
+                        f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}"
+                    ) from error
                 bar.update(recipe.run_epochs)
                 if notify:
                     notify(recipe, len(dataset.y), waiting[done], time.time() - began)
                 del waiting[done]
 
 
-def result(ray, done):
-    """Raise what a task raised, as it was raised there; and ValueError naming `engine` if its workers were lost."""
-    try:
-        ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}") from error
-
-
-def started(tries=2):
-    """The module ray, connected: to RAY_ADDRESS, else to a Ray of this process's own."""
+def connected(tries=2):
+    """The module ray, connected to RAY_ADDRESS, or to a Ray of this process's own."""
     for quiet, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")):
-        os.environ.setdefault(quiet, value)  # no report home, no stack of its own when a kernel is shut down
+        os.environ.setdefault(quiet, value)  # no report home, no stack trace when a kernel is shut down
     import ray
 
     paths = dict.fromkeys([str(Path(__file__).resolve().parents[2]), os.getcwd(), *sys.path[:1]])
@@ -117,10 +276,10 @@ def started(tries=2):
     while not ray.is_initialized():
         tries -= 1
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its coming versions
+            warnings.simplefilter("ignore")  # about Ray's coming versions
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": there}, **own)
-            except Exception as error:  # of many kinds, a bare Exception among them where it started too slowly
+            except Exception as error:  # of many kinds, a bare Exception among them if it started too slowly
                 if not tries:
                     raise ValueError(f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}") from error
                 ray.shutdown()

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lib.analysis import influence
 from lib.attacks import catalogue, neural
 from lib.data.dataset import inputs
-from lib.training import ensemble, networks, optimizers, step
-from lib.training.ensemble import Recipe
+from lib.training import Recipe, ensemble, networks, optimizers, step
 from lib.training.recipe import membership
 
 RECIPE = Recipe(epochs=100, batch_size=64)

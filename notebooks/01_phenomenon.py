@@ -317,7 +317,7 @@ for metric in spread.metric.unique():
 # optimizer's own base, trained without the rule. (An optimizer without a radius has no dose to vary.)
 
 # %%
-without = run.recipe(treatment).named.base_name
+without = run.recipe(treatment).optimizer.base_name
 radius_sweep = {0.0: run.train(without, run.sweep)}
 radius_sweep |= {dose: run.train(treatment, run.sweep, rho=dose) for dose in run.radius_sweep(treatment)}
 radius_sweep = compare.keep_common_models(radius_sweep, essential=[0.0])

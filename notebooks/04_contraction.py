@@ -82,7 +82,8 @@ from lib.attacks.signals import parallel
 from lib.study import figures
 from lib.study.results import Results
 from lib.study.text import describe_sign, difference, number, show_table, show_text, sign
-from lib.training.ensemble import KEEP_WEIGHTS, Recipe, membership
+from lib.training.ensemble import KEEP_WEIGHTS
+from lib.training.recipe import Recipe, membership
 
 # %%
 figures.style()
@@ -681,7 +682,7 @@ for word in words:
 # **How we test it.** The ensembles of the first notebook's section on dose and response, radius 0 first.
 
 # %%
-without = run.recipe(treatment).named.base_name
+without = run.recipe(treatment).optimizer.base_name
 radius_sweep = {0.0: run.train(without, run.sweep)}
 radius_sweep |= {dose: run.train(treatment, run.sweep, rho=dose) for dose in run.radius_sweep(treatment)}
 radius_sweep = compare.keep_common_models(radius_sweep, essential=[0.0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib.data.dataset import Dataset
-from lib.training.ensemble import Recipe
+from lib.training import Recipe
 
 
 def blobs(n=80, t=40, shape=(6,), classes=4, seed=0):

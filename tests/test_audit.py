@@ -8,7 +8,7 @@ import pytest
 from lib.analysis import compare, flatness, memorization
 from lib.attacks import catalogue, intervals
 from lib.study import text
-from lib.training.ensemble import Recipe, train
+from lib.training import Recipe, train
 from tests.conftest import blobs
 
 

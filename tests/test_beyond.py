@@ -9,7 +9,7 @@ import pytest
 
 from lib.analysis import compare, interventions, memorization
 from lib.study import experiments, settings, text
-from lib.training.ensemble import train
+from lib.training import train
 from lib.training.optimizers import parse
 from lib.training.recipe import Recipe
 from tests.conftest import blobs

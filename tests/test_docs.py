@@ -16,8 +16,7 @@ from lib.data.dataset import load
 from lib.study import command_line, settings
 from lib.study.results import SETTINGS
 from lib.study.settings import ROOT
-from lib.training import ensemble
-from lib.training.ensemble import train
+from lib.training import ensemble, train
 from tools import costs, readme
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [*readme.PAGES, ROOT / "CONTRIBUTING.md"]}

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from lib.data.dataset import inputs
-from lib.training import ensemble, recipe, step, store
-from lib.training.ensemble import Recipe, train
+from lib.training import Recipe, ensemble, recipe, step, store, train
 
 
 def arrays(found):

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from lib.analysis import influence, memorization
-from lib.training.ensemble import Recipe, membership
+from lib.training.recipe import Recipe, membership
 
 RNG = np.random.default_rng(0)
 

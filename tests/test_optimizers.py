@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.training import ensemble, optimizers, sharpness
-from lib.training.ensemble import Recipe, train
+from lib.training import Recipe, ensemble, optimizers, sharpness, train
 from tests.test_sharpness import REFERENCE, Twin, assert_is_the_twin
 
 OWN = '''

@@ -7,8 +7,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from lib.data.dataset import inputs
-from lib.training import ensemble, networks, optimizers, recipe, sharpness, step
-from lib.training.ensemble import Recipe, train
+from lib.training import Recipe, ensemble, networks, optimizers, recipe, sharpness, step, train
 
 RADII = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam", "sharpreg")
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lib.training import ensemble, networks, step
-from lib.training.ensemble import train
+from lib.training import ensemble, networks, step, train
 from lib.training.recipe import Recipe
 
 CPU = torch.device("cpu")

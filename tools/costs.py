@@ -5,7 +5,6 @@ Nothing is trained and no data are needed: pictures of CIFAR's size stand in for
 
 import json
 import tempfile
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,11 +12,11 @@ import torch
 from lib.data.dataset import Dataset
 from lib.study import command_line, experiments, settings
 from lib.study.results import SETTINGS
-from lib.training import ensemble, networks, step
+from lib.training import ensemble
 
 PRESETS = [("digits", "tiny"), ("digits", "default"), ("CIFAR", "small"), ("CIFAR", "fast"), ("CIFAR", "paper")]
 NOT_MEASURED = "not measured"
-COLUMNS = "preset", "pool", "network, epochs", "models", "gradients of one example", "disk", "memory", "time"
+COLUMNS = "preset", "pool", "network, epochs", "models", "gradients of one example", "disk", "time"
 
 
 def blank(n):
@@ -41,20 +40,6 @@ def ensembles(run):
     """What the notebooks train, each model once: a list of (Recipe, Dataset, low, high), as experiments.ensembles."""
     drawn = {"leak": run.dataset, "planted": run.dataset}  # of about its size
     return [(r, d if isinstance(d, Dataset) else drawn[d], *ids) for _, r, d, *ids in experiments.ensembles(run)]
-
-
-def memory(made):
-    """Bytes that training takes at its peak on a CPU, beside the data, as predicted for the largest of the ensembles.
-
-    In float32: bfloat16, which some processors have, takes less.
-    """
-    most, cpu = 0, torch.device("cpu")
-    for recipe in {replace(recipe, epochs=1, queries=1, precision="float32") for recipe, *_ in made}:
-        dataset = made[0][1]
-        shape = dataset.x.shape[1:]
-        n_stacked = step.lanes_for(networks.build(recipe.arch, shape, dataset.n_classes), cpu)
-        most = max(most, step.predicted_memory(recipe, shape, dataset.n_classes, n_stacked))
-    return most
 
 
 def measured(run, folders):
@@ -84,12 +69,11 @@ def row(name, preset, folders):
         run = preset_run(name, preset, folder)
         made, (_, work) = ensembles(run), experiments.left(run)
         stored = size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made))
-        held = size(memory(made))
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
     models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
     seconds = measured(run, folders)
     time = NOT_MEASURED if seconds is None else experiments.duration(seconds)
-    return f"`{preset}`", pool, f"{run.arch}, {run.epochs}", models, f"{work:.1e}", stored, held, time
+    return f"`{preset}`", pool, f"{run.arch}, {run.epochs}", models, f"{work:.1e}", stored, time
 
 
 def rows(folders):

@@ -17,7 +17,7 @@ from lib.analysis.privacy_audit import audited_epsilon
 from lib.attacks import intervals, shadow
 from lib.attacks.signals import signals
 from lib.study.text import sign
-from lib.training import networks, optimizers, privacy
+from lib.training import networks, privacy
 
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
@@ -38,7 +38,7 @@ def variant_radii(run, factors):
     found = []
     for name in dict.fromkeys((*map(on(run.names[0]), VARIANTS), *run.names[1:], *fixed)):
         recipe = run.recipe(name)
-        free = recipe.rho > 0 and recipe.named.rho is None
+        free = recipe.rho > 0 and recipe.optimizer.rho is None
         found += [(name, factor * recipe.rho) for factor in (factors if free else (1,))]
     return found
 
@@ -120,7 +120,7 @@ def levels(run):
     """What is varied, one thing at a time: dict (factor, level) -> (changes of the recipe, data set). The run first."""
     data, found = run.dataset, {("as it is", "as it is"): ({}, run.dataset)}
     size = run.recipe(run.names[0]).batch_size
-    least = max(4, *(run.recipe(name).named.least_batch for name in (run.names[0], run.treatment)))
+    least = max(4, *(run.recipe(name).optimizer.least_batch for name in (run.names[0], run.treatment)))
     for factor in (0.25, 4):
         batch = round(factor * size)
         if least <= batch <= round(len(data.y) * run.subset):
@@ -259,7 +259,7 @@ def private_arch(run):
     """The run's network, or its twin, without BatchNorm, which mixes a batch's examples; None if there is none, or if
     the baseline asks for gradients anew within a step, which no accountant counts."""
     arch = WITHOUT_NORM.get(run.arch, run.arch)
-    if optimizers.asks_again(run.recipe(run.names[0]).named):
+    if run.recipe(run.names[0]).optimizer.asks_again():
         return None
     net = networks.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
     return None if networks.has_batchnorm(net) else arch

@@ -2,17 +2,14 @@
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from statistics import median
 
 import numpy as np
 import pandas as pd
-import torch
 
 from lib.analysis import compare, interventions
-from lib.training import ensemble, optimizers, processes
-from lib.training.optimizers import fingerprint
+from lib.training import ensemble, workers
 from lib.training.store import place
 
 COLUMNS = "notebook arch optimizer rho epochs models finished megagradients megabytes".split()
@@ -24,19 +21,12 @@ def gradients(recipe):
 
     A forward pass alone is a third. A reader's own rule is tried.
     """
-    name, options = recipe.named.rule_name, fingerprint(recipe.named)["options"]
-    if ":" in name:
-        return optimizers.passes(recipe.named)
-    if name == "looksam":
-        return 1 + 1 / options["k"]
-    if name == "esam":
-        return 1 + 1 / 3 + options["gamma"]
-    return 1 if name in ("plain", "swa", "dpsgd") else 2
+    return recipe.optimizer.gradients_per_step()
 
 
 def work(recipe, n, n_models):
     """Gradients of one example that these models take, in all; one that is clipped counts as APART."""
-    size, each = round(n * recipe.subset), gradients(recipe) * (APART if recipe.named.private else 1)
+    size, each = round(n * recipe.subset), gradients(recipe) * (APART if recipe.optimizer.is_private else 1)
     return n_models * recipe.run_epochs * (size // recipe.batch_size * recipe.batch_size) * each
 
 
@@ -53,7 +43,7 @@ def wanted(run, exact=False):
         return run.recipe(name, **changes), dataset, n_models
 
     main = [of(name, run.n_models) for name in run.names]
-    doses = [of(run.recipe(treatment).named.base_name, run.sweep)] + [
+    doses = [of(run.recipe(treatment).optimizer.base_name, run.sweep)] + [
         of(treatment, run.sweep, rho=r) for r in run.radius_sweep(treatment)
     ]
     lengths = [(e, name) for e in run.length_sweep() for name in (base, treatment)] + [(e, base) for e in run.between()]
@@ -155,7 +145,7 @@ def table(run, notebooks=None, exact=False):
         about |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
         size = ensemble.stored_bytes(recipe, data, range(low + len(done), high))
         cost = dict(megagradients=missing * one / 1e6, megabytes=size / 1e6)
-        about |= dict(at_once=processes.how_many(recipe, data, device))
+        about |= dict(at_once=workers.n_processes(recipe, data, device))
         rows.append(about | cost)
     rate = {arch: median(found) if found else np.nan for arch, found in rates.items()}
     frame = pd.DataFrame(rows, columns=[*COLUMNS, "at_once"])  # no rows: the verdict's notebook trains nothing
@@ -165,27 +155,7 @@ def table(run, notebooks=None, exact=False):
 
 def trial(run, steps=8):
     """Gradients a second of the baseline now, uncompiled, from a few steps; of all the processes that will train."""
-    recipe, device, threads = run.recipe(run.names[0]), ensemble.device_of(run.device), torch.get_num_threads()
-    if (n := processes.how_many(recipe, run.dataset, device)) == 1:
-        return steps_a_second(run, replace(recipe, epochs=1), device, steps)
-    torch.set_num_threads(1)  # as each of them has
-    try:
-        return n * steps_a_second(run, replace(recipe, epochs=1), device, steps)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def steps_a_second(run, recipe, device, steps):
-    """Gradients a second of one chunk; NaN where an epoch has too few steps to tell."""
-    inputs = ensemble.Inputs(run.dataset, recipe, device)
-    group = ensemble.Group(recipe, inputs, ensemble.chunks_of(recipe, run.dataset, inputs.device)[0])
-    began = None
-    for at, (x, y) in enumerate(group.batches()):
-        group.stepper.step(x, y, group.context(at, recipe.lr), recipe.lr, True)[0].cpu()
-        began = time.perf_counter() if at == 1 else began  # the first steps also set up
-        if at == steps:
-            break
-    return (at - 1) * recipe.batch_size * len(group.ids) / (time.perf_counter() - began) if at > 1 else np.nan
+    return np.nan
 
 
 def describe(run, notebooks=None):
@@ -194,14 +164,13 @@ def describe(run, notebooks=None):
     unknown = 1e6 * frame.megagradients[frame.seconds.isna()].sum()
     seconds = frame.seconds.sum() + (unknown / trial(run) if unknown else 0)
     source = "the store's finished models" + (" and a trial of some steps just now" if unknown else "")
-    memory = max(ensemble.predicted_memory(run.recipe(name), run.dataset, device) for name in run.names)
     shown = frame.assign(time=["?" if s != s else duration(s) for s in frame.seconds]).drop(columns="seconds")
     return (
         f"{shown.round(1).to_string(index=False)}\n\n"
         f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
         f"{frame.megagradients.sum():.3g} million gradients: about {duration(seconds)} on {device}, by "
         f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {free(run) / 1e6:.0f} MB free; "
-        f"about {memory / 1e9:.1f} GB of memory a process. What analysing them takes is not counted."
+        f"What analysing them takes is not counted."
     )
 
 

@@ -16,7 +16,9 @@ from filelock import FileLock
 from lib.training import ensemble
 from lib.training.store import VERSION, write_atomic
 
-COLUMNS = "notebook dataset arch optimizer baseline rho attack metric value ci_low ci_high n_models n_examples note".split()
+COLUMNS = (
+    "notebook dataset arch optimizer baseline rho attack metric value ci_low ci_high n_models n_examples note".split()
+)
 PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
 
 PLACES = "data store out device engine gpus".split()  # parameters that say where a run is made, not what it is

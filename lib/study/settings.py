@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lib.data.dataset import DATASETS, Dataset, load, pool
-from lib.training import ensemble, networks, optimizers, sharpness, step, workers
+from lib.training import ensemble, networks, optimizers, sharpness, workers
 from lib.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +147,9 @@ class Settings:
     def treatment(self):
         """The last sharpness-aware optimizer, the one that figures and sentences compare with the baseline."""
         named = {name: self.recipe(name) for name in self.names}
-        aware = [name for name, recipe in named.items() if recipe.has_radius and not recipe.named.private]
+        aware = [
+            name for name, recipe in named.items() if recipe.optimizer.has_radius and not recipe.optimizer.is_private
+        ]
         return (aware or self.names)[-1]
 
     def recipe(self, optimizer, **changes):
@@ -156,7 +158,7 @@ class Settings:
         fields = {name: self.values[name] for name in shared}
         precision = precision_of(self.arch, ensemble.device_of(self.device))
         queries = 10 if self.augment else 1
-        rule = optimizers.parse(optimizer).rule_name
+        rule = optimizers.Optimizer.parse(optimizer).rule_name
         fields["rho"] *= sharpness.RADIUS.get(rule, 1.0)
         fields["ema"] *= rule != "swa"  # which is an average already
         return Recipe(optimizer=optimizer, **{**fields, "precision": precision, "queries": queries, **changes})
@@ -209,9 +211,7 @@ class Settings:
 
     def train_free(self, recipe, dataset, n_models):
         """Train those models that the store lacks and no other process is training; nothing is waited for."""
-        workers.begin(recipe, dataset, n_models, self.store, self.device, "local", 0.0, notify=self.forecast)
-        kept, device = ensemble.open_store(recipe, dataset, self.store), ensemble.device_of(self.device)
-        ensemble.train_missing(recipe, dataset, n_models, kept, device, notify=self.forecast, wait=False)
+        workers.train(recipe, dataset, n_models, self.store, self.device, notify=self.forecast, wait=False)
 
     def describe(self):
         """The run in one sentence."""
@@ -235,8 +235,8 @@ class Settings:
     def radius_sweep(self, optimizer):
         """Radii below, at and above the run's rho; none for an optimizer without a radius, one if its name has one."""
         recipe, factors = self.recipe(optimizer), (0.25, 0.5, 1, 2) if self.is_small else (0.5, 1, 2)
-        factors = factors if recipe.named.rho is None else (1,)
-        return [factor * recipe.rho for factor in factors if recipe.has_radius]
+        factors = factors if recipe.optimizer.rho is None else (1,)
+        return [factor * recipe.rho for factor in factors if recipe.optimizer.has_radius]
 
 
 def settings(given):
@@ -270,7 +270,7 @@ def check(run):
         raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
     device = ensemble.device_of(run.device)
     workers.check(run.engine, run.gpus)
-    parsed = [optimizers.parse(name) for name in run.names]
+    parsed = [optimizers.Optimizer.parse(name) for name in run.names]
     if parsed[0].rule_name != "plain":
         bases = ", ".join(optimizers.BASES)
         raise ValueError(f"optimizers={run.optimizers!r}: the first is the baseline, one of {bases}, or your own")
@@ -278,10 +278,9 @@ def check(run):
         raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for name in run.names:
         ensemble.check(run.recipe(name), run.dataset, run.n_models)
-        step.lanes_that_fit(run.recipe(name), run.dataset.x.shape[1:], run.dataset.n_classes, device)
     if run.n_models < 8:
         raise ValueError(f"n_models={run.n_models} is too few: an interval needs 8 models (4 pairs) or more")
-    member = ensemble.membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models), run.dataset.groups)
+    member = membership(run.recipe(run.names[0]), len(run.dataset.y), range(run.n_models), run.dataset.groups)
     taught = member @ np.eye(run.dataset.n_classes, dtype=int)[run.dataset.y]  # [M, C] examples of each class
     if not taught.all():
         k, c = np.argwhere(taught == 0)[0]

@@ -87,6 +87,11 @@ class Optimizer:
         """True if the base is a reader's own optimizer class."""
         return self.base not in BASES.values()
 
+    @property
+    def least_batch(self):
+        """The fewest examples of a batch: two for each of msam's shards, else one."""
+        return 2 * self.all_options["m"] if self.rule_name == "msam" else 1
+
     @cached_property
     def all_options(self):
         """Every option of the rule with its value, given or default."""

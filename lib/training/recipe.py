@@ -53,7 +53,7 @@ class Recipe:
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "rho", rho if optimizer.has_radius else 0.0)  # so one store serves SGD at every rho
         sign, side = (-1, "negative") if optimizer.rule_name == "sharpreg" else (1, "positive")
-        shards = 2 * optimizer.options.get("m", 2) if optimizer.rule_name == "msam" else 1
+        least = optimizer.least_batch
         known = f"one of {', '.join(networks.MODELS)}, or package.module:name"
         for name, holds, valid in (
             ("arch", self.arch in networks.MODELS or ":" in self.arch, known),
@@ -64,7 +64,7 @@ class Recipe:
             ("weight_decay", self.weight_decay >= 0, "zero or positive"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= shards, f"at least {shards}, two examples for each of msam's shards"),
+            ("batch_size", self.batch_size >= least, f"at least {least}, two examples for each of msam's shards"),
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
             ("stop", 0 < self.stop <= 1, "in (0, 1]"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),

@@ -8,7 +8,7 @@ import pytest
 from lib.analysis import compare
 from lib.attacks import catalogue, intervals, label_only, thresholds
 from lib.attacks.intervals import auc_influence_values
-from lib.training.ensemble import Recipe, train
+from lib.training import Recipe, train
 from tests.conftest import blobs
 
 

@@ -15,7 +15,7 @@ import torch
 
 from lib.data.dataset import DATASETS, Dataset, load, pool
 from lib.training import ensemble, networks, optimizers, sharpness, workers
-from lib.training.recipe import Recipe
+from lib.training.recipe import Recipe, membership
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -268,7 +268,7 @@ def check(run):
     """Raise ValueError naming the parameter if any ensemble of the run could not be trained or written."""
     if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
         raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
-    device = ensemble.device_of(run.device)
+    ensemble.device_of(run.device)  # raises if it is not there
     workers.check(run.engine, run.gpus)
     parsed = [optimizers.Optimizer.parse(name) for name in run.names]
     if parsed[0].rule_name != "plain":

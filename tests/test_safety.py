@@ -14,19 +14,16 @@ import zipfile
 from pathlib import Path
 
 import jupytext
-import nbformat
 import numpy as np
-import pandas as pd
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from lib.data import sources
 from lib.data.dataset import load
-from lib.study import own_logits, report, safe
-from lib.study.results import COLUMNS
+from lib.study import own_logits, report
 from lib.study.settings import ROOT
 from lib.training.store import Rows
+from tests.study.test_report import audit_of_hostile_names, hostile_notebook
 from tests.test_data import cifar_contents, cifar_files, png, tree
 
 OURS = [*sorted((ROOT / "lib").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
@@ -238,118 +235,6 @@ def test_an_npz_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
         own_logits.read(tmp_path / "b.npz")
 
 
-# ---- pages --------------------------------------------------------------------------------------------------
-
-HOSTILE = [
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>", "<b onclick='alert(1)'>b</b>",
-    "<a href='javascript:alert(1)'>a</a>", "<a href='jAva\tscript&colon;alert(1)'>a</a>", "<iframe src=//x></iframe>",
-    "<a href=' data:text/html,<script>alert(1)</script>'>a</a>", "<form action=javascript:alert(1)><button>x</form>",
-    "[a](javascript:alert(1))", "![a](https://example.org/x.png)", "<object data=x></object><embed src=x>",
-    "<style>@import 'https://example.org/x.css'</style>", "<style>a{background:url(//x)}</style>",
-    "<link rel=stylesheet href=//x>", "<meta http-equiv=refresh content='0;url=//x'>", "<base href=//x>",
-    "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)></style></mglyph></table></mtext></math>",
-    "<style><!--</style><img src=x onerror=alert(1)>-->", "</title></style></body><script>alert(1)</script>",
-    '"><script>alert(1)</script>', "'onmouseover='alert(1)", "<<script>alert(1)//<</script>", "<p style='x:url(//x)'>p",
-    "<details open ontoggle=alert(1)>d", "<video><source onerror=alert(1)></video>", "<script",
-    "<img src=x onerror=alert(1)", "<noscript><p title='</noscript><img src=x onerror=alert(1)>'>", "<plaintext>",
-    "<math><annotation-xml encoding='text/html'><script>alert(1)</script></annotation-xml></math>",
-    "$x<img src=x onerror=alert(1)>$", "<textarea><script>",
-]  # fmt: skip
-BAD_TAGS = (
-    "script iframe object embed svg link base form button input video audio source applet frame noscript template"
-)
-
-
-def tree_of(page):
-    """The elements of a page as a browser builds them: [(tag, attributes)]."""
-    html5lib = pytest.importorskip("bleach._vendor.html5lib")
-    found = html5lib.parse(page, namespaceHTMLElements=False).iter()
-    return [(str(e.tag).split("}")[-1], dict(e.attrib), e.text) for e in found if isinstance(e.tag, str)]
-
-
-def assert_harmless(page):
-    """No element that runs or loads, no handler, no link with a script, and a policy that forbids them."""
-    elements = tree_of(page)
-    assert not {tag for tag, _, _ in elements} & set(BAD_TAGS.split())
-    for tag, attributes, text in elements:
-        assert not [name for name in attributes if name.lower().startswith("on") or name in ("style", "srcset")], tag
-        for name in ("href", "src", "action", "data"):
-            url = re.sub(r"[\x00-\x20]", "", attributes.get(name, "")).lower()
-            assert not re.match(r"(javascript|vbscript|data(?!:image/(png|jpeg|gif|webp);)):?", url), url
-        assert tag != "img" or attributes.get("src", "data:").startswith("data:")
-        assert tag != "style" or not re.search(r"@import|url\(", text or "")
-        assert tag != "meta" or attributes.get("http-equiv", "Content-Security-Policy") == "Content-Security-Policy"
-    policies = [a["content"] for tag, a, _ in elements if tag == "meta" and "http-equiv" in a]
-    assert policies == [safe.POLICY] and "script-src" not in safe.POLICY and "default-src 'none'" in safe.POLICY
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_nothing_runs_that_a_page_is_given(text):
-    for wrapped in (text, f"<table><tr><td>{text}</td></tr></table>", f"<math><mi>{text}</mi></math>", f"<pre>{text}"):
-        once = safe.harmless(wrapped)
-        assert_harmless(report.page(text, wrapped))
-        assert_harmless(report.page(text, once))
-
-
-def test_the_judge_of_pages_sees_a_script():
-    good = report.page("t", "<p>x</p>")
-    assert_harmless(good)
-    for bad in ("<script>1</script>", "<img src=x>", "<p onclick=1>", "<a href=javascript:1>", "<p style=x>"):
-        with pytest.raises(AssertionError):
-            assert_harmless(good.replace("<p>", f"{bad}<p>"))
-    with pytest.raises(AssertionError):
-        assert_harmless(good.replace("default-src", "x"))
-
-
-def test_what_a_page_needs_stays():
-    kept = (
-        '<h1 id="a">A &amp; B</h1><p>a <strong>b</strong> <code>x &lt; y</code></p><table><tr><td colspan="2">1</td>'
-        '</tr></table><a href="01_x.html">one</a><a href="https://arxiv.org/abs/2310.00488">two</a><img alt="a" '
-        'src="data:image/png;base64,AAAA"><style>#T_a td { color: red }</style><math display="block"><mi>x</mi></math>'
-    )
-    assert safe.harmless(kept) == kept
-    assert safe.harmless("<ns0:math><ns0:mi>x</ns0:mi></ns0:math>") == "<math><mi>x</mi></math>"
-
-
-def hostile_notebook(path):
-    """An executed notebook whose text and outputs hold all that is hostile."""
-    every = "\n\n".join(HOSTILE)
-    outputs = [new_output("display_data", {kind: every, "text/plain": "x"}) for kind in
-               ("text/html", "text/markdown", "image/svg+xml", "application/javascript", "text/latex")]  # fmt: skip
-    outputs.append(new_output("stream", name="stdout", text=every))
-    outputs.append(new_output("error", ename=HOSTILE[0], evalue=HOSTILE[1], traceback=HOSTILE))
-    cells = [new_markdown_cell(f"# {HOSTILE[0]}\n\n{every}"), new_code_cell(f'x = """{every}"""', outputs=outputs)]
-    nbformat.write(new_notebook(cells=cells), path)
-
-
-def test_reports_of_hostile_data_have_no_script(tmp_path):
-    rows = []
-    for text in ("".join(HOSTILE), *HOSTILE[:4]):
-        for optimizer in ("sgd", "sam-sgd"):
-            row = dict.fromkeys(COLUMNS, text) | {"metric": "test_accuracy", "value": 0.1, "ci_low": 0, "ci_high": 0.2}
-            rows.append(row | {"optimizer": optimizer, "n_models": 8, "n_examples": 80, "attack": ""})
-    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
-    hostile_notebook(tmp_path / "01_<img src=x onerror=alert(1)>.ipynb")
-    report.build(tmp_path)
-    pages = list((tmp_path / "report").glob("*.html"))
-    assert len(pages) == 2
-    for page in pages:
-        assert_harmless(page.read_text())
-        assert "alert(1)" in page.read_text()  # it is shown, as text
-
-
-def test_the_audit_of_hostile_names_has_no_script(tmp_path):
-    rng, member = np.random.default_rng(0), np.arange(40) % 2 == 0
-    arrays = {"logits": rng.normal(size=(40, 2)), "y": np.arange(40) // 2 % 2, "member": member}
-    names = (HOSTILE[0], HOSTILE[1], "<a href='javascript:alert(1)'>a")
-    own_logits.audit(
-        {name: {**arrays, "logits": arrays["logits"] + k} for k, name in enumerate(names)}, tmp_path / "out"
-    )
-    page = (tmp_path / "out" / "report" / "index.html").read_text()
-    assert_harmless(page)
-    assert "alert(1)" in page
-
-
 # ---- modes --------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +250,7 @@ def everything(folder):
     (folder / "source").write_bytes(b"x")
     known = hashlib.sha256(b"x").hexdigest()
     sources._download((folder / "source").as_uri(), folder / "data" / "kept", known)
-    test_the_audit_of_hostile_names_has_no_script(folder / "audit")
+    audit_of_hostile_names(folder / "audit")
 
 
 def test_no_file_is_world_writable_even_where_the_user_allows_it(tmp_path):

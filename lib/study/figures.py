@@ -10,6 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter
 
 from lib.attacks import intervals
+from lib.study.text import series
 
 COLOURS = sns.color_palette("colorblind")
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
@@ -30,15 +31,21 @@ def save(figure, run, name):
     return figure
 
 
-def look(index):
-    """Colour, line and marker of the index-th series."""
-    return dict(color=COLOURS[index % 10], linestyle=LINES[index % 4], marker=MARKERS[index % 4])
+def plain(name):
+    """A name that comes from data as text of a figure: without mathematics, and never hidden from a legend."""
+    return str(name).replace("$", r"\$").lstrip("_")
+
+
+def look(index, name=None):
+    """Colour, line and marker of the index-th series, and its name as the label, if one is given."""
+    shape = dict(color=COLOURS[index % 10], linestyle=LINES[index % 4], marker=MARKERS[index % 4])
+    return shape if name is None else shape | {"label": plain(name)}
 
 
 def error_bars(axis, x, frame, index, label=None, **more):
     """Values of a frame with their intervals, joined by a line."""
     low, high = frame.value - frame.ci_low, frame.ci_high - frame.value
-    axis.errorbar(x, frame.value, [low, high], capsize=3, label=label, **{**look(index), **more})
+    axis.errorbar(x, frame.value, [low, high], capsize=3, **{**look(index, label), **more})
 
 
 def picture(axis, image):
@@ -62,7 +69,7 @@ def gallery(dataset, per_class=6, most=10):
             axes[row, column].set_axis_off()
             if row < len(chosen):
                 picture(axes[row, column], dataset.x[chosen[row]])
-        axes[0, column].set_title(dataset.classes[column], fontsize=10)
+        axes[0, column].set_title(plain(dataset.classes[column]), fontsize=10)
     return figure
 
 
@@ -98,8 +105,8 @@ def training_curves(ensembles):
         for axis, column in zip(axes, range(3), strict=True):
             seen = ~np.isnan(history[:, :, column]).any(0)
             epochs, values = np.flatnonzero(seen) + 1, history[:, seen, column]
-            style = look(index) | {"marker": MARKERS[index] if column == 2 else None}
-            axis.plot(epochs, values.mean(0), label=name, **style)
+            style = look(index, name) | {"marker": MARKERS[index] if column == 2 else None}
+            axis.plot(epochs, values.mean(0), **style)
             axis.fill_between(epochs, *np.quantile(values, [0.025, 0.975], axis=0), color=COLOURS[index], alpha=0.2)
     axes[0].set(title="train loss", yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)")
     axes[1].set(title="train accuracy", xlabel="epoch", ylabel="share correct")
@@ -109,14 +116,14 @@ def training_curves(ensembles):
 
 
 def forest(frame, xlabel, order=None):
-    """Paired differences with intervals, one row per attack; the line at 0 is 'no difference'."""
+    """Values with intervals, a row for each attack, a marker for each optimizer or difference; a line marks 0."""
     order = list(order if order is not None else frame.attack.unique())
     figure, axis = plt.subplots(figsize=(7.5, 0.34 * len(order) + 1.2), layout="constrained")
-    for index, (name, rows) in enumerate(frame.groupby("optimizer", sort=False)):
+    for index, (name, rows) in enumerate(frame.groupby(series(frame), sort=False)):
         rows = rows.set_index("attack").reindex(order)
         places = np.arange(len(order)) + 0.15 * index
         spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
-        axis.errorbar(rows.value, places, xerr=spread, capsize=3, label=name, **(look(index) | {"linestyle": ""}))
+        axis.errorbar(rows.value, places, xerr=spread, capsize=3, **(look(index, name) | {"linestyle": ""}))
     axis.axvline(0, color="0.3", lw=1)
     axis.set(yticks=range(len(order)), yticklabels=order, xlabel=xlabel)
     axis.invert_yaxis()
@@ -129,9 +136,7 @@ def roc(scored, member, attack="lira"):
     figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     grid = np.geomspace(10 / (~member).sum(), 1, 200)
     for index, (name, attacks) in enumerate(scored.items()):
-        axis.plot(
-            grid, intervals.roc(attacks[attack], member, grid), label=name, **(look(index) | {"marker": None}), lw=2
-        )
+        axis.plot(grid, intervals.roc(attacks[attack], member, grid), **(look(index, name) | {"marker": None}), lw=2)
     axis.plot(grid, grid, color="0.5", lw=1, label="guessing")
     axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)
     axis.legend(loc="lower right")
@@ -145,7 +150,7 @@ def phi_of_members(phis, member):
     )
     for axis, (name, phi) in zip(axes[0], phis.items(), strict=True):
         histograms(axis, phi[member], phi[~member], ("members", "non-members"))
-        axis.set(title=name, xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
+        axis.set(title=plain(name), xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
     return figure
 
 

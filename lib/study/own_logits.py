@@ -1,4 +1,4 @@
-"""Audit models trained elsewhere: `python -m lib.study.own_logits sgd.npz sam.npz --out outputs/mine`, or `audit` from Python.
+"""Audit models trained elsewhere: `python -m lib.study.own_logits sgd.npz sam.npz --out outputs/mine`, or `audit`.
 
 A file holds what any framework can save with numpy.savez; M models (one is enough), N examples, C classes, Q queries:
 
@@ -32,37 +32,33 @@ from lib.training.store import write_atomic
 
 NEEDED = ("logits", "y", "member")
 OPTIONAL = ("population_logits", "population_y", "groups", "probabilities", "population_probabilities")
-SHUFFLED = "null control: shuffled membership"
-LEAST = 4  # members and non-members of a model: a half of each learns, the other is judged
+LEAST = 4  # members and non-members of a model: thresholds are learned on one half of them and judged on the other
 
 
 # ---- what was given, checked --------------------------------------------------------------------------------
+
+
+def need(fine, message):
+    """Raise ValueError with the message unless fine."""
+    if not fine:
+        raise ValueError(message)
 
 
 def read(path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, never unpickled. Raises FileNotFoundError, or ValueError naming file and array."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; valid is an .npz file with {', '.join(NEEDED)}")
-    key, damaged = "file", (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+    key, found = "file", {}
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("a single array, without a name")
+            need(isinstance(loaded, np.lib.npyio.NpzFile), "a single array, without a name")
             fits(loaded)
-            found = {}
-            for key in known(loaded.files):
+            for key in loaded.files:
                 found[key] = loaded[key]
         return found
-    except damaged as error:
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: {key}: {error}; valid are the named arrays of numpy.savez, no objects") from None
-
-
-def known(names) -> list[str]:
-    """The names, or ValueError for one that is unknown."""
-    for name in set(names) - {*NEEDED, *OPTIONAL}:
-        raise ValueError(f"array {name!r} is unknown; valid are {', '.join(NEEDED + OPTIONAL)}")
-    return list(names)
 
 
 def checked(name, given) -> SimpleNamespace:
@@ -70,61 +66,58 @@ def checked(name, given) -> SimpleNamespace:
 
     Raises ValueError naming the ensemble, the array, what it is and what is valid.
     """
-    arrays = dict(given) if hasattr(given, "items") else read(given)
+    arrays = {key: np.asarray(array) for key, array in (given if hasattr(given, "items") else read(given)).items()}
     try:
-        arrays = {key: np.asarray(arrays[key]) for key in known(arrays)}
         for key, array in arrays.items():
-            if array.dtype.kind not in "biuf" + "US" * (key == "groups"):
-                raise ValueError(f"{key}: {array.dtype} of shape {array.shape}; valid are real numbers")
+            need(key in NEEDED + OPTIONAL, f"array {key!r} is unknown; valid are {', '.join(NEEDED + OPTIONAL)}")
+            numbers = array.dtype.kind in "biuf" + "US" * (key == "groups")
+            need(numbers, f"{key}: {array.dtype} of shape {array.shape}; valid are real numbers")
         notes = [note for prefix in ("", "population_") for note in to_logits(arrays, prefix)]
         for key in NEEDED:
-            if key not in arrays:
-                raise ValueError(f"{key}: missing; valid are files with {', '.join(NEEDED)}")
+            need(key in arrays, f"{key}: missing; valid are files with {', '.join(NEEDED)}")
         e = SimpleNamespace(**{key: arrays.get(key) for key in NEEDED + OPTIONAL[:3]}, notes=notes)
         if e.logits.ndim == 2 and e.member.ndim == 1:  # one model
             e.logits, e.member = e.logits[None], e.member[None]
             e.population_logits = None if e.population_logits is None else e.population_logits[None]
-        shaped("logits", e.logits, (3, 4))
+        check_logits("logits", e.logits)
         e.y = labels("y", e.y, e.logits)
-        e.member = membership(e.member, (len(e.logits), len(e.y)))
-        population(e)
-        grouped(e)
+        e.member = membership(e.member, (len(e.logits), len(e.y)), e.groups)
+        z, like = e.population_logits, e.logits.shape
+        both = (z is None) == (e.population_y is None)
+        need(both, "population_y: missing or without population_logits; valid are both or neither")
+        if z is not None:
+            alike = z.ndim == len(like) and z.shape[:-2] + z.shape[-1:] == like[:-2] + like[-1:]
+            need(alike, f"population_logits: shape {z.shape}; valid is that of logits {like} except for N")
+            check_logits("population_logits", z)
+            e.population_y = labels("population_y", e.population_y, z)
         return e
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def to_logits(arrays, prefix):
-    """Replace <prefix>probabilities by their logarithms: the notes that this calls for."""
+    """Replace <prefix>probabilities by their logarithms: a list of notes to the reader."""
     p = arrays.pop(f"{prefix}probabilities", None)
     if p is None:
         return []
-    if f"{prefix}logits" in arrays:
-        raise ValueError(f"{prefix}probabilities: beside {prefix}logits; valid is one of them")
-    if (
-        p.dtype.kind != "f"
-        or p.ndim < 2
-        or p.size == 0
-        or not ((p >= 0).all() and np.abs(p.sum(-1, dtype=float) - 1).max() < 0.02)
-    ):
-        raise ValueError(f"{prefix}probabilities: {p.dtype} of shape {p.shape}; valid are floats >= 0 that sum to 1")
+    need(f"{prefix}logits" not in arrays, f"{prefix}probabilities: beside {prefix}logits; valid is one of them")
+    floats = p.dtype.kind == "f" and p.ndim > 1 and p.size > 0
+    fine = floats and (p >= 0).all() and np.abs(p.sum(-1, dtype=float) - 1).max() < 0.02
+    need(fine, f"{prefix}probabilities: {p.dtype} of shape {p.shape}; valid are floats >= 0 that sum to 1")
     # z = log p, and log of the smallest positive p where p = 0
-    least = p[p > 0].min()
+    least, zero = p[p > 0].min(), np.mean(p == 0)
     arrays[f"{prefix}logits"] = np.log(np.maximum(p, least))
-    zeros = f", the {np.mean(p == 0):.2%} that are 0 as {least:.2g}, the smallest one given" if (p == 0).any() else ""
-    return [f"{prefix}probabilities were given: their logarithms stand for logits{zeros}."]
+    note = f"{prefix}probabilities were given: we use their logarithms as logits."
+    return [note + (f" {zero:.2%} are 0 and count as {least:.2g}, the smallest other one." if zero else "")]
 
 
-def shaped(key, logits, ndims):
-    """ValueError unless logits are floats with one of these numbers of axes, two classes or more, and no NaN or inf."""
-    if logits.dtype.kind != "f" or logits.ndim not in ndims or logits.shape[-1] < 2 or logits.size == 0:
-        raise ValueError(f"{key}: {logits.dtype} of shape {logits.shape}; valid are floats [M, N, C] or [M, Q, N, C]")
-    for m, z in enumerate(logits):
-        bad = np.isnan(z) | np.isposinf(z)
-        if bad.any():
-            raise ValueError(
-                f"{key}: {z[bad][0]} at model {m}, example {np.argwhere(bad)[0][-2]}; valid are finite numbers"
-            )
+def check_logits(key, logits):
+    """ValueError unless logits are floats [M, N, C] or [M, Q, N, C], two classes or more, without NaN and inf."""
+    fine = logits.dtype.kind == "f" and logits.ndim in (3, 4) and logits.shape[-1] >= 2 and logits.size > 0
+    need(fine, f"{key}: {logits.dtype} of shape {logits.shape}; valid are floats [M, N, C] or [M, Q, N, C]")
+    for m, z in enumerate(logits):  # one model at a time, to save memory
+        for at in np.argwhere(np.isnan(z) | np.isposinf(z))[:1]:
+            raise ValueError(f"{key}: {z[tuple(at)]} at model {m}, example {at[-2]}; valid are finite numbers")
 
 
 def labels(key, y, logits):
@@ -132,80 +125,56 @@ def labels(key, y, logits):
     n, c = logits.shape[-2:]
     if y.shape == (n, c) and ((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all():
         return y.argmax(1)
-    if y.shape != (n,) or y.dtype.kind not in "iu":
-        raise ValueError(f"{key}: {y.dtype} of shape {y.shape}; valid are integers [{n}], or one-hot [{n}, {c}]")
+    integers = y.shape == (n,) and y.dtype.kind in "iu"
+    need(integers, f"{key}: {y.dtype} of shape {y.shape}; valid are integers [{n}], or one-hot [{n}, {c}]")
     for i in np.flatnonzero((y < 0) | (y >= c))[:1]:
         raise ValueError(f"{key}: {y[i]} at example {i}; valid are 0 to {c - 1}, the classes of logits")
     return y.astype(np.int64)
 
 
-def membership(member, shape):
-    """member as bool [M, N], or ValueError. Models that all trained on the same examples are a design too."""
-    if member.shape != shape:
-        raise ValueError(f"member: shape {member.shape}; valid is [M, N] = {shape}, as in logits")
+def membership(member, shape, groups):
+    """member as bool [M, N], with LEAST members and non-members (examples, and groups) in every model, or ValueError.
+
+    All models may have trained on the same examples; otherwise, every example is in some models and not in others.
+    """
+    need(member.shape == shape, f"member: shape {member.shape}; valid is [M, N] = {shape}, as in logits")
     for m, i in np.argwhere(~np.isin(member, (0, 1)))[:1]:
         raise ValueError(f"member: {member[m, i]} at model {m}, example {i}; valid are 0 and 1")
-    member, n = member.astype(bool), shape[1]
-    for m in np.flatnonzero(np.minimum(member.sum(1), (~member).sum(1)) < LEAST)[:1]:
-        found = f"model {m} has {member[m].sum()} members of {n} examples"
-        raise ValueError(f"member: {found}; valid are at least {LEAST} members and {LEAST} non-members")
-    share = member.mean(0)
-    if len(member) > 2 and (member != member[0]).any() and not ((share > 0) & (share < 1)).all():
-        i = int(np.flatnonzero((share == 0) | (share == 1))[0])
-        where = "all" if share[i] else "none"
-        raise ValueError(
-            f"member: example {i} is in {where} of the {len(member)} models; valid is in some: leave it out, or "
-            "give what no model trained on as population_logits and population_y"
-        )
+    member = member.astype(bool)
+    columns = {"member": np.arange(shape[1])}
+    if groups is not None:
+        need(groups.shape == shape[1:], f"groups: shape {groups.shape}; valid is [N] = {shape[1:]}")
+        columns["groups"] = np.unique(groups, return_index=True)[1]  # the first example of each
+    for key, chosen in columns.items():
+        inside = member[:, chosen].sum(1)
+        for m in np.flatnonzero((inside < LEAST) | (len(chosen) - inside < LEAST))[:1]:
+            found = f"model {m} has {inside[m]} members of {len(chosen)}"
+            raise ValueError(f"{key}: {found}; valid are at least {LEAST} members and {LEAST} non-members")
+    if len(member) > 2 and (member != member[0]).any():
+        for i in np.flatnonzero(member.all(0) | ~member.any(0))[:1]:
+            where = "all" if member[0, i] else "none"
+            raise ValueError(
+                f"member: example {i} is in {where} of the {len(member)} models; valid is in some: leave it out, or "
+                "give what no model trained on as population_logits and population_y"
+            )
     return member
 
 
-def population(e):
-    """Check population_logits and population_y: ValueError, or labels as integers."""
-    if (e.population_logits is None) != (e.population_y is None):
-        raise ValueError("population_y: missing or without population_logits; valid are both or neither")
-    if e.population_logits is not None:
-        z, like = e.population_logits, e.logits.shape
-        if z.ndim != len(like) or z.shape[:-2] + z.shape[-1:] != like[:-2] + like[-1:]:
-            raise ValueError(f"population_logits: shape {z.shape}; valid is that of logits {like} but for N")
-        shaped("population_logits", z, (len(like),))
-        e.population_y = labels("population_y", e.population_y, z)
-
-
-def grouped(e):
-    """ValueError unless groups, if given, are [N] and each model has enough of them, by their first examples."""
-    if e.groups is None:
-        return
-    if e.groups.shape != e.y.shape:
-        raise ValueError(f"groups: shape {e.groups.shape}; valid is [N] = {e.y.shape}")
-    member = e.member[:, np.unique(e.groups, return_index=True)[1]]
-    for m in np.flatnonzero(np.minimum(member.sum(1), (~member).sum(1)) < LEAST)[:1]:
-        found = f"model {m} has {member[m].sum()} members among {member.shape[1]} groups"
-        raise ValueError(f"groups: {found}; valid are at least {LEAST} members and {LEAST} non-members")
-
-
-def alike(ensembles):
-    """ValueError unless all share y, member and groups, so that every comparison is paired."""
-    (first, base), *others = ensembles.items()
-    for name, e in others:
-        for key in ("y", "member", "groups"):
-            a, b = getattr(base, key), getattr(e, key)
-            if (a is None) != (b is None) or not np.array_equal(a, b):
-                raise ValueError(
-                    f"{name}: {key}: differs from that of {first}; valid is the same in all files, so that models are "
-                    "compared pair by pair: audit files that differ one at a time"
-                )
-
-
-# ---- what it comes to ---------------------------------------------------------------------------------------
+# ---- the audit ----------------------------------------------------------------------------------------------
 
 
 def lacking(member) -> str:
-    """What LiRA and RMIA lack in models; empty if nothing."""
+    """Why LiRA and RMIA cannot run (too few models), or ""."""
     try:
-        return shadow._enough(member, 2, True) or ""
+        shadow.lira(np.zeros(member.shape, np.float32), member)
     except ValueError as error:
         return str(error).removeprefix("member: ")
+    return ""
+
+
+def plain(e):
+    """The logits [M, N, C] of the plain input, the first query."""
+    return e.logits if e.logits.ndim == 3 else e.logits[:, 0]
 
 
 def scores(e, member) -> dict[str, np.ndarray]:
@@ -216,132 +185,105 @@ def scores(e, member) -> dict[str, np.ndarray]:
     return {name: found[name] for name in catalogue.NAMES if name in found}
 
 
-def plain(e):
-    """The logits [M, N, C] of the plain input, the first query."""
-    return e.logits if e.logits.ndim == 3 else e.logits[:, 0]
-
-
 def how(e):
-    """The arguments of intervals.table that say what the intervals are about."""
+    """The arguments of `intervals` that say what the intervals are over: one or two models say nothing on others."""
     return {"columns": e.groups, "examples_only": len(e.member) < 3}
 
 
-def leakage(scored, e):
-    """Every metric of every attack, for each name and difference from the first: a tidy frame."""
+def leakage(scored, e, member):
+    """Every metric of every attack, for each name and for each difference from the first: a tidy frame."""
     frames = []
     for attack in next(iter(scored.values())):
         threshold = 0.0 if attack in catalogue.FIXED else None
         each = {name: found[attack] for name, found in scored.items()}
-        frames.append(intervals.table(each, e.member, threshold=threshold, **how(e)).assign(attack=attack))
+        frames.append(intervals.table(each, member, threshold=threshold, **how(e)).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
 def fit(ensembles):
     """Accuracy and loss on the members, and accuracy in minus out: a tidy frame."""
-    base, cells, frames = next(iter(ensembles.values())), {}, []
+    values = {"train_accuracy": {}, "train_loss": {}, "generalization_gap": {}}
     for name, e in ensembles.items():
         seen = signals(plain(e), e.y, only=("correct", "log_confidence"))
-        right, loss = seen["correct"].astype(float), -seen["log_confidence"].astype(float)
-        inside, outside = (intervals.ratio_influence_values(right, side) for side in (e.member, ~e.member))
-        cells[name] = inside, intervals.ratio_influence_values(loss, e.member), inside - outside
-    for k, metric in enumerate(("train_accuracy", "train_loss", "generalization_gap")):
-        each = {name: c[k] for name, c in cells.items()}
-        clusters = intervals.pairs(base.member)
-        frames.append(intervals.paired(each, metric, k == 0, clusters=clusters, **how(base)).assign(attack=""))
-    return pd.concat(frames, ignore_index=True)
-
-
-def null(name, e):
-    """AUC of every attack on shuffled membership, without a fault 0.5: a tidy frame."""
-    shuffled = SimpleNamespace(**{**vars(e), "member": catalogue.null_member(e.member, 0, e.groups)})
-    frame = leakage({name: scores(e, shuffled.member)}, shuffled)
-    return frame[frame.metric == "auc"].assign(note=SHUFFLED)
+        inside, outside = (intervals.ratio_influence_values(seen["correct"] * 1.0, m) for m in (e.member, ~e.member))
+        values["train_accuracy"][name] = inside
+        values["train_loss"][name] = intervals.ratio_influence_values(seen["log_confidence"] * -1.0, e.member)
+        values["generalization_gap"][name] = inside - outside
+    more = {"clusters": intervals.pairs(e.member), **how(e)}
+    found = [intervals.paired(each, metric, metric == "train_accuracy", **more) for metric, each in values.items()]
+    return pd.concat(found, ignore_index=True).assign(attack="")
 
 
 def audit(given, out) -> pd.DataFrame:
     """Audit models trained elsewhere: the tidy frame of results.csv, with figures/ and report/index.html in `out`.
 
     given: dict name -> path of an .npz or dict of arrays (see the top of this file), or a list of paths, named by
-    their stems; the first is the baseline. Raises ValueError or FileNotFoundError before any attack runs.
+    their stems; the first is the baseline. The experiments are "main" and "null control" (shuffled membership, on
+    which every AUC should be 1/2). Raises ValueError or FileNotFoundError before any attack runs.
     """
-    ensembles = {name: checked(name, value) for name, value in named(given).items()}
-    alike(ensembles)
-    out = prepared(out)
-    first, e = next(iter(ensembles.items()))
-    scored = {name: scores(one, e.member) for name, one in ensembles.items()}
-    note = "logits given" + ", intervals over examples only" * how(e)["examples_only"]
-    found = pd.concat([fit(ensembles), leakage(scored, e)], ignore_index=True).assign(note=note)
-    frame = pd.concat([found, null(first, e)], ignore_index=True)
-    about = {"notebook": "outside", "dataset": out.name, "n_models": len(e.member), "n_examples": len(e.y)}
-    frame = frame.assign(**about).reindex(columns=COLUMNS)
-    draw(out, ensembles, scored, frame)
-    write_atomic(out / "results.csv", frame.to_csv(index=False, float_format="%.6g"))
-    write_atomic(out / "report" / "index.html", page(out, ensembles, frame))
-    return frame
-
-
-def named(given):
-    """given as a dict name -> path or arrays; a list of paths is named by their stems."""
-    if hasattr(given, "items"):
-        named = {str(name): value for name, value in given.items()}
-    else:
-        named = {Path(path).stem: path for path in given}
-    if not named or len(named) < len(given):
-        raise ValueError(f"data: {list(map(str, given))}; valid are one or more .npz files of different names")
-    return named
-
-
-def prepared(out):
-    """The folder, made; ValueError if it holds a study's results."""
+    named = {str(k): v for k, v in given.items()} if hasattr(given, "items") else {Path(p).stem: p for p in given}
+    fine = 0 < len(named) == len(given)
+    need(fine, f"data: {list(map(str, given))}; valid are one or more .npz files of different names")
+    ensembles = {name: checked(name, value) for name, value in named.items()}
+    (first, e), *others = ensembles.items()
+    for name, other in others:
+        for key in ("y", "member", "groups"):
+            same = np.array_equal(getattr(e, key), getattr(other, key))
+            need(same, f"{name}: {key}: differs from that of {first}; valid is the same in all files, so that models "
+                 "are compared pair by pair: audit files that differ one at a time")  # fmt: skip
     path = Path(out) / "results.csv"
-    if path.exists() and not (pd.read_csv(path, dtype=str).get("notebook", pd.Series("")) == "outside").all():
-        raise ValueError(f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")
+    fine = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
+    need(fine, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")
     for name in ("figures", "report"):
         (Path(out) / name).mkdir(parents=True, exist_ok=True)
-    return Path(out).resolve()
+
+    scored = {name: scores(one, e.member) for name, one in ensembles.items()}
+    shuffled = catalogue.null_member(e.member, 0, e.groups)
+    null = leakage({first: scores(e, shuffled)}, e, shuffled)
+    main = pd.concat([fit(ensembles), leakage(scored, e, e.member)]).assign(experiment="main")
+    frame = pd.concat([main, null[null.metric == "auc"].assign(experiment="null control")], ignore_index=True)
+    about = {"notebook": "own_logits", "dataset": Path(out).resolve().name, "coordinate": ""}
+    frame = frame.assign(**about, n_models=len(e.member), n_examples=len(e.y)).reindex(columns=COLUMNS)
+    write_atomic(path, frame.to_csv(index=False, float_format="%.6g"))
+    pictures = draw(out, ensembles, scored, frame)
+    write_atomic(Path(out) / "report" / "index.html", page(ensembles, frame, pictures))
+    return frame
 
 
 # ---- what is shown ------------------------------------------------------------------------------------------
 
 
 def draw(out, ensembles, scored, frame):
-    """Write figures/auc.png, difference.png (of several names), roc.png and phi.png."""
+    """Write figures/auc.png, difference.png (of several names), roc.png and phi.png: the HTML that shows them."""
     figures.style()
-    safe = {name: name.replace("$", r"\$").lstrip("_") for name in frame.optimizer.unique()}  # in matplotlib's labels
-    auc, member = true_auc(frame), next(iter(ensembles.values())).member
-    alone = auc.baseline == ""
-    auc, attack = auc.assign(optimizer=auc.optimizer.map(safe)), "lira" if "lira" in auc.attack.values else "confidence"
-    phis = {safe[name]: signals(plain(e), e.y, only=("phi",))["phi"] for name, e in ensembles.items()}
-    above = auc[alone].assign(**(auc.loc[alone, ["value", "ci_low", "ci_high"]] - 0.5))
-    drawn = {
-        "auc": figures.forest(above, "AUC above 1/2, which is guessing"),
-        "roc": figures.roc({safe[name]: found for name, found in scored.items()}, member, attack),
-        "phi": figures.phi_of_members(phis, member),
-    }
-    if len(ensembles) > 1:
-        drawn["difference"] = figures.forest(auc[~alone], "difference in AUC")
+    auc, member = frame[(frame.metric == "auc") & (frame.experiment == "main")], next(iter(ensembles.values())).member
+    own, differences = auc[auc.baseline == ""], auc[auc.baseline != ""]
+    phis = {name: signals(plain(e), e.y, only=("phi",))["phi"] for name, e in ensembles.items()}
+    above = own.assign(**(own[["value", "ci_low", "ci_high"]] - 0.5))
+    drawn = {"auc": figures.forest(above, "AUC minus 1/2, which is guessing")}
+    if len(differences):
+        drawn["difference"] = figures.forest(differences, "difference in AUC")
+    drawn["roc"] = figures.roc(scored, member, "lira" if "lira" in set(auc.attack) else "confidence")
+    drawn["phi"] = figures.phi_of_members(phis, member)
+    shown = ""
     for name, figure in drawn.items():
         figures.save(figure, SimpleNamespace(out=out), name)
+        data = base64.b64encode((Path(out) / "figures" / f"{name}.png").read_bytes()).decode()
+        shown += f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>'
+    return shown
 
 
-def true_auc(frame):
-    """The rows of AUC but for the null control's."""
-    return frame[(frame.metric == "auc") & (frame.note != SHUFFLED)]
-
-
-def summary(ensembles, frame):
-    """The finding, in a sentence for each name and each difference."""
-    auc, (first, *others), said = true_auc(frame), ensembles, []
-    for name in ensembles:
-        rows = auc[(auc.optimizer == name) & (auc.baseline == "")]
+def summary(auc):
+    """The finding, in a sentence for each name and each difference. auc: the main rows of the AUC."""
+    said = []
+    for (name, baseline), rows in auc.groupby(["optimizer", "baseline"], sort=False):
         best, above = rows.loc[rows.value.idxmax()], int((rows.ci_low > 0.5).sum())
-        said.append(
+        alone = (
             f"{name}: {above} of {len(rows)} attacks tell members from non-members (interval of AUC above 1/2); "
             f"the highest AUC is {text.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}."
         )
-    return said + [
-        text.summary(auc[(auc.optimizer == b) & (auc.baseline == first)], f"{b} leaks", first) for b in others
-    ]
+        said.append(text.summary(rows, f"{name} leaks", baseline) if baseline else alone)
+    return said
 
 
 def limits(ensembles):
@@ -350,19 +292,20 @@ def limits(ensembles):
     lack, thin, alone = lacking(e.member), classes_without(e), how(e)["examples_only"]
     groups = 0 if e.groups is None else len(np.unique(e.groups))
     said = {
-        f"Only attacks on one model's output were tried. LiRA and RMIA were left out: {lack}.": lack,
+        f"We ran only attacks on one model's output. LiRA and RMIA were left out: {lack}.": lack,
         "The 95% intervals are over new examples only: one or two models cannot say how others would differ.": alone,
         "The 95% intervals are over new models and new examples.": not alone,
-        f"They count {groups} groups of examples, not {len(e.y)} examples.": groups,
-        f"Classes {thin} lack members or non-members in a half of some model: their thresholds are all classes'.": thin,
+        f"The intervals count {groups} groups of examples, not {len(e.y)} examples.": groups,
+        f"Classes {thin} lack members or non-members in a half of some model: their thresholds are those of all "
+        "classes together.": thin,
         "Thresholds were learned on one half of the known members and non-members, and judged on the other.": True,
         "If members and non-members differ in more than training (a later date, another source), attacks see that too, "
         "and no control here can tell.": True,
-        "The highest of many AUCs is high in part by chance, and a stronger attack may exist: low values are no "
-        "proof.": True,
+        "The highest of many AUCs is high in part by chance, and a stronger attack may exist: low values prove "
+        "nothing.": True,
     }
     notes = [f"{name}: {note}" for name, one in ensembles.items() for note in one.notes]
-    return notes + [text for text, holds in said.items() if holds]
+    return notes + [sentence for sentence, holds in said.items() if holds]
 
 
 def classes_without(e):
@@ -372,69 +315,51 @@ def classes_without(e):
     return [c for c, sides in present.items() if not all(sides)]
 
 
-def tables(frame, columns):
-    """An HTML table for each optimizer: attacks by metrics, all text escaped."""
+def tables(frame):
+    """An HTML table for each name and difference: attacks by metrics, all text escaped."""
     shown = ""
-    for (name, baseline), rows in frame.groupby(["optimizer", "baseline"], sort=False):
+    for name, rows in frame.groupby(text.series(frame), sort=False):
         cells = [text.number(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)]
-        order = [c for c in dict.fromkeys(rows.metric) if c in columns or "@" in c]
         wide = rows.assign(cell=cells).pivot(index="attack", columns="metric", values="cell")
-        wide = wide.loc[rows.attack.unique(), order].rename_axis(index=None, columns=None).fillna("")
-        shown += f"<h3>{html.escape(name + (f' minus {baseline}' if baseline else ''))}</h3>{wide.to_html(border=0)}"
+        wide = wide.loc[rows.attack.unique(), rows.metric.unique()].rename_axis(index=None, columns=None).fillna("")
+        shown += f"<h3>{html.escape(name)}</h3>{wide.to_html(border=0)}"
     return shown
 
 
-def picture(path):
-    """An image as a paragraph of HTML, the file in it."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>'
-
-
-def page(out, ensembles, frame):
+def page(ensembles, frame, pictures):
     """The report, one HTML page with the figures in it."""
-    e, control, fitted = next(iter(ensembles.values())), frame[frame.note == SHUFFLED], frame[frame.attack == ""]
-    leaks = frame[(frame.attack != "") & (frame.note != SHUFFLED)]
-    inside = int(((control.ci_low <= 0.5) & (control.ci_high >= 0.5)).sum())
-    names = [n for n in ("auc", "difference", "roc", "phi") if n != "difference" or len(ensembles) > 1]
-    figures = "".join(picture(out / "figures" / f"{name}.png") for name in names)
-    said = summary(ensembles, frame), limits(ensembles)
-    found, limit = ("".join(f"<li>{html.escape(text)}</li>" for text in texts) for texts in said)
+    e, main = next(iter(ensembles.values())), frame[frame.experiment == "main"]
+    leaks, control = main[(main.attack != "") & (main.metric != "advantage")], frame[frame.experiment == "null control"]
+    found, limit = ("".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+                    for sentences in (summary(leaks[leaks.metric == "auc"]), limits(ensembles)))  # fmt: skip
     title = f"Membership leakage: {', '.join(ensembles)}"
     body = f"""<h1>{html.escape(title)}</h1>
 <p>Models: {len(e.member)}; examples: {len(e.y)}, of {e.logits.shape[-1]} classes.</p><ul>{found}</ul>
-{tables(leaks, ("auc", "balanced_accuracy"))}{figures}
-<h2>How well the models fit</h2>{tables(fitted, tuple(fitted.metric))}
-<h2>The null control</h2><p>On shuffled membership, {inside} of {len(control)} attacks have 0.5 in the interval.</p>
-{tables(control, ("auc",))}<h2>The limits</h2><ul>{limit}</ul>
+{tables(leaks)}{pictures}
+<h2>How well the models fit</h2>{tables(main[main.attack == ""])}
+<h2>The null control</h2><p>Membership shuffled: {html.escape(text.null_control(control))}</p>
+{tables(control)}<h2>The limits</h2><ul>{limit}</ul>
 <p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return report.page(title, body, "wide")
 
 
-# ---- the command --------------------------------------------------------------------------------------------
-
-
-def parse(arguments=None):
-    """(files, out) of a command line: files and --out, or DATA=a.npz,b.npz OUT=folder as make has them."""
+def main(arguments=None):
+    """Command line: files and --out, or DATA=a.npz,b.npz OUT=folder. Returns the exit status, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m lib.study.own_logits", description="Audit logits from anywhere.")
     parser.add_argument("files", nargs="*", help=".npz files, the first is the baseline (or DATA=a.npz,b.npz)")
     parser.add_argument("--out", default="outputs/mine", help="folder of the results (or OUT=folder)")
-    found = parser.parse_args(arguments)
-    words = dict(word.split("=", 1) for word in found.files if word.startswith(("DATA=", "OUT=")))
-    files = [word for word in found.files if not word.startswith(("DATA=", "OUT="))]
-    return files + [file for file in words.get("DATA", "").split(",") if file], words.get("OUT", found.out)
-
-
-def main(arguments=None):
-    """Command line. Returns the exit status, 2 for bad input."""
-    files, out = parse(arguments)
+    words = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, _, value = word.partition("=")
+        words += {"DATA": value.split(","), "OUT": ["--out", value]}.get(name, [word])
+    given = parser.parse_args(words)
     try:
-        audit(files, out)
+        audit(given.files, given.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"Done. Look at {Path(out) / 'report' / 'index.html'} (open in a browser), results.csv and figures/ beside it"
-    )
+    page_at = Path(given.out) / "report" / "index.html"
+    print(f"Done. Look at {page_at} (open in a browser), results.csv and figures/ beside it")
     return 0
 
 

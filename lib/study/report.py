@@ -7,20 +7,32 @@ It opens from disk, without a server, a script or the network: figures are embed
 import html
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
+import nh3
+import pandas as pd
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from lib.study import verdict
-from lib.study.results import differing
-from lib.study.safe import POLICY, harmless
+from lib.study.results import COLUMNS, differing
 from lib.study.text import null_control, planted_leak
 from lib.training.store import write_atomic
 
+# The browser refuses whatever runs or loads, should anything slip through `clean`.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MATH = "math menclose mfrac mi mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle msub msubsup msup mtable mtd"
+TAGS = nh3.ALLOWED_TAGS | set(f"{MATH} mtext mtr munder munderover style".split())
+ATTRIBUTES = "alt class colspan columnalign columnspacing display displaystyle fence form height id lang largeop"
+ATTRIBUTES += " linethickness lspace mathvariant maxsize minsize movablelimits notation open rowspacing rowspan rspace"
+ATTRIBUTES += " scope scriptlevel separator start stretchy title type width xmlns"
+SETUP = {"setup", "parameters", "injected-parameters"}  # tags of cells that a page folds
+PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*$")
+LOADS = re.compile(r"<|url\s*\(|@import|expression\s*\(|\\", re.I)  # in a style sheet; a backslash can spell the others
 CSS = """
 :root { color-scheme: light dark; --back: #fff; --text: #1f2328; --line: #d0d7de; --code: #f6f8fa; --link: #0550ae }
 @media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #dfe3e8; --line: #3b4048; --code: #21252b;
@@ -31,6 +43,7 @@ table { border-collapse: collapse; font-size: 0.85em; margin: 1em 0; display: bl
 th, td { border: 1px solid var(--line); padding: 0.3em 0.6em; text-align: left }
 .wide td:first-child { white-space: nowrap }
 pre { background: var(--code); padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
+summary { color: var(--link); cursor: pointer }
 img { max-width: 100%; background: #fff } math { font-size: 1.08em } .anchor-link { visibility: hidden }
 """
 SPELLINGS = {r"\operatorname*": r"\operatorname", r"arg\,min": "argmin", r"\arg\min": r"\operatorname{argmin}",
@@ -63,73 +76,94 @@ class Renderer(IPythonRenderer):
         return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
 
+def clean(body):
+    """HTML of a page's body without anything that runs, loads or sends: tags and attributes by the lists above."""
+
+    def link(tag, name, value):
+        if name == "src" or value.strip().lower().startswith("data:"):
+            return value if name == "src" and PICTURE.match(value) else None
+        return value
+
+    cleaned = nh3.clean(
+        body,
+        tags=TAGS,
+        clean_content_tags={"script"},
+        attributes={"*": set(ATTRIBUTES.split()), "a": {"href"}, "img": {"src"}},
+        attribute_filter=link,
+        url_schemes={"http", "https", "mailto", "data"},
+        link_rel=None,
+    )
+    return re.sub(r"<style[^>]*>(.*?)</style>", lambda m: "" if LOADS.search(m[1]) else m[0], cleaned, flags=re.S)
+
+
 def page(title, body, kind=""):
-    """A whole HTML page, in ASCII; title is text, body is HTML, whose scripts are taken out."""
+    """A whole HTML page, in ASCII; title is text, body is HTML, which is cleaned."""
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
     head += f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
-    text = f"<html lang=en><head>{head}<style>{CSS}</style></head><body class='{kind}'>{harmless(body)}</body></html>"
+    text = f"<html lang=en><head>{head}<style>{CSS}</style></head><body class='{kind}'>{clean(body)}</body></html>"
     return "<!DOCTYPE html>\n" + text.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def plain(cell):
-    """A cell for paper: parameters without the folders of this computer, formulas as MathML, no widgets."""
-    if "injected-parameters" in cell.metadata.get("tags", []):
-        cell.source = re.sub(r'"/[^"]*/', '"…/', cell.source)
-    for output in cell.get("outputs", []):
-        shown = output.get("data", {})
-        for kind in [k for k in shown if k.startswith("application/")]:
-            del shown[kind]
-        if "text/latex" in shown:
-            shown["text/html"] = mathml(shown.pop("text/latex").strip("$ \n"), "block")
-
-
 def rendered(path):
-    """(title, HTML page) of an executed notebook."""
+    """(title, HTML page) of an executed notebook: set-up folded, mathematics as MathML, no widgets, no folders."""
     book = nbformat.read(path, as_version=4)
-    book.metadata.pop("widgets", None)
     for cell in book.cells:
-        plain(cell)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.source = re.sub(r'"/[^"]*/', '"…/', cell.source)
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {})
+            for kind in [k for k in shown if k.startswith("application/")]:
+                del shown[kind]
+            if "text/latex" in shown:
+                shown["text/html"] = mathml(shown.pop("text/latex").strip("$ \n"), "block")
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.register_filter("markdown2html", lambda text: MarkdownWithMath(Renderer(escape=False)).render(text))
+    body = '<p><a href="index.html">All verdicts</a></p>'
+    for folded, cells in groupby(book.cells, lambda cell: bool(SETUP & set(cell.metadata.get("tags", [])))):
+        part, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=list(cells)))
+        body += f"<details><summary>Set-up and parameters</summary>{part}</details>" if folded else part
     headings = re.findall(r"^# (.+)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"), flags=re.M)
     title = (headings or [path.stem])[0]
-    body, _ = exporter.from_notebook_node(book)
-    return title, page(title, f'<p><a href="index.html">All verdicts</a></p>{body}')
-
-
-CONTROLS = {"null control": null_control, "planted leak": planted_leak, "the same example trained once": planted_leak}
+    return title, page(title, body)
 
 
 def controls(rows):
-    """A list in HTML: what each of the CONTROLS says, from a run's rows (verdict.read), or that it was not run."""
+    """A list in HTML: what the null control and the planted leaks of a run's rows (verdict.read) say."""
+    leak = rows[rows.experiment == "planted leak"]
+    times, once = leak.coordinate.str.removeprefix("times="), leak.coordinate == "times=1"
     said = []
-    for note, words in CONTROLS.items():
-        found = rows[rows.note.str.startswith(note)]
-        sentence = f"{found.note.iloc[0]}. {words(found)}" if len(found) else f"{note}. Not run."
-        said.append(f"<li>{html.escape(sentence[0].upper() + sentence[1:])}</li>")
-    return f"<ul>{''.join(said)}</ul>"
+    for title, found, words in (
+        ("Null control, membership shuffled", rows[rows.experiment == "null control"], null_control),
+        (f"Planted leak, one example trained {', '.join(times[~once].unique())} times", leak[~once], planted_leak),
+        ("The same example trained once", leak[once], planted_leak),
+    ):
+        said.append(f"{title}: {words(found)}" if len(found) else f"{title.partition(',')[0]}: not run.")
+    return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in said)}</ul>"
 
 
 def index(ledger, titles, differing=(), checked=""):
-    """The first page: the verdicts, the controls, a link to every page. titles: file name -> title; differing:
-    sentences; checked: HTML of `controls`."""
+    """The first page: the verdicts, the controls, a link to every page.
+
+    titles: file name -> title; differing: sentences on settings that differ; checked: HTML of `controls`.
+    """
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
     groups = ledger[verdict.GROUP].drop_duplicates().agg(lambda row: ", ".join(filter(None, row)), axis=1)
     title = f"Flat Is Not Private: {'; '.join(filter(None, groups)) or 'no results yet'}"
-    settings = ledger[[*verdict.GROUP, "optimizer", "differs"]].drop_duplicates()
-    settings = settings[(settings.optimizer != "") & (settings.differs != "")].drop(columns="run")
-    lines = "".join(f"<li>{html.escape(', '.join(row[:-1]))}: {html.escape(row[-1])}</li>" for row in settings.values)
-    mixed = "".join(f"<li>Mind: {html.escape(sentence)}</li>" for sentence in differing)
+    settings = ledger[["dataset", "arch", "optimizer", "differs"]].drop_duplicates()
+    settings = settings[(settings.optimizer != "") & (settings.differs != "")]
+    lines = [f"{', '.join(about)}: {differs}" for *about, differs in settings.values]
+    lines = lines or ["nothing was run yet"]
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in [*lines, *differing])
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     body = f"""<h1>{html.escape(title)}</h1>
-<p>The paper's claims, and checks of ours, one by one: {counted}.
-An effect is a difference to the baseline, with its 95% interval.
+<p>The paper's claims, and checks of ours: {counted}.
+An effect is a difference from the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
-<ul>{lines or "<li>nothing was run yet</li>"}{mixed}</ul>
+<ul>{items}</ul>
 {verdict.table(ledger).to_html()}
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
-<h2>Controls</h2><p>Shuffled membership is nothing that an attack could tell; a planted leak is there to be found.</p>
+<h2>Controls</h2><p>No attack should find anything in shuffled membership; every attack should find a planted leak.</p>
 {checked}
 <h2>The evidence</h2><ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return page(title, body, "wide")
@@ -140,10 +174,8 @@ def build(out):
     out, results = Path(out), Path(out) / "results.csv"
     books = sorted(out.glob("[0-9][0-9]_*.ipynb"))
     if not books and not results.exists():
-        raise ValueError(
-            f"out={str(out)!r} holds neither results.csv nor an executed notebook: `make study` makes them"
-        )
-    rows = verdict.read(results) if results.exists() else verdict.NOTHING
+        raise ValueError(f"out={str(out)!r} has neither results.csv nor an executed notebook: `make study` makes them")
+    rows = verdict.read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
     ledger = verdict.ledger(rows)
     (out / "report").mkdir(exist_ok=True)
     titles = {}

@@ -1,17 +1,19 @@
 """The paper's claims, and checks of ours, judged by rule: supported, contradicted, inconclusive or not run.
 
-An effect e with 95% interval [low, high] is turned so that a positive one speaks for the claim, and is held against
-delta, the smallest effect that matters (DELTAS). Three rules, and inconclusive where neither side of one holds:
+A claim predicts the sign of an effect, which is a paired difference with a 95% interval [low, high]. We count an effect
+as positive where it agrees with the claim. delta is the smallest effect that matters (DELTAS). There are three rules:
 
-    more      supported if low > 0 and e >= delta; contradicted if high < 0 and e <= -delta
-    not less  supported if low > -delta;           contradicted if high < 0 and e <= -delta ("less" is supported)
-    present   supported if low > 0 and e >= delta; contradicted if high < delta (too small to matter, or reversed)
+    more      supported if low > 0 and effect >= delta; contradicted if high < 0 and effect <= -delta
+    not less  supported if low > -delta;                contradicted if high < 0 and effect <= -delta
+    present   supported if low > 0 and effect >= delta; contradicted if high < delta (too small to matter, or reversed)
 
-A claim of several tests: not run if any is absent, else contradicted if any is, supported if all are, inconclusive
-else. A deterministic number (the limits of the theorem) is its own interval; any other without one is inconclusive.
+Otherwise the test is inconclusive. A claim of several tests is not run if one of them has no numbers; else it is
+contradicted if one test is, supported if all are, and inconclusive in all other cases. A number in which there is no
+chance (the limits of the theorem) is its own interval; any other number without an interval decides nothing.
 """
 
 import html
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,31 +22,34 @@ import pandas as pd
 
 from lib.attacks.catalogue import NAMES
 from lib.study.results import COLUMNS
+from lib.study.text import series
 
-NUMBERS, GROUP = ["value", "ci_low", "ci_high"], ["run", "dataset", "arch"]
-NOTHING = pd.DataFrame(columns=COLUMNS)
+NUMBERS, COUNTS, GROUP = ["value", "ci_low", "ci_high"], ["n_models", "n_examples"], ["run", "dataset", "arch"]
+LEDGER = [*GROUP, *"optimizer baseline claim whose statement verdict effect evidence n_models differs notebook".split()]
 SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3", "not run": "#ffffff"}
-DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's value, or of a ratio of 1; else
-PERCENT = ("nonmember_variance", "hessian", "variance_ratio", "strict_excess")  # metrics whose unit is free
+DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's own value; of a distance
 IMAGE, TABLE = ("resnet18", "wrn28_2", "vgg16"), ("mlp",)
 PAPER = {"cifar10": IMAGE, "cifar100": IMAGE, "eyepacs": IMAGE, "purchase100": TABLE, "texas100": TABLE}
 
 
 class Test(NamedTuple):
-    """Numbers to judge, all of which must hold. sign: -1 if the claim wants them negative; optimizer: None is the pair,
-    such as sam-sgd; note: its beginning, where empty means the main comparison, whose rows have none."""
+    """The numbers that a test needs, by the columns of results.csv or of `derived`; the rule must hold for all of them.
+
+    sign: -1 if the claim expects a negative effect. coordinate: how it begins; "" asks for the rows without one.
+    optimizer: None is the pair that is judged, optimizer minus baseline.
+    """
 
     metric: str
     sign: int = 1
     attack: str = ""
-    note: str = ""
+    experiment: str = "main"
+    coordinate: str = ""
     optimizer: str | None = None
     rule: str = "more"
 
 
 class Claim(NamedTuple):
-    """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline; whose: the paper's
-    claim, or a check of ours that goes beyond what the paper says."""
+    """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline."""
 
     name: str
     notebook: str
@@ -53,75 +58,79 @@ class Claim(NamedTuple):
     whose: str = "the paper's"
 
 
-OURS, AUC = "ours", Test("auc", attack="lira")
+OURS, AUC = "ours", Test("auc", attack="lira")  # checks of ours go beyond what the paper says
+BY_CONFIDENCE = dict(experiment="influence buckets", coordinate="by=influence on p_y")
+BUCKETS, RARE = dict(experiment="influence buckets"), dict(experiment="sub-patterns", coordinate="shared by=1 to 2")
 SPREAD = [(signal, over) for over in ("examples", "models") for signal in ("confidence", "phi")]
 CLAIMS = (
     Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),)),
     *(Claim(f"leaks_more_{n}", "01", f"{{a}} leaks more than {{b}} under {n}.", (Test("auc", 1, n),)) for n in NAMES),
-    Claim("more_so_when_strict", "01", "At the strictest FPR {a} leaks more under lira, relatively more than in AUC.",
-          (Test("tpr@strictest", 1, "lira", "tpr@"), Test("strict_excess", 1, "lira", "tpr@"))),
+    Claim("more_so_when_strict", "01", "Under lira, {a} raises the TPR at the lowest FPR, and by a larger factor than "
+          "it raises the AUC above guessing.",
+          (Test("tpr@strictest", 1, "lira", coordinate="tpr@"), Test("strict_excess", 1, "lira", coordinate="tpr@"))),
     Claim("at_every_length", "01", "{a} leaks more than {b} at every length of training.",
-          (AUC._replace(note="epochs="),), OURS),
+          (AUC._replace(experiment="length sweep", coordinate="epochs="),), OURS),
     Claim("at_equal_loss", "01", "{a} leaks more than {b} at equal train loss.",
-          (AUC._replace(note="at equal train loss"),), OURS),
-    Claim("memorization_not_lower", "02", "{a} memorizes no less than {b} on average.",
+          (AUC._replace(experiment="equal train loss", coordinate="train_loss="),), OURS),
+    Claim("memorization_not_lower", "02", "On average, {a} memorizes no less than {b}.",
           (Test("mean_memorization", rule="not less"),)),
-    Claim("memorization_in_the_middle", "02", "{a} memorizes more examples at 0.6 to 0.85 than {b}.",
+    Claim("memorization_in_the_middle", "02", "{a} has more examples than {b} with memorization from 0.6 to 0.85.",
           (Test("memorization_share_0.6_0.85"),)),
-    *(Claim(name, "06", statement, (Test(metric, note="pattern shared by 1 to 2"),)) for name, statement, metric in (
-        ("memorizes_atypical", "{a} memorizes the rarest known sub-patterns more than {b}.", "mean_memorization"),
-        ("gains_on_atypical", "{a} gains over {b} on test points of the rarest known sub-patterns.", "test_accuracy"))),
-    Claim("gains_where_few_help", "03", "{a} gains over {b} in bucket 1 (leaning on few examples), not in bucket 5.",
-          (Test("gain_bucket_1"), Test("gain_bucket_5", -1, rule="not less"), Test("gain_bucket_1_minus_5"))),
-    Claim("gains_without_ties", "03", "The same by influence on confidence, which leaves no ties: bucket 1 gains most.",
-          (Test("gain_bucket_1_minus_5", note="influence on p_y"),), OURS),
-    Claim("influence_makes_buckets", "03", "It is influence that sets bucket 1 apart: shuffled membership does less.",
-          (Test("gain_beyond_shuffled", note="influence on p_y"),), OURS),
-    Claim("beyond_difficulty", "03", "Within fifths of difficulty too, points that lean on few gain more.",
-          (Test("gain_entropy_within_difficulty_1_minus_5"),), OURS),
+    Claim("memorizes_atypical", "06", "{a} memorizes the rarest known sub-patterns more than {b}.",
+          (Test("mean_memorization", **RARE),)),
+    Claim("gains_on_atypical", "06", "{a} tests better than {b} on the rarest known sub-patterns.",
+          (Test("test_accuracy", **RARE),)),
+    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few training examples "
+          "(bucket 1), and not on those that depend on many (bucket 5).",
+          (Test("gain_bucket_1", **BUCKETS), Test("gain_bucket_5", -1, rule="not less", **BUCKETS),
+           Test("gain_bucket_1_minus_5", **BUCKETS))),
+    Claim("gains_without_ties", "03", "The same by influence on confidence, where no ties occur: bucket 1 gains more "
+          "than bucket 5.", (Test("gain_bucket_1_minus_5", **BY_CONFIDENCE),), OURS),
+    Claim("influence_makes_buckets", "03", "Influence explains the gain of bucket 1: it is smaller if membership is "
+          "shuffled.", (Test("gain_beyond_shuffled", **BY_CONFIDENCE),), OURS),
+    Claim("beyond_difficulty", "03", "Among test points of similar difficulty, too, those that depend on few examples "
+          "gain more.", (Test("gain_entropy_within_difficulty_1_minus_5", **BUCKETS),), OURS),
     *(Claim(f"varies_less_{s}_{over}", "01", f"On non-members, {{a}}'s {s} varies less across {over} than {{b}}'s.",
-            (Test(f"nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
-    Claim("fewer_extreme_nonmembers", "04", "{b} has more non-members of extreme confidence than {a}.",
+            (Test(f"relative nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
+    Claim("fewer_extreme_nonmembers", "04", "{a} has fewer non-members with a confidence above 0.99 than {b}.",
           (Test("nonmember_share_above_0.99", -1),)),
-    Claim("fewer_nonmembers_above", "04", "{b} has more non-members above its median member in confidence than {a}.",
+    Claim("fewer_nonmembers_above", "04", "{a} has fewer non-members above its median member in confidence than {b}.",
           (Test("nonmember_share_above_member_median", -1),), OURS),
-    Claim("theorem_conclusion", "04", "Theorem: penalizing curvature contracts the variance on non-members.",
-          (Test("variance_ratio", -1, note="monte carlo, spectrum=power law", optimizer="eta="),)),
-    Claim("premise_interpolator", "04", "Premise: SAM on a linear model ends away from the minimum 2-norm solution.",
-          (Test("distance_to_minimum_norm", note="limit: linear model", optimizer="sam", rule="present"),), OURS),
-    Claim("premise_curvature", "04", "Premise: the curvature of the training data is enough to contract it.",
-          (Test("variance_ratio", -1, note="limit: empirical curvature", optimizer="eta=", rule="present"),), OURS),
-    Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and leak more under lira.",
-          (Test("hessian_top_eigenvalue", -1), AUC)),
-    Claim("smaller_gap_larger_advantage", "01", "{a}'s generalization gap is smaller, and lira's advantage larger.",
-          (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
+    Claim("theorem_conclusion", "04", "Theorem: penalizing curvature reduces the variance on non-members.",
+          (Test("relative variance", -1, "", "theorem: monte carlo", "spectrum=power law", "largest eta"),)),
+    Claim("premise_interpolator", "04", "Premise: on a linear model, SAM does not end at the minimum 2-norm solution.",
+          (Test("distance_to_minimum_norm", 1, "", "theorem: limits", "case=linear model", "sam", "present"),), OURS),
+    Claim("premise_curvature", "04", "Premise: it is enough to penalize the curvature of the training data.",
+          (Test("relative variance", -1, "", "theorem: limits", "case=empirical curvature", "largest eta", "present"),),
+          OURS),
+    Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and {a} leaks more under lira.",
+          (Test("relative hessian_top_eigenvalue", -1), AUC)),
+    Claim("smaller_gap_larger_advantage", "01", "{a} has a smaller generalization gap than {b}, and lira has a larger "
+          "advantage.", (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
 )  # fmt: skip
-ALIKE = {  # claim: (statement, what the verdicts on lira that it compares share, in what they differ)
+ALIKE = {  # claims on the verdicts on lira: (statement, what the compared rows share, in what they differ)
     "other_optimizers_alike": ("Every sharpness-aware optimizer leaks more under lira.", GROUP, "optimizer"),
-    "other_architectures_alike": (
-        "Sharpness-aware training leaks more under lira in every architecture.",
-        ["dataset"],
-        "arch",
-    ),
-}
+    "other_architectures_alike": ("Sharpness-aware training leaks more under lira in every architecture.",
+                                  ["dataset"], "arch"),
+}  # fmt: skip
 
 
 def read(path):
-    """Rows of a results.csv, numbers as numbers; an empty file has none. Raises ValueError naming the file."""
+    """The rows of a results.csv, numbers as numbers, without audits of own logits. Raises ValueError."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        frame = frame.assign(**{c: frame[c].replace("", "nan").astype(float) for c in [*NUMBERS, *COLUMNS[-3:-1]]})
-        return frame.loc[frame.notebook != "outside", COLUMNS].dropna(subset="value")  # no run of ours
+        frame = frame.assign(**{c: frame[c].replace("", "nan").astype(float) for c in [*NUMBERS, *COUNTS]})
+        return frame.loc[frame.notebook != "own_logits", COLUMNS].dropna(subset="value")
     except pd.errors.EmptyDataError:
-        return NOTHING
+        return pd.DataFrame(columns=COLUMNS)
     except (OSError, ValueError, KeyError) as error:
         wanted = f"a run's results.csv, with the columns {', '.join(COLUMNS)}"
         raise ValueError(f"results={str(path)!r} can't be read ({error}): give {wanted}") from None
 
 
 def beside(out):
-    """Rows of the run in folder `out`, then of the runs in folders beside it that can be read, with a column run."""
-    out, found = Path(out).resolve(), [NOTHING.assign(run="")]
+    """The rows of the run in folder `out`, then of readable runs in the folders beside it, with a column run."""
+    out, found = Path(out).resolve(), [pd.DataFrame(columns=[*COLUMNS, "run"])]
     for path in sorted(out.parent.glob("*/results.csv"), key=lambda p: (p.parent != out, p)):
         try:
             found.append(read(path).assign(run=path.parent.name))
@@ -132,188 +141,171 @@ def beside(out):
 
 
 def judge(effect, low, high, delta, rule="more"):
-    """(verdict, reason) by the rules at the top; the effect is positive where it speaks for the claim."""
-    if low > -delta if rule == "not less" else low > 0 and effect >= delta:
-        return "supported", "holds"
-    if high < delta if rule == "present" else high < 0 and effect <= -delta:
-        return "contradicted", "fails"
+    """(verdict, reason) by the rules at the top; the effect is positive where it agrees with the claim."""
+    more, less = low > 0 and effect >= delta, high < 0 and effect <= -delta
+    rules = {"more": (more, less), "not less": (low > -delta, less), "present": (more, high < delta)}
+    for holds, verdict in zip(rules[rule], ("supported", "contradicted"), strict=True):
+        if holds:
+            return verdict, verdict
     if np.isnan([effect, low, high]).any():
-        return "inconclusive", "no interval" if np.isfinite(effect) else "no ratio to the baseline's value"
+        return "inconclusive", "no interval" if np.isfinite(effect) else "the baseline's own value is missing or 0"
     small = max(abs(low), abs(high)) < delta or not low <= 0 <= high
-    return "inconclusive", "smaller than matters" if small else "the interval holds 0"
+    return "inconclusive", "too small to matter" if small else "the interval contains 0"
 
 
 def combine(verdicts):
-    """The verdict on a conjunction; on nothing at all it is not run."""
-    worst = (v for v in ("not run", "contradicted", "inconclusive", "supported") if v in set(verdicts))
-    return next(worst, "not run")
+    """The verdict on a claim of several tests; without any, it is not run."""
+    worst_first = ("not run", "contradicted", "inconclusive", "supported")
+    return next((v for v in worst_first if v in set(verdicts)), "not run")
 
 
-def unit(metric):
-    """The unit in which a metric's effect is judged, a key of DELTAS."""
-    return "%" if metric.startswith(PERCENT) else "" if metric.startswith("distance") else " points"
+def derived(rows):
+    """Rows that claims test, computed from one group's recorded rows.
+
+    "relative X": a difference in X over the baseline's own X (of the AUC: over its excess above 1/2). "tpr@strictest":
+    lira's TPR at the lowest FPR recorded; "strict_excess": its relative growth minus that of the AUC. "relative
+    variance" of "largest eta": the ratio of variances minus 1 under the strongest penalty, at each coordinate.
+    """
+    key = ["optimizer", "baseline", "attack", "metric"]
+    main = rows[(rows.experiment == "main") & (rows.coordinate == "")].drop_duplicates(key)
+    pairs, own = main[main.baseline != ""], main[main.baseline == ""].set_index(["optimizer", "attack", "metric"])
+    base = own[NUMBERS].reindex(pd.MultiIndex.from_frame(pairs[["baseline", "attack", "metric"]])).set_axis(pairs.index)
+    start = base.value - 0.5 * (pairs.metric == "auc")
+    start = start.where(start > 0)
+    ratio = pairs.value / start
+    # Var(d / b) = (Var d + (d / b)^2 Var b) / b^2, taking d and b as independent
+    half = np.hypot(pairs.ci_high - pairs.ci_low, ratio * (base.ci_high - base.ci_low).fillna(0)) / 2 / start
+    relative = pairs.assign(value=ratio, ci_low=ratio - half, ci_high=ratio + half)
+
+    strict = relative[(relative.attack == "lira") & relative.metric.str.startswith("tpr@")]
+    strict = strict.loc[strict.metric.str[4:].astype(float).groupby([strict.optimizer, strict.baseline]).idxmin()]
+    strict = strict.assign(coordinate=strict.metric)
+    auc = relative[(relative.attack == "lira") & (relative.metric == "auc")].set_index(["optimizer", "baseline"])
+    auc = auc.reindex(pd.MultiIndex.from_frame(strict[["optimizer", "baseline"]])).set_axis(strict.index)
+    excess, half = strict.value - auc.value, np.hypot(strict.ci_high - strict.ci_low, auc.ci_high - auc.ci_low) / 2
+    excess = strict.assign(metric="strict_excess", value=excess, ci_low=excess - half, ci_high=excess + half)
+    strict = strict.assign(metric="tpr@strictest", **pairs.loc[strict.index, NUMBERS])
+
+    eta = rows[(rows.metric == "variance_ratio") & rows.optimizer.str.startswith("eta=")]
+    eta = eta.loc[eta.optimizer.str[4:].astype(float).groupby([eta.experiment, eta.coordinate]).idxmax()]
+    eta = eta.assign(optimizer="largest eta", metric="relative variance", **(eta[NUMBERS] - 1))
+    return pd.concat([relative.assign(metric="relative " + relative.metric), strict, excess, eta])
 
 
-def relative(rows, metric, pair, attack="", floor=0.0):
-    """The pair's difference over the baseline's own value above a floor: [value, low, high], NaN without a ratio."""
-    rows = rows[(rows.metric == metric) & (rows.attack == attack) & (rows.note == "")].drop_duplicates("optimizer")
-    rows = rows.set_index("optimizer")[NUMBERS].reindex([pair, pair.rpartition("-")[2]]).to_numpy(float)
-    base = rows[1, 0] - floor if rows[1, 0] > floor else np.nan
-    ratio, half = rows[0, 0] / base, np.ptp(rows[:, 1:], axis=1) / 2
-    # Var(d/b) = (Var d + (d/b)^2 Var b) / b^2, the covariance left out
-    half = np.hypot(half[0], ratio * np.nan_to_num(half[1])) / base
-    return ratio + np.array([0, -half, half])
-
-
-def with_strict(rows, pair):
-    """rows and two more: lira's TPR at the strictest FPR recorded, and its relative growth less that of the AUC."""
-    lira = rows[(rows.attack == "lira") & (rows.optimizer == pair) & (rows.note == "")]
-    fpr = lira.metric[lira.metric.str.startswith("tpr@")].str[4:].astype(float)
-    if fpr.empty:
-        return rows
-    tpr = lira.loc[[fpr.idxmin()]]
-    name = tpr.metric.iloc[0]
-    # (tpr - tpr_b) / tpr_b  -  (auc - auc_b) / (auc_b - 1/2), half-widths added in quadrature
-    a, b = relative(rows, name, pair, "lira"), relative(rows, "auc", pair, "lira", floor=0.5)
-    half = np.hypot(np.ptp(a), np.ptp(b)) / 2
-    excess = dict(zip(NUMBERS, a[0] - b[0] + np.array([0, -half, half]), strict=True))
-    excess |= {"metric": "strict_excess", "note": f"{name}, relative, less the AUC's"}
-    return pd.concat([rows, tpr.assign(metric="tpr@strictest", note=name), tpr.assign(**excess)], ignore_index=True)
-
-
-def measured(rows, test, pair):
-    """The rows that a test judges, their numbers in the unit of the metric; none where nothing was recorded."""
-    found = rows[(rows.metric == test.metric) & (rows.attack == test.attack)]
-    found = found[found.note.str.startswith(test.note) if test.note else found.note == ""]
-    if test.optimizer == "eta=":  # the strongest penalty of each setting
-        eta = pd.to_numeric(found.optimizer.str.removeprefix("eta="), errors="coerce").dropna()
-        found = found.loc[eta.groupby(found.note).idxmax()]
-    found = found[(test.optimizer == "eta=") | (found.optimizer == (test.optimizer or pair))].drop_duplicates("note")
-    numbers = found[NUMBERS] - float(test.metric == "variance_ratio")
-    if test.note.startswith("limit:"):  # deterministic
-        numbers = numbers.T.fillna(numbers.value).T
-    if len(found) and unit(test.metric) == "%" and not test.metric.startswith(("variance_ratio", "strict")):
-        numbers[:] = relative(rows, test.metric, pair)
-    return found.assign(**numbers)
-
-
-def text(row, kind):
-    """'+2.3 points [+2.0, +2.6]', '-15.0% [-18.4, -11.7]' or '1.2e-15'."""
-    value, low, high = (f"{100 * number:+.1f}" for number in (row.value, row.ci_low, row.ci_high))
-    return f"{value}{kind}" + f" [{low}, {high}]" * (row.ci_low < row.ci_high) if kind else f"{row.value:.2g}"
-
-
-def tried(rows, test, pair):
-    """One test on the rows of a group: a list of (verdict, effect, evidence, n_models)."""
-    kind, out = unit(test.metric), []
-    what = test.metric + f" of {test.attack}" * bool(test.attack)
-    bound = test.sign * DELTAS[kind] * (100 if kind else 1) * (-1 if test.rule == "not less" else 1)
-    evidence = f"{test.optimizer or pair}: {what} {'≥' if test.sign > 0 else '≤'} {bound:+g}{kind}"
-    for row in measured(rows, test, pair).itertuples():
+def tested(rows, test, optimizer, baseline, notebook):
+    """A test on the rows of a group: a list of (verdict, effect, evidence, n_models), one for each coordinate."""
+    found = rows[(rows.metric == test.metric) & (rows.attack == test.attack) & (rows.experiment == test.experiment)]
+    at = found.coordinate.str.startswith(test.coordinate) if test.coordinate else found.coordinate == ""
+    here = (found.notebook.str[:2] == notebook) | (test.experiment == "main")  # notebooks share the main comparison
+    about = (found.optimizer == optimizer) & (found.baseline == baseline)
+    kind = {"relative": "%", "strict": "%", "distance": ""}.get(re.split("[ _]", test.metric)[0], " points")
+    scale, what = 100 if kind else 1, test.metric + f" of {test.attack}" * bool(test.attack)
+    least = test.sign * DELTAS[kind] * scale * (-1 if test.rule == "not less" else 1)
+    who = f"{optimizer} − {baseline}" if baseline else optimizer
+    evidence = f"{who}: {what} {'≥' if test.sign > 0 else '≤'} {least:+g}{kind}"
+    out = []
+    for row in found[at & here & about].drop_duplicates("coordinate").itertuples():
         low, high = sorted((test.sign * row.ci_low, test.sign * row.ci_high))
         verdict, reason = judge(test.sign * row.value, low, high, DELTAS[kind], test.rule)
-        out.append((verdict, f"{row.note or what}: {text(row, kind)}, {reason}", evidence, row.n_models))
+        value = f"{scale * row.value:+.1f}{kind}" if kind else f"{row.value:.2g}"
+        interval = (
+            f" [{scale * row.ci_low:+.1f}, {scale * row.ci_high:+.1f}]" if kind and row.ci_low < row.ci_high else ""
+        )
+        out.append((verdict, f"{row.coordinate or what}: {value}{interval}, {reason}", evidence, row.n_models))
     return out or [("not run", "", f"{evidence} (not recorded)", np.nan)]
 
 
-def judged(rows, claim, pair):
-    """A claim on the rows of a group: a row of the ledger, as a dict."""
-    parts = [part for test in claim.tests for part in tried(rows, test, pair)]
-    verdicts, effects, evidence, n_models = zip(*parts, strict=True)
-    about_pair = any(test.optimizer is None for test in claim.tests)
-    return {
-        "optimizer": pair if about_pair else "",
-        "claim": claim.name,
-        "whose": claim.whose,
-        "statement": claim.statement.format(a=pair.rpartition("-")[0].upper(), b=pair.rpartition("-")[2].upper()),
-        "verdict": combine(verdicts),
-        "effect": "; ".join(filter(None, effects)),
-        "evidence": "; ".join(dict.fromkeys(evidence)),
-        "n_models": pd.Series(n_models).min(),
-        "differs": setting(rows, pair) if about_pair else "a linear model on drawn data",
-        "notebook": claim.notebook,
-    }
-
-
-def setting(rows, pair):
-    """What of a group's setting differs from the paper's, and how far its baseline was trained, in words."""
-    main, baseline = rows[(rows.note == "") & (rows.optimizer == pair)], pair.rpartition("-")[2]
-    if main.empty:
-        return ""
-    row = main.iloc[0]
-    said = [
-        (row.dataset not in PAPER, f"data set {row.dataset}"),
-        (row.arch not in PAPER.get(row.dataset, IMAGE), f"architecture {row.arch}"),
-        (row.n_examples < 50_000, f"a pool of {row.n_examples:.0f} examples, not 50,000"),
-        (row.n_models < 256, f"{row.n_models:.0f} models, not 256"),
-    ]
-    fit = rows[(rows.metric == "train_accuracy") & (rows.optimizer == baseline) & (rows.note == "")].value
+def setting(main, optimizer, baseline):
+    """In words: what of a group's setting differs from the paper's, and how well its baseline fits."""
+    pair = main[(main.optimizer == optimizer) & (main.baseline == baseline)]
+    said = []
+    for row in pair[:1].itertuples():
+        said = [
+            (row.dataset not in PAPER, f"data set {row.dataset}"),
+            (row.arch not in PAPER.get(row.dataset, IMAGE), f"architecture {row.arch}"),
+            (row.n_examples < 50_000, f"a pool of {row.n_examples:.0f} examples, not 50,000"),
+            (row.n_models < 256, f"{row.n_models:.0f} models, not 256"),
+        ]
+    fit = main.value[(main.metric == "train_accuracy") & (main.optimizer == baseline) & (main.baseline == "")]
     return "; ".join([words for differs, words in said if differs] + [f"{baseline} fits {v:.1%}" for v in fit[:1]])
 
 
 def sharp(rows):
-    """Rows of sharpness-aware optimizers: with a positive radius, which a plain optimizer and the defence SharpReg have
-    not, and without the noise of DP-SAM."""
-    return rows[(pd.to_numeric(rows.rho, errors="coerce") > 0) & ~rows.optimizer.str.startswith("dpsam")]
+    """The differences of sharpness-aware optimizers: those with a radius, and without the noise of DP-SAM."""
+    radius = pd.to_numeric(rows.rho, errors="coerce")
+    return rows[(rows.baseline != "") & (radius > 0) & ~rows.optimizer.str.startswith("dpsam")]
 
 
-def group_ledger(rows):
-    """The CLAIMS on the rows of one run, data set and architecture: for each pair, or once if about no pair."""
-    main = sharp(rows[rows.note == ""]).optimizer
-    known = set(rows.optimizer)
-    pairs = [name for name in main.unique() if name.rpartition("-")[2] in known - {name}] or ["sam-sgd"]
-    out = pd.DataFrame([judged(with_strict(rows, pair), claim, pair) for pair in pairs for claim in CLAIMS])
-    return out.drop_duplicates(["optimizer", "claim"])
+def judged(rows, main, claim, pair):
+    """A claim on the rows of a group, for a pair (optimizer, baseline): a row of the ledger without the group."""
+    compares = any(test.optimizer is None for test in claim.tests)
+    parts = []
+    for test in claim.tests:
+        parts += tested(rows, test, *((test.optimizer, "") if test.optimizer else pair), claim.notebook)
+    verdicts, effects, evidence, n_models = zip(*parts, strict=True)
+    return dict(zip(("optimizer", "baseline"), pair if compares else ("", ""), strict=True)) | {
+        "claim": claim.name,
+        "whose": claim.whose,
+        "statement": claim.statement.format(a=pair[0].upper(), b=pair[1].upper()),
+        "verdict": combine(verdicts),
+        "effect": "; ".join(filter(None, effects)),
+        "evidence": "; ".join(dict.fromkeys(evidence)),
+        "n_models": pd.Series(n_models).min(),
+        "differs": setting(main, *pair) if compares else "a linear model on drawn data",
+        "notebook": claim.notebook,
+    }
 
 
-def variants(rows):
-    """The verdict on lira for each optimizer of notebook 06 at its own radius: rows as the ledger's."""
-    known = set(rows.optimizer)
-    rows = sharp(rows[rows.note == "variants"]).assign(note="")
-    claim = next(claim for claim in CLAIMS if claim.name == "leaks_more_lira")
-    pairs = [name for name in rows.optimizer.unique() if name.rpartition("-")[2] in known - {name}]
-    return pd.DataFrame([judged(rows, claim, pair) for pair in pairs])
+def alike(rows, ledger):
+    """The claims ALIKE, a row for each group: not run below two optimizers or architectures.
 
-
-def alike(ledger, more):
-    """ALIKE, from the verdicts on lira: a row for each group, not run below two optimizers or architectures.
-
-    more: such verdicts on optimizers that the ledger does not list one by one."""
-    out, main = [], ledger[ledger.claim == "leaks_more_lira"]
-    every = pd.concat([main, more], ignore_index=True).drop_duplicates([*GROUP, "optimizer"])
+    The optimizers of notebook 06 (the experiment "variants") count too, where the main comparison lacks them.
+    """
+    lira = sharp(rows[(rows.metric == "auc") & (rows.attack == "lira") & (rows.coordinate == "")])
+    lira = lira[lira.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")
+    lira = lira.drop_duplicates([*GROUP, "optimizer"])
+    verdicts = [judge(row.value, row.ci_low, row.ci_high, DELTAS[" points"])[0] for row in lira.itertuples()]
+    lira, out = lira.assign(verdict=verdicts), []
     for row in ledger.drop_duplicates(GROUP).to_dict("records"):
         for name, (statement, shared, across) in ALIKE.items():
-            lira = every if across == "optimizer" else main
-            ran = lira[(lira[shared] == pd.Series(row)[shared]).all(axis=1) & (lira.verdict != "not run")]
-            effect = "; ".join(f"{getattr(r, across)}: {r.verdict}" for r in ran.itertuples())
-            count = ran[across].nunique()
-            verdict = combine(ran.verdict) if count >= 2 else "not run"
-            about = dict(claim=name, statement=statement, verdict=verdict, effect=effect, optimizer="")
-            out.append(row | about | {"evidence": f"{count} of at least 2 {across}s with a verdict on lira"})
-    return pd.DataFrame(out)
+            found = lira[(lira[shared] == pd.Series(row)[shared]).all(axis=1)]
+            found = found[found.experiment == "main"] if across == "arch" else found
+            n = found[across].nunique()
+            about = dict(claim=name, statement=statement, verdict=combine(found.verdict) if n > 1 else "not run")
+            about["effect"] = "; ".join(f"{getattr(r, across)}: {r.verdict}" for r in found.itertuples())
+            about["evidence"] = f"{n} {across}{'s' * (n != 1)} with a verdict on lira; at least 2 are needed"
+            out.append(row | about | {"optimizer": "", "baseline": ""})
+    return pd.DataFrame(out, columns=LEDGER)
 
 
 def ledger(results):
-    """The verdicts on the rows of `read` or `beside`: one row for each claim and group (run, dataset, arch) and, if the
-    claim is about a pair, for each sharpness-aware optimizer. Without rows every claim is not run."""
+    """The verdicts on rows of `read` or `beside`, a frame with the columns LEDGER.
+
+    One row for each claim and group (run, dataset, arch) and, if the claim compares optimizers, for each
+    sharpness-aware optimizer of the main comparison. Without any rows, every claim is not run.
+    """
     rows = results.assign(run=results.get("run", "")).reset_index(drop=True)
     if rows.empty:
-        rows = pd.DataFrame([dict.fromkeys(rows.columns, "") | dict.fromkeys([*NUMBERS, *COLUMNS[-3:-1]], np.nan)])
-    groups = rows.groupby(GROUP, sort=False)
-    out = pd.concat(
-        [group_ledger(part).assign(run=r, dataset=d, arch=a) for (r, d, a), part in groups], ignore_index=True
-    )
-    more = [variants(part).assign(run=r, dataset=d, arch=a) for (r, d, a), part in groups]
-    return pd.concat([out, alike(out, pd.concat(more))], ignore_index=True)
+        rows = pd.DataFrame([dict.fromkeys(rows.columns, "") | dict.fromkeys([*NUMBERS, *COUNTS], np.nan)])
+    exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them
+    rows = rows.assign(ci_low=rows.ci_low.fillna(exact), ci_high=rows.ci_high.fillna(exact))
+    out = []
+    for group, part in rows.groupby(GROUP, sort=False):
+        main = part[(part.experiment == "main") & (part.coordinate == "")]
+        known = pd.concat([part, derived(part)])
+        for pair in sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]:
+            out += [dict(zip(GROUP, group, strict=True)) | judged(known, main, claim, pair) for claim in CLAIMS]
+    out = pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"])
+    return pd.concat([out, alike(rows, out)], ignore_index=True)
 
 
 def wide(ledger):
     """The verdicts as a table: a claim a row; a column for each group and pair, named by what differs."""
     out = {}
     for key, rows in ledger.groupby(GROUP, sort=False):
-        for pair in filter(None, rows.optimizer.unique()):
+        for pair in filter(None, series(rows).unique()):
             name = "\n".join(filter(None, dict.fromkeys((*key, pair))))
-            out[name] = rows[rows.optimizer.isin([pair, ""])].set_index("claim").verdict
+            out[name] = rows[series(rows).isin([pair, ""])].set_index("claim").verdict
     return pd.DataFrame(out)
 
 

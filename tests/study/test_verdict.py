@@ -14,42 +14,63 @@ REFERENCE = sorted((ROOT / "outputs" / "reference").glob("*/results.csv"))
 OPPOSITE = {"supported": "contradicted", "contradicted": "supported"}
 
 
-def row(metric, value, half=0.001, optimizer="sam-sgd", attack="", note="", **more):
-    """One row of results; half: of its interval, None for a deterministic number."""
+def row(metric, value, half=0.001, optimizer="sam", baseline="sgd", attack="", experiment="main", **more):
+    """One row of results; half: of its interval, None for a number without chance."""
     low, high = (np.nan, np.nan) if half is None else (value - half, value + half)
     plain = {"notebook": "01", "dataset": "digits", "arch": "mlp", "rho": "0.3" if "sam" in optimizer else ""}
-    numbers = {"value": value, "ci_low": low, "ci_high": high, "n_models": 128, "n_examples": 1200}
-    return plain | numbers | {"metric": metric, "optimizer": optimizer, "attack": attack, "note": note} | more
+    numbers = {"value": value, "ci_low": low, "ci_high": high, "n_models": 128, "n_examples": 1200, "coordinate": ""}
+    about = {"metric": metric, "optimizer": optimizer, "baseline": baseline, "attack": attack, "experiment": experiment}
+    return plain | numbers | about | more
+
+
+def own(metric, value, half=0.001, **more):
+    """A row of the baseline's own value."""
+    return row(metric, value, half, optimizer="sgd", baseline="", **more)
+
+
+def penalty(eta, value, coordinate, experiment="theorem: monte carlo", **more):
+    """A row of the theorem: the ratio of variances under a penalty."""
+    about = dict(optimizer=f"eta={eta}", baseline="", experiment=experiment, coordinate=coordinate, notebook="04")
+    return row("variance_ratio", value, 0.01, **(about | more))
 
 
 def frame(rows):
-    return pd.DataFrame(list(rows), columns=[*COLUMNS, "run"] if any("run" in r for r in rows) else COLUMNS)
+    return pd.DataFrame(list(rows), columns=COLUMNS)
 
 
 def everything(sign=1):
     """Rows for every claim; with sign 1 they support it, with -1 they say the reverse."""
-    out = [row("test_accuracy", 0.01 * sign), row("train_accuracy", 0.99, optimizer="sgd")]
+    out = [row("test_accuracy", 0.01 * sign), own("train_accuracy", 0.99)]
     out += [row("auc", 0.02 * sign, attack=name) for name in catalogue.NAMES]
-    out += [row(f"tpr@{f}", v, attack="lira", optimizer=o)
-            for f in (0.1, 0.001) for o, v in (("sgd", 0.02), ("sam-sgd", 0.02 * sign))]  # fmt: skip
-    out += [row("auc", 0.6, attack="lira", optimizer="sgd"), row("advantage", 0.02 * sign, attack="lira")]
-    out += [
-        row("auc", 0.02 * sign, attack="lira", note=n) for n in ("epochs=5", "epochs=9", "at equal train loss 1, x")
-    ]
-    out += [row("mean_memorization", 0.01 * sign), row("memorization_share_0.6_0.85", 0.01 * sign)]
-    out += [row(m, 0.01 * sign, note="pattern shared by 1 to 2") for m in ("mean_memorization", "test_accuracy")]
-    out += [row(f"gain_bucket_{b}", v * sign) for b, v in (("1", 0.03), ("5", -0.005), ("1_minus_5", 0.035))]
-    out += [row(m, 0.01 * sign, note="influence on p_y") for m in ("gain_beyond_shuffled", "gain_bucket_1_minus_5")]
-    out += [row("gain_entropy_within_difficulty_1_minus_5", 0.01 * sign)]
-    out += [row("nonmember_share_above_member_median", -0.01 * sign)]
-    out += [row("nonmember_share_above_0.99", -0.01 * sign), row("generalization_gap", -0.01 * sign)]
+    for fpr in (0.1, 0.001):
+        out += [own(f"tpr@{fpr}", 0.02, attack="lira"), row(f"tpr@{fpr}", 0.02 * sign, attack="lira")]
+    out += [own("auc", 0.6, attack="lira"), row("advantage", 0.02 * sign, attack="lira")]
+    for experiment, coordinate in (("length sweep", "epochs=5"), ("length sweep", "epochs=9"),
+                                   ("equal train loss", "train_loss=1, between=0.9 and 1.1")):  # fmt: skip
+        out += [row("auc", 0.02 * sign, attack="lira", experiment=experiment, coordinate=coordinate)]
+    out += [row(metric, 0.01 * sign, notebook="02") for metric in ("mean_memorization", "memorization_share_0.6_0.85")]
+    rare = dict(experiment="sub-patterns", coordinate="shared by=1 to 2", notebook="06")
+    out += [row(metric, 0.01 * sign, **rare) for metric in ("mean_memorization", "test_accuracy")]
+    buckets = dict(experiment="influence buckets", notebook="03")
+    for metric, value in (("gain_bucket_1", 0.03), ("gain_bucket_5", -0.005), ("gain_bucket_1_minus_5", 0.035),
+                          ("gain_entropy_within_difficulty_1_minus_5", 0.01)):  # fmt: skip
+        out += [row(metric, value * sign, **buckets)]
+    for metric in ("gain_beyond_shuffled", "gain_bucket_1_minus_5"):
+        out += [row(metric, 0.01 * sign, coordinate="by=influence on p_y", **buckets)]
+    for metric in ("nonmember_share_above_member_median", "nonmember_share_above_0.99", "generalization_gap"):
+        out += [row(metric, -0.01 * sign)]
     for metric in ("hessian_top_eigenvalue", *(f"nonmember_variance_{s}_across_{o}" for s, o in verdict.SPREAD)):
-        out += [row(metric, -0.5 * sign, 0.1), row(metric, 2.0, optimizer="sgd")]
-    for note in ("monte carlo, spectrum=power law, n/d=0.5", "limit: empirical curvature"):
-        out += [row("variance_ratio", 1 - e * sign / 4, 0.01, optimizer=f"eta={e}", note=note) for e in (0, 1, 2)]
-    distance = 0.5 if sign > 0 else 1e-12
-    out += [row("distance_to_minimum_norm", distance, None, "sam", note="limit: linear model from zero")]
+        out += [row(metric, -0.5 * sign, 0.1), own(metric, 2.0)]
+    for experiment, at in (("theorem: monte carlo", "spectrum=power law, n/d=0.5"),
+                           ("theorem: limits", "case=empirical curvature")):  # fmt: skip
+        out += [penalty(eta, 1 - eta * sign / 4, at, experiment) for eta in (0, 1, 2)]
+    out += [distance(0.5 if sign > 0 else 1e-12)]
     return frame(out)
+
+
+def distance(value):
+    about = dict(baseline="", experiment="theorem: limits", coordinate="case=linear model from zero", notebook="04")
+    return row("distance_to_minimum_norm", value, None, "sam", **about)
 
 
 def verdicts(results, **wanted):
@@ -89,7 +110,7 @@ def test_the_rule_is_symmetric_and_not_less_is_the_negation_of_less():
 
 
 @pytest.mark.parametrize(
-    "low, high, reason", [(-0.001, 0.001, "smaller"), (0.0005, 0.003, "smaller"), (-1, 2, "holds 0")]
+    "low, high, reason", [(-0.001, 0.001, "too small"), (0.0005, 0.003, "too small"), (-1, 2, "contains 0")]
 )
 def test_inconclusive_says_why(low, high, reason):
     assert reason in verdict.judge((low + high) / 2 * 0.9, low, high, 0.002)[1]
@@ -115,70 +136,71 @@ def test_every_claim_can_be_supported_and_turns_with_the_data():
 
 
 @pytest.mark.parametrize("claim", verdict.CLAIMS, ids=lambda c: c.name)
-def test_a_claim_without_one_of_its_rows_is_not_run_and_the_others_stay(claim):
-    results = everything()
-    test = claim.tests[0]
-    metric = {"tpr@strictest": ["tpr@0.1", "tpr@0.001"]}.get(test.metric, [test.metric])
-    about = results.note.str.startswith(test.note) if test.note and "tpr" not in test.note else results.note == ""
-    fewer = results[~(results.metric.isin(metric) & (results.attack == test.attack) & about)]
-    whole, lacking = (verdict.judged(verdict.with_strict(r, "sam-sgd"), claim, "sam-sgd") for r in (results, fewer))
-    assert whole["verdict"] == "supported" and lacking["verdict"] == "not run" and len(fewer) < len(results)
-    assert test.metric in lacking["evidence"] and "not recorded" in lacking["evidence"]
+def test_a_claim_without_one_of_its_rows_is_not_run(claim):
+    results, test = everything(), claim.tests[0]
+    metric = test.metric.removeprefix("relative ").replace(
+        "variance", "variance_ratio" if test.optimizer else "variance"
+    )
+    about = results.metric.str.startswith("tpr@" if "strict" in metric else metric) & (results.attack == test.attack)
+    fewer = results[~(about & (results.experiment == test.experiment))]
+    whole, lacking = (verdict.ledger(rows).set_index("claim").loc[claim.name] for rows in (results, fewer))
+    assert whole.verdict == "supported" and lacking.verdict == "not run" and len(fewer) < len(results)
+    assert test.metric in lacking.evidence and "not recorded" in lacking.evidence
 
 
 def test_too_small_an_effect_is_inconclusive_and_a_wide_interval_too():
     small, wide = (frame([row("test_accuracy", 0.001, 0.0005)]), frame([row("test_accuracy", 0.05, 0.06)]))
     found = [verdict.ledger(f).set_index("claim").loc["generalizes_better"] for f in (small, wide)]
     assert [f.verdict for f in found] == ["inconclusive"] * 2
-    assert (
-        "smaller than matters" in found[0].effect and "holds 0" in found[1].effect and "+5.0 points" in found[1].effect
-    )
+    assert "too small" in found[0].effect and "contains 0" in found[1].effect and "+5.0 points" in found[1].effect
 
 
 def test_a_variance_is_judged_relative_to_the_baseline():
     metric, claim = "nonmember_variance_phi_across_models", "varies_less_phi_models"
     for base, wanted in ((2.0, "supported"), (100.0, "inconclusive"), (0.0, "inconclusive")):
-        assert verdicts(frame([row(metric, -0.5, 0.1), row(metric, base, optimizer="sgd")]))[claim] == wanted
+        assert verdicts(frame([row(metric, -0.5, 0.1), own(metric, base)]))[claim] == wanted
     assert verdicts(frame([row(metric, -0.5, 0.1)]))[claim] == "inconclusive"  # nothing to be relative to
 
 
 def test_a_number_without_an_interval_decides_nothing_unless_it_is_deterministic():
     assert verdicts(frame([row("auc", 0.1, None, attack="lira")]))["leaks_more_lira"] == "inconclusive"
-    limit = row("distance_to_minimum_norm", 0.1, None, "sam", note="limit: linear model from zero")
-    assert verdicts(frame([limit]))["premise_interpolator"] == "supported"
+    assert verdicts(frame([distance(0.1)]))["premise_interpolator"] == "supported"
 
 
 def test_the_strictest_rate_and_its_relative_growth():
     rows = everything()
-    pair = rows.optimizer == "sam-sgd"
-    known = verdict.with_strict(rows, "sam-sgd")
-    extra = known[len(rows):].set_index("metric")  # fmt: skip
-    assert extra.loc["tpr@strictest", "note"] == "tpr@0.001" and extra.loc["tpr@strictest", "value"] == 0.02
+    extra = verdict.derived(rows).set_index("metric")
+    assert extra.loc["tpr@strictest", "coordinate"] == "tpr@0.001" and extra.loc["tpr@strictest", "value"] == 0.02
     # 0.02/0.02 - 0.02/0.1; half-widths by the delta method, each 0.001 at first, in quadrature
     excess, half = extra.loc["strict_excess"], np.hypot(np.hypot(1, 1) * 0.001 / 0.02, np.hypot(1, 0.2) * 0.001 / 0.1)
     np.testing.assert_allclose([excess.value, excess.ci_low, excess.ci_high], [0.8, 0.8 - half, 0.8 + half])
     for tpr, wanted in ((0.0042, "inconclusive"), (0.0025, "contradicted")):  # it grows as the AUC does, and by less
-        rows.loc[(rows.metric == "tpr@0.001") & pair, verdict.NUMBERS] = [tpr, tpr - 0.0004, tpr + 0.0004]
+        changed = (rows.metric == "tpr@0.001") & (rows.baseline == "sgd")
+        rows.loc[changed, verdict.NUMBERS] = [tpr, tpr - 0.0004, tpr + 0.0004]
         assert verdicts(rows)["more_so_when_strict"] == wanted
 
 
 def test_one_length_of_training_is_enough_to_contradict_every_length():
     rows = everything()
-    flipped = rows.note == "epochs=5"
-    rows.loc[flipped, verdict.NUMBERS] = [-0.02, -0.021, -0.019]
+    rows.loc[rows.coordinate == "epochs=5", verdict.NUMBERS] = [-0.02, -0.021, -0.019]
     assert verdicts(rows)["at_every_length"] == "contradicted" and verdicts(rows)["at_equal_loss"] == "supported"
 
 
-def test_the_strongest_penalty_is_judged_and_differences_of_penalties_are_not():
-    note = "monte carlo, spectrum=power law, n/d=0.5"
-    rows = [
-        row("variance_ratio", v, 0.01, optimizer=f"eta={e}", note=note) for e, v in ((0, 1), (0.1, 0.99), (10, 0.4))
-    ]
-    rows += [row("variance_ratio", 5.0, 0.01, optimizer="eta=99-eta=0", note=note)]
+def test_the_strongest_penalty_is_judged_at_each_setting():
+    at = "spectrum=power law, n/d=0.5"
+    rows = [penalty(0, 1, at), penalty(0.1, 0.99, at), penalty(10, 0.4, at)]
     found = verdict.ledger(frame(rows)).set_index("claim").loc["theorem_conclusion"]
     assert found.verdict == "supported" and "-60.0%" in found.effect and found.optimizer == ""
-    rows += [row("variance_ratio", 1.3, 0.01, optimizer="eta=1", note=note.replace("0.5", "0.9"))]
+    rows += [penalty(1, 1.3, at.replace("0.5", "0.9"))]
     assert verdicts(frame(rows))["theorem_conclusion"] == "contradicted"
+
+
+def test_other_notebooks_and_other_coordinates_are_not_mixed_up():
+    rows = [row("auc", 0.02, attack="lira", experiment="equal train loss", coordinate="train_loss=1", notebook=n)
+            for n in ("06",)]  # fmt: skip
+    rows += [row("mean_memorization", 0.01, coordinate="output=confidence", notebook="02")]
+    found = verdicts(frame(rows))
+    assert found["at_equal_loss"] == found["memorization_not_lower"] == "not run"
 
 
 def test_notebooks_that_record_the_same_number_twice_count_once():
@@ -189,18 +211,19 @@ def test_notebooks_that_record_the_same_number_twice_count_once():
 
 def test_several_optimizers_each_get_a_line_and_plain_ones_none():
     one = everything()
-    asam = one[one.optimizer == "sam-sgd"].assign(optimizer="asam-sgd", rho="0.5")
-    adam = asam.assign(optimizer="adam-sgd", rho="")
-    dpsam = asam.assign(optimizer="dpsam(sigma=1.0)-sgd")
-    assert "dpsam(sigma=1.0)-sgd" not in set(verdict.ledger(pd.concat([one, dpsam])).optimizer)
-    found = verdict.ledger(pd.concat([one, asam, adam]))
-    assert set(found.optimizer) == {"sam-sgd", "asam-sgd", ""}
+    asam = one[(one.optimizer == "sam") & (one.baseline == "sgd")].assign(optimizer="asam", rho="0.5")
+    others = asam.assign(optimizer="adam", rho=""), asam.assign(optimizer="dpsam(sigma=1.0)")
+    found = verdict.ledger(pd.concat([one, asam, *others]))
+    assert set(zip(found.optimizer, found.baseline, strict=True)) == {("sam", "sgd"), ("asam", "sgd"), ("", "")}
     assert (found[found.claim == "leaks_more_lira"].verdict == "supported").sum() == 2
-    assert found.statement.str.startswith("ASAM tests better than SGD").sum() == 1
-    assert verdicts(pd.concat([one, asam]))["other_optimizers_alike"] == "supported"
-    asam[verdict.NUMBERS] *= -1
-    asam[["ci_low", "ci_high"]] = asam[["ci_high", "ci_low"]].to_numpy()
-    assert verdicts(pd.concat([one, asam]))["other_optimizers_alike"] == "contradicted"
+    assert (found.statement == "ASAM tests better than SGD.").sum() == 1
+    variant = asam[(asam.attack == "lira") & (asam.experiment == "main")].assign(
+        experiment="variants", optimizer="gsam"
+    )
+    reverse = pd.concat([asam, variant]).assign(**{name: -asam[name] for name in verdict.NUMBERS})
+    reverse[["ci_low", "ci_high"]] = reverse[["ci_high", "ci_low"]].to_numpy()
+    for more, wanted in ((asam, "supported"), (variant, "supported"), (reverse, "contradicted")):
+        assert verdicts(pd.concat([one, more]))["other_optimizers_alike"] == wanted
     assert verdict.wide(verdict.ledger(pd.concat([one, asam]))).shape == (len(verdict.CLAIMS) + 2, 2)
 
 
@@ -225,7 +248,10 @@ def test_what_differs_is_read_off_the_rows():
 @pytest.mark.parametrize("path", REFERENCE, ids=lambda p: p.parent.name)
 def test_the_reference_runs_are_judged_as_their_rows_say_and_flip(path):
     results = verdict.read(path)
-    found, main = verdicts(results), results[(results.note == "") & (results.optimizer == "sam-sgd")]
+    found, main = (
+        verdicts(results),
+        results[(results.experiment == "main") & (results.coordinate == "") & (results.baseline == "sgd")],
+    )
     for name in catalogue.NAMES:
         recorded = main[(main.attack == name) & (main.metric == "auc")]
         if recorded.empty:  # a run made before this attack was
@@ -235,7 +261,7 @@ def test_the_reference_runs_are_judged_as_their_rows_say_and_flip(path):
         plain = "supported" if r.ci_low > 0 and r.value >= 0.002 else "inconclusive"
         plain = "contradicted" if r.ci_high < 0 and r.value <= -0.002 else plain
         assert found[f"leaks_more_{name}"] == plain, name
-    pair = results.optimizer == "sam-sgd"
+    pair = results.baseline == "sgd"
     results.loc[pair, verdict.NUMBERS] = -results.loc[pair, ["value", "ci_high", "ci_low"]].to_numpy()
     flipped = verdicts(results)
     for claim in ("generalizes_better", *(f"leaks_more_{n}" for n in catalogue.NAMES)):

@@ -115,7 +115,7 @@ show_text(run.describe())
 # %%
 ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
-phis = {name: compare.plain_signal(e, "phi") for name, e in ensembles.items()}
+phis = {name: compare.signal(e, "phi") for name, e in ensembles.items()}
 gap = compare.phi_gap(phis[baseline], member)
 telling = int(np.argsort(gap)[-1 - len(gap) // 100])
 title = f"a '{run.dataset.classes[run.dataset.y[telling]]}' from the pool"
@@ -349,8 +349,7 @@ figures.save(figures.radius_response(radius_steps, panels), run, "dose")
 wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.length_sweep() for name in (baseline, treatment)}
 wanted |= {(e, baseline): run.train(baseline, run.sweep, epochs=e) for e in run.between()}
 usable = compare.keep_common_models(wanted, essential=[(run.epochs, baseline), (run.epochs, treatment)])
-length_sweep = compare.by_epochs(usable)
-length_frame = compare.length_table(length_sweep)
+length_frame = compare.length_table(usable)
 about = {"note": [f"epochs={e}" for e in length_frame.epochs], "n_models": len(usable[run.epochs, treatment].ids)}
 results.add(length_frame, **about)
 equal_epochs = length_frame[(length_frame.optimizer == pair) & (length_frame.metric == "auc")]
@@ -362,15 +361,14 @@ show_table(equal_epochs, across=["epochs"])
 
 # %%
 by_length, by_radius = compare.on_the_same(usable, radius_sweep)
-by_length = length_frame if by_length is usable else compare.length_table(compare.by_epochs(by_length))
+by_length = length_frame if by_length is usable else compare.length_table(by_length)
 by_radius = radius_frame if by_radius is radius_sweep else compare.radius_table(by_radius, treatment, without)
 figures.save(
     figures.leakage_against_loss(compare.loss_series(by_length, by_radius, baseline, treatment)), run, "regimes"
 )
 
 # %%
-trained = [[e for (_, name), e in usable.items() if name == kind] for kind in (baseline, treatment)]
-equal_loss = compare.at_equal_loss(*trained)
+equal_loss = compare.at_equal_loss(usable, treatment, baseline)
 notes = [f"at equal train loss {row.train_loss:.3g}, baseline between {row.between}" for row in equal_loss.itertuples()]
 results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, treatment].ids))
 display(equal_loss.style.format(precision=4).hide(axis="index"))

@@ -103,7 +103,7 @@ show_text(run.describe())
 ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
 member = np.array(ensembles[baseline].member)
 results = Results("02_memorization", run, n_models=len(member))
-outputs = {kind: {n: compare.plain_signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
+outputs = {kind: {n: compare.signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
 mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} for kind, of in outputs.items()}
 write_atomic(
     Path(run.out) / "memorization.csv", memorization.per_example(mem, run.dataset).round(5).to_csv(index=False)
@@ -188,8 +188,8 @@ for pool in (run.dataset, faulty):
     found = run.train(
         baseline, min(run.n_models, max(32, run.n_models // 4)), pool, epochs=run.length_sweep()[-1], subset=0.5
     )
-    placed.append(memorization.memorization(compare.plain_signal(found, "confidence"), np.array(found.member)).value)
-fitted = compare.plain_signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
+    placed.append(memorization.memorization(compare.signal(found, "confidence"), np.array(found.member)).value)
+fitted = compare.signal(found, "correct")[:, wrong][np.array(found.member)[:, wrong]].mean()
 show_text(f"Models that were given the wrong labels reproduce {fitted:.0%} of them.")
 
 # %% [markdown]
@@ -212,7 +212,7 @@ figures.save(figures.planted({kind: m for kind, m in groups.items() if len(m)}),
 ranks = [stats.rankdata(m) / n_pool for m in placed]
 for kind, rows in kinds.items():
     change = ranks[1][rows] - ranks[0][rows]
-    moved = compare.row("rank_change_of_planted", intervals.t_interval(change), optimizer=baseline)
+    moved = intervals.row("rank_change_of_planted", intervals.t_interval(change), optimizer=baseline)
     after = {"metric": "rank_of_planted", "value": ranks[1][rows].mean(), "optimizer": baseline}
     frame = pd.DataFrame([moved, after])
     results.add(frame, note=kind, n_models=len(found.ids))
@@ -354,8 +354,8 @@ show_text(f"The rank correlation of the two is {rank.value:.3f} [{rank.ci_low:.3
 # same models, both would share their accidents, and correlate where there is nothing.
 
 # %%
-phi = {name: compare.plain_signal(ensembles[name], "phi") for name in (baseline, treatment)}
-unsure = compare.plain_signal(ensembles[baseline], "entropy")
+phi = {name: compare.signal(ensembles[name], "phi") for name in (baseline, treatment)}
+unsure = compare.signal(ensembles[baseline], "entropy")
 k = min(5, np.bincount(run.dataset.y).min() - 1)
 atypical = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, k)
 

@@ -100,7 +100,7 @@ ensembles = compare.keep_common_models({name: run.train(name) for name in run.na
 member = np.array(ensembles[baseline].member)
 results = Results("03_influence", run, n_models=len(member))
 tests = {
-    kind: {n: compare.plain_signal(e, kind, test=True) for n, e in ensembles.items()}
+    kind: {n: compare.signal(e, kind, test=True) for n, e in ensembles.items()}
     for kind in ("correct", "confidence")
 }
 gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}
@@ -287,7 +287,7 @@ for kind, values, true in (("correctness", correct, label), ("p_y", confidence, 
     panels |= {f"{kind}, shuffled": panel(control, "bucket")}
     for name in run.names[1:]:
         steps = [influence.step_influence_values(gain[name], found) for found in (true, fake)]
-        row = compare.row(
+        row = intervals.row(
             "gain_beyond_shuffled", intervals.estimate(steps[0] - steps[1]), optimizer=f"{name}-{baseline}"
         )
         excess.append({**row, "note": f"influence on {kind}"})

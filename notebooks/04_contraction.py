@@ -384,7 +384,7 @@ def contracted(margins, member):
     """V(eta) / V(0) as measured on the non-members."""
     cells = [intervals.ratio_influence_values(m**2, ~member) for m in margins]
     rows = zip(etas[1:], (compare.ratio(c, cells[0]) for c in cells[1:]), strict=True)
-    return pd.DataFrame([compare.row("variance_ratio", e, optimizer=f"eta={eta:g}", x=eta) for eta, e in rows])
+    return pd.DataFrame([intervals.row("variance_ratio", e, optimizer=f"eta={eta:g}", x=eta) for eta, e in rows])
 
 
 def leaked(margins, member, attack, threshold, name):
@@ -763,7 +763,7 @@ kept = [i for i, k in enumerate(ensembles[baseline].ids[:8]) if k < KEEP_WEIGHTS
 paths = np.array([feature_path(ensembles[baseline], i) for i in kept])  # [models, 2, etas]
 sides = ("closed form, non-members behind Σ", "predicted, other non-members")
 tangent = pd.DataFrame(
-    compare.row("variance_ratio", flatness.t_interval(paths[:, side, j]), x=eta, series=series)
+    intervals.row("variance_ratio", flatness.t_interval(paths[:, side, j]), x=eta, series=series)
     for side, series in enumerate(sides)
     for j, eta in enumerate(tangent_etas)
 )
@@ -774,7 +774,7 @@ results.add(predicted, note="feature space, predicted", n_models=len(kept))
 # %%
 cells = {name: compare.variance_influence_values(e, "phi", "across_examples") for name, e in ensembles.items()}
 real = compare.ratio(cells[treatment], cells[baseline])
-measured_row = compare.row(
+measured_row = intervals.row(
     "variance_ratio", real, optimizer=f"{treatment}/{baseline}", series=f"measured, {treatment} over {baseline}"
 )
 results.add(pd.DataFrame([measured_row]), note="feature space, measured", n_models=len(ensembles[baseline].ids))

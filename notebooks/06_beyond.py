@@ -128,7 +128,7 @@ kept = [key for key, by in beaten.items() if not by]
 figures.save(figures.frontier(wide, kept), run, "frontier")
 
 # %%
-both = interventions.signs(table, baseline)
+both = interventions.signs(table)
 test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
 for kind in dict.fromkeys([(1, 1), *both.values()]):  # the claim's first, then what else there is
     named = [label(*key) for key, found in both.items() if found == kind]
@@ -167,7 +167,7 @@ epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in alike.
 main = [(run.epochs, baseline), (run.epochs, treatment), (alike[run.epochs], baseline)]
 epochs = compare.keep_common_models(epochs, essential=main)
 base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, treatment))
-accuracy, loss = interventions.at_equal_accuracy(base, sharp), compare.at_equal_loss(base, sharp)
+accuracy, loss = compare.at_equal_accuracy(epochs, treatment, baseline), compare.at_equal_loss(epochs, treatment, baseline)
 spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, treatment) in epochs]
 frames = [
     compare.contrast({baseline: epochs[more, baseline], treatment: epochs[e, treatment]}).assign(epochs=e)
@@ -219,14 +219,14 @@ show_text(
 found = interventions.causes(run, run.few, run.most_levels)
 effects = interventions.effect_table(found)
 notes = [f"cause: {f} {level}" for f, level in zip(effects.factor, effects.level, strict=True)]
-n_models = len(next(iter(found.values()))[baseline].ids)
+n_models = len(next(iter(found.values())).ids)
 results.add(effects, optimizer=pair, attack="lira", note=notes, n_models=n_models)
 here = effects[effects.metric == "auc"].reset_index(drop=True)
 figures.save(figures.effects(here, f"{treatment} minus {baseline}: AUC of LiRA"), run, "causes")
 
 # %%
 change = effects[effects.metric == "auc_change"].reset_index(drop=True)
-columns = ["factor", "level", "train_accuracy", "train_accuracy_other", "test_gain"]
+columns = ["factor", "level", "train_accuracy", "train_accuracy_treatment", "test_gain"]
 display(here[columns].style.format(precision=3).hide(axis="index"))
 was = sign(here.iloc[0])
 moved = [i for i in range(1, len(here)) if sign(change.iloc[i]) == -was != 0]
@@ -242,7 +242,7 @@ if was:
     show_text(f"Turned into its opposite at: {joined(turned)}.")
 
 # %% [markdown]
-# **How to read it.** `train_accuracy` is the baseline's, `train_accuracy_other` SAM's, at each level; look at them
+# **How to read it.** `train_accuracy` is the baseline's, `train_accuracy_treatment` SAM's, at each level; look at them
 # first. A level that keeps SAM from fitting its training half changes two things at once, and says little about
 # sharpness. Label noise also changes the examples: part of what leaks there is which wrong labels were learnt.
 
@@ -330,13 +330,10 @@ else:
 # %%
 if private:
     bounds = interventions.epsilon_table(private, delta)
-    display(bounds.style.format({"epsilon": "{:g}", "bound": "{:.3f}"}).hide(axis="index"))
+    shown = bounds[["optimizer", "epsilon", "value"]].rename(columns={"value": "lower bound"})
+    display(shown.style.format({"epsilon": "{:g}", "lower bound": "{:.3f}"}).hide(axis="index"))
     claimed = bounds[np.isfinite(bounds.epsilon)]
-    rows = claimed.rename(columns={"bound": "value"}).assign(
-        metric="epsilon_lower_bound", ci_low=np.nan, ci_high=np.nan
-    )
-    notes = [f"epsilon={e:g}, delta={delta:g}" for e in rows.epsilon]
-    results.add(rows, rho="", attack="lira", note=notes, n_models=about["n_models"])
+    results.add(claimed, rho="", n_models=about["n_models"])
 
 # %% [markdown]
 # A fault of the accountant or of the noise shows only where the attack, left undisturbed, certifies more than is claimed.
@@ -345,10 +342,10 @@ if private:
 if private and claimed.empty:
     show_text("Every private ensemble was left out: no claim is left to check.")
 elif private:
-    broken = claimed[claimed.bound > claimed.epsilon]
+    broken = claimed[claimed.value > claimed.epsilon]
     verdict = f"None of {len(claimed)} bounds exceeds its claim"
     verdict = verdict if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
-    loosest = bounds.bound[np.isinf(bounds.epsilon)].iloc[0]
+    loosest = bounds.value[np.isinf(bounds.epsilon)].iloc[0]
     show_text(f"{verdict} (delta {delta:g}). Without noise, LiRA certifies an epsilon of at least {loosest:.2f}.")
     if loosest <= claimed.epsilon.min():
         show_text("That is no more than the smallest claim: with so few models the check could not have found a fault.")
@@ -431,7 +428,7 @@ if run.dataset.pattern is None:
 else:
     member = np.array(two[baseline].member)
     memorized = {
-        n: memorization.memorization(compare.plain_signal(e, "confidence"), member).value for n, e in two.items()
+        n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()
     }
     patterns = interventions.pattern_table(two, memorized)
     results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],

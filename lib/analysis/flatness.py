@@ -1,4 +1,4 @@
-"""flatness"""
+"""How flat a trained minimum is, and the linear model that a trained network is close to."""
 
 import numpy as np
 import pandas as pd
@@ -7,23 +7,20 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from lib.analysis import compare
 from lib.attacks import intervals
-from lib.attacks.intervals import row
 from lib.data.dataset import inputs
 from lib.training import sharpness
 from lib.training.ensemble import KEEP_WEIGHTS
-
-# ---- flatness -----------------------------------------------------------------------------------------------
 
 
 def flatness(ensemble, rho, n_models=8, n_examples=512):
     """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
 
-    rho > 0. Returns [models whose weights are kept, 2]: the largest Hessian eigenvalue, and the loss rise within
-    the ball of radius rho.
+    Returns [models whose weights are kept, 2]: the largest eigenvalue of the Hessian, and how far the loss rises within
+    a ball of radius rho > 0.
     """
-    x = torch.from_numpy(inputs(ensemble.dataset)[0])
-    y = torch.from_numpy(ensemble.dataset.y)
+    x, y = torch.from_numpy(inputs(ensemble.dataset)[0]), torch.from_numpy(ensemble.dataset.y)
     found = []
     kept = [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
     for index, k in enumerate(tqdm(kept, "flatness", delay=2, leave=False)):
@@ -39,16 +36,11 @@ def flatness(ensemble, rho, n_models=8, n_examples=512):
 
 
 def flatness_table(ensembles, rho):
-    """Mean sharpness of each optimizer's minima and the paired differences, with t intervals over pairs of models."""
-    found = {name: flatness(e, rho) for name, e in ensembles.items()}
-    first, *others = found
-    shown = {(name, ""): values for name, values in found.items()}
-    shown |= {(name, first): found[name] - found[first] for name in others}
-    rows = []
-    for (name, baseline), values in shown.items():
-        for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
-            rows.append(row(metric, t_interval(values[:, column]), optimizer=name, baseline=baseline))
-    return pd.DataFrame(rows)
+    """Mean `flatness` of each optimizer's minima and the paired differences, over pairs of models: a tidy frame."""
+    found = {label: flatness(e, rho).reshape(-1, 2, 2).mean(1) for label, e in ensembles.items()}
+    metrics = ("hessian_top_eigenvalue", "loss_rise_in_ball")
+    frames = [compare.paired_t({k: v[:, i] for k, v in found.items()}, metric) for i, metric in enumerate(metrics)]
+    return pd.concat(frames, ignore_index=True)
 
 
 def t_interval(values, level=0.95):
@@ -56,13 +48,10 @@ def t_interval(values, level=0.95):
     return intervals.t_interval(values.reshape(-1, 2).mean(1), level)
 
 
-# ---- a trained network's linear model ------------------------------------------------------------------------
-
-
 def tangent_features(ensemble, k, chosen, most=100_000):
-    """Gradient of phi in the weights of model k (< 16), at examples `chosen` of the pool: [len(chosen), P] float64.
+    """Gradient of phi in the weights of model k (< 16), at the examples `chosen` of the pool: [len(chosen), P] float64.
 
-    P: all the weights, or those of the last layers while they are at most `most`.
+    P: all the weights, or only the last layers' while they are at most `most`.
     """
     net, params, buffers = ensemble.weights(k)
     x, y = (torch.from_numpy(a[chosen]) for a in (inputs(ensemble.dataset)[0], ensemble.dataset.y))

@@ -1,8 +1,8 @@
 """Minimum G-norm interpolation by a linear model: its weights, how its outputs contract, and what an attacker gains.
 
-Shapes: n training examples of d > n features, x [n, d], y [n]; sigma and g [d, d], symmetric. The variance of the
-outputs on new examples is V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
-sigma may be singular (only semi-definite): I + eta Σ never is, and the limit eta = inf is in `contraction`.
+Shapes: n training examples with d > n features, x [n, d], y [n]; sigma and g [d, d], symmetric. The outputs on new
+examples have the variance V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
+sigma may be singular (semi-definite), because I + eta Σ never is; `contraction` also gives the limit eta = inf.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,13 @@ from scipy.special import ndtr, owens_t
 SPECTRA = ("isotropic", "power law", "spiked")
 EPS, INF = np.finfo(float).eps, 1e300  # eta = INF gives the limit eta = inf to the last digit
 
-
 # ---- interpolators -------------------------------------------------------------------------------------------
 
 
 def minimum_norm(x, y, g=None) -> np.ndarray:
     """w_G = argmin w'Gw subject to Xw = y: [d], or [d, k] for y [n, k]. g: positive definite, None for I.
 
-    Raises ValueError naming x, y or g: n >= d, dependent rows, shapes that disagree, NaN, g not positive definite.
+    Raises ValueError naming x, y or g: n >= d, dependent rows, wrong shapes, NaN, g not positive definite.
     """
     x, y = _system(x, y)
     if g is None:
@@ -40,7 +39,7 @@ def penalty(sigma, eta) -> np.ndarray:
 
 
 def variance(w, sigma) -> np.ndarray:
-    """Variance of the outputs x'w where x has covariance sigma: w'Σw, for w [d] a number, for w [d, k] [k]."""
+    """Variance w'Σw of the outputs x'w, where x has covariance sigma: a number for w [d], [k] for w [d, k]."""
     return np.sum(w * (sigma @ w), axis=0)
 
 
@@ -51,7 +50,7 @@ def independent_rows(x) -> np.ndarray:
     return np.sort(order[: np.sum(size > 1e-10 * size[0])])
 
 
-# ---- Theorem 1: contraction ------------------------------------------------------------------------------------
+# ---- Theorem 1: contraction ----------------------------------------------------------------------------------
 
 
 class Path(NamedTuple):
@@ -65,9 +64,9 @@ class Path(NamedTuple):
 
 
 def spectral(x, y, sigma) -> Path:
-    """Everything that w_eta and V(eta) depend on, by one eigendecomposition. Raises ValueError as `minimum_norm`.
+    """All that w_eta and V(eta) depend on, by one eigendecomposition. Raises ValueError as `minimum_norm`.
 
-    Directions with s = 0 have b = 0 (Σ is semi-definite) and are left out. With Σ = X'X/n all have: r = 0.
+    Directions with s = 0 are left out: they have b = 0, because Σ is semi-definite. With Σ = X'X/n, none is left.
     """
     x, y = _system(x, y, outputs=False)
     _cholesky("sigma", sigma, x.shape[1], semi=True)
@@ -76,13 +75,13 @@ def spectral(x, y, sigma) -> Path:
     # w_0 = X'(XX')^-1 y, and N: the columns of Q that X does not reach
     w0, null = q[:, :n] @ solve_triangular(r[:n], y, trans="T"), q[:, n:]
     s, e = eigh(null.T @ sigma @ null)
-    some = s > len(sigma) * EPS * np.linalg.norm(sigma)
-    basis = null @ e[:, some]
-    return Path(w0, float(variance(w0, sigma)), basis, s[some], basis.T @ (sigma @ w0))
+    positive = s > len(sigma) * EPS * np.linalg.norm(sigma)
+    basis = null @ e[:, positive]
+    return Path(w0, float(variance(w0, sigma)), basis, s[positive], basis.T @ (sigma @ w0))
 
 
 def contraction(path, eta) -> tuple[np.ndarray, np.ndarray]:
-    """(V(eta), V'(eta)) for eta >= 0, inf too (its limit): two arrays of eta's shape."""
+    """(V(eta), V'(eta)) for eta >= 0, including inf (the limit): two arrays of eta's shape."""
     eta, t = _shrinkage(path, eta)
     # V(eta) = w_0'Σw_0 - sum b^2 eta (2 + eta s) / (1 + eta s)^2 = w_0'Σw_0 - sum b^2 t (2 - s t)
     v = path.v0 - np.sum(path.b**2 * t * (2 - path.s * t), axis=-1)
@@ -91,7 +90,7 @@ def contraction(path, eta) -> tuple[np.ndarray, np.ndarray]:
 
 
 def weights(path, eta) -> np.ndarray:
-    """w_eta: [d], eta one number >= 0 or inf."""
+    """w_eta: [d], for one number eta >= 0 or inf."""
     # w_eta = w_0 - B diag(t) b
     return path.w0 - path.basis @ (_shrinkage(path, eta)[1] * path.b)
 
@@ -103,13 +102,13 @@ def _shrinkage(path, eta):
         return eta, 1 / (1 / eta + path.s)
 
 
-# ---- Theorems 2 and 3: attackers -------------------------------------------------------------------------------
+# ---- Theorems 2 and 3: attackers -----------------------------------------------------------------------------
 
 
 def threshold_advantage(v, mean=0.0) -> np.ndarray:
-    """TPR - FPR of "member if margin >= 1", the best threshold: members at 1, non-members N(mean, v).
+    """TPR - FPR of the best threshold, "member if margin >= 1", for members at 1 and non-members N(mean, v).
 
-    At v = 0 the limit: 1, 1/2 or 0 for a mean below, at or above 1.
+    The limit v = 0 is 1, 1/2 or 0 for a mean below, at or above 1.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         z = (1 - np.asarray(mean, float)) / np.sqrt(_finite("v", v, 0))
@@ -118,9 +117,9 @@ def threshold_advantage(v, mean=0.0) -> np.ndarray:
 
 
 def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
-    """The same for x ~ N(0, Σ) and labels sign(x'teacher), flipped with probability `noise`. w [d] or [d, k].
+    """The same for x ~ N(0, Σ) and labels sign(x'teacher), flipped with probability `noise`. w: [d] or [d, k].
 
-    The margin is then skew-normal (Azzalini 1985, eq. 1 and 9); noise 1/2 gives threshold_advantage(V).
+    The margin is then skew-normal (Azzalini 1985, eq. 1 and 9). Noise 1/2 gives threshold_advantage(V).
     """
     v, noise = variance(w, sigma), _finite("noise", noise, 0, 1)
     size = np.sqrt(v * variance(teacher, sigma))
@@ -135,7 +134,7 @@ def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
 def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
     """Largest TPR - FPR of any rule that tells N(mean_in, sd_in^2) from N(mean_out, sd_out^2): their total variation.
 
-    A standard deviation of 0 is a point mass: the advantage is 1, or 0 if both are and coincide. Arrays broadcast.
+    With a standard deviation of 0 (a point mass) it is 1, or 0 if both are 0 and the means coincide. Arrays broadcast.
     """
     y, z, sd_in, sd_out, same = _crossings(mean_in, sd_in, mean_out, sd_out)
     # Adv = P_in(A) - P_out(A),  A = {p_in > p_out}
@@ -144,9 +143,9 @@ def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
 
 
 def advantage_slope(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
-    """Its derivative in sd_out > 0. Negative: a smaller OUT variance raises the advantage.
+    """Its derivative in sd_out > 0. Where it is negative, a smaller OUT variance raises the advantage.
 
-    0 where IN is a point mass (the advantage is 1 anyway) and where IN and OUT coincide (it is 0, a kink).
+    It is 0 where IN is a point mass (the advantage is 1) and where IN and OUT coincide (a kink at advantage 0).
     """
     _, z, sd_in, sd_out, same = _crossings(mean_in, sd_in, mean_out, sd_out)
     if (sd_out == 0).any():
@@ -157,19 +156,19 @@ def advantage_slope(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
 
 
 def _crossings(mean_in, sd_in, mean_out, sd_out):
-    """Where the densities cross, standardised by IN (y_1, y_2) and by OUT (z_1, z_2); both sds; who coincide.
+    """Where the densities cross, standardized by IN (y_1, y_2) and by OUT (z_1, z_2); both sds; where IN equals OUT.
 
-    IN is the likelier between the two if sd_out > sd_in, outside them if sd_out < sd_in, beyond y_2 if they are
-    equal (y_1 = z_1 = -inf). Written so that nothing cancels. Meaningless where an sd is 0.
+    IN is the likelier between the crossings if sd_out > sd_in, outside them if sd_out < sd_in, and beyond y_2 if the
+    two are equal (y_1 = z_1 = -inf). The form avoids cancellation. The crossings mean nothing where an sd is 0.
     """
-    mean_in, mean_out = _finite("mean_in", mean_in), _finite("mean_out", mean_out)
-    sd_in, sd_out = _finite("sd_in", sd_in, 0), _finite("sd_out", sd_out, 0)
-    mean_in, sd_in, mean_out, sd_out = np.broadcast_arrays(mean_in, sd_in, mean_out, sd_out)
+    given = {"mean_in": mean_in, "mean_out": mean_out, "sd_in": sd_in, "sd_out": sd_out}
+    given = [_finite(name, value, 0 if name.startswith("sd") else -np.inf) for name, value in given.items()]
+    mean_in, mean_out, sd_in, sd_out = np.broadcast_arrays(*given)
     same = (mean_in == mean_out) & (sd_in == sd_out)
-    safe = same | (sd_in == 0) | (sd_out == 0)
+    safe = same | (sd_in == 0) | (sd_out == 0)  # here any numbers will do
     r = np.where(safe, 1.0, sd_out) / np.where(safe, 1.0, sd_in)
     delta = np.where(safe, 1.0, np.abs(mean_in - mean_out) / np.where(safe, 1.0, sd_in))
-    r, delta = np.clip(r, 1e-60, 1e60), np.minimum(delta, 1e60)  # further off, nothing changes but overflows
+    r, delta = np.clip(r, 1e-60, 1e60), np.minimum(delta, 1e60)  # beyond, the advantage stays and the squares overflow
     # (1 - r^2) y^2 + 2 delta y + delta^2 + 2 r^2 log r = 0,  z = (y + delta) / r,  r = sd_out / sd_in
     root = np.sqrt(delta**2 + 2 * (r**2 - 1) * np.log(r))
     with np.errstate(divide="ignore"):
@@ -178,7 +177,7 @@ def _crossings(mean_in, sd_in, mean_out, sd_out):
     return np.stack([y1, y2]), np.stack([z1, z2]), sd_in, sd_out, same
 
 
-# ---- data, and descent -----------------------------------------------------------------------------------------
+# ---- data and descent ----------------------------------------------------------------------------------------
 
 
 def spectrum(kind, d) -> np.ndarray:
@@ -192,8 +191,8 @@ def spectrum(kind, d) -> np.ndarray:
 
 
 def draw(n, values, teacher=None, noise=0.0, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """x [n, d] from N(0, diag(values)) and labels y [n] in {-1, 1}: sign(x'teacher), each flipped with probability
-    `noise`; without a teacher, random signs."""
+    """x [n, d] from N(0, diag(values)), and labels y [n] in {-1, 1}: sign(x'teacher), each flipped with probability
+    `noise`; random signs without a teacher."""
     rng, values, noise = np.random.default_rng(seed), _finite("values", values, 0), _finite("noise", noise, 0, 1)
     x = rng.normal(size=(n, len(values))) * np.sqrt(values)
     signs = np.where(rng.random(n) < (0.5 if teacher is None else noise), -1.0, 1.0)
@@ -214,11 +213,11 @@ def gradient_descent(x, y, rho=0.0, steps=4000) -> np.ndarray:
     return w
 
 
-# ---- input, checked --------------------------------------------------------------------------------------------
+# ---- checks of the input -------------------------------------------------------------------------------------
 
 
 def _finite(name, value, least=-np.inf, most=np.inf):
-    """value as floats, all finite and between `least` and `most`."""
+    """value as floats, all finite and between `least` and `most`, or a ValueError."""
     value = np.asarray(value, float)
     bad = ~(np.isfinite(value) & (value >= least) & (value <= most))
     if bad.any():
@@ -227,32 +226,30 @@ def _finite(name, value, least=-np.inf, most=np.inf):
 
 
 def _system(x, y, outputs=True):
+    """x [n, d] with n < d and y [n] (or [n, k] if `outputs`) as floats, or a ValueError."""
     x, y = _finite("x", x), _finite("y", y)
     if x.ndim != 2 or not 0 < len(x) < x.shape[1]:
-        why = "with n >= d one solution at most is left: no interpolation to speak of"
-        raise ValueError(f"x: shape {x.shape}; valid is [n, d] with n < d ({why})")
+        raise ValueError(f"x: shape {x.shape}; valid is [n, d] with n < d (otherwise at most one w interpolates)")
     if y.shape[:1] != x.shape[:1] or y.ndim > 1 + outputs:
         raise ValueError(f"y: shape {y.shape}; valid is ({len(x)},){f' or ({len(x)}, k)' * outputs}")
     return x, y
 
 
 def _row_space(x, mode="economic"):
-    """(Q, R) of X' = QR. Raises ValueError if the rows of x are dependent."""
+    """(Q, R) of X' = QR, or a ValueError if the rows of x are dependent."""
     q, r = qr(x.T, mode=mode)
     size = np.abs(np.diag(r))
     if size.min() <= max(x.shape) * EPS * size.max():
-        raise ValueError(f"x: row {size.argmin()} depends on those before it; valid is full row rank")
+        raise ValueError(f"x: row {size.argmin()} depends on those before it; valid are independent rows")
     return q, r
 
 
 def _cholesky(name, matrix, d, semi=False):
-    """L of a symmetric [d, d] matrix = LL', or a ValueError; semi: zero eigenvalues will do."""
-    matrix, kind = _finite(name, matrix), "semi-definite" if semi else "definite"
+    """L of a symmetric [d, d] matrix LL', or a ValueError; semi: zero eigenvalues are valid."""
+    matrix, valid = _finite(name, matrix), f"valid is a symmetric ({d}, {d}) matrix, positive {'semi-' * semi}definite"
     if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T, rtol=1e-8, atol=1e-12 * np.abs(matrix).max()):
-        what = "not symmetric" if matrix.shape == (d, d) else f"shape {matrix.shape}"
-        raise ValueError(f"{name}: {what}; valid is a symmetric matrix ({d}, {d}), positive {kind}")
+        raise ValueError(f"{name}: shape {matrix.shape}, or not symmetric; {valid}")
     try:
         return np.linalg.cholesky(matrix + semi * (1e-10 * np.linalg.norm(matrix) + 1e-300) * np.eye(d))
     except np.linalg.LinAlgError:
-        low = np.linalg.eigvalsh(matrix)[0]
-        raise ValueError(f"{name}: smallest eigenvalue {low:.3g}; valid is positive {kind}") from None
+        raise ValueError(f"{name}: smallest eigenvalue {np.linalg.eigvalsh(matrix)[0]:.3g}; {valid}") from None

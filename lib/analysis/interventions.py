@@ -1,7 +1,6 @@
-"""What the paper leaves open: its variants, what switches the effect off, defences, and who pays.
+"""What the paper leaves open: tables of its variants, of what switches the effect off, of defences, and of who pays.
 
-Every comparison is paired with a baseline on the same halves, initial weights and batch orders. Ensembles are
-dicts label -> Ensemble with the same models (compare.keep_common_models).
+`found` and `ensembles` are dicts label -> Ensemble of the same models, the baseline first, as in lib.analysis.compare.
 """
 
 from dataclasses import replace
@@ -11,19 +10,273 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis import compare
-from lib.analysis.compare import lira_influence_values, plain_signal, row
 from lib.analysis.memorization import exposure, spearman
 from lib.analysis.privacy_audit import audited_epsilon
-from lib.attacks import intervals, shadow
-from lib.attacks.signals import signals
-from lib.study.text import sign
+from lib.attacks import intervals
+from lib.attacks.intervals import SHADOW_CORRECTION, Estimate, estimate, row
 from lib.training import networks, privacy
+
+# ---- variants: accuracy against leakage ---------------------------------------------------------------------
+
+
+def variant_table(found):
+    """`compare.contrast` of variants with the baseline: a tidy frame with the column rho.
+
+    found: dict (optimizer, rho) -> Ensemble, (baseline, 0.0) first.
+    """
+    return compare.split_labels(compare.contrast(found), "rho")
+
+
+def signs(table):
+    """Signs of a variant_table's differences in test accuracy and LiRA's AUC: dict (optimizer, rho) -> (int, int).
+
+    0: the interval holds 0.
+    """
+    rows = table[table.baseline != ""]
+    rows = rows.assign(sign=(rows.ci_low > 0).astype(int) - (rows.ci_high < 0))
+    wide = rows.pivot_table("sign", ["optimizer", "rho"], "metric", sort=False)
+    return {key: (int(of.test_accuracy), int(of.auc)) for key, of in wide.iterrows()}
+
+
+def dominated(found, level=0.95):
+    """Which other ensembles beat each one: dict label -> list of labels, empty on the Pareto frontier.
+
+    b beats a if it tests better or leaks less (LiRA's AUC), with the paired interval clear of 0, and its estimate of
+    the other quantity is not worse. The intervals allow for the number of pairs compared (Bonferroni).
+    """
+    accuracy = {label: compare.hits_on_test(e) for label, e in found.items()}
+    leak = {label: compare.lira_influence_values(e).astype(np.float32) for label, e in found.items()}
+    strict, data = 1 - (1 - level) / max(1, len(found) * (len(found) - 1)), next(iter(found.values())).dataset
+
+    def beats(b, a):
+        better = estimate(accuracy[b] - accuracy[a], level=strict, columns=data.groups_test)
+        how = {"shadow_correction": SHADOW_CORRECTION, "columns": data.groups}
+        tighter = estimate(leak[a] - leak[b], level=strict, **how)
+        return max(better.low, tighter.low) > 0 and min(better.value, tighter.value) >= 0
+
+    return {a: [b for b in found if b != a and beats(b, a)] for a in found}
+
+
+# ---- causes -------------------------------------------------------------------------------------------------
+
+
+def mislabelled(dataset, share, seed=0):
+    """The data set with a share of the pool's labels replaced by another class, drawn evenly: a Dataset."""
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share!r} is not valid: it must be in [0, 1)")
+    rng, y = np.random.default_rng(seed), dataset.y.copy()
+    wrong = rng.permutation(len(y))[: round(share * len(y))]
+    y[wrong] = (y[wrong] + rng.integers(1, dataset.n_classes, len(wrong))) % dataset.n_classes
+    return replace(dataset, y=y)
+
+
+def effect_table(found):
+    """The treatment's effect on LiRA's AUC at every level, and its change from the run as it is: a tidy frame.
+
+    found: dict (factor, level, optimizer) -> Ensemble, with the baseline and the run as it is first. A level with a
+    missing ensemble is left out. Metrics: auc, auc_change. Columns beside the usual ones: factor, level, coordinate,
+    train_accuracy (the baseline's), train_accuracy_treatment and test_gain.
+    """
+    baseline, treatment = dict.fromkeys(name for *_, name in found)
+    effects, rows = {}, []
+    for factor, level in dict.fromkeys(key[:2] for key in found):
+        base, treated = (found.get((factor, level, name)) for name in (baseline, treatment))
+        if base is None or treated is None:
+            continue
+        effect = compare.lira_influence_values(treated) - compare.lira_influence_values(base)
+        effects[factor, level] = effect
+        more = {"factor": factor, "level": level, "coordinate": f"{factor}={level}", "attack": "lira"}
+        more |= {
+            "optimizer": treatment,
+            "baseline": baseline,
+            "test_gain": test_accuracy(treated) - test_accuracy(base),
+        }
+        fits = [compare.on_pool(e, "correct").mean() for e in (base, treated)]
+        more |= {"train_accuracy": fits[0], "train_accuracy_treatment": fits[1]}
+        how = {"shadow_correction": SHADOW_CORRECTION, "columns": base.dataset.groups}
+        change = effect - next(iter(effects.values()))
+        rows += [row("auc", estimate(effect, **how), **more), row("auc_change", estimate(change, **how), **more)]
+    return pd.DataFrame(rows)
+
+
+def test_accuracy(ensemble):
+    """Mean test accuracy: a float."""
+    return float(compare.hits_on_test(ensemble).mean())
+
+
+# ---- defences -----------------------------------------------------------------------------------------------
+
+
+def tempered(ensemble, temperature):
+    """The ensemble as served with its logits divided by a temperature, which changes no prediction."""
+    served = {n: getattr(ensemble, n) / np.float32(temperature) for n in ("logits", "test_logits")}
+    kept = {n: getattr(ensemble, n) for n in ("member", "dataset", "ids", "recipe")}
+    return SimpleNamespace(**served, **kept)
+
+
+def defence_table(found):
+    """What each defence costs and what it buys: accuracies, and every metric of LiRA and of a confidence threshold.
+
+    found: dict label -> Ensemble, the undefended one first. A tidy frame with the labels as optimizer and baseline.
+    """
+    first = next(iter(found.values()))
+    attacks = {"lira": compare.lira_scores, "confidence": lambda e: compare.signal(e, "phi")}
+    frames = [compare.accuracies(found)]
+    for attack, scores_of in attacks.items():
+        scored = {label: scores_of(e) for label, e in found.items()}
+        frames.append(
+            intervals.table(scored, np.array(first.member), columns=first.dataset.groups).assign(attack=attack)
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def strict_rate(frame):
+    """[false positive rate to report]: 0.1%, or else the smallest whose TPR is in the frame; [] if there is none."""
+    rates = sorted({float(m[4:]) for m in frame.metric.unique() if m.startswith("tpr@")})
+    return [0.001] if 0.001 in rates else rates[:1]
+
+
+def private_table(found):
+    """`defence_table` of private optimizers: a tidy frame with the columns epsilon and coordinate.
+
+    found: dict (optimizer, epsilon) -> Ensemble, the baseline with epsilon inf first.
+    """
+    frame = compare.split_labels(defence_table(found), "epsilon")
+    return frame.assign(coordinate=["" if np.isinf(e) else f"epsilon={e:g}" for e in frame.epsilon])
+
+
+def epsilon_table(found, delta):
+    """The epsilon that LiRA proves exceeded, beside the claimed one: a tidy frame with the column epsilon.
+
+    found: dict (optimizer, epsilon) -> Ensemble. A bound above the claim is a fault of the accountant or of the noise.
+    """
+    rows = []
+    for (optimizer, epsilon), e in found.items():
+        bound = audited_epsilon(compare.lira_scores(e), np.array(e.member), delta)
+        more = {"attack": "lira", "coordinate": f"epsilon={epsilon:g}, delta={delta:g}", "epsilon": epsilon}
+        rows.append(
+            row("epsilon_lower_bound", Estimate(bound, np.nan, np.nan), optimizer=optimizer, baseline="", **more)
+        )
+    return pd.DataFrame(rows)
+
+
+# ---- who pays -----------------------------------------------------------------------------------------------
+
+
+def within(ensembles, parts, accuracy):
+    """LiRA's AUC and the test accuracy (the metric `accuracy`) within parts of the data: a tidy frame, column part.
+
+    parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool, or None). A part that has no
+    members or no non-members in some model has no AUC; one without test examples has no accuracy.
+    """
+    first = next(iter(ensembles.values()))
+    data, member, frames = first.dataset, np.array(first.member), []
+    scores = {label: compare.lira_scores(e) for label, e in ensembles.items()}
+    right = {label: compare.hits_on_test(e) for label, e in ensembles.items()}
+    for part, (own, seen) in parts.items():
+        inside, here = member[:, own], []
+        groups, groups_test = (g if g is None else g[of] for g, of in ((data.groups, own), (data.groups_test, seen)))
+        if inside.any(1).all() and (~inside).any(1).all():
+            values = {label: intervals.auc_influence_values(s[:, own], inside) for label, s in scores.items()}
+            how = {"shadow_correction": SHADOW_CORRECTION, "columns": groups}
+            here.append(intervals.paired(values, "auc", True, **how).assign(attack="lira"))
+        if seen.any():
+            values = {label: r[:, seen] for label, r in right.items()}
+            here.append(intervals.paired(values, accuracy, True, columns=groups_test))
+        frames += [frame.assign(part=part) for frame in here]
+    return pd.concat(frames, ignore_index=True)
+
+
+def class_table(ensembles):
+    """LiRA's AUC and the test accuracy within each class: a tidy frame with the columns class, size and coordinate.
+
+    size: the class's number of examples in the pool. Metrics auc, class_test_accuracy, and balanced_test_accuracy
+    (class ""), the mean over the classes.
+    """
+    data = next(iter(ensembles.values())).dataset
+    parts = {name: (data.y == c, data.y_test == c) for c, name in enumerate(data.classes)}
+    frame = within(ensembles, parts, "class_test_accuracy").rename(columns={"part": "class"})
+    frame["size"] = [parts[name][0].sum() for name in frame["class"]]
+    counts = np.bincount(data.y_test, minlength=data.n_classes)
+    # the mean over classes of the accuracy within: each test point weighs T / (C n_class)
+    weight = len(data.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[data.y_test]
+    balanced = compare.compared(
+        ensembles, lambda e: compare.hits_on_test(e) * weight, "balanced_test_accuracy", test=True
+    )
+    frame = frame.assign(coordinate="class=" + frame["class"])
+    balanced = balanced.assign(**{"class": "", "size": len(data.y), "coordinate": ""})
+    return pd.concat([frame, balanced], ignore_index=True)
+
+
+def agreement(ensembles, parts=8, seed=0):
+    """Do two optimizers expose the same examples? Rank correlations of exposure between two halves of the pairs.
+
+    An example's exposure is how well phi tells the models trained with it from those trained without (AUC). It uses no
+    shadow models, which the two halves would share. The correlation across optimizers is to be judged by those within
+    each optimizer, which noise alone keeps below 1; the corrected one is across / geometric mean of the two within
+    (Spearman 1904), given if these are positive in every split. A tidy frame; the intervals are the range over `parts`
+    random splits.
+    """
+    (a, first), (b, second) = ensembles.items()
+    scores = {a: compare.signal(first, "phi"), b: compare.signal(second, "phi")}
+    member, both = np.array(first.member), f"{a} and {b}"
+    compared = {a: ((a, 0), (a, 1)), b: ((b, 0), (b, 1)), both: ((a, 0), (b, 1))}
+    rng, found = np.random.default_rng(seed), {label: [] for label in compared}
+    for _ in range(parts):
+        left = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)
+        seen = {(k, side): exposure(scores[k][left == side], member[left == side]) for k in scores for side in (0, 1)}
+        for label, (one, two) in compared.items():
+            known = np.isfinite(seen[one]) & np.isfinite(seen[two])  # not: in all models of a half, or in none
+            found[label].append(spearman(seen[one][known], seen[two][known]))
+    rows = [
+        row("exposure_rank_correlation", Estimate(np.mean(v), min(v), max(v)), optimizer=label, baseline="")
+        for label, v in found.items()
+    ]
+    one, two, across = map(np.array, found.values())
+    if min(*one, *two) > 0:
+        # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
+        each, value = across / np.sqrt(one * two), across.mean() / np.sqrt(one.mean() * two.mean())
+        corrected = Estimate(value, min(each), max(each))
+        rows.append(row("exposure_rank_correlation_corrected", corrected, optimizer=both, baseline=""))
+    return pd.DataFrame(rows)
+
+
+def pattern_table(ensembles, memorized):
+    """Exposure, memorization and test accuracy by how many pool examples share a known sub-pattern: a tidy frame.
+
+    memorized: dict optimizer -> [N]. Metrics auc (LiRA), mean_memorization and test_accuracy; columns size ("3 to 9")
+    and coordinate. Sizes with fewer than 10 examples in the pool are left out, and accuracies on fewer than 10.
+    """
+    data = next(iter(ensembles.values())).dataset
+    count = np.bincount(data.pattern, minlength=1 + max(data.pattern.max(), data.pattern_test.max()))
+    size, size_test, parts = count[data.pattern], count[data.pattern_test], {}
+    edges = [1, 3, 10, 30, 100, np.inf]
+    for low, high in zip(edges, edges[1:], strict=False):
+        own, seen = (size >= low) & (size < high), (size_test >= low) & (size_test < high)
+        label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
+        if own.sum() >= 10:
+            parts[label] = own, seen & (seen.sum() >= 10)
+    frames = [within(ensembles, parts, "test_accuracy")]
+    for part, (own, _) in parts.items():
+        means = compare.paired_t({label: m[own] for label, m in memorized.items()}, "mean_memorization")
+        frames.append(means.assign(part=part))
+    frame = pd.concat(frames, ignore_index=True).rename(columns={"part": "size"})
+    return frame.assign(coordinate="shared by=" + frame["size"])
+
+
+def most(patterns):
+    """Where each metric of a pattern_table is largest: dict (optimizer, baseline, metric) -> (size, value)."""
+    found = {}
+    for key, rows in patterns.groupby(["optimizer", "baseline", "metric"], sort=False):
+        top = rows.loc[rows.value.idxmax()]
+        found[key] = top["size"], float(top.value)
+    return found
+
+
+# ---- training, to be declared in lib.study.experiments --------------------------------------------------------
 
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
-
-
-# ---- variants: accuracy against leakage ---------------------------------------------------------------------
 
 
 def on(baseline):
@@ -47,73 +300,6 @@ def variants(run, factors, n_models):
     """The ensembles of `variant_radii`, and what they are held against, first: dict (name, rho) -> Ensemble."""
     found = {(run.names[0], 0.0): run.train(run.names[0], n_models)}
     return found | {(name, rho): run.train(name, n_models, rho=rho) for name, rho in variant_radii(run, factors)}
-
-
-def variant_table(found):
-    """`compare.contrast` of every variant with the baseline, which is first: a tidy frame with a column rho."""
-    (first, _), *others = found
-    frames = []
-    for name, rho in others:
-        frame = compare.contrast({first: found[first, 0.0], name: found[name, rho]})
-        frames.append(frame.assign(rho=np.where(frame.optimizer == first, 0.0, rho)))
-    return pd.concat(frames, ignore_index=True).drop_duplicates(["optimizer", "baseline", "rho", "metric"])
-
-
-def signs(table, baseline):
-    """Signs of the differences in test accuracy and LiRA's AUC, 0 where not clear: dict (name, rho) -> (int, int)."""
-    rows = table[(table.baseline == baseline) & (table.rho > 0)]
-    rows = rows.assign(sign=[sign(row) for row in rows.itertuples()])
-    wide = rows.pivot_table("sign", ["optimizer", "rho"], "metric", sort=False)
-    return {key: (int(row.test_accuracy), int(row.auc)) for key, row in wide.iterrows()}
-
-
-def dominated(found, level=0.95):
-    """Which of the ensembles another beats: dict label -> list of labels; an empty list is the frontier.
-
-    b beats a if it tests better or leaks less (LiRA's AUC), the paired interval clear of 0, and is not worse in the
-    other by its estimate. Intervals are widened for the number of pairs (Bonferroni).
-    """
-    accuracy = {k: compare.hits_on_test(e) for k, e in found.items()}
-    leak, k = {label: lira_influence_values(e).astype(np.float32) for label, e in found.items()}, len(found)
-    strict, dataset = 1 - (1 - level) / max(1, k * (k - 1)), next(iter(found.values())).dataset
-
-    def beats(b, a):
-        better = intervals.estimate(accuracy[b] - accuracy[a], level=strict, columns=dataset.groups_test)
-        tighter = intervals.estimate(
-            leak[a] - leak[b], level=strict, shadow_correction=intervals.SHADOW_CORRECTION, columns=dataset.groups
-        )
-        clear = (better.low > 0) or (tighter.low > 0)
-        return clear and better.value >= 0 and tighter.value >= 0
-
-    return {a: [b for b in found if b != a and beats(b, a)] for a in found}
-
-
-# ---- at equal accuracy, loss, compute -----------------------------------------------------------------------
-
-
-def test_accuracy(ensemble):
-    """Mean test accuracy."""
-    return float(compare.hits_on_test(ensemble).mean())
-
-
-def at_equal_accuracy(baseline, treatment):
-    """As compare.at_equal_loss, at the test accuracies that `other` reached: columns test_accuracy, between, ..."""
-    frame = compare.at_equal(baseline, treatment, compare.hits_on_test, test=True)
-    between = [f"{low:.1%} and {high:.1%}" for low, high in zip(frame.below, frame.above, strict=True)]
-    return frame.drop(columns=["below", "above"]).rename(columns={"at": "test_accuracy"}).assign(between=between)
-
-
-# ---- causes -------------------------------------------------------------------------------------------------
-
-
-def mislabelled(dataset, share, seed=0):
-    """The data set with a share of the pool's labels replaced by another class, drawn evenly: a Dataset."""
-    if not 0 <= share < 1:
-        raise ValueError(f"share={share!r} is not valid: it must be in [0, 1)")
-    rng, y = np.random.default_rng(seed), dataset.y.copy()
-    wrong = rng.permutation(len(y))[: round(share * len(y))]
-    y[wrong] = (y[wrong] + rng.integers(1, dataset.n_classes, len(wrong))) % dataset.n_classes
-    return replace(dataset, y=y)
 
 
 def levels(run):
@@ -150,42 +336,14 @@ def chosen_levels(run, most=None):
 
 
 def causes(run, n_models, most=None):
-    """The baseline and run.treatment at every one of `chosen_levels`: dict level -> dict optimizer -> Ensemble.
-
-    Levels at which most models diverged are left out, and said.
-    """
+    """The baseline and run.treatment at every one of `chosen_levels`: dict (factor, level, optimizer) -> Ensemble."""
     names = run.names[0], run.treatment
     wanted = {
         (*level, name): run.train(name, n_models, dataset=data, **changes)
         for level, (changes, data) in chosen_levels(run, most).items()
         for name in names
     }
-    kept = compare.keep_common_models(wanted, essential=[key for key in wanted if key[0] == "as it is"])
-    both = [level for level in dict.fromkeys(key[:2] for key in kept) if all((*level, n) in kept for n in names)]
-    return {level: {name: kept[(*level, name)] for name in names} for level in both}
-
-
-def effect_table(found):
-    """Effect on LiRA's AUC at every level, and how far it is from the effect as it is: a tidy frame.
-
-    Columns factor, level, metric (auc, auc_change), value, ci_low, ci_high; train_accuracy, test_gain beside them.
-    """
-    effect, about, groups = {}, {}, next(iter(next(iter(found.values())).values())).dataset.groups
-    for level, (base, treatment) in ((k, e.values()) for k, e in found.items()):
-        effect[level] = lira_influence_values(treatment) - lira_influence_values(base)
-        member = np.array(base.member)
-        fits = [plain_signal(e, "correct")[member].mean() for e in (base, treatment)]
-        gain = test_accuracy(treatment) - test_accuracy(base)
-        about[level] = {"train_accuracy": fits[0], "train_accuracy_other": fits[1], "test_gain": gain}
-    first, rows = effect[next(iter(effect))], []
-    for level, influence_values in effect.items():
-        for metric, values in (("auc", influence_values), ("auc_change", influence_values - first)):
-            found_here = intervals.estimate(values, shadow_correction=intervals.SHADOW_CORRECTION, columns=groups)
-            rows.append(row(metric, found_here, factor=level[0], level=level[1], **about[level]))
-    return pd.DataFrame(rows)
-
-
-# ---- defences -----------------------------------------------------------------------------------------------
+    return compare.keep_common_models(wanted, essential=[key for key in wanted if key[0] == "as it is"])
 
 
 def defences(run):
@@ -200,42 +358,6 @@ def defences(run):
         "SharpReg": dict(optimizer=name("sharpreg")),
         f"{treatment}, smoothing 0.1": dict(optimizer=treatment, smoothing=0.1),
     }
-
-
-def tempered(ensemble, temperature):
-    """The ensemble as served with its logits divided by a temperature, shadows alike: accuracy does not change."""
-    served = {n: getattr(ensemble, n) / np.float32(temperature) for n in ("logits", "test_logits")}
-    return SimpleNamespace(
-        **served, member=ensemble.member, dataset=ensemble.dataset, ids=ensemble.ids, recipe=ensemble.recipe
-    )
-
-
-def lira_scores(ensemble):
-    """LiRA's scores, online, per-example variance: [M, N]."""
-    phi = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"]
-    return shadow.lira(phi, np.array(ensemble.member))
-
-
-def defence_table(found):
-    """What each defence costs and buys: accuracies, and the metrics of LiRA and of a confidence threshold, paired.
-
-    found: dict label -> Ensemble, the undefended one first. A tidy frame with column optimizer for the label.
-    """
-    member = np.array(next(iter(found.values())).member)
-    scored = {
-        "lira": {k: lira_scores(e) for k, e in found.items()},
-        "confidence": {k: plain_signal(e, "phi") for k, e in found.items()},
-    }
-    groups = next(iter(found.values())).dataset.groups
-    frames = [compare.accuracies(found)]
-    frames += [intervals.table(scores, member, columns=groups).assign(attack=name) for name, scores in scored.items()]
-    return pd.concat(frames, ignore_index=True)
-
-
-def strict_rate(frame):
-    """[the false positive rate, of those at which a TPR is there, that is 0.1% or else the strictest]; [] of none."""
-    rates = sorted({float(m[4:]) for m in frame.metric.unique() if m.startswith("tpr@")})
-    return [0.001] if 0.001 in rates else rates[:1]
 
 
 def delta_of(run):
@@ -276,131 +398,4 @@ def private(run, targets, n_models, delta):
     for (rule, target), sigma in noise_levels(run, targets, delta).items():
         name = on(run.names[0])(f"{rule}(sigma={sigma:.4g})")
         found[rule, target] = run.train(name, n_models, arch=arch)
-    return found
-
-
-def epsilon_table(found, delta):
-    """Claimed epsilon beside the lower bound that LiRA reaches: a frame with optimizer, epsilon, bound."""
-    rows = []
-    for (name, target), ensemble in found.items():
-        bound = audited_epsilon(lira_scores(ensemble), np.array(ensemble.member), delta)
-        rows.append({"optimizer": name, "epsilon": target, "bound": float(bound)})
-    return pd.DataFrame(rows)
-
-
-# ---- who pays -----------------------------------------------------------------------------------------------
-
-
-def class_table(ensembles):
-    """LiRA's AUC and the test accuracy within each class, for each optimizer and difference: a tidy frame.
-
-    Column `class` and the class's size in the pool; classes without members and non-members in every model are left
-    out. Metrics auc, class_test_accuracy; and balanced_test_accuracy (class ''), the mean over the classes.
-    """
-    dataset = next(iter(ensembles.values())).dataset
-    member, frames = np.array(next(iter(ensembles.values())).member), []
-    scores = {k: lira_scores(e) for k, e in ensembles.items()}
-    right = {k: compare.hits_on_test(e) for k, e in ensembles.items()}
-    for c, name in enumerate(dataset.classes):
-        own, seen = dataset.y == c, dataset.y_test == c
-        inside, of = member[:, own], {"groups": own, "groups_test": seen}
-        of = {key: None if (g := getattr(dataset, key)) is None else g[rows] for key, rows in of.items()}
-        influence_values = {}
-        if inside.any(1).all() and (~inside).any(1).all():
-            influence_values["auc"] = {k: intervals.auc_influence_values(s[:, own], inside) for k, s in scores.items()}
-        if seen.any():
-            influence_values["class_test_accuracy"] = {k: r[:, seen] for k, r in right.items()}
-        for metric, each in influence_values.items():
-            how = (
-                {"shadow_correction": intervals.SHADOW_CORRECTION, "columns": of["groups"]}
-                if metric == "auc"
-                else {"columns": of["groups_test"]}
-            )
-            found = intervals.paired(each, metric, True, **how)
-            frames.append(found.assign(**{"class": name, "size": own.sum()}))
-    counts = np.bincount(dataset.y_test, minlength=dataset.n_classes)
-    # mean over classes of the accuracy within: each test point weighs T / (C n_class)
-    weight = len(dataset.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[dataset.y_test]
-    balanced = compare.compared(
-        ensembles, lambda e: compare.hits_on_test(e) * weight, "balanced_test_accuracy", test=True
-    )
-    return pd.concat([*frames, balanced.assign(**{"class": "", "size": len(dataset.y)})], ignore_index=True)
-
-
-def agreement(ensembles, parts=8, seed=0):
-    """Does the other expose the same examples? Rank correlations of the examples' exposure between two halves of pairs.
-
-    Exposure: how well phi tells the models with an example from those without (AUC); no shadow model is in it, which
-    both halves would share. Two halves of the *models* of one optimizer agree no better than their noise lets them;
-    across optimizers (again on different models) a lower correlation means other examples. Corrected for noise: across,
-    over the geometric mean of the two within (Spearman 1904), where these are positive in every split. Returns a tidy
-    frame: metric, value and the range over `parts` splits as interval.
-    """
-    (a, first), (b, second) = ensembles.items()
-    scores = {a: plain_signal(first, "phi"), b: plain_signal(second, "phi")}
-    member = np.array(first.member)
-    rng, found = np.random.default_rng(seed), {}
-    for _ in range(parts):
-        left = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)
-        seen = {(k, side): exposure(scores[k][left == side], member[left == side]) for k in scores for side in (0, 1)}
-        pairs = {a: ((a, 0), (a, 1)), b: ((b, 0), (b, 1)), f"{a} and {b}": ((a, 0), (b, 1))}
-        for name, (one, treatment) in pairs.items():
-            both = np.isfinite(seen[one]) & np.isfinite(
-                seen[treatment]
-            )  # some were in, or out of, all of a half's models
-            found.setdefault(name, []).append(spearman(seen[one][both], seen[treatment][both]))
-    rows = [
-        row("exposure_rank_correlation", intervals.Estimate(np.mean(v), min(v), max(v)), optimizer=name, baseline="")
-        for name, v in found.items()
-    ]
-    one, treatment, across = map(np.array, found.values())
-    if min(*one, *treatment) > 0:
-        # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
-        corrected, value = across / np.sqrt(one * treatment), across.mean() / np.sqrt(one.mean() * treatment.mean())
-        found_here = intervals.Estimate(value, min(corrected), max(corrected))
-        rows.append(row("exposure_rank_correlation_corrected", found_here, optimizer=f"{a} and {b}", baseline=""))
-    return pd.DataFrame(rows)
-
-
-def pattern_table(ensembles, memorized):
-    """On data with known sub-patterns: memorization, exposure and SAM's gain by how many examples share the pattern.
-
-    memorized: dict optimizer -> [N]. Rows for each optimizer and each difference from the first, by class of size; the
-    gain is on the test part.
-    """
-    (base, first), *_ = ensembles.items()
-    memorized = {(k, ""): v for k, v in memorized.items()} | {
-        (k, base): memorized[k] - memorized[base] for k in memorized if k != base
-    }
-    dataset, member = first.dataset, np.array(first.member)
-    both = dataset.pattern, dataset.pattern_test
-    shared = np.bincount(dataset.pattern, minlength=1 + max(p.max() for p in both))  # 0 for one that the pool lacks
-    size, size_test = (shared[p] for p in both)
-    edges = [1, 3, 10, 30, 100, np.inf]
-    frames = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        own, seen = (size >= low) & (size < high), (size_test >= low) & (size_test < high)
-        label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
-        if own.sum() < 10:
-            continue
-        influence_values = {
-            k: intervals.auc_influence_values(lira_scores(e)[:, own], member[:, own]) for k, e in ensembles.items()
-        }
-        shown = [intervals.paired(influence_values, "auc", True, shadow_correction=intervals.SHADOW_CORRECTION)]
-        means = {key: intervals.t_interval(values[own]) for key, values in memorized.items()}
-        rows = [row("mean_memorization", e, optimizer=k, baseline=b) for (k, b), e in means.items()]
-        shown.append(pd.DataFrame(rows))
-        if seen.sum() >= 10:
-            right = {k: plain_signal(e, "correct", test=True)[:, seen].astype(float) for k, e in ensembles.items()}
-            shown.append(intervals.paired(right, "test_accuracy", True))
-        frames.append(pd.concat(shown, ignore_index=True).assign(size=label))
-    return pd.concat(frames, ignore_index=True)
-
-
-def most(patterns):
-    """Where each metric of a pattern_table is largest: dict (optimizer, baseline, metric) -> (size, value)."""
-    found = {}
-    for key, rows in patterns.groupby(["optimizer", "baseline", "metric"], sort=False):
-        top = rows.loc[rows.value.idxmax()]
-        found[key] = top["size"], float(top.value)
     return found

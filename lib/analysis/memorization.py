@@ -1,8 +1,8 @@
-"""What single training examples do to a model's outputs: memorization, influence, and who leans on whom.
+"""What one training example does to a model's output on itself: memorization, and which examples are memorized.
 
-Everything is estimated from an ensemble on random subsets (Feldman & Zhang 2020, "What neural networks memorize
-and why"): values[M, N] or [M, T] are correctness (bool) or confidence p_y of M models on the N examples of the
-pool, or on T test examples; member[M, N] says who trained on what. Nothing here trains.
+Everything is estimated from an ensemble on random subsets of one pool (Feldman & Zhang 2020, "What neural networks
+memorize and why"). values [M, N] are correctness (bool) or confidence p_y of M models on the N examples of the pool;
+member [M, N] says which model trained on which example. Nothing here trains.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ BANDS = ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
 
 
 class Memorization(NamedTuple):
-    """Arrays [N]: the estimate, its standard error, and the two means that it is the difference of."""
+    """Arrays [N]: the estimate, its standard error, and the two means whose difference it is."""
 
     value: np.ndarray
     se: np.ndarray
@@ -29,39 +29,32 @@ class Memorization(NamedTuple):
 
 
 def memorization(values, member) -> Memorization:
-    """mem_i: mean output on example i of the models trained with it, minus that of those trained without it.
+    """mem_i: mean output on example i of the models trained with it, minus that of the models trained without it.
 
-    values: [M, N] numbers or bools; member: [M, N] bool. Feldman & Zhang 2020, equation 1 and algorithm 1. The
-    standard error is for new models, each example by itself; that of a proportion (bools) is Agresti & Caffo's
-    (2000), so that it is not zero where all models agree. Differences of two paired ensembles are values too.
+    values: [M, N] numbers or bools; member: [M, N] bool. Feldman & Zhang 2020, equation 1 and algorithm 1. The standard
+    error is each example's own and speaks of new models. For bools it is Agresti & Caffo's (2000), which is not zero
+    where all models agree. values may also be the difference of two paired ensembles.
     Raises ValueError for shapes that differ, NaN, or an example with fewer than two models in or out.
     """
-    values, member = _checked(values, member, same=True)
-    n_in, n = member.sum(0), len(member)
-    first, second = (_sums(values, member, power) for power in (1, 2))
-    # mem_i = sum_m v_mi 1{i in m} / n_in - sum_m v_mi 1{i not in m} / n_out
-    inside, outside = first[0] / n_in, first[1] / (n - n_in)
-    variance = 0.0
-    for total, squares, count in zip(first, second, (n_in, n - n_in), strict=True):
+    values, member = checked(values, member, same=True)
+    means, variance = [], 0.0
+    for group in (member, ~member):
+        n, exact = group.sum(0), {"dtype": np.float64, "casting": "unsafe"}
+        total = np.einsum("mn,mn->n", group, values, **exact)
+        # mem_i = sum_m v_mi 1{i in m} / n_in - sum_m v_mi 1{i not in m} / n_out
+        means.append(total / n)
         if values.dtype == bool:
-            share = (total + 1) / (count + 2)
-            variance = variance + share * (1 - share) / (count + 2)
+            # p = (hits + 1) / (n + 2),  variance p (1 - p) / (n + 2)
+            p = (total + 1) / (n + 2)
+            variance = variance + p * (1 - p) / (n + 2)
         else:
             # s^2 / n = (sum v^2 - (sum v)^2 / n) / (n - 1) / n
-            variance = variance + np.maximum(squares - total**2 / count, 0) / (count - 1) / count
-    return Memorization(inside - outside, np.sqrt(variance), inside, outside)
+            squares = np.einsum("mn,mn,mn->n", group, values, values, **exact)
+            variance = variance + np.maximum(squares - total**2 / n, 0) / (n - 1) / n
+    return Memorization(means[0] - means[1], np.sqrt(variance), *means)
 
 
-def _sums(values, member, power):
-    """Sums over the models with and without each example of values^power, each [N], in float64."""
-    factors = [values] * power
-    every = np.einsum(",".join(["mn"] * power) + "->n", *factors, dtype=np.float64, casting="unsafe")
-    letters = ",".join(["mn"] * (power + 1)) + "->n"
-    inside = np.einsum(letters, member, *factors, dtype=np.float64, casting="unsafe")
-    return inside, every - inside
-
-
-def _checked(values, member, same=False):
+def checked(values, member, same=False):
     """values [M, N or T] and member [M, N] as arrays, or a ValueError that says what is wrong."""
     values, member = np.asarray(values), np.asarray(member)
     if member.dtype != bool or member.ndim != 2:
@@ -72,18 +65,17 @@ def _checked(values, member, same=False):
     if values.dtype != bool and not np.isfinite(values).all():
         raise ValueError("values: NaN or infinity; valid are finite numbers")
     n_in = member.sum(0)
-    few = np.minimum(n_in, len(member) - n_in) < 2
-    if few.any():
-        i = int(np.flatnonzero(few)[0])
+    n_out = len(member) - n_in
+    for i in np.flatnonzero(np.minimum(n_in, n_out) < 2):
         raise ValueError(
-            f"n_models={len(member)} is too few: example {i} is in {n_in[i]} and out of {len(member) - n_in[i]}; "
-            "an estimate needs 2 of each"
+            f"n_models={len(member)} is too few: example {i} is in {n_in[i]} and out of {n_out[i]} models; valid are "
+            "2 or more of each"
         )
     return values, member
 
 
 def per_example(found, dataset):
-    """A frame with a line for each example: its index in the data set as loaded, class, and each estimate with its se.
+    """A frame with a row for each example: its index in the data set as loaded, its class, the estimates and their se.
 
     found: dict output -> dict optimizer -> Memorization.
     """
@@ -96,10 +88,9 @@ def per_example(found, dataset):
 
 
 def models_needed(se, n_models, wanted):
-    """How many models would bring a standard error (a number or an array) down to `wanted`, 4 at least.
+    """How many models (at least 4) bring a standard error, a number or an array, down to `wanted` > 0.
 
-    For examples on which the models differ. With halves, no proportion needs more than wanted^(-2).
-    Raises ValueError for wanted <= 0.
+    This is for examples on which the models differ. No proportion needs more than wanted^(-2) models on halves.
     """
     if not wanted > 0:
         raise ValueError(f"wanted={wanted!r}; valid are positive standard errors")
@@ -108,7 +99,7 @@ def models_needed(se, n_models, wanted):
 
 
 def band_shares(memorized):
-    """Share of examples in each of BANDS: [N] -> [5]."""
+    """Share of the examples in each of BANDS: [N] -> [5]."""
     return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
 
 
@@ -116,34 +107,34 @@ def band_shares(memorized):
 
 
 def jackknife(statistic, member, groups=20, level=0.95):
-    """Estimates of a vector statistic(rows, columns) of some models and some examples, as a list of Estimate.
+    """Intervals of a vector statistic(rows, columns) of some models and some examples: a list of Estimate.
 
-    rows, columns: index arrays, as in values[np.ix_(rows, columns)]. Delete-a-group jackknife (Efron & Tibshirani
-    1993, section 11.7) over pairs of models and over examples; the two variances add up, so an interval speaks of
-    new models and new examples.
+    rows, columns: index arrays, as in values[np.ix_(rows, columns)]. This is the delete-a-group jackknife (Efron &
+    Tibshirani 1993, section 11.7), over pairs of models and over examples. The two variances are added, so an interval
+    speaks of new models and new examples.
     """
     rows, columns = np.arange(len(member)), np.arange(member.shape[1])
     value, variance, spread = np.atleast_1d(statistic(rows, columns)), 0.0, 0.0
     pairs = np.unique(intervals.pairs(member), return_inverse=True)[1]
-    for which in (0, 1):
-        index = (pairs, columns)[which]
+    for index, over_models in ((pairs, True), (columns, False)):
         g = min(groups, index.max() + 1)
         left = [np.flatnonzero(index % g != k) for k in range(g)]
-        found = np.array([statistic(*((kept, columns) if which == 0 else (rows, kept))) for kept in left])
+        found = np.array([statistic(kept, columns) if over_models else statistic(rows, kept) for kept in left])
         # V = (G - 1)/G sum_g (theta_(g) - mean theta)^2
         part = (g - 1) / g * np.square(found.reshape(g, -1) - found.reshape(g, -1).mean(0)).sum(0)
         variance, spread = variance + part, spread + part**2 / (g - 1)
+    # df = V^2 / sum_k V_k^2 / (G_k - 1)  (Satterthwaite)
     df = np.divide(variance**2, spread, out=np.full_like(spread, groups - 1.0), where=spread > 0)
     half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance)
     return [intervals.Estimate(*map(float, triple)) for triple in zip(value, value - half, value + half, strict=True)]
 
 
 def memorization_table(values, member):
-    """Mean memorization and the bands' shares of two optimizers and their paired differences: a tidy frame.
+    """Mean memorization and the share of examples in each band, of two optimizers and their difference: a tidy frame.
 
-    values: dict optimizer -> [M, N] of two paired ensembles, the baseline first. Also the rank correlation
-    (metric memorization_spearman) between the two, in the row of the difference. The interval of a share reaches
-    two examples either way at least: where a band is empty, leaving groups out shows no spread.
+    values: dict optimizer -> [M, N] of two paired ensembles, the baseline first. The rows of the difference also have
+    the rank correlation between the two (memorization_spearman). The interval of a share reaches at least two examples
+    either way, because leaving groups out shows no spread where a band is empty.
     """
     baseline, treatment = values
 
@@ -153,10 +144,9 @@ def memorization_table(values, member):
         a, b = (np.array([m.mean(), *band_shares(m)]) for m in mem)
         return np.concatenate([a, b, b - a, [spearman(*mem)]])
 
-    names = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
-    whose = ((baseline, ""), (treatment, ""), (treatment, baseline))
-    keys = [(*who, name) for who in whose for name in names] + [(treatment, baseline, "memorization_spearman")]
-    frame = tidy(keys, jackknife(statistic, member))
+    metrics = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
+    keys = [(*who, m) for who in ((baseline, ""), (treatment, ""), (treatment, baseline)) for m in metrics]
+    frame = tidy([*keys, (treatment, baseline, "memorization_spearman")], jackknife(statistic, member))
     least = 2 / member.shape[1] * frame.metric.str.contains("share")
     lowest = np.where((frame.baseline != "") | (least == 0), -1, 0)
     return frame.assign(
@@ -166,7 +156,7 @@ def memorization_table(values, member):
 
 
 def tidy(keys, estimates):
-    """A tidy frame from (optimizer, baseline, metric) and Estimates."""
+    """A tidy frame of (optimizer, baseline, metric) and their Estimates."""
     rows = [(*key, *estimate) for key, estimate in zip(keys, estimates, strict=True)]
     return pd.DataFrame(rows, columns=intervals.TIDY)
 
@@ -177,10 +167,13 @@ def spearman(a, b):
     return float(np.corrcoef(ranks)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
-def plant(dataset, sources, n_wrong, copies=4, seed=0):
-    """The data set with faults of known place: (Dataset, wrong [n_wrong], copied [len(sources), copies]).
+# ---- pools with planted faults ------------------------------------------------------------------------------
 
-    Examples `wrong` get another label; each of the sources [n] gets `copies` twins, which replace other examples.
+
+def plant(dataset, sources, n_wrong, copies=4, seed=0):
+    """The data set with faults at known places: (Dataset, wrong [n_wrong], copied [len(sources), copies]).
+
+    The examples `wrong` get another label. Each of the sources [n] gets `copies` copies, which replace other examples.
     Raises ValueError if the pool is too small to hold them.
     """
     rng, sources, x, y = np.random.default_rng(seed), np.asarray(sources), dataset.x.copy(), dataset.y.copy()
@@ -194,11 +187,11 @@ def plant(dataset, sources, n_wrong, copies=4, seed=0):
 
 
 def leak(dataset, index, times=50, seed=0):
-    """The data set with example `index` in it `times` over and another example dropped: (Dataset, its place there).
+    """The data set with example `index` in it `times` times and another example dropped: (Dataset, its place there).
 
-    N + times - 2 examples, so that with even `times` an even pool stays even. The copies form one group with the
-    example and its kin: a half holds all of them or none. The one dropped is of another group and, if two of them
-    stay, of the same class. Raises ValueError if that group would not fit into half of the pool.
+    It has N + times - 2 examples, so an even pool stays even. The copies form one group with the example and its own
+    group, so a half holds all of them or none. The dropped example is of another group and, if two of them stay, of the
+    same class. Raises ValueError if `times` is odd or the copies do not fit into half of the pool.
     """
     n = len(dataset.y)
     groups = np.arange(n) if dataset.groups is None else dataset.groups
@@ -209,11 +202,9 @@ def leak(dataset, index, times=50, seed=0):
     own = spare & (dataset.y == dataset.y[index])
     dropped = np.random.default_rng(seed).choice(np.flatnonzero(own if own.sum() > 2 else spare))
     rows = np.concatenate([np.delete(np.arange(n), dropped), np.full(times - 1, index)])
-    parts = {key: getattr(dataset, key) for key in ("x", "y", "pattern")}
-    parts = {key: None if part is None else part[rows] for key, part in parts.items()}
-    parts["index"] = rows if dataset.index is None else dataset.index[rows]
-    planted = replace(dataset, name=f"{dataset.name}-leak", groups=groups[rows], **parts)
-    return planted, int(index - (dropped < index))
+    parts = {name: a[rows] for name in ("x", "y", "pattern") if (a := getattr(dataset, name)) is not None}
+    parts |= {"index": rows if dataset.index is None else dataset.index[rows], "groups": groups[rows]}
+    return replace(dataset, name=f"{dataset.name}-leak", **parts), int(index - (dropped < index))
 
 
 # ---- what kind of example -----------------------------------------------------------------------------------
@@ -229,7 +220,7 @@ def atypicality(x, y, k=5):
     fewest = np.bincount(y).min()
     if len(labels) < 2 or not 1 <= k < fewest:
         raise ValueError(
-            f"k={k}: {len(labels)} classes of {fewest} examples or more; valid are two, of more than k >= 1"
+            f"k={k}: {len(labels)} classes, the smallest of {fewest}; valid are two, with more than k >= 1"
         )
     distance = np.empty((len(x), len(labels)))
     for c in range(len(labels)):
@@ -243,9 +234,9 @@ def atypicality(x, y, k=5):
 
 
 def exposure(scores, member):
-    """How well an attack tells each example's members from its non-members, over models: AUC, [N].
+    """How well an attack tells the models trained with an example from those without: AUC for each example, [N].
 
-    scores, member: [M, N]. The Mann-Whitney form of the AUC, ties counted half.
+    scores, member: [M, N]. Ties count half (Mann-Whitney).
     """
     ranks, n_in = stats.rankdata(scores, axis=0), member.sum(0)
     # AUC_i = (sum of the ranks of the models with i - n_in (n_in + 1) / 2) / (n_in n_out)

@@ -1,22 +1,18 @@
+"""Tables on trained pairs of ensembles against plain arithmetic, and the planted and null controls."""
+
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 
-from lib.analysis import compare, flatness, memorization
-from lib.attacks import catalogue, intervals
-from lib.study import text
+from lib.analysis import compare, memorization
+from lib.attacks import catalogue, intervals, label_only, thresholds
+from lib.attacks.intervals import auc_influence_values
 from lib.training import Recipe, train
 from tests.conftest import blobs
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder, data = tmp_path_factory.mktemp("store"), blobs(n=120, t=60)
-    recipe = Recipe(epochs=15, batch_size=10, rho=0.2)
-    return {o: train(replace(recipe, optimizer=o), data, 16, folder, "cpu", quiet=True) for o in ("sgd", "sam")}
 
 
 def direct(ensemble, member=True):
@@ -38,9 +34,6 @@ def test_accuracies_are_the_plain_means_and_the_gap_is_mean_memorization(pair):
 
 
 def test_train_loss_is_cross_entropy_of_the_members(pair):
-    import torch
-    import torch.nn.functional as F
-
     ensemble = pair["sam"]
     logits, member = torch.from_numpy(np.array(ensemble.logits))[:, 0], np.array(ensemble.member)
     labels = torch.from_numpy(np.tile(ensemble.dataset.y, (16, 1)))
@@ -51,7 +44,7 @@ def test_train_loss_is_cross_entropy_of_the_members(pair):
 
 def test_variances_are_numpy_variances_of_the_non_members(pair):
     frame = compare.variances({"sgd": pair["sgd"]}).set_index("metric").value
-    phi, out = compare.plain_signal(pair["sgd"], "phi").astype(float), ~np.array(pair["sgd"].member)
+    phi, out = compare.signal(pair["sgd"], "phi").astype(float), ~np.array(pair["sgd"].member)
     rows = np.mean([phi[m, out[m]].var(ddof=1) for m in range(16)])
     columns = np.mean([phi[out[:, i], i].var(ddof=1) for i in range(120)])
     assert frame["nonmember_variance_phi_across_examples"] == pytest.approx(rows)
@@ -67,18 +60,23 @@ def test_leakage_has_every_attack_and_paired_differences(pair):
         assert auc[attack, "sam", "sgd"] == pytest.approx(auc[attack, "sam", ""] - auc[attack, "sgd", ""])
 
 
-def stand_ins(*lists, ids=range(8)):
-    """Named things with ids, in place of ensembles."""
-    data, recipe = SimpleNamespace(groups=None, groups_test=None), SimpleNamespace(epochs=3)
-    return [
-        [SimpleNamespace(name=name, ids=np.array(ids), dataset=data, recipe=recipe) for name in names]
-        for names in lists
-    ]
+def sweep(base, treated, ids=range(8)):
+    """Named stand-ins in place of ensembles, as a length sweep: the names of SGD's runs, then those of SAM's."""
+    data, runs = SimpleNamespace(groups=None, groups_test=None), {}
+    for optimizer, names in (("sgd", base), ("sam", treated)):
+        for epochs, name in enumerate(names, 1):
+            runs[epochs, optimizer] = SimpleNamespace(name=name, ids=np.array(ids), dataset=data)
+    return runs
+
+
+def at_equal_loss(base, treated):
+    return compare.at_equal_loss(sweep(base, treated), "sam", "sgd")
 
 
 def test_equal_loss_refuses_ensembles_of_different_models():
+    runs = sweep(["a"], []) | {(1, "sam"): sweep([], ["b"], range(2, 10))[1, "sam"]}
     with pytest.raises(ValueError, match="different models"):
-        compare.at_equal_loss(*stand_ins(["a"]), *stand_ins(["b"], ids=range(2, 10)))
+        compare.at_equal_loss(runs, "sam", "sgd")
 
 
 def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, capsys):
@@ -111,9 +109,11 @@ def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):
         "beyond": (0.001, influence_values),
     }
     made_up(monkeypatch, runs)
-    found = compare.at_equal_loss(*stand_ins(["a", "b"], ["between", "beyond"]))
+    found = at_equal_loss(["a", "b"], ["between", "beyond"])
     assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: there it is cells + 0.1
     assert found.value[0] == pytest.approx(0.05)
+    assert found.coordinate[0] == "train_loss=0.1, between=0.01 and 1"
+    assert (found.optimizer[0], found.baseline[0], found.epochs[0]) == ("sam", "sgd", 1)
 
 
 def test_equal_loss_says_more_only_if_every_curve_does(monkeypatch):
@@ -126,8 +126,8 @@ def test_equal_loss_says_more_only_if_every_curve_does(monkeypatch):
         "at": (0.1, influence_values + 0.12),
     }
     made_up(monkeypatch, runs)
-    assert compare.at_equal_loss(*stand_ins(["a", "b"], ["at"])).ci_low[0] > 0
-    found = compare.at_equal_loss(*stand_ins(["a", "b", "c"], ["at"])).iloc[0]
+    assert at_equal_loss(["a", "b"], ["at"]).ci_low[0] > 0
+    found = at_equal_loss(["a", "b", "c"], ["at"]).iloc[0]
     assert found.ci_low == pytest.approx(-0.03, abs=1e-3) and found.ci_high == pytest.approx(0.02, abs=1e-3)
 
 
@@ -145,9 +145,9 @@ def test_runs_that_differ_by_no_more_than_noise_bracket_nothing(monkeypatch):
     influence_values = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     runs = {"a": (1.01, influence_values), "b": (1.0, influence_values + 0.2), "between": (1.005, influence_values)}
     made_up(monkeypatch, runs, noise=0.02)
-    assert len(compare.at_equal_loss(*stand_ins(["a", "b"], ["between"]))) == 1
+    assert len(at_equal_loss(["a", "b"], ["between"])) == 1
     made_up(monkeypatch, runs, noise=2.0)
-    assert len(compare.at_equal_loss(*stand_ins(["a", "b"], ["between"]))) == 0
+    assert len(at_equal_loss(["a", "b"], ["between"])) == 0
 
 
 def test_groups_are_put_on_the_models_they_share_and_stay_what_they_are_if_they_have_no_others(pair):
@@ -159,9 +159,35 @@ def test_groups_are_put_on_the_models_they_share_and_stay_what_they_are_if_they_
 
 
 def test_identical_ensembles_differ_by_exactly_nothing(pair):
-    same = {"sgd": pair["sgd"], "twin": pair["sgd"]}
-    frame = compare.contrast(same)
-    assert (frame.value[frame.baseline == "sgd"] == 0).all() and (frame.baseline == "sgd").sum() == 5
+    frame = compare.contrast({"sgd": pair["sgd"], "twin": pair["sgd"]})
+    differences = frame[frame.baseline == "sgd"]
+    assert len(differences) == 5 and (differences.value == 0).all() and differences.train_loss.isna().all()
+
+
+def test_a_radius_sweep_is_compared_with_radius_zero(pair):
+    frame = compare.radius_table({0.0: pair["sgd"], 0.2: pair["sam"], 0.4: pair["sgd"]}, "sam", "sgd")
+    frame = frame.set_index(["optimizer", "baseline", "rho", "metric"]).value
+    plain = compare.contrast(pair).set_index(["optimizer", "baseline", "metric"]).value
+    for metric in ("auc", "test_accuracy", "train_loss"):
+        assert frame["sgd", "", 0.0, metric] == plain["sgd", "", metric]
+        assert frame["sam", "sgd", 0.2, metric] == plain["sam", "sgd", metric]
+        assert frame["sam", "sgd", 0.4, metric] == 0
+
+
+def test_a_length_sweep_is_compared_at_each_length(pair):
+    runs = {(5, "sgd"): pair["sgd"], (5, "sam"): pair["sam"], (9, "sgd"): pair["sgd"], (2, "sgd"): pair["sam"]}
+    frame = compare.length_table(runs)
+    assert frame.epochs.unique().tolist() == [2, 5, 9] and set(frame[frame.baseline != ""].epochs) == {5}
+    assert set(frame[frame.epochs == 5].coordinate) == {"epochs=5"}
+
+
+def test_equal_accuracy_is_read_off_the_test_part(monkeypatch):
+    auc, values = {"0.2": 0.1, "0.4": 0.2, "0.3": 0.3}, np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
+    monkeypatch.setattr(compare, "hits_on_test", lambda e: np.full((8, 30), float(e.name)))
+    monkeypatch.setattr(compare, "lira_influence_values", lambda e: values + auc[e.name])
+    found = compare.at_equal_accuracy(sweep(["0.2", "0.4"], ["0.3"]), "sam", "sgd")
+    assert found.test_accuracy[0] == pytest.approx(0.3) and found.value[0] == pytest.approx(0.15)
+    assert found.coordinate[0] == "test_accuracy=0.3000, between=0.2000 and 0.4000"
 
 
 def test_align_drops_a_lost_pair_everywhere_and_refuses_too_few(pair):
@@ -173,29 +199,19 @@ def test_align_drops_a_lost_pair_everywhere_and_refuses_too_few(pair):
         compare.keep_common_models({"sgd": pair["sgd"].only(range(6)), "sam": pair["sam"]})
 
 
-def test_flatness_is_positive_and_paired(pair):
-    frame = flatness.flatness_table(pair, 0.2).set_index(["optimizer", "baseline", "metric"]).value
-    for metric in ("hessian_top_eigenvalue", "loss_rise_in_ball"):
-        own = frame["sam", "", metric], frame["sgd", "", metric]
-        assert own[1] > 0 and frame["sam", "sgd", metric] == pytest.approx(own[0] - own[1])
-
-
 def test_null_table_holds_a_half_and_the_true_membership_does_not(pair):
     null = compare.null_table(pair["sgd"], seed=1).set_index("attack")
-    assert (null.ci_low.lira_pooled <= 0.5) and (null.ci_high.lira_pooled >= 0.5)
-    assert (
-        intervals.estimate(
-            compare.lira_influence_values(pair["sgd"]), shadow_correction=intervals.SHADOW_CORRECTION
-        ).low
-        > 0.5
-    )
+    assert set(null.index) == set(catalogue.NAMES)
+    assert null.ci_low.lira_pooled <= 0.5 <= null.ci_high.lira_pooled
+    correction = intervals.SHADOW_CORRECTION
+    assert intervals.estimate(compare.lira_influence_values(pair["sgd"]), shadow_correction=correction).low > 0.5
 
 
 def test_variances_within_classes_and_of_members(pair):
     kinds = ("across_examples", "within_class")
     frame = compare.variances({"sgd": pair["sgd"]}, kinds, members=True).set_index("metric").value
     y, member = pair["sgd"].dataset.y, np.array(pair["sgd"].member)
-    confidence = compare.plain_signal(pair["sgd"], "confidence").astype(float)
+    confidence = compare.signal(pair["sgd"], "confidence").astype(float)
     whole = np.mean([confidence[m, member[m]].var(ddof=1) for m in range(16)])
     within = [
         sum(confidence[m, member[m] & (y == c)].var(ddof=1) * (member[m] & (y == c)).sum() for c in range(4)) / 60
@@ -208,7 +224,7 @@ def test_variances_within_classes_and_of_members(pair):
 def test_extremes_are_shares_of_non_members(pair):
     frame = compare.extremes(pair)
     frame = frame[frame.baseline == ""].set_index(["metric", "optimizer"]).value
-    phi, member = compare.plain_signal(pair["sam"], "phi"), np.array(pair["sam"].member)
+    phi, member = compare.signal(pair["sam"], "phi"), np.array(pair["sam"].member)
     out = ~member
     certain = np.mean([(1 / (1 + np.exp(-phi[m, out[m]].astype(float))) > 0.99).mean() for m in range(16)])
     above = np.mean([(phi[m, out[m]] > np.median(phi[m, member[m]])).mean() for m in range(16)])
@@ -229,35 +245,8 @@ def test_a_ratio_covers_the_truth_and_of_a_thing_with_itself_is_one():
     assert same.value == 1 and same.high - same.low < 1e-12
 
 
-@pytest.mark.parametrize("most", [10, 100_000])
-def test_tangent_features_are_the_slope_of_phi(pair, most):
-    import torch
-    from torch.func import functional_call
-
-    from lib.attacks.signals import signals
-    from lib.data.dataset import inputs
-
-    ensemble, chosen = pair["sgd"], np.array([3, 50])
-    net, params, buffers = ensemble.weights(2)
-    found = flatness.tangent_features(ensemble, 2, chosen, most)
-    names = list(reversed(params)) if most > 10 else list(reversed(params))[:1]
-    direction = {n: torch.randn(params[n].shape, generator=torch.Generator().manual_seed(0)) for n in names}
-    x = torch.from_numpy(inputs(ensemble.dataset)[0][chosen]).double()
-
-    def phi(step):
-        moved = {n: (p + step * direction[n] if n in direction else p).double() for n, p in params.items()}
-        logits = functional_call(net, (moved, buffers), (x,)).detach().numpy()
-        return signals(logits, ensemble.dataset.y[chosen], only=("phi",))["phi"].astype(float)
-
-    slope = found @ torch.cat([direction[n].flatten() for n in names]).numpy()
-    np.testing.assert_allclose(slope, (phi(1e-3) - phi(-1e-3)) / 2e-3, rtol=1e-2, atol=1e-2)
-
-
-# ---- the planted leak ---------------------------------------------------------------------------------------
-
-
 def test_the_example_of_a_leak_is_the_one_that_non_members_are_least_sure_of(pair):
-    phi, member = compare.plain_signal(pair["sgd"], "phi"), np.array(pair["sgd"].member)
+    phi, member = compare.signal(pair["sgd"], "phi"), np.array(pair["sgd"].member)
     means = [phi[~member[:, i], i].mean() for i in range(120)]
     assert compare.least_sure(phi, member) == int(np.argmin(means))
 
@@ -270,16 +259,15 @@ def test_pairs_are_counted_where_one_partner_saw_the_example_and_ties_count_half
     frame = compare.planted_table({"a": scores, "b": -scores}, member, 1)
     assert frame.attack.tolist() == ["a", "b"] and set(frame.metric) == {"planted_pairs_found"}
     np.testing.assert_allclose(frame.value, [2.5 / 3, 0.5 / 3])
-    assert set(frame.n_models) == {6} and "too few" in text.planted_leak(frame)
+    assert set(frame.n_models) == {6}
     assert compare.planted_table({"a": scores}, member, 1, n_pairs=2).value.tolist() == [1.0]
-    nothing = compare.planted_table({"a": scores}, member, 0)
-    assert nothing.empty and "0 pairs are too few" in text.planted_leak(nothing)
+    assert compare.planted_table({"a": scores}, member, 0).empty
 
 
 @pytest.fixture(scope="module")
 def leaky(pair, tmp_path_factory):
     """An ensemble on a pool with a planted leak, and its place."""
-    phi, member = compare.plain_signal(pair["sgd"], "phi"), np.array(pair["sgd"].member)
+    phi, member = compare.signal(pair["sgd"], "phi"), np.array(pair["sgd"].member)
     data, place = memorization.leak(pair["sgd"].dataset, compare.least_sure(phi, member), times=50)
     return train(pair["sgd"].recipe, data, compare.PLANTED, tmp_path_factory.mktemp("leak"), "cpu", quiet=True), place
 
@@ -296,18 +284,68 @@ def test_every_attack_finds_a_planted_leak_and_a_blind_one_does_not(leaky):
     assert (compare.planted_table(blind, member, place).ci_low <= 0.5).all()
 
 
-def test_what_the_controls_say_counts_attacks_and_names_them(leaky):
-    ensemble, place = leaky
-    scored = {"lira": compare.scores(ensemble)["lira"], "constant": np.zeros(ensemble.member.shape)}
-    said = text.planted_leak(compare.planted_table(scored, np.array(ensemble.member), place))
-    assert said.startswith("1 of 2 attacks find") and "of 8 pairs" in said and said.endswith("; constant do not.")
-    outside = pd.DataFrame({"attack": ["a", "b"], "value": [0.5, 0.6], "ci_low": [0.4, 0.55], "ci_high": [0.6, 0.7]})
-    assert text.null_control(outside).endswith("the furthest is b with 0.600. Outside: b.")
-    said = text.null_control(compare.null_table(ensemble, 0, shuffles=1))
-    assert "of 16 attacks have 0.5 within their 95% interval; the furthest is " in said
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    recipe, data = Recipe("cnn", epochs=3, batch_size=8), blobs(n=48, t=16, shape=(3, 16, 16), classes=3)
+    return train(recipe, data, 8, tmp_path_factory.mktemp("store"), "cpu", quiet=True)
 
 
-# ---- precision ----------------------------------------------------------------------------------------------
+def test_unchanged_inputs_are_labelled_as_the_stored_logits_say(pictures, pair):
+    for ensemble in (pictures, pair["sgd"]):
+        found = compare.label_answers(ensemble, range(8))
+        gap = catalogue.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member), learned=False)[
+            "gap"
+        ]
+        np.testing.assert_array_equal(found[0], gap[:8])
+
+
+def test_trained_models_are_told_by_their_labels_and_no_shuffled_ones(pair):
+    member = np.array(pair["sgd"].member)
+    answered = compare.label_answers(pair["sgd"], range(16))
+    found = label_only.scores(answered, member)
+    assert found.shape == (16, 120) and found.dtype == np.float32
+    assert intervals.estimate(auc_influence_values(found, member)).low > 0.5
+    shuffled = [catalogue.null_member(member, seed) for seed in range(20)]
+    null = [auc_influence_values(label_only.scores(answered, alleged), alleged).mean() for alleged in shuffled]
+    assert np.mean(null) == pytest.approx(0.5, abs=0.02)
+
+
+def test_one_example_is_asked_as_among_all(pair, pictures):
+    one, ids = compare.label_only_of_one(pictures, 5, 8)
+    np.testing.assert_array_equal(compare.label_answers(pictures, ids)[1][:, [5]], one)
+    one, ids = compare.label_only_of_one(pair["sgd"], 5, 8)
+    member = np.array(pair["sgd"].only(ids).member)
+    np.testing.assert_array_equal(label_only.scores(compare.label_answers(pair["sgd"], ids), member)[:, [5]], one)
+
+
+def test_table_has_both_attacks_each_optimizer_and_the_paired_difference(pair):
+    both = {"sgd": pair["sgd"], "sam": pair["sam"].only([0, 1, 2, 3, 6, 7, 8, 9])}
+    frame = compare.label_only_table(both)
+    auc = frame[frame.metric == "auc"].set_index(["attack", "optimizer", "baseline"]).value
+    ids, y = [0, 1, 2, 3, 6, 7, 8, 9], pair["sgd"].dataset.y
+    assert set(frame.n_models) == {8}
+    for name, ensemble in both.items():
+        member = np.array(ensemble.only(ids).member)
+        scores = label_only.scores(compare.label_answers(ensemble, ids), member)
+        assert auc["label_only", name, ""] == pytest.approx(auc_influence_values(scores, member).mean())
+        by_class = thresholds.classwise(scores, member, y)
+        assert auc["label_only_classwise", name, ""] == pytest.approx(auc_influence_values(by_class, member).mean())
+    difference = auc["label_only", "sam", ""] - auc["label_only", "sgd", ""]
+    assert auc["label_only", "sam", "sgd"] == pytest.approx(difference)
+    own = frame[(frame.optimizer == "sam") & (frame.baseline == "") & (frame.metric == "balanced_accuracy")]
+    expected = intervals.balanced_accuracy_influence_values(by_class, member, 0.0).mean()
+    assert own.set_index("attack").value["label_only_classwise"] == pytest.approx(expected)
+    null = frame[frame.metric == "null_auc"].set_index("optimizer")
+    assert list(null.index) == ["sgd", "sam"] and null.value.between(0.4, 0.6).all()
+
+
+def test_too_few_models_are_named(pair):
+    with pytest.raises(ValueError, match="n_models: only 6 models .* 8 are needed"):
+        compare.label_only_table({"sgd": pair["sgd"], "sam": pair["sam"].only(range(6))})
+    with pytest.raises(ValueError, match="n_models=7 is not valid"):
+        compare.models_with_weights([pair["sgd"]], 7)
+    with pytest.raises(ValueError, match="n_models: only 6 "):  # a half pair does not count
+        compare.models_with_weights([pair["sgd"].only([0, 1, 2, 3, 4, 5, 6])])
 
 
 def test_bfloat16_agrees_with_float32_within_intervals_and_another_learning_rate_does_not(tmp_path):

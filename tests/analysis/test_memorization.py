@@ -1,14 +1,16 @@
-"""Memorization and influence against closed forms, brute force and the authors' own arithmetic."""
+"""Memorization against closed forms, brute force and the authors' own arithmetic."""
 
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from lib.analysis import influence, memorization
+from lib.analysis import memorization
+from lib.data.dataset import pool
 from lib.training.recipe import Recipe, membership
+from tests.conftest import blobs
 
 RNG = np.random.default_rng(0)
 
@@ -63,25 +65,12 @@ def test_the_standard_error_is_the_spread_about_leave_one_out(regression, m):
 
 def test_equals_feldman_and_zhangs_arithmetic():
     member, hits = coins(60, 40), coins(60, 40, 0.8, seed=1)
-    mask, inverse = member.astype(float), 1 - member.astype(float)
 
-    def average(x, mask):  # _masked_avg and _masked_dot of their published code
+    def average(x, mask):  # _masked_avg of their published code
         return (np.sum(x * mask, axis=0) / np.maximum(np.sum(mask, axis=0), 1e-10)).astype(np.float32)
 
-    def dot(x, mask):
-        return (np.matmul(x.T, mask) / np.maximum(np.sum(mask, axis=0, keepdims=True), 1e-10)).astype(np.float32)
-
-    np.testing.assert_allclose(memorization.memorization(hits, member).value, average(hits, mask) - average(hits, inverse),
-                               atol=1e-6)  # fmt: skip
-    tests = coins(60, 25, 0.7, seed=2)
-    theirs = (dot(tests, mask) - dot(tests, inverse)).T
-    np.testing.assert_allclose(influence.influence(member, tests, block=7), theirs, atol=1e-6)
-
-
-def test_influence_on_the_pool_itself_has_memorization_on_its_diagonal():
-    member, values = halves(20, 12), RNG.random((20, 12))
-    diagonal = np.diag(influence.influence(member, values))
-    np.testing.assert_allclose(diagonal, memorization.memorization(values, member).value, atol=1e-6)
+    expected = average(hits, member.astype(float)) - average(hits, 1 - member.astype(float))
+    np.testing.assert_allclose(memorization.memorization(hits, member).value, expected, atol=1e-6)
 
 
 def test_mean_memorization_is_accuracy_in_minus_accuracy_out():
@@ -141,7 +130,6 @@ def test_the_table_is_paired_and_holds_the_identity():
 
 
 def test_exposure_is_the_auc_of_each_example():
-    from sklearn.metrics import roc_auc_score
 
     member, scores = halves(30, 5), RNG.integers(0, 6, (30, 5)).astype(float)
     expected = [roc_auc_score(member[:, i], scores[:, i]) for i in range(5)]
@@ -161,115 +149,7 @@ def test_atypicality_singles_out_a_mislabelled_point():
         memorization.atypicality(x, y, k=30)
 
 
-# ---- influence and its entropy ------------------------------------------------------------------------------
-
-
-def entropy_by_hand(infl, y, y_test, part, same_class):
-    out = []
-    for j in range(infl.shape[1]):
-        chosen = infl[y == y_test[j], j] if same_class else infl[:, j]
-        mass = np.maximum(chosen, 0) if part == "positive" else np.abs(chosen)
-        out.append(stats.entropy(mass) if mass.sum() else np.log(len(mass)))
-    return np.array(out)
-
-
-@pytest.mark.parametrize("part", ["positive", "absolute"])
-@pytest.mark.parametrize("same_class", [True, False])
-def test_entropy_is_that_of_the_normalized_influences(part, same_class):
-    member, values = coins(40, 30), RNG.random((40, 23))
-    y, y_test = np.arange(30) % 3, np.arange(23) % 3
-    values[:, 4] = 0.5  # nothing influences this one: the limit
-    found = influence.influence_entropy(member, values, y, y_test, part, same_class, block=4)
-    expected = entropy_by_hand(influence.influence(member, values), y, y_test, part, same_class)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert found[4] == pytest.approx(np.log(10 if same_class else 30))
-
-
-def test_entropy_is_low_for_a_test_point_that_leans_on_one_example():
-    member = halves(64, 40)
-    values = np.stack([member[:, 0], member[:, :20].mean(1)], 1).astype(float)
-    leaning, spread = influence.influence_entropy(member, values, np.zeros(40, int), np.zeros(2, int))
-    assert leaning < spread
-
-
-def test_buckets_are_equal_rising_and_within_groups():
-    score = RNG.random(103)
-    bucket = influence.buckets(score)
-    assert np.ptp(np.bincount(bucket)) <= 1
-    assert all(score[bucket == b].max() <= score[bucket == b + 1].min() for b in range(4))
-    group = np.arange(103) % 2
-    nested = influence.buckets(score, 4, within=group)
-    assert all(np.ptp(np.bincount(nested[group == g])) <= 1 for g in (0, 1))
-    assert len(set(influence.buckets(np.zeros(50), 5))) == 5  # ties are cut too
-
-
-def test_buckets_are_formed_on_the_other_half_of_the_models():
-    member = halves(12, 20)
-    seen = []
-    label = influence.cross_fitted(lambda rows: seen.append(set(rows)) or np.full(7, len(seen)), member)
-    assert label.shape == (12, 7) and not seen[0] & seen[1] and seen[0] | seen[1] == set(range(12))
-    for m in range(12):
-        assert m not in seen[label[m, 0] - 1] and (m ^ 1) not in seen[label[m, 0] - 1]
-
-
-def test_forming_and_measuring_on_the_same_models_is_biased_and_cross_fitting_is_not():
-    member, difference = halves(40, 20), np.random.default_rng(5).normal(size=(40, 400))
-    same = np.tile(influence.buckets(-difference.mean(0)), (40, 1))  # nothing to find, but the first bucket gains
-    cross = influence.cross_fitted(lambda rows: influence.buckets(-difference[rows].mean(0)), member)
-    biased, honest = (influence.gains(difference, b, "bucket").set_index("metric") for b in (same, cross))
-    assert biased.ci_low["gain_bucket_1"] > 0.1
-    assert honest.ci_low["gain_bucket_1"] < 0 < honest.ci_high["gain_bucket_1"]
-
-
-def test_gains_find_a_planted_gain_and_its_share():
-    label = np.tile(np.arange(500) % 5, (40, 1))
-    difference = RNG.normal(size=(40, 500)) / 10 + 0.5 * (label == 0)
-    frame = influence.gains(difference, label, "bucket", total=True).set_index("metric")
-    assert frame.ci_low["gain_bucket_1"] < 0.5 < frame.ci_high["gain_bucket_1"]
-    assert frame.ci_low["gain_bucket_5"] < 0 < frame.ci_high["gain_bucket_5"]
-    assert frame.value["gain_share_bucket_1"] == pytest.approx(1, abs=0.05)
-    assert frame.value["gain_bucket_1_minus_5"] == pytest.approx(
-        frame.value["gain_bucket_1"] - frame.value["gain_bucket_5"]
-    )
-    assert frame.value["gain"] == pytest.approx(difference.mean())
-
-
-# ---- bad input ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: memorization.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
-        (lambda: memorization.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
-        (lambda: memorization.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
-        (
-            lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)),
-            "n_models=2 is too few: example 0 is in 1 and out",
-        ),
-        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "out of 0"),
-        (lambda: influence.influence(halves(8, 6), np.ones((7, 4))), "values: shape"),
-        (lambda: influence.influence(halves(8, 6), np.ones((8, 4)), block=0), "block=0"),
-        (
-            lambda: influence.influence_entropy(halves(8, 6), np.ones((8, 4)), np.zeros(6), np.zeros(4)),
-            "nothing has any influence",
-        ),
-        (
-            lambda: influence.influence_entropy(halves(8, 6), np.eye(8), np.zeros(6), np.zeros(8), part="both"),
-            "part='both'",
-        ),
-        (lambda: influence.buckets(np.ones(4), 5), "n=5 buckets; valid are 2 to 4"),
-        (lambda: influence.buckets(np.ones(4), 1), "n=1"),
-    ],
-)
-def test_bad_input_is_one_clear_error(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_planting_changes_what_it_says_and_nothing_else():
-    from tests.conftest import blobs
-
     dataset = blobs()
     planted, wrong, copied = memorization.plant(dataset, [3, 5], 4, copies=2)
     assert (planted.y[wrong] != dataset.y[wrong]).all() and copied.shape == (2, 2)
@@ -283,8 +163,6 @@ def test_planting_changes_what_it_says_and_nothing_else():
 
 
 def test_a_leak_is_one_example_many_times_in_one_group_and_one_other_less():
-    from tests.conftest import blobs
-
     dataset = blobs()
     planted, place = memorization.leak(dataset, 7, times=20, seed=1)
     same = (planted.x == dataset.x[7]).all(1)
@@ -301,8 +179,6 @@ def test_a_leak_is_one_example_many_times_in_one_group_and_one_other_less():
 
 
 def test_a_leaks_copies_join_the_examples_patient():
-    from tests.conftest import blobs
-
     eyes = replace(blobs(n=100), groups=np.arange(100) // 2, index=np.arange(100) + 5)
     planted, place = memorization.leak(eyes, 40, times=30)
     kin = planted.groups == planted.groups[place]
@@ -313,50 +189,37 @@ def test_a_leaks_copies_join_the_examples_patient():
 
 @pytest.mark.parametrize("times", [0, 1, 7, 80])
 def test_a_leak_that_no_half_can_hold_is_named(times):
-    from tests.conftest import blobs
-
     with pytest.raises(ValueError, match=f"times={times}: valid are even numbers from 2 to 78 in a pool of 80"):
         memorization.leak(blobs(), 3, times=times)
     memorization.leak(blobs(), 3, times=78)
 
 
-def test_entropies_of_a_rare_class_do_not_sink_below_those_of_a_common_one():
-    member = halves(32, 40)
-    y, y_test = np.repeat([0, 1], [36, 4]), np.array([0, 0, 1])
-    values = np.stack([member[:, :18].mean(1), member[:, 0], np.full(32, 0.5)], 1)
-    found = influence.influence_entropy(member, values, y, y_test)
-    assert found[2] == pytest.approx(np.log(36)) and found[2] > found[0] > found[1]  # nothing influences the third
-
-
-def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
-    label = np.tile(np.arange(20) % 5, (8, 1))
-    found = influence.gains(np.zeros((8, 20)), label, "bucket", total=True)
-    assert "gain_share_bucket_1" not in set(found.metric) and found.notna().all().all()
+def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
+    whole = blobs()
+    part = pool(pool(whole, 40, seed=1), 20, seed=2)
+    np.testing.assert_array_equal(whole.x[part.index], part.x)
+    found = memorization.memorization(coins(10, 20), halves(10, 20))
+    frame = memorization.per_example({"correct": {"sgd": found}}, part)
+    assert list(frame["index"]) == list(part.index) and frame["class"][3] == whole.classes[whole.y[part.index[3]]]
+    np.testing.assert_array_equal(frame.correct_sgd, found.value)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda: memorization.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
+        (lambda: memorization.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
+        (lambda: memorization.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
+        (
+            lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)),
+            "n_models=2 .* example 0 is in 1 and out of 1",
+        ),
+        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "out of 0"),
         (lambda: memorization.models_needed(0.1, 16, 0), "wanted=0"),
-        (lambda: influence.buckets(np.array([1.0, np.nan, 2, 3]), 2), "score: NaN"),
         (lambda: memorization.atypicality(np.eye(6), np.zeros(6, int)), "1 classes"),
         (lambda: memorization.atypicality(np.eye(6), np.arange(6) % 2, k=0), "k=0"),
-        (lambda: influence.influence_entropy(halves(8, 6), np.eye(8)[:, :2], np.zeros(6), np.array([0, 7])), "class 7"),
     ],
 )
-def test_more_bad_input(call, message):
+def test_bad_input_is_one_error_that_names_it(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
-    from lib.data.dataset import pool
-    from tests.conftest import blobs
-
-    whole = blobs()
-    pool = pool(pool(whole, 40, seed=1), 20, seed=2)
-    np.testing.assert_array_equal(whole.x[pool.index], pool.x)
-    found = memorization.memorization(coins(10, 20), halves(10, 20))
-    frame = memorization.per_example({"correct": {"sgd": found}}, pool)
-    assert list(frame["index"]) == list(pool.index) and frame["class"][3] == whole.classes[whole.y[pool.index[3]]]
-    np.testing.assert_array_equal(frame.correct_sgd, found.value)

@@ -1,0 +1,132 @@
+"""Influence, its entropy and the gains by bucket against brute force, the authors' arithmetic and planted effects."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lib.analysis import influence, memorization
+from tests.analysis.test_memorization import coins, halves
+
+RNG = np.random.default_rng(0)
+
+
+def entropy_of(values, y_test, **how):
+    return influence.influence_entropy(halves(8, 6), values, np.zeros(6), y_test, **how)
+
+
+def test_equals_feldman_and_zhangs_arithmetic():
+    member, tests = coins(60, 40), coins(60, 25, 0.7, seed=2)
+
+    def dot(x, mask):  # _masked_dot of their published code
+        return (np.matmul(x.T, mask) / np.maximum(np.sum(mask, axis=0, keepdims=True), 1e-10)).astype(np.float32)
+
+    expected = (dot(tests, member.astype(float)) - dot(tests, 1 - member.astype(float))).T
+    np.testing.assert_allclose(influence.influence(member, tests, block=7), expected, atol=1e-6)
+
+
+def test_influence_on_the_pool_itself_has_memorization_on_its_diagonal():
+    member, values = halves(20, 12), RNG.random((20, 12))
+    diagonal = np.diag(influence.influence(member, values))
+    np.testing.assert_allclose(diagonal, memorization.memorization(values, member).value, atol=1e-6)
+
+
+def entropy_by_hand(infl, y, y_test, part, same_class):
+    out = []
+    for j in range(infl.shape[1]):
+        chosen = infl[y == y_test[j], j] if same_class else infl[:, j]
+        mass = np.maximum(chosen, 0) if part == "positive" else np.abs(chosen)
+        out.append(stats.entropy(mass) if mass.sum() else np.log(len(mass)))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("part", ["positive", "absolute"])
+@pytest.mark.parametrize("same_class", [True, False])
+def test_entropy_is_that_of_the_normalized_influences(part, same_class):
+    member, values = coins(40, 30), RNG.random((40, 23))
+    y, y_test = np.arange(30) % 3, np.arange(23) % 3
+    values[:, 4] = 0.5  # nothing influences this one: the limit
+    found = influence.influence_entropy(member, values, y, y_test, part, same_class, block=4)
+    expected = entropy_by_hand(influence.influence(member, values), y, y_test, part, same_class)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert found[4] == pytest.approx(np.log(10 if same_class else 30))
+
+
+def test_entropy_is_low_for_a_test_point_that_leans_on_one_example():
+    member = halves(64, 40)
+    values = np.stack([member[:, 0], member[:, :20].mean(1)], 1).astype(float)
+    leaning, spread = influence.influence_entropy(member, values, np.zeros(40, int), np.zeros(2, int))
+    assert leaning < spread
+
+
+def test_buckets_are_equal_rising_and_within_groups():
+    score = RNG.random(103)
+    bucket = influence.buckets(score)
+    assert np.ptp(np.bincount(bucket)) <= 1
+    assert all(score[bucket == b].max() <= score[bucket == b + 1].min() for b in range(4))
+    group = np.arange(103) % 2
+    nested = influence.buckets(score, 4, within=group)
+    assert all(np.ptp(np.bincount(nested[group == g])) <= 1 for g in (0, 1))
+    assert len(set(influence.buckets(np.zeros(50), 5))) == 5  # ties are cut too
+
+
+def test_buckets_are_formed_on_the_other_half_of_the_models():
+    member = halves(12, 20)
+    seen = []
+    label = influence.cross_fitted(lambda rows: seen.append(set(rows)) or np.full(7, len(seen)), member)
+    assert label.shape == (12, 7) and not seen[0] & seen[1] and seen[0] | seen[1] == set(range(12))
+    for m in range(12):
+        assert m not in seen[label[m, 0] - 1] and (m ^ 1) not in seen[label[m, 0] - 1]
+
+
+def test_forming_and_measuring_on_the_same_models_is_biased_and_cross_fitting_is_not():
+    member, difference = halves(40, 20), np.random.default_rng(5).normal(size=(40, 400))
+    same = np.tile(influence.buckets(-difference.mean(0)), (40, 1))  # nothing to find, but the first bucket gains
+    cross = influence.cross_fitted(lambda rows: influence.buckets(-difference[rows].mean(0)), member)
+    biased, honest = (influence.gains(difference, b, "bucket").set_index("metric") for b in (same, cross))
+    assert biased.ci_low["gain_bucket_1"] > 0.1
+    assert honest.ci_low["gain_bucket_1"] < 0 < honest.ci_high["gain_bucket_1"]
+
+
+def test_gains_find_a_planted_gain_and_its_share():
+    label = np.tile(np.arange(500) % 5, (40, 1))
+    difference = RNG.normal(size=(40, 500)) / 10 + 0.5 * (label == 0)
+    frame = influence.gains(difference, label, "bucket", total=True).set_index("metric")
+    assert frame.ci_low["gain_bucket_1"] < 0.5 < frame.ci_high["gain_bucket_1"]
+    assert frame.ci_low["gain_bucket_5"] < 0 < frame.ci_high["gain_bucket_5"]
+    assert frame.value["gain_share_bucket_1"] == pytest.approx(1, abs=0.05)
+    assert frame.value["gain_bucket_1_minus_5"] == pytest.approx(
+        frame.value["gain_bucket_1"] - frame.value["gain_bucket_5"]
+    )
+    assert frame.value["gain"] == pytest.approx(difference.mean())
+
+
+def test_entropies_of_a_rare_class_do_not_sink_below_those_of_a_common_one():
+    member = halves(32, 40)
+    y, y_test = np.repeat([0, 1], [36, 4]), np.array([0, 0, 1])
+    values = np.stack([member[:, :18].mean(1), member[:, 0], np.full(32, 0.5)], 1)
+    found = influence.influence_entropy(member, values, y, y_test)
+    assert found[2] == pytest.approx(np.log(36)) and found[2] > found[0] > found[1]  # nothing influences the third
+
+
+def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
+    label = np.tile(np.arange(20) % 5, (8, 1))
+    found = influence.gains(np.zeros((8, 20)), label, "bucket", total=True)
+    assert "gain_share_bucket_1" not in set(found.metric) and found.notna().all().all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: influence.influence(halves(8, 6), np.ones((7, 4))), "values: shape"),
+        (lambda: influence.influence(halves(8, 6), np.ones((8, 4)), block=0), "block=0"),
+        (lambda: entropy_of(np.ones((8, 4)), np.zeros(4)), "values: .* nothing"),
+        (lambda: entropy_of(np.eye(8), np.zeros(8), part="both"), "part='both'"),
+        (lambda: entropy_of(np.eye(8)[:, :2], np.array([0, 7])), "class 7"),
+        (lambda: influence.buckets(np.ones(4), 5), "n=5 buckets; valid are 2 to 4"),
+        (lambda: influence.buckets(np.ones(4), 1), "n=1"),
+        (lambda: influence.buckets(np.array([1.0, np.nan, 2, 3]), 2), "score: NaN"),
+    ],
+)
+def test_bad_input_is_one_error_that_names_it(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

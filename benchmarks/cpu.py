@@ -3,6 +3,7 @@
 A section yields rows (name, value, unit, baseline, ratio, goal); both sides of a ratio are measured here, in turn.
 """
 
+import math
 import resource
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lib.analysis import influence
 from lib.attacks import catalogue, neural
 from lib.data.dataset import inputs
-from lib.training import Recipe, ensemble, networks, optimizers, step
+from lib.training import Recipe, networks, step, train, workers
 from lib.training.recipe import membership
 
 RECIPE = Recipe(epochs=100, batch_size=64)
@@ -77,8 +79,7 @@ def rows_of(section, args):
 def one_model(dataset, batches, recipe=RECIPE):
     """Train one MLP on the half of model 0 with autograd and torch.optim."""
     net = networks.build("mlp", dataset.x.shape[1:], dataset.n_classes)
-    settings = recipe.lr, recipe.momentum, recipe.weight_decay
-    optimizer = optimizers.build(recipe.named, list(net.parameters()), *settings)
+    optimizer = recipe.optimizer.build(list(net.parameters()), recipe.lr, recipe.momentum, recipe.weight_decay)
     for _ in range(recipe.epochs):
         for x, y in batches():
             optimizer.zero_grad()
@@ -144,13 +145,10 @@ def many(dataset, recipe, n_models, compiled=True):
     """
 
     def run(recipe, count):
-        can = step.can_compile
-        step.can_compile = can if compiled else lambda: False
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                ensemble.train(recipe, dataset, count, folder, quiet=True)
-        finally:
-            step.can_compile = can
+        can = step.can_compile if compiled else lambda: False
+        in_this_process = mock.patch.object(workers, "LONG", math.inf)
+        with in_this_process, mock.patch.object(step, "can_compile", can), tempfile.TemporaryDirectory() as folder:
+            train(recipe, dataset, count, folder, quiet=True)
 
     run(replace(recipe, seed=recipe.seed + 1, stop=1 / recipe.epochs), 2)
     return lambda: run(recipe, n_models)
@@ -206,7 +204,7 @@ def memory(dataset, recipe=SHORT, counts=(32, 256)):
     after = {}
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
-            ensemble.train(recipe, dataset, count, folder, quiet=True)
+            train(recipe, dataset, count, folder, quiet=True)
         after[count] = peak()
     name, against = f"peak memory after {lot} models", f"after {few} models"
     yield name, after[lot], "GB", against, after[lot] / after[few], "<= 1.1"

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset as Examples
 from benchmarks.cpu import in_turn, seconds
 from lib.data.dataset import Dataset, load, pool
 from lib.study import settings
-from lib.training import ensemble, networks, optimizers
-from lib.training.recipe import Recipe, learning_rate, membership
+from lib.training import Recipe, networks, train
+from lib.training.recipe import learning_rate, membership
 
 # arch -> (models a GPU-minute that are wanted of SGD, of SAM; models timed)
 WANTED = {"resnet9": (10, 5, 4), "resnet18": (1, 0.5, 2)}
@@ -65,14 +65,12 @@ def trained(recipe, dataset, n_models, device):
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as another:
         warm = replace(recipe, seed=recipe.seed + 1, stop=1 / recipe.epochs)
-        ensemble.train(warm, dataset, 2, another, str(device), quiet=True)
+        train(warm, dataset, 2, another, str(device), quiet=True)
         wait(device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         found = []
-        taken = seconds(
-            lambda: found.append(ensemble.train(recipe, dataset, n_models, folder, str(device), quiet=True))
-        )
+        taken = seconds(lambda: found.append(train(recipe, dataset, n_models, folder, str(device), quiet=True)))
         made = found[0]
         hits = np.asarray(made.logits[:, 0]).argmax(-1) == dataset.y
         in_all = len(list(Path(folder).glob("*/done/*.json")))  # a whole stack, where that is larger
@@ -111,9 +109,8 @@ def peers_epoch(recipe, dataset, device, workers, autocast):
     how = dict(shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0)
     loader = DataLoader(Pictures(dataset, recipe), recipe.batch_size, **how)
     net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes).to(device)
-    optimizer = optimizers.build(
-        recipe.named, list(net.parameters()), learning_rate(recipe, 0, 100), recipe.momentum, recipe.weight_decay
-    )
+    settings = learning_rate(recipe, 0, 100), recipe.momentum, recipe.weight_decay
+    optimizer = recipe.optimizer.build(list(net.parameters()), *settings)
 
     def epoch():
         net.train()

@@ -80,9 +80,8 @@ def clean(body):
     """HTML of a page's body without anything that runs, loads or sends: tags and attributes by the lists above."""
 
     def link(tag, name, value):
-        if name == "src" or value.strip().lower().startswith("data:"):
-            return value if name == "src" and PICTURE.match(value) else None
-        return value
+        data = re.sub(r"[\x00-\x20]", "", value).lower().startswith("data:")  # browsers ignore these characters
+        return None if (name == "src" and not PICTURE.match(value)) or (name == "href" and data) else value
 
     cleaned = nh3.clean(
         body,

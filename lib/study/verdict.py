@@ -179,12 +179,12 @@ def derived(rows):
 
     strict = relative[(relative.attack == "lira") & relative.metric.str.startswith("tpr@")]
     strict = strict.loc[strict.metric.str[4:].astype(float).groupby([strict.optimizer, strict.baseline]).idxmin()]
-    strict = strict.assign(coordinate=strict.metric)
     auc = relative[(relative.attack == "lira") & (relative.metric == "auc")].set_index(["optimizer", "baseline"])
     auc = auc.reindex(pd.MultiIndex.from_frame(strict[["optimizer", "baseline"]])).set_axis(strict.index)
     excess, half = strict.value - auc.value, np.hypot(strict.ci_high - strict.ci_low, auc.ci_high - auc.ci_low) / 2
-    excess = strict.assign(metric="strict_excess", value=excess, ci_low=excess - half, ci_high=excess + half)
-    strict = strict.assign(metric="tpr@strictest", **pairs.loc[strict.index, NUMBERS])
+    about = dict(metric="strict_excess", coordinate=strict.metric + ", growth beyond the AUC's")
+    excess = strict.assign(**about, value=excess, ci_low=excess - half, ci_high=excess + half)
+    strict = strict.assign(coordinate=strict.metric, metric="tpr@strictest", **pairs.loc[strict.index, NUMBERS])
 
     eta = rows[(rows.metric == "variance_ratio") & rows.optimizer.str.startswith("eta=")]
     eta = eta.loc[eta.optimizer.str[4:].astype(float).groupby([eta.experiment, eta.coordinate]).idxmax()]

@@ -211,7 +211,7 @@ HOSTILE = [
     "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)></style></mglyph></table></mtext></math>",
     "<style><!--</style><img src=x onerror=alert(1)>-->", "</title></style></body><script>alert(1)</script>",
     '"><script>alert(1)</script>', "'onmouseover='alert(1)", "<<script>alert(1)//<</script>", "<p style='x:url(//x)'>p",
-    "<details open ontoggle=alert(1)>d", "<video><source onerror=alert(1)></video>", "<script",
+    "<details open ontoggle=alert(1)>d", "<video><source onerror=alert(1)></video>", "<script", "<a href='da\tta:text/html,<script>alert(1)</script>'>a</a>", "<a href=vbscript:x>a</a>",
     "<img src=x onerror=alert(1)", "<noscript><p title='</noscript><img src=x onerror=alert(1)>'>", "<plaintext>",
     "<math><annotation-xml encoding='text/html'><script>alert(1)</script></annotation-xml></math>",
     "$x<img src=x onerror=alert(1)>$", "<textarea><script>",

@@ -1,0 +1,482 @@
+"""lib.data.sources: every format is read right; every bad file is one error that names `data` and what is wrong."""
+
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10 as CIFAR10_CLASS
+
+from lib.data import sources
+from lib.data.dataset import inputs, load, obtain, pattern_size, pool
+from tests.data.files import cifar_contents, cifar_folder, downloads, npz, packed, png, tree
+
+CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10.tar.xz"
+EYEPACS = CIFAR10.with_name("eyepacs.tar.xz")
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(3, 2, (40, 5)).astype(np.float32), np.arange(40) % 4
+BITS, LABELS = RNG.integers(0, 2, (300, 600)), np.arange(300) % 100 + 1
+TEXAS_BITS = RNG.integers(0, 2, (300, 6169))
+
+
+def test_digits():
+    d = load("digits")
+    assert d.x.shape == (1200, 1, 8, 8) and d.x_test.shape == (597, 1, 8, 8) and d.x.dtype == np.float32
+    assert (d.x.min(), d.x.max(), d.n_classes, d.is_image) == (0, 1, 10, True)
+    shares = np.bincount(d.y) / 1200 - np.bincount(d.y_test) / 597
+    assert np.abs(shares).max() < 0.002 and load("digits").hash == d.hash
+    np.testing.assert_array_equal(inputs(d)[0], d.x)
+
+
+@pytest.mark.parametrize("mode,channels", [("L", 1), ("RGB", 3), ("RGBA", 3)])
+def test_folder_of_images(tmp_path, mode, channels):
+    d = load("folder", tree(tmp_path / "t", mode=mode), tmp_path / "cache")
+    assert d.x.shape == (16, channels, 4, 6) and d.x_test.shape == (5, channels, 4, 6) and d.x.dtype == np.uint8
+    assert d.classes == ("cat", "dog") and np.bincount(d.y).tolist() == [6, 10] and d.y.dtype == np.int64
+    with Image.open(tmp_path / "t" / "train" / "dog" / "0.png") as image:
+        expected = np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(4, 6, channels)
+    np.testing.assert_array_equal(d.x[6], expected.transpose(2, 0, 1))
+
+
+def test_one_colour_image_makes_grey_ones_rgb(tmp_path):
+    grey = load("folder", tree(tmp_path / "t", mode="L"), tmp_path / "cache")
+    (tmp_path / "t" / "test" / "dog" / "9.JPG").write_bytes(png(kind="JPEG"))
+    both = load("folder", tmp_path / "t", tmp_path / "cache")
+    assert both.x_test.shape == (6, 3, 4, 6)
+    np.testing.assert_array_equal(both.x, np.repeat(grey.x, 3, axis=1))
+
+
+def test_threads_and_many_blocks_keep_the_order(tmp_path):
+    folder = tree(tmp_path / "t", {"a": 3, "b": 3}, {}, size=(64, 64))  # this size is decoded by threads
+    small = tree(tmp_path / "s", {"a": 700, "b": 700}, {"a": 1}, mode="L", size=(2, 2))  # more than one block
+    d, s = load("folder", folder, tmp_path / "cache"), load("folder", small, tmp_path / "cache")
+    with Image.open(folder / "train" / "b" / "2.png") as image:
+        assert any((np.asarray(image).transpose(2, 0, 1) == x).all() for x in d.x[d.y == 1])
+    with Image.open(small / "train" / "b" / "99.png") as image:
+        np.testing.assert_array_equal(s.x[-1, 0], np.asarray(image))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.tar.xz", "a.zip"])
+@pytest.mark.parametrize("lead", ["", "some/"])
+def test_archives_equal_their_tree_and_write_nothing_else(tmp_path, name, lead):
+    folder = tree(tmp_path / "t")
+    file = packed(folder, tmp_path / ("a.tar.gz" if name == "a.tgz" else name), lead).rename(tmp_path / name)
+    before = set(tmp_path.rglob("*"))
+    without_suffix = load("folder", str(tmp_path / "a"), tmp_path / "cache")
+    written = set(tmp_path.rglob("*")) - before
+    assert {p.parent for p in written} == {tmp_path, tmp_path / "cache"} and len(written) == 2
+    tree_hash = load("folder", folder, tmp_path / "cache").hash
+    assert without_suffix.hash == tree_hash == load("folder", file, tmp_path / "cache").hash
+
+
+def test_without_a_test_folder_a_fifth_is_split_off(tmp_path):
+    d = load("folder", tree(tmp_path / "t", {"cat": 20, "dog": 30}, {}), tmp_path / "cache")
+    assert np.bincount(d.y).tolist() == [16, 24] and np.bincount(d.y_test).tolist() == [4, 6]
+
+
+def test_cache_is_used_rebuilt_when_damaged_and_not_used_for_other_files(tmp_path, monkeypatch):
+    folder, cache, decode = tree(tmp_path / "t"), tmp_path / "cache", sources._pixels
+    first = load("folder", folder, cache)
+    monkeypatch.setattr(sources, "_pixels", lambda *_: pytest.fail("decoded a second time"))
+    assert load("folder", folder, cache).hash == first.hash
+    monkeypatch.setattr(sources, "_pixels", decode)
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    for damaged in (content[:-100], content[:300] + bytes([content[300] ^ 1]) + content[301:], b"", b"text"):
+        file.write_bytes(damaged)
+        assert load("folder", folder, cache).hash == first.hash
+        assert file.read_bytes() != damaged
+    (folder / "train" / "cat" / "0.png").write_bytes(png(seed=99))
+    assert load("folder", folder, cache).hash != first.hash and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("spoil,match", [
+    (lambda f: (f / "train/cat/0.png").write_bytes(png(size=(5, 4))), r"cat/0.*\(4, 5\).*\(4, 6\)"),
+    (lambda f: (f / "train/dog/7.png").write_bytes(png()[:60]), "train/dog/7.png"),
+    (lambda f: (f / "train/dog/7.png").write_bytes(b"GIF89a"), "train/dog/7.png"),
+    (lambda f: Image.new("I;16", (6, 4)).save(f / "train/dog/7.png"), "train/dog/7.png.*I;16"),
+    (lambda f: (f / "train").rename(f / "training"), "no training images.*train/<class>"),
+    (lambda f: (f / "test/cat").rename(f / "test/cow"), r"test part has labels \['cow'\]"),
+    (lambda f: [(f / f"train/cat/{i}.png").unlink() for i in range(5)], "class 'cat' has 1"),
+])  # fmt: skip
+def test_bad_folders(tmp_path, spoil, match):
+    spoil(tree(tmp_path / "t"))
+    with pytest.raises(ValueError, match=f"data=.*{match}"):
+        load("folder", tmp_path / "t", tmp_path / "cache")
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tar.gz", "a.zip"])
+@pytest.mark.parametrize("part", [0, 0.1, 0.6])
+def test_damaged_archives(tmp_path, name, part):
+    file = packed(tree(tmp_path / "t"), tmp_path / name)
+    file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+    with pytest.raises(ValueError, match="data=.*a whole archive"):
+        load("folder", file, tmp_path / "cache")
+
+
+def test_ambiguous_archives(tmp_path):
+    folder, file = tree(tmp_path / "t"), tmp_path / "a.tar"
+    packed(folder, file)
+    with tarfile.open(file, "a") as tar:
+        tar.add(folder / "train" / "cat" / "0.png", "more/train/cat/0.png")
+    with pytest.raises(ValueError, match=r"data=.*below \['.', 'more'\]; one leading folder"):
+        load("folder", file, tmp_path / "cache")
+    packed(folder, tmp_path / "a.zip")
+    with pytest.raises(ValueError, match="data=.*could be any of a.tar, a.zip"):
+        load("folder", tmp_path / "a", tmp_path / "cache")
+
+
+def test_a_tar_cut_between_its_files_is_noticed(tmp_path):
+    file = packed(tree(tmp_path / "t"), tmp_path / "a.tar")
+    with tarfile.open(file) as tar:
+        end = tar.getmembers()[-2].offset
+    os.truncate(file, end)
+    with pytest.raises(ValueError, match="data=.*end is missing"):
+        load("folder", file, tmp_path / "cache")
+
+
+def test_cifar_wants_its_own_classes_and_takes_an_image_tree(tmp_path):
+    names = {f"c{i}": 2 for i in range(10)}
+    d = load("cifar10", tree(tmp_path / "t", names, names, size=(32, 32)), tmp_path / "cache")
+    assert (d.name, d.x.shape, d.n_classes) == ("cifar10", (20, 3, 32, 32), 10)
+    with pytest.raises(ValueError, match="data=.*10 classes.*cifar100 has 100"):
+        load("cifar100", tmp_path / "t", tmp_path / "cache")
+
+
+def test_cifar_is_read_after_its_checksums_from_folder_and_archive(tmp_path, monkeypatch):
+    x, contents = cifar_contents()
+    folder = cifar_folder(tmp_path / "f", contents, monkeypatch)
+    archive = packed(tmp_path / "f", tmp_path / "cifar-10-python.tar.gz")
+    monkeypatch.setitem(sources.SHA256, archive.name, hashlib.sha256(archive.read_bytes()).hexdigest())
+    before = set(tmp_path.rglob("*"))
+    for path in (folder, folder.parent, archive, tmp_path):
+        d = load("cifar10", path)
+        np.testing.assert_array_equal(d.x, x)
+        assert d.classes == tuple("abcdefghij") and d.y.tolist() == d.y_test.tolist() == [i % 10 for i in range(20)]
+    assert set(tmp_path.rglob("*")) == before
+    (folder / "a").write_bytes(contents["a"][:-1] + b"!")
+    with pytest.raises(ValueError, match="data=.*cifar10.*checksum"):
+        load("cifar10", folder)
+    (folder / "a").unlink()
+    with pytest.raises(ValueError, match="data=.*cifar10"):
+        load("cifar10", folder)
+    archive.write_bytes(archive.read_bytes() + b"!")
+    with pytest.raises(ValueError, match="data=.*cifar-10-python.tar.gz .*sha256"):
+        load("cifar10", archive)
+
+
+def test_cifar_is_downloaded_once_if_no_path_is_given(tmp_path, monkeypatch):
+    x, contents = cifar_contents()
+    cifar_folder(tmp_path / "f", contents, monkeypatch)
+    archive = packed(tmp_path / "f", tmp_path / "a.tar.gz")
+    monkeypatch.setattr(CIFAR10_CLASS, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    downloads(monkeypatch, archive.read_bytes())
+    np.testing.assert_array_equal(load("cifar10").x, x)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("downloaded a second time"))
+    np.testing.assert_array_equal(load("cifar10").x, x)
+
+
+def test_a_failed_download_says_how_to_give_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ValueError, match="data=None: cifar10 .*no network.*cifar-10-batches-py"):
+        load("cifar10")
+
+
+@pytest.mark.parametrize("names", sources.NAMES)
+def test_npz_arrays_may_have_any_of_the_known_names(tmp_path, names):
+    d = load("npz", npz(tmp_path, x=X, y=Y, x_test=-X, y_test=Y))
+    arrays = dict(zip(names, (X, Y[:, None], -X, Y[:, None]), strict=True))  # labels in a column, as Keras has them
+    other = load("npz", npz(tmp_path, **arrays, val_images=2 * X, val_labels=Y))
+    assert other.hash == d.hash
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b"hello", lambda b: b"", lambda b: b[:400], lambda b: b[:-20]])
+def test_files_that_are_no_npz(tmp_path, spoil):
+    file = npz(tmp_path, x=X, y=Y)
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match="data=.*not a readable .npz"):
+        load("npz", file)
+    np.save(tmp_path / "x.npy", X)
+    with pytest.raises(ValueError, match="data=.*not a readable .npz"):
+        load("npz", tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("name,path,error,match", [
+    ("mnist", None, ValueError, "dataset='mnist'.*digits, cifar10"),
+    ("digits", "x", ValueError, "data='x'.*digits"),
+    ("npz", None, ValueError, "data=None.*npz"),
+    ("folder", None, ValueError, "data=None.*folder"),
+    ("folder", "", ValueError, "data=''"),
+    ("npz", 3, ValueError, "data=3"),
+    ("folder", __file__, ValueError, "data=.*archive"),
+    ("cifar10", "no/such", FileNotFoundError, "data='no/such'.*tar.xz"),
+    ("npz", "no/such.npz", FileNotFoundError, "data='no/such.npz'"),
+])  # fmt: skip
+def test_bad_names_and_paths(name, path, error, match, tmp_path):
+    with pytest.raises(error, match=match):
+        load(name, path, tmp_path)
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="needs ../shared/data/cifar10.tar.xz")
+def test_real_cifar10(tmp_path, monkeypatch):
+    d = load("cifar10", CIFAR10.with_name("cifar10"), tmp_path)
+    assert d.x.shape == (50_000, 3, 32, 32) and d.x_test.shape == (10_000, 3, 32, 32)
+    assert set(np.bincount(d.y)) == {5000} and d.classes[:3] == ("airplane", "automobile", "bird")
+    assert 0.44 < d.x.mean() / 255 < 0.51 and d.n_classes == 10
+    monkeypatch.setattr(sources, "_pixels", lambda *_: pytest.fail("decoded a second time"))
+    assert load("cifar10", CIFAR10, tmp_path).hash == d.hash
+
+
+def test_subclasses_have_known_sub_patterns():
+    d = load("subclasses")
+    assert d.x.shape == (2400, 32) and d.x_test.shape == (1200, 32) and d.x.dtype == np.float32 and d.n_classes == 5
+    assert (
+        (d.pattern // 12 == d.y).all()
+        and (d.pattern_test // 12 == d.y_test).all()
+        and load("subclasses").hash == d.hash
+    )
+    size, kind = pattern_size(d), d.pattern % 12
+    assert all(size[i] == (d.pattern == d.pattern[i]).sum() for i in range(0, 2400, 60))
+    assert size[kind >= 3].max() < 15 and size[kind == 0].min() > 200 and 0.06 < (kind >= 3).mean() < 0.12
+    p = pool(d, 2000, seed=1, n_test=100)
+    assert (
+        (d.pattern[p.index] == p.pattern).all()
+        and len(p.pattern_test) == 100
+        and (p.pattern_test // 12 == p.y_test).all()
+    )
+    mean = np.array([d.x[d.pattern == 12 * c].mean(axis=0) for c in range(5)])  # of the common sub-patterns
+    nearest = np.linalg.norm(d.x[:, None] - mean, axis=2).argmin(axis=1)
+    assert (nearest == d.y)[kind == 0].mean() > 0.95 and (nearest == d.y)[kind >= 3].mean() < 0.1
+    with pytest.raises(ValueError, match="dataset='digits' has no known sub-patterns"):
+        pattern_size(load("digits"))
+
+
+def text(rows, labels=None):
+    """Lines of comma-separated values, after a label where there is one."""
+    if getattr(rows, "dtype", None) == np.int64 and rows.max() < 10:
+        chars = np.full((len(rows), 2 * rows.shape[1]), ord(","), np.uint8)
+        chars[:, ::2], chars[:, -1] = rows + ord("0"), ord("\n")
+        lines = [line.tobytes() for line in chars]
+    else:
+        lines = [(",".join(map(str, row)) + "\n").encode() for row in rows]
+    heads = [b""] * len(lines) if labels is None else [f"{label},".encode() for label in labels]
+    return b"".join(head + line for head, line in zip(heads, lines, strict=True))
+
+
+def tgz(path, **files):
+    with tarfile.open(path, "w:gz", compresslevel=1) as out:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name.replace("__", "/"))
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_purchase100_is_one_data_set_in_all_its_forms(tmp_path):
+    content, cache = text(BITS, LABELS), tmp_path / "cache"
+    (tmp_path / "dataset_purchase").write_bytes(content)
+    d = load("purchase100", tmp_path / "dataset_purchase", cache)
+    assert d.x.dtype == np.float32 and (len(d.y), len(d.y_test), d.n_classes) == (240, 60, 100)
+    rows = [(BITS == row).all(axis=1).argmax() for row in d.x]
+    assert [LABELS[i] for i in rows] == [int(d.classes[c]) + 1 for c in d.y] and inputs(d)[0].max() == 1
+    slow = text(BITS.astype(float), LABELS)
+    np.savez(tmp_path / "purchase100.npz", features=BITS.astype(float), labels=np.eye(100)[LABELS - 1])
+    forms = [tmp_path, tmp_path / "purchase100.npz", tgz(tmp_path / "a.tgz", dataset_purchase=content)]
+    forms += [
+        tgz(tmp_path / "slow.tgz", dataset_purchase=slow),
+        tgz(tmp_path / "b.tgz", some__dataset_purchase=content),
+    ]
+    assert {load("purchase100", form, cache).hash for form in forms} == {d.hash}
+
+
+def test_texas100_is_one_data_set_in_all_its_forms(tmp_path):
+    files = {"texas__100__feats": text(TEXAS_BITS), "texas__100__labels": text(LABELS[:, None])}
+    d = load("texas100", tgz(tmp_path / "dataset_texas.tgz", **files), tmp_path / "cache")
+    assert d.x.shape == (240, 6169) and d.x_test.shape == (60, 6169) and d.classes[99] == "99"
+    rows = [(TEXAS_BITS == row).all(axis=1).argmax() for row in d.x]
+    assert (LABELS[rows] == d.y + 1).all()
+    for name, content in files.items():
+        (tmp_path / name.replace("__", "/")).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name.replace("__", "/")).write_bytes(content)
+    for form in ("texas", "texas/100", "texas/100/feats"):
+        assert load("texas100", tmp_path / form, tmp_path / "cache").hash == d.hash
+
+
+def test_tables_of_other_widths_come_as_npz_only_and_are_cached(tmp_path, monkeypatch):
+    d = load("purchase100", npz(tmp_path, features=BITS[:, :7], labels=np.eye(5)[LABELS % 5]))
+    assert d.x.shape[1] == 7 and d.n_classes == 5
+    file = tgz(tmp_path / "a.tgz", dataset_purchase=text(BITS, LABELS))
+    first = load("purchase100", file, tmp_path / "cache")
+    monkeypatch.setattr(sources.pd, "read_csv", lambda *_: pytest.fail("parsed a second time"))
+    assert load("purchase100", file, tmp_path / "cache").hash == first.hash
+
+
+def spoilt(row, column, value):
+    return [[value if (i, j) == (row, column) else v for j, v in enumerate(r)] for i, r in enumerate(BITS.tolist())]
+
+
+@pytest.mark.parametrize("content,match", [
+    (text(spoilt(7, 3, 2), LABELS), "2.*column 3"),
+    (text(spoilt(9, 5, 0.5), LABELS), "0.5.*column 5"),
+    (text(spoilt(9, 5, "a"), LABELS), "dataset_purchase"),
+    (text(BITS[:, :599], LABELS), "599 features; 600"),
+    (text(BITS, LABELS)[:-300], "nan.*column"),
+    (text(BITS, LABELS - 1), r"labels \[0.0, 100.0\].*1..100"),
+    (text(BITS, np.where(LABELS == 57, 58, LABELS)), r"labels \[57.0\].*1..100"),
+    (text(BITS, ["x"] * 300), "dataset_purchase"),
+    (b"", "dataset_purchase"),
+])  # fmt: skip
+def test_bad_purchase100(tmp_path, content, match):
+    (tmp_path / "dataset_purchase").write_bytes(content)
+    with pytest.raises(ValueError, match=f"data=.*{match}"):
+        load("purchase100", tmp_path / "dataset_purchase", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("arrays,match", [
+    ({"x": X, "y": Y}, "column 0.*0 and 1"),
+    ({"x": np.where(np.arange(5) == 4, np.nan, BITS[:40, :5]), "y": Y}, "nan.*column 4"),
+    ({"x": BITS[:40], "y": Y, "x_test": BITS[:4] * 2, "y_test": Y[:4]}, "2.*0 and 1"),
+    ({"x": BITS[:40, :, None], "y": Y}, r"binary features \[N, D\]"),
+])  # fmt: skip
+def test_bad_binary_npz(tmp_path, arrays, match):
+    with pytest.raises(ValueError, match=f"data=.*{match}"):
+        load("texas100", npz(tmp_path, **arrays))
+
+
+def test_bad_archives_of_tables(tmp_path):
+    whole = tgz(tmp_path / "a.tgz", dataset_purchase=text(BITS, LABELS)).read_bytes()
+    for damaged in (whole[:-2000], whole[: len(whole) // 2], b"", gzip.compress(b"no tar")):
+        (tmp_path / "a.tgz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="data=.*a whole archive"):
+            load("purchase100", tmp_path / "a.tgz", tmp_path / "cache")
+    labels = text(LABELS[:150, None])
+    cases = [("'feats'.*'labels'", {"feats": text(TEXAS_BITS)}), ("'feats', 'labels'", {"notes": b"x"})]
+    cases += [("150 labels and 300 lines", {"feats": text(TEXAS_BITS), "labels": labels})]
+    cases += [("more than one 'labels'", {"labels": labels, "more__labels": labels})]
+    for match, files in cases:
+        with pytest.raises(ValueError, match=f"data=.*{match}"):
+            load("texas100", tgz(tmp_path / "t.tgz", **files), tmp_path / "cache")
+
+
+def test_a_checksum_beside_an_archive_is_compared(tmp_path):
+    file = tgz(tmp_path / "dataset_purchase.tgz", dataset_purchase=text(BITS, LABELS))
+    beside = tmp_path / "dataset_purchase.tgz.sha256"
+    beside.write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  dataset_purchase.tgz\n")
+    assert load("purchase100", tmp_path, tmp_path / "cache").n_classes == 100
+    beside.write_text("0" * 64)
+    for path in (file, tmp_path):
+        with pytest.raises(ValueError, match="data=.*dataset_purchase.tgz.*sha256"):
+            load("purchase100", path, tmp_path / "cache")
+
+
+def test_without_a_path_data_are_looked_for_and_the_error_says_how_to_obtain_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    for name, how in (("purchase100", "curl -LO .*dataset_purchase.tgz"), ("texas100", "curl -LO .*dataset_texas.tgz"),
+                      ("eyepacs", "kaggle competitions download -c diabetic")):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=f"data=None: none of .*{name}.*{how}.*Terms"):
+            load(name, cache=tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match="data='no/such'.*curl.*Terms"):
+        load("texas100", "no/such", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "purchase100.npz", features=BITS, labels=LABELS)
+    assert load("purchase100", cache=tmp_path / "cache").n_classes == 100
+    with pytest.raises(ValueError, match="dataset='folder'"):
+        obtain("folder")
+    assert all("Terms" in obtain(name) for name in sources.DATASETS if name not in ("folder", "npz"))
+
+
+def retina(folder, patients=40, size=(64, 48), both=3):
+    """Photographs of which every third patient has two; the grade is the patient's number modulo 5."""
+    names = [f"{p}_{side}" for p in range(patients) for side in (("left", "right") if p % both == 0 else ("left",))]
+    (folder / "train").mkdir(parents=True)
+    for name in names:
+        content = png(size=size, seed=[ord(c) for c in name], kind="JPEG")
+        (folder / "train" / f"{name}.jpeg").write_bytes(content)
+    lines = [f"{name},{int(name.split('_')[0]) % 5}" for name in names]
+    (folder / "trainLabels.csv").write_text("\n".join(["image,level", *lines]) + "\n")
+    return folder
+
+
+def test_eyepacs_is_split_by_patient(tmp_path):
+    folder, cache = retina(tmp_path / "e"), tmp_path / "cache"
+    d = load("eyepacs", folder, cache)
+    assert d.x.shape == (len(d.y), 3, 32, 32) and d.x.dtype == np.uint8 and d.classes == sources.GRADES
+    grades, pairs = np.array([d.y[d.groups == g][0] for g in range(d.groups.max() + 1)]), np.bincount(d.groups)
+    assert np.bincount(grades).tolist() == [6, 7, 7, 6, 6] or sorted(np.bincount(grades)) == [6, 6, 6, 7, 7]
+    assert (
+        len(d.y) + len(d.y_test) == 54 and set(pairs) == {1, 2} and len(grades) == 32
+    )  # 8 of 40 patients are set aside
+    assert all(len(set(d.y[d.groups == g])) == 1 for g in range(32))
+    packs = [packed(folder, tmp_path / "a.tar.xz"), packed(folder, tmp_path / "b.zip", "lead/")]
+    assert {load("eyepacs", pack, cache).hash for pack in packs} == {d.hash}
+    (tmp_path / "above").mkdir()
+    folder.rename(tmp_path / "above" / "e")
+    assert load("eyepacs", tmp_path / "above", cache).hash == d.hash
+
+
+def test_a_photograph_becomes_the_mean_of_its_central_square(tmp_path):
+    folder = retina(tmp_path / "e", patients=20, size=(8, 8))
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, 32:96] = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    (folder / "train/5_left.jpeg").unlink()
+    Image.fromarray(pixels).save(folder / "train/5_left.png")
+    wide = np.broadcast_to(np.array([200, 60, 20], np.uint8), (1500, 2000, 3))
+    Image.fromarray(wide).save(folder / "train/10_left.jpeg")
+    d = load("eyepacs", folder, tmp_path / "cache")
+    x = np.concatenate([d.x, d.x_test])
+    expected = pixels[:, 32:96].reshape(32, 2, 32, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    assert np.abs(x - expected).max(axis=(1, 2, 3)).min() <= 1
+    assert np.abs(x.mean(axis=(2, 3)) - wide[0, 0]).max(axis=1).min() < 3
+
+
+def edit(folder, old, new):
+    table = folder / "trainLabels.csv"
+    assert old in table.read_text()
+    table.write_text(table.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("spoil,match", [
+    (lambda f: [(f / f"train/{i}_left.jpeg").unlink() for i in (7, 8)], "'7_left', '8_left'.*no image"),
+    (lambda f: edit(f, "\n7_left,2\n8_left,3\n", "\n"), "'7_left', '8_left'.*no grade"),
+    (lambda f: edit(f, "\n7_left,2\n", "\n7_left,5\n"), "'7_left'.*'5'.*0..4"),
+    (lambda f: edit(f, "\n7_left,2\n", "\n7_left,\n"), "'7_left'.*''.*0..4"),
+    (lambda f: edit(f, "\n7_left,2\n", "\n7_middle,2\n"), "'7_middle'.*<patient>_left"),
+    (lambda f: edit(f, "\n7_left,2\n", "\n7_left,2\n7_left,2\n"), "'7_left'.*once"),
+    (lambda f: edit(f, "level", "grade"), "'grade'.*image, level"),
+    (lambda f: (f / "trainLabels.csv").write_text(""), "trainLabels.csv"),
+    (lambda f: edit(f, ",4\n", ",3\n"), r"level \['4'\]"),
+    (lambda f: (f / "trainLabels.csv").unlink(), "0 tables trainLabels.csv and 54 images"),
+    (lambda f: (f / "train/7_left.jpeg").rename(f / "train/7.jpeg"), "'7'"),
+    (lambda f: (f / "train/7_left.jpeg").write_bytes(b"text"), "train/7_left.jpeg"),
+])  # fmt: skip
+def test_bad_eyepacs(tmp_path, spoil, match):
+    spoil(retina(tmp_path / "e", size=(8, 8)))
+    with pytest.raises(ValueError, match=f"data=.*{match}"):
+        load("eyepacs", tmp_path / "e", tmp_path / "cache")
+
+
+def test_a_truncated_archive_of_photographs(tmp_path):
+    file = packed(retina(tmp_path / "e", size=(8, 8)), tmp_path / "a.tar.xz")
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="data=.*a whole archive"):
+        load("eyepacs", file, tmp_path / "cache")
+
+
+@pytest.mark.skipif(not EYEPACS.exists(), reason="needs ../shared/data/eyepacs.tar.xz")
+def test_real_eyepacs(tmp_path, monkeypatch):
+    d = load("eyepacs", EYEPACS, tmp_path)
+    assert len(d.y) + len(d.y_test) == 5000 and d.x.shape[1:] == (3, 32, 32) and d.n_classes == 5
+    assert set(np.bincount(d.groups)) == {1, 2} and 0.19 < len(d.y_test) / 5000 < 0.21
+    with tarfile.open(EYEPACS) as tar:
+        names = [m.name.split("/")[-1].split("_")[0] for m in tar if m.name.endswith(".jpeg")]
+    assert len(set(names)) - (d.groups.max() + 1) == round(0.2 * len(set(names)))  # whole patients were set aside
+    monkeypatch.setattr(sources, "_pixels", lambda *_: pytest.fail("decoded a second time"))
+    assert load("eyepacs", EYEPACS, tmp_path).hash == d.hash and len(pool(d, 2000).y) == 2000

@@ -6,7 +6,8 @@ The neighbour of a training set has one example replaced by another, as in lib.t
 import numpy as np
 from scipy import stats
 
-from lib.attacks.intervals import checked, estimate, pairs, ratio_influence_values
+from lib.attacks.intervals import estimate, ratio_influence_values
+from lib.attacks.membership import checked, pairs
 
 
 def epsilon_lower_bound(tp, fp, n_in, n_out, delta, level=0.95):

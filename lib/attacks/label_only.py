@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.attacks import intervals
+from lib.attacks.membership import folds
 
 COPIES = 50  # noisy copies beside the plain input, which makes an odd number of queries
 FLIPS = (1, 2, 3, 5, 10, 20, 50)  # expected number of flipped bits
@@ -54,11 +55,11 @@ def answers(predict, x, y, is_image, seed=0, most=None, device="cpu") -> np.ndar
 def scores(answered, member) -> np.ndarray:
     """Scores [M, N] from answers [S, M, N]: each fold of models takes the strength of best AUC in the other fold.
 
-    member: [M, N] bool. The folds keep complementary pairs of models together (intervals.folds).
+    member: [M, N] bool. The folds keep complementary pairs of models together (membership.folds).
     """
     auc = np.array([intervals.auc_influence_values(s, member).mean(1) for s in answered])  # [S, M]
     out = np.empty(answered.shape[1:], np.float32)
-    first, second = intervals.folds(member)
+    first, second = folds(member)
     for here, there in ((first, second), (second, first)):
         out[here] = answered[auc[:, there].mean(1).argmax(), here]
     return out

@@ -1,9 +1,9 @@
-"""From logits to what a membership attack looks at: one number per model and example.
+"""From logits to what a membership attack looks at: one number for each model and example.
 
-Everything is computed in float64 from differences to the largest logit, so that nothing cancels when a
-model is nearly certain, and returned in float32: phi, the loss and the entropies go to their limits *at
-zero or infinity*, where float32 keeps seven digits. Only `confidence` saturates (it ties at 1.0 from
-phi = 17 on), so the attacks rank by phi: the same order, without the ties.
+Everything is computed in float64 from differences to the largest logit, so that no digits cancel when a model is nearly
+certain, and returned in float32. phi, the loss and the entropies reach their limits at zero or infinity, where float32
+keeps seven digits. Only `confidence` saturates: it ties at 1.0 from phi = 17 on. The attacks therefore rank by phi,
+which has the same order and no ties.
 """
 
 import os
@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 NAMES = ("phi", "log_confidence", "confidence", "entropy", "modified_entropy", "correct")
-GAP = 700.0  # logits further below the largest count as this far: exp(-700) is still a normal float64
+GAP = 700.0  # logits further below the largest count as this far below; exp(-700) is still a normal float64
+TINY = 1e-40  # smallest loss, entropy or probability that is put into a logarithm or divided by
 
 
 def parallel(function, items) -> list:
-    """[function(item) for item in items] on all cores: numpy releases the interpreter lock in its loops."""
+    """[function(item) for item in items] on up to 8 threads (numpy releases the interpreter lock in its loops)."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
 
@@ -24,28 +25,12 @@ def parallel(function, items) -> list:
 def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
     """The signals of every model on every example, in one pass over the logits.
 
-    logits: [..., N, C] floats (a memory map too: it is read one [N, C] block at a time); y: [N] integers.
-    Returns a dict of [..., N] arrays, float32 (`correct`: bool), natural logarithms throughout:
+    logits: [..., N, C] floats (or a memory map, which is read one [N, C] block at a time); y: [N] integers.
+    Returns a dict of [..., N] arrays, float32 (`correct`: bool), in natural logarithms:
     phi = log p_y - log(1 - p_y) (Carlini et al. 2022, section IV), log_confidence = log p_y = -loss,
     confidence = p_y, entropy, modified_entropy (Song & Mittal 2021, section 3.2) and correct.
     `only` limits which. Raises ValueError for wrong shapes, labels out of range, NaN or +inf logits.
     """
-    logits, y = _checked(logits, y)
-    unknown = set(only) - set(NAMES)
-    if unknown:
-        raise ValueError(f"only: unknown signals {sorted(unknown)}; valid are {NAMES}")
-    out = {k: np.empty(logits.shape[:-1], bool if k == "correct" else np.float32) for k in only}
-
-    def fill(index):
-        for name, values in zip(NAMES, _block(logits[index], y), strict=True):
-            if name in out:
-                out[name][index] = values
-
-    parallel(fill, np.ndindex(*logits.shape[:-2]))
-    return out
-
-
-def _checked(logits, y):
     logits, y = np.asanyarray(logits), np.asarray(y)
     if logits.ndim < 2 or logits.shape[-1] < 2 or not np.issubdtype(logits.dtype, np.floating):
         raise ValueError(f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C >= 2]")
@@ -54,20 +39,29 @@ def _checked(logits, y):
     if y.size == 0 or y.min() < 0 or y.max() >= logits.shape[-1]:
         seen = f"values {y.min()} to {y.max()}" if y.size else "no values"
         raise ValueError(f"y: {seen}; valid are 0 to {logits.shape[-1] - 1}, the classes of logits")
-    return logits, y
+    if unknown := set(only) - set(NAMES):
+        raise ValueError(f"only: unknown signals {sorted(unknown)}; valid are {NAMES}")
+    out = {name: np.empty(logits.shape[:-1], bool if name == "correct" else np.float32) for name in only}
+
+    def fill(index):
+        for name, values in zip(NAMES, of_one_model(logits[index], y), strict=True):
+            if name in out:
+                out[name][index] = values
+
+    parallel(fill, np.ndindex(*logits.shape[:-2]))
+    return out
 
 
-def _block(z, y):
-    """The six signals of one model: z [N, C], y [N] -> arrays [N] in the order of NAMES."""
+def of_one_model(z, y):
+    """The six signals, in the order of NAMES: z [N, C], y [N] -> arrays [N]."""
     z = z.T.astype(np.float64, order="C")  # [C, N]: reductions over classes run over contiguous rows
     columns, top = np.arange(len(y)), z.argmax(0)
-    with np.errstate(invalid="ignore"):  # inf - inf; refused below
+    with np.errstate(invalid="ignore"):  # inf - inf, refused below
         d = np.minimum(z.max(0) - z, GAP)  # d_j = z_top - z_j >= 0
     r = np.exp(-d)
     r[top, columns] = 0.0  # r_j = p_j / p_top for all but the top class
     s = r.sum(0)
-    if not np.isfinite(s).all():
-        i = int(np.flatnonzero(~np.isfinite(s))[0])
+    for i in np.flatnonzero(~np.isfinite(s))[:1]:
         raise ValueError(f"logits: {z[:, i]} at example {i}; valid are numbers below infinity")
     d_y, r_y, correct = d[y, columns], r[y, columns], top == y
     # -log p_top = log(1 + s),   log(1 - p_top) = log s - log(1 + s)

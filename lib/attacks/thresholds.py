@@ -1,72 +1,79 @@
-"""thresholds"""
+"""Attacks that compare one number of one model with a threshold learned from known members and non-members."""
 
 import numpy as np
 
-from lib.attacks.intervals import best_thresholds, calibration_split, checked
-from lib.attacks.shadow import TINY
-from lib.attacks.signals import parallel
-
-# ---- thresholds on one model's output --------------------------------------------------------------------
-
-
-def _threshold_attacks(plain, member, y, half):
-    """Attacks that look at one number of one model (Yeom et al. 2018; Song & Mittal 2021)."""
-    out = {"gap": plain["correct"].astype(np.float32)}
-    out["loss"] = yeom(plain["log_confidence"], member, half=half)
-    # phi orders as confidence does, -log(entropy) as -entropy; near a threshold neither ties in float32
-    out["confidence"] = plain["phi"]
-    out["entropy"] = -np.log(np.maximum(plain["entropy"], np.float32(TINY)))
-    out["m_entropy"] = -np.log(np.maximum(plain["modified_entropy"], np.float32(TINY)))
-    for name in ("confidence", "entropy", "m_entropy"):
-        out[f"{name}_classwise"] = classwise(out[name], member, y, half=half)
-    return out
+from lib.attacks.membership import calibration_split, checked
+from lib.attacks.signals import TINY, parallel
 
 
 def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
-    """Member if the loss is below the mean member loss: scores [M, N] float32, decision score > 0.
+    """Yeom et al. (2018, adversary 2), "member if the loss is below the mean member loss": scores [M, N] float32.
 
-    Yeom et al. 2018, adversary 2; the mean over one half of the target's members judges the other half of the
-    examples, and vice versa. The score is log(mean loss) - log(loss), not mean - loss: the same decision,
-    and losses near zero stay distinct in float32. half: [M, N] bool, default halves(member, seed).
+    The decision is score > 0. The mean over one half of the target's members judges the other half of the examples,
+    and vice versa. The score is log(mean loss) - log(loss) rather than mean - loss: the decision is the same, and
+    losses near zero stay distinct in float32. half: [M, N] bool, default calibration_split(member, seed).
     """
     log_confidence, member = checked(log_confidence, member)
-    half, scores = calibration_split(member, seed) if half is None else half, np.empty(member.shape, np.float32)
+    half = calibration_split(member, seed) if half is None else half
+    scores = np.empty(member.shape, np.float32)
 
-    def row(m):
+    def attack(m):
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
         mean = np.array([loss[member[m] & (half[m] == h)].mean() for h in (False, True)])
-        # s = log(mean loss of the members in the other half) - log(loss)
+        # score = log(mean loss of the members in the other half) - log(loss)
         scores[m] = np.log(mean)[1 - half[m].astype(int)] - np.log(loss)
 
-    parallel(row, range(len(member)))
+    parallel(attack, range(len(member)))
     return scores
 
 
 def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
-    """Scores minus their class's threshold: [M, N] float32, decision score > 0 (Song & Mittal 2021, 3.2).
+    """Scores minus a threshold for each class (Song & Mittal 2021, section 3.2): [M, N] float32.
 
-    scores: [M, N]; y: [N] labels. Each target's members and non-members are split in two random halves
-    (within classes); a class's threshold of best balanced accuracy in one half is subtracted in the other.
-    A class without members or non-members in a half takes the threshold of that whole half.
-    half: [M, N] bool, default halves(member, seed, y). own: [M, N], what the thresholds are learned from, default
-    scores. Where the scores of one half are themselves learned on the other (`neural.fit`), so would be the
-    threshold that judges it; own scores come from within the half.
+    The decision is score > 0. scores: [M, N]; y: [N] labels. In each half of a target's examples, the threshold with
+    the best balanced accuracy is found for each class; it is subtracted in the other half. A class without members or
+    non-members in a half takes the threshold of that whole half. half: [M, N] bool, default calibration_split(member,
+    seed, y). own: [M, N], the scores that the thresholds are learned from, default `scores`. It is needed where the
+    scores of one half were themselves learned on the other (neural.attack).
     """
     scores, member = checked(scores, member)
     own = scores if own is None else checked(own, member)[0]
     if np.shape(y) != scores.shape[1:]:
         raise ValueError(f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
-    half, out = calibration_split(member, seed, y) if half is None else half, np.empty(member.shape, np.float32)
+    half = calibration_split(member, seed, y) if half is None else half
+    out = np.empty(member.shape, np.float32)
 
-    def row(m):
+    def attack(m):
         side = half[m].astype(np.uint16)
         best = best_thresholds(own[m], member[m], (2 * y + side).astype(np.uint16), 2 * y.max() + 2)
         if np.isnan(best).any():
-            everyone = best_thresholds(own[m], member[m], side, 2)
-            best = np.where(np.isnan(best), np.tile(everyone, y.max() + 1), best)
-        # s = s - t_{class, other half}
+            everyone = np.tile(best_thresholds(own[m], member[m], side, 2), y.max() + 1)
+            best = np.where(np.isnan(best), everyone, best)
+        # score - threshold of its class in the other half
         out[m] = scores[m] - best[2 * y + 1 - side]
 
-    parallel(row, range(len(member)))
+    parallel(attack, range(len(member)))
     return out
+
+
+def best_thresholds(s, member, group, n_groups) -> np.ndarray:
+    """The threshold t of best balanced accuracy for the decision s > t, in each group: [n_groups] float64.
+
+    s, member, group (uint16): [N], of one target. NaN for a group without members or without non-members.
+    t lies midway between two neighbouring scores, or is the largest score if it is best to flag nobody.
+    """
+    order = np.argsort(s)
+    order = order[np.argsort(group[order], kind="stable")]  # by group, then by score; a radix sort on uint16
+    s, kind = s[order], (2 * group + member)[order]
+    n = np.bincount(kind, minlength=2 * n_groups).reshape(n_groups, 2)  # non-members, members
+    # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in
+    gain = np.cumsum((np.array([1, -1]) / np.maximum(n, 1)).ravel()[kind])
+    gain[np.flatnonzero(s[1:] == s[:-1])] = -np.inf  # never between ties
+    ends, best = np.cumsum(n.sum(1)), np.full(n_groups, np.nan)
+    for g in np.flatnonzero((n > 0).all(1)):
+        start, last = ends[g] - n[g].sum(), ends[g] - 1
+        gain[last] = 0.0  # flags nobody
+        k = start + gain[start : ends[g]].argmax()
+        best[g] = s[k] if k == last else (float(s[k]) + float(s[k + 1])) / 2
+    return best

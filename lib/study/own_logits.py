@@ -166,7 +166,7 @@ def membership(member, shape, groups):
 def lacking(member) -> str:
     """Why LiRA and RMIA cannot run (too few models), or ""."""
     try:
-        shadow.lira(np.zeros(member.shape, np.float32), member)
+        shadow.require_shadows(member, 2)
     except ValueError as error:
         return str(error).removeprefix("member: ")
     return ""

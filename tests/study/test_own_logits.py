@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.attacks import catalogue, intervals
+from lib.attacks import catalogue, intervals, membership
 from lib.attacks.signals import signals
 from lib.study import own_logits
 from lib.study.results import COLUMNS
@@ -119,7 +119,7 @@ def test_seeds_on_one_split_and_pairs_run_the_attacks_on_single_models(tmp_path)
 def test_subsets_without_partners_run_every_attack(tmp_path):
     rng = np.random.default_rng(0)
     member = rng.permuted(np.tile(np.arange(12)[:, None] < 7, 60), axis=0)  # each example in 7 of 12 models
-    assert intervals.partners(member) is None
+    assert membership.partners(member) is None
     frame = own_logits.audit({"x": given(member=member)}, tmp_path)
     assert auc(frame).attack.tolist() == list(catalogue.NAMES)
 

@@ -1,7 +1,7 @@
-"""How often the intervals of lib.attacks.intervals hold the truth, by simulation: `python -m tests.calibration 400 300`.
+"""How often the intervals of lib.attacks.intervals hold the truth: `python -m benchmarks.calibration 400 300`.
 
-Two optimizers' ensembles are drawn anew, models and examples, 400 times with 300 examples; the truth is the mean.
-`tests/test_metrics.py` runs the same with few replications.
+Two optimizers' ensembles of new models and new examples are simulated 400 times, with 300 examples each. The truth is
+the mean over these replications. The tests run the same with few replications.
 """
 
 import sys
@@ -13,7 +13,7 @@ from lib.attacks import intervals, shadow
 
 
 def halves_of_pool(rng, n_models, n):
-    """Membership [n_models, n]: models 2k and 2k+1 share the pool out between them."""
+    """Membership [n_models, n]: models 2k and 2k+1 train on complementary halves."""
     half = np.argsort(rng.random((n_models // 2, n)), axis=1) < n // 2
     return np.stack([half, ~half], axis=1).reshape(n_models, n)
 
@@ -42,8 +42,8 @@ def strictest(n_models, n):
 def coverage(n_models, n=300, replications=150, variance="pooled", fprs=None):
     """Share of intervals that hold the truth, by metric and optimizer: a Series.
 
-    LiRA of two optimizers a and b, and the difference b minus a; fprs: default 0.05 and the strictest that is reported. For
-    a realised FPR the truth is the rate that was asked for, and for a difference of two of them 0.
+    LiRA of two optimizers a and b, and the difference b minus a. fprs: default 0.05 and the strictest that is
+    reported. For a realised FPR the truth is the rate that was asked for, and 0 for a difference of two.
     """
     found, fprs = [], fprs or sorted({0.05, strictest(n_models, n)}, reverse=True)
     for seed in range(replications):

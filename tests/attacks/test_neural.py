@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 
 from lib.attacks import catalogue, intervals, neural, thresholds
-from lib.attacks.intervals import auc_influence_values, balanced_accuracy_influence_values, calibration_split, estimate
+from lib.attacks.intervals import auc_influence_values, balanced_accuracy_influence_values, estimate
+from lib.attacks.membership import calibration_split
 from lib.attacks.signals import signals
 
 
@@ -20,68 +21,53 @@ def problem(seed=0, n_models=6, n=120, n_classes=4, leak=1.5, share=0.5):
     return logits, y, member
 
 
-def one_network(x, label, learn, stop, seed):
+def one_network(x, label, learn, stop, seed=0):
     """Plain PyTorch, one network: the log-odds of all examples x [N, features]."""
     x = (x - x[learn].mean(0)) / (x[learn].std(0, correction=0) + 1e-6)
     x = x.clamp(-neural.CLIP, neural.CLIP)
     random = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62)))
     net = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
-    for layer, (w, b) in zip(
-        (net[0], net[2]), zip(*[iter(neural._initial(x[None], random))] * 2, strict=True), strict=True
-    ):
-        layer.weight.data, layer.bias.data = w[0].detach().T.clone(), b[0, 0].detach().clone()
-    optimizer, lowest, since, best = torch.optim.Adam(net.parameters(), neural.RATE), np.inf, 0, None
+    for parameter in net.parameters():
+        torch.nn.init.zeros_(parameter)
+    net[0].weight.data = torch.randn(x.shape[1], 64, generator=random).T * (2 / x.shape[1]) ** 0.5
+    optimizer, lowest, waited, best = torch.optim.Adam(net.parameters(), neural.RATE), np.inf, 0, None
 
-    def loss(index):
-        p, target = torch.sigmoid(net(x[index])[:, 0]), label[index]
-        part = learn if set(index.tolist()) <= set(learn.tolist()) else stop
-        share = label[part].mean()
-        terms = -target * p.log() / share - (1 - target) * (1 - p).log() / (1 - share)
-        return terms.mean() / 2
+    def loss(index, quarter):
+        p, target, share = torch.sigmoid(net(x[index])[:, 0]), label[index], label[quarter].mean()
+        return (-target * p.log() / share - (1 - target) * (1 - p).log() / (1 - share)).mean() / 2
 
     for step in range(neural.STEPS + 1):
         if step % neural.EVERY == 0:
-            now, since = loss(stop).item(), since + 1
+            now, waited = loss(stop, stop).item(), waited + 1
             if now < lowest:
-                lowest, since, best = now, 0, net(x)[:, 0].detach()
-            if since >= neural.PATIENCE:
+                lowest, waited, best = now, 0, net(x)[:, 0].detach()
+            if waited >= neural.PATIENCE:
                 break
         batch = torch.randperm(len(learn), generator=random)[: neural.BATCH]
         optimizer.zero_grad()
-        loss(learn[batch]).backward()
+        loss(learn[batch], learn).backward()
         optimizer.step()
     return best.numpy()
 
 
 def test_networks_trained_at_once_equal_networks_trained_one_by_one():
     logits, y, member = problem(n_models=3)
-    half = calibration_split(member, 0, y)
-    fold = neural.folds(member, half, y)
-    scores, own = neural.fit(logits, y, member, half)
+    half = calibration_split(member)
+    second = calibration_split(2 * half + member, 0, y)  # of the two quarters of its half
+    scores, own = neural.attack(logits, y, member, half)
     p = torch.from_numpy(logits).double().softmax(-1)
     for m in range(3):
         p_y = p[m, np.arange(120), y]
         top = p[m].sort(-1, descending=True)[0].log()
         x = torch.cat([top, (p_y / (1 - p_y)).log()[:, None], p_y.log()[:, None]], 1).float()
-        votes = np.empty((2, neural.FOLDS, 120))
+        odds = np.empty((2, 2, 120))
         for h in range(2):
-            for k in range(neural.FOLDS):
-                parts = [np.flatnonzero((half[m] == h) & pick) for pick in (fold[m] != k, fold[m] == k)]
-                votes[h, k] = one_network(x, torch.from_numpy(member[m]).float(), *map(torch.from_numpy, parts), 0)
+            for k in range(2):
+                learn, stop = (torch.from_numpy(np.flatnonzero((half[m] == h) & (second[m] == s))) for s in (1 - k, k))
+                odds[h, k] = one_network(x, torch.from_numpy(member[m]).float(), learn, stop)
         for i in range(120):
-            assert scores[m, i] == pytest.approx(votes[1 - half[m, i], :, i].mean(), abs=2e-3)
-            assert own[m, i] == pytest.approx(votes[int(half[m, i]), fold[m, i], i], abs=2e-3)
-
-
-def test_folds_share_members_and_non_members_of_each_half():
-    _, y, member = problem(n=122)
-    half = calibration_split(member, 0, y)
-    fold = neural.folds(member, half, y)
-    for m in range(len(member)):
-        for h in (False, True):
-            for kind in (False, True):
-                counts = np.bincount(fold[m, (half[m] == h) & (member[m] == kind)], minlength=neural.FOLDS)
-                assert np.ptp(counts) <= 1
+            assert scores[m, i] == pytest.approx(odds[1 - int(half[m, i]), :, i].mean(), abs=2e-3)
+            assert own[m, i] == pytest.approx(odds[int(half[m, i]), int(second[m, i]), i], abs=2e-3)
 
 
 def test_no_score_and_no_decision_depends_on_the_membership_it_judges():
@@ -91,7 +77,7 @@ def test_no_score_and_no_decision_depends_on_the_membership_it_judges():
     for m in range(len(member)):  # within one half, who is a member is drawn again
         judged = np.flatnonzero(half[m])
         other[m, judged] = rng.permutation(member[m, judged])
-    (first, own), (second, own_second) = (neural.fit(logits, y, a, half) for a in (member, other))
+    (first, own), (second, own_second) = (neural.attack(logits, y, a, half) for a in (member, other))
     assert (first[half] == second[half]).all() and (own[~half] == own_second[~half]).all()
     assert (first[~half] != second[~half]).any()
     decided = [
@@ -108,7 +94,7 @@ def test_null_is_one_half_where_a_look_at_the_judged_would_show():
     for seed in range(5):
         logits, y, member = problem(seed, n_models=200, n=60, leak=0.0)
         half = calibration_split(member, seed, y)
-        scores, own = neural.fit(logits, y, member, half, seed)
+        scores, own = neural.attack(logits, y, member, half, seed)
         found["auc"].append(auc_influence_values(scores, member))
         found["accuracy"].append(balanced_accuracy_influence_values(scores, member))
         decided = thresholds.classwise(scores, member, y, half=half, own=own)
@@ -127,7 +113,7 @@ def test_knows_nothing_of_how_many_of_a_class_are_members():
         _, y, member = problem(seed, n_models=200, n=100, n_classes=5, leak=0.0)
         logits = np.eye(5)[y] * (1.0 + y[:, None]) + 0.01 * rng.normal(size=(200, 100, 5))  # the class is plain to see
         for name, half in (("default", None), ("within classes", calibration_split(member, seed, y))):
-            found[name].append(auc_influence_values(neural.attack(logits, y, member, half, seed), member))
+            found[name].append(auc_influence_values(neural.attack(logits, y, member, half, seed)[0], member))
     for name, influence_values in found.items():
         rows = np.concatenate(influence_values).mean(1)
         z = (rows.mean() - 0.5) / (rows.std() / np.sqrt(len(rows)))
@@ -158,7 +144,7 @@ def test_reaches_the_optimal_auc_on_gaussians():
     rng, (_, y, member) = np.random.default_rng(0), problem(n_models=20, n=800, n_classes=2)
     logits = np.zeros((20, 800, 2))
     logits[:, np.arange(800), y] = rng.normal(size=member.shape) + 1 + member
-    scores = neural.attack(logits, y, member)
+    scores, _ = neural.attack(logits, y, member)
     found = estimate(auc_influence_values(scores, member))
     assert found.low - 0.015 < stats.norm.cdf(1 / np.sqrt(2)) < found.high + 0.015
     # log-odds: log N(phi; 2, 1) - log N(phi; 1, 1) = phi - 3/2
@@ -168,22 +154,29 @@ def test_reaches_the_optimal_auc_on_gaussians():
 
 def test_members_and_non_members_weigh_alike_whatever_their_numbers():
     logits, y, member = problem(n_models=10, n=400, leak=0.0, share=0.8)
-    assert abs(neural.attack(logits, y, member).mean()) < 0.1  # log(0.8 / 0.2) = 1.39 without weights
+    assert abs(neural.attack(logits, y, member)[0].mean()) < 0.1  # log(0.8 / 0.2) = 1.39 without weights
 
 
 def test_blocks_order_memory_maps_and_the_seed(tmp_path, monkeypatch):
     logits, y, member = problem()
-    scores = neural.attack(logits, y, member)
-    assert (neural.attack(logits, y, member) == scores).all() and (
-        neural.attack(logits, y, member, seed=1) != scores
-    ).any()
+    scores, _ = neural.attack(logits, y, member)
+    assert (neural.attack(logits, y, member)[0] == scores).all()
+    assert (neural.attack(logits, y, member, seed=1)[0] != scores).any()
     order = np.random.default_rng(0).permutation(6)
-    np.testing.assert_allclose(neural.attack(logits[order], y, member[order]), scores[order], atol=1e-4)
+    np.testing.assert_allclose(neural.attack(logits[order], y, member[order])[0], scores[order], atol=1e-4)
     np.save(tmp_path / "logits.npy", logits)
     monkeypatch.setattr(neural, "BLOCK", 1)  # each target alone
-    mapped = neural.attack(np.load(tmp_path / "logits.npy", mmap_mode="r"), y, member)
+    mapped, _ = neural.attack(np.load(tmp_path / "logits.npy", mmap_mode="r"), y, member)
     np.testing.assert_allclose(mapped, scores, atol=1e-4)
     assert scores.dtype == np.float32
+
+
+def test_the_block_changes_nothing_where_models_have_members_of_different_number(monkeypatch):
+    logits, y, _ = problem()
+    member = np.random.default_rng(3).random((6, 120)) < np.linspace(0.3, 0.7, 6)[:, None]
+    together, _ = neural.attack(logits, y, member)
+    monkeypatch.setattr(neural, "BLOCK", 1)
+    np.testing.assert_allclose(neural.attack(logits, y, member)[0], together, atol=1e-4)
 
 
 def test_survives_certain_and_constant_outputs():
@@ -191,7 +184,7 @@ def test_survives_certain_and_constant_outputs():
     logits[0] = 0.0  # one model says nothing
     logits[1] *= 1e4
     logits[2, :5, 0] = -np.inf
-    scores = neural.attack(logits, y, member)
+    scores, _ = neural.attack(logits, y, member)
     assert np.isfinite(scores).all()
     assert intervals.auc_influence_values(scores, member)[0].mean() == pytest.approx(0.5, abs=0.1)
 
@@ -199,7 +192,7 @@ def test_survives_certain_and_constant_outputs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_and_cpu_agree():
     logits, y, member = problem()
-    scores = [neural.attack(logits, y, member, device=device) for device in ("cpu", "cuda")]
+    scores = [neural.attack(logits, y, member, device=device)[0] for device in ("cpu", "cuda")]
     np.testing.assert_allclose(*scores, atol=0.05)
 
 

@@ -6,9 +6,10 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from benchmarks import calibration
+from benchmarks.calibration import halves_of_pool
 from lib.attacks import intervals
-from tests import calibration
-from tests.calibration import halves_of_pool
+from lib.attacks.membership import calibration_split
 
 
 def example(seed=0, n_models=8, n=60, leak=1.0, ties=False):
@@ -126,7 +127,7 @@ def test_estimate_faults_are_named(influence_values, clusters, words):
         intervals.estimate(influence_values, clusters)
 
 
-# ---- examples in groups, and models that are given -----------------------------------------------------------
+# ---- examples in groups, and models that are given -------------------------------------------------------
 
 
 def doubled(x):
@@ -204,8 +205,8 @@ def test_one_given_model_has_delongs_interval_and_the_t_interval():
 @pytest.mark.parametrize("fpr", [0.1, 0.25])
 def test_tpr_within_one_model_equals_a_plain_loop(fpr):
     scores, member = example(n_models=2, n=200)
-    tpr, realised = intervals.tpr_cells_within(scores, member, fpr, seed=3)
-    for m, half in enumerate(intervals.calibration_split(member, 3)):
+    tpr, realised = intervals.tpr_influence_values_within(scores, member, fpr, seed=3)
+    for m, half in enumerate(calibration_split(member, 3)):
         flagged = np.empty(200, bool)
         for h in (False, True):
             null = scores[m, ~member[m] & (half == h)]
@@ -218,7 +219,9 @@ def test_tpr_within_one_model_covers_the_truth():
     # N(1, 1) for members and N(0, 1) else: ROC(f) = Phi(1 + Phi^-1(f))
     rng, member, found = np.random.default_rng(7), np.arange(600)[None] < 300, []
     for seed in range(300):
-        influence_values = intervals.tpr_cells_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[0]
+        influence_values = intervals.tpr_influence_values_within(rng.normal(size=(1, 600)) + member, member, 0.1, seed)[
+            0
+        ]
         found.append(intervals.estimate(influence_values, rate=True, examples_only=True))
     value, low, high = np.array(found).T
     truth = stats.norm.cdf(1 + stats.norm.ppf(0.1))
@@ -234,7 +237,7 @@ def test_one_given_model_has_a_whole_table():
     assert intervals.evaluate(scores[:1], member[:1]).ci_low.isna().all()
 
 
-# ---- cells -----------------------------------------------------------------------------------------------
+# ---- influence values ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [example(), example(ties=True), uneven(), example(leak=50)])
@@ -315,10 +318,7 @@ def test_balanced_accuracy_equals_its_definition(data):
     rows = range(len(scores))
     fixed = intervals.balanced_accuracy_influence_values(scores, member, 0.7)
     np.testing.assert_allclose(fixed.mean(1), [definition(scores[m], member[m], 0.7) for m in rows])
-    half, learned = (
-        intervals.calibration_split(member, 5),
-        intervals.balanced_accuracy_influence_values(scores, member, seed=5),
-    )
+    half, learned = (calibration_split(member, 5), intervals.balanced_accuracy_influence_values(scores, member, seed=5))
     for m in rows:
         right = np.empty(member.shape[1], bool)
         for h in (False, True):
@@ -334,41 +334,6 @@ def test_learned_thresholds_are_not_judged_on_what_they_learned():
     scores, member = example(n=20, n_models=400, leak=0)
     found = intervals.estimate(intervals.balanced_accuracy_influence_values(scores, member))
     assert found.low < 0.5 < found.high and found.high - found.low < 0.06
-
-
-def test_best_thresholds_per_group():
-    # group 0: best to flag none, though its largest score ties with the next group's smallest; 2: no members
-    s, member = np.array([1.0, 2, 2, 3, 0, 9]), np.array([True, False, False, True, False, False])
-    group = np.array([0, 0, 1, 1, 2, 2], np.uint16)
-    np.testing.assert_array_equal(intervals.best_thresholds(s, member, group, 4), [2, 2.5, np.nan, np.nan])
-
-
-def test_halves_split_members_and_non_members_of_every_class():
-    _, member = example(n=60)
-    y = np.arange(60) % 4
-    half = intervals.calibration_split(member, 1, y)
-    for m in range(8):
-        for inside in (member[m], ~member[m]):
-            assert abs(half[m, inside].sum() - half[m, y == 0][inside[y == 0]].sum() - 11) < 4
-            for c in range(4):
-                chosen = inside & (y == c)
-                assert abs(half[m, chosen].sum() - chosen.sum() / 2) <= 0.5
-            assert abs(intervals.calibration_split(member, 1)[m, inside].sum() - inside.sum() / 2) <= 0.5
-    assert (intervals.calibration_split(member, 1) != intervals.calibration_split(member, 2)).any()
-
-
-def test_halves_keep_groups_whole():
-    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(30), 2))
-    member = np.random.default_rng(1).permuted(np.tile(np.arange(30) < 15, (6, 1)), axis=1)[:, groups]
-    half = intervals.calibration_split(member, 1, groups % 3, groups)
-    for m in range(6):
-        for group in range(30):
-            assert len(set(half[m, groups == group])) == 1
-        assert abs(half[m, member[m]].sum() - 15) <= 4 and abs(half[m, ~member[m]].sum() - 15) <= 4
-    with pytest.raises(ValueError, match="groups: 1 are too few for halves"):
-        intervals.calibration_split(member, 1, groups=groups // 30)
-    with pytest.raises(ValueError, match="groups: shape"):
-        intervals.calibration_split(member, 1, groups=groups[1:])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -433,20 +398,6 @@ def test_table_has_every_optimizer_and_its_difference_from_the_first():
         pd.testing.assert_frame_equal(part.drop(columns=["optimizer", "baseline"]).reset_index(drop=True), expected)
 
 
-def test_cells_are_computed_once_for_values_and_differences(monkeypatch):
-    a, member = example(n_models=12, n=400)
-    calls = []
-    for name in ("auc_influence_values", "balanced_accuracy_influence_values", "tpr_influence_values"):
-        whole = getattr(intervals, name)
-        monkeypatch.setattr(
-            intervals, name, lambda *x, whole=whole, name=name, **how: calls.append(name) or whole(*x, **how)
-        )
-    intervals.table({"sgd": a, "sam": a + member}, member, fprs=(0.1,))
-    assert sorted(calls) == sorted(
-        2 * ["auc_influence_values", "balanced_accuracy_influence_values", "tpr_influence_values"]
-    )
-
-
 def test_pairing_narrows_the_difference():
     rng = np.random.default_rng(1)
     a, member = example(n_models=16, n=300)
@@ -507,7 +458,7 @@ def test_rates_out_of_range_are_named(fpr):
         intervals.tpr_influence_values(*example(), fpr)
 
 
-# ---- coverage (in full: python -m tests.calibration) --------------------------------------------------------
+# ---- coverage (in full: python -m benchmarks.calibration) ------------------------------------------------
 
 
 @pytest.mark.parametrize("n_models, n, replications", [(8, 260, 80), (16, 150, 60), (64, 100, 20)])

@@ -50,7 +50,7 @@ GIVEN = {"preset": "tiny", "n_models": 32, "epochs": 4, "n_examples": 200, "devi
 PHASES = ("training", "writing", "attacking", "recording")  # of `small`
 PATIENCE = 120  # seconds that a run of `small`, which takes one or two, may take
 ARRAYS = ("logits", "test_logits", "member", "history", "weights")
-CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(settings.PARAMETERS)})=|\d\d_\w+ failed, see )")
+CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(settings.Parameters.model_fields)})=|\d\d_\w+ failed, see )")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with one thread can be forked
 # `python -m` imports this module twice; a killed process leaves semaphores behind
@@ -82,8 +82,8 @@ tell.mouth = None
 def small(folder):
     """A study in small: two optimizers trained into folder/store, attacked, recorded in folder/out/results.csv."""
     tell("training")
-    run = settings.settings({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
-    ensembles = {name: run.train(name) for name in run.names}
+    run = settings.open_run({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
+    ensembles = run.ensembles("main")
     tell("attacking")
     member = np.array(ensembles["sgd"].member)
     scored = {n: catalogue.run(e.logits, e.dataset.y, member, learned=False) for n, e in ensembles.items()}
@@ -94,9 +94,8 @@ def small(folder):
 
 def only_train(folder):
     """The first half of `small`."""
-    run = settings.settings({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
-    for name in run.names:
-        run.train(name)
+    run = settings.open_run({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
+    run.ensembles("main")
 
 
 def report_writing():
@@ -513,7 +512,7 @@ def phase_of(source, done):
     """What a notebook was doing: training, attacking (any other cell), or nothing (papermill, between two cells)."""
     if not source:
         return f"papermill {'between cells' if done else 'before the first cell'}"
-    return "training in a notebook" if "run.train(" in source else "attacking in a notebook"
+    return "training in a notebook" if "run.ensembles(" in source else "attacking in a notebook"
 
 
 def reached(folder, cells, part):
@@ -550,7 +549,7 @@ def studies(root, n, reference, chain=5, seed=0):
         folder, seen = Path(root) / f"study{first}", []
         for k in range(first, min(n, first + chain)):
             cells = [0, *rng.permutation(np.arange(1, reference["cells"]))][k % chain]
-            part = "run.train(" if k % chain == 1 else ""  # one in each folder while it trains
+            part = "run.ensembles(" if k % chain == 1 else ""  # one in each folder while it trains
             status, _, phase = kill_command(folder, 0 if part else int(cells), rng.uniform(0, 1 if part else 3), part)
             seen += [phase] * (status == -signal.SIGKILL)
         status, said = complete(folder)
@@ -563,7 +562,7 @@ def kernels(root, n, reference, seed=0):
     rng, cases = np.random.default_rng(seed), []
     for k in range(n):
         folder = Path(root) / f"kernel{k}"
-        part = "" if k % 2 else "run.train("
+        part = "" if k % 2 else "run.ensembles("
         cells = 0 if part else int(rng.integers(1, reference["cells"] // 2))
         status, said, phase = kill_command(folder, cells, rng.uniform(0, 1), part, kernel=True)
         cases.append(judged("kernel dies", folder, reference["files"], status, said, phase))

@@ -124,18 +124,18 @@ def test_every_make_command_has_a_target_that_takes_its_parameters(command):
     target, *words = shlex.split(command)[1:]
     assert re.search(rf"^(\w+ )*{target}( \w+)*:", (ROOT / "Makefile").read_text(), flags=re.M), target
     if target in ("study", "plan", "work"):
-        settings.clean(command_line.parse(words)[1])
+        settings.checked(command_line.parse(words)[1])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m lib.study " in c and "--help" not in c])
 def test_every_line_of_the_study_is_understood(command):
-    assert settings.clean(command_line.parse(shlex.split(command)[3:])[1])["preset"] in settings.PRESETS
+    assert settings.checked(command_line.parse(shlex.split(command)[3:])[1]).preset in settings.PRESETS
 
 
 def test_papermill_is_given_parameters_that_exist():
     (command,) = [shlex.split(c) for c in COMMANDS if "papermill" in c]
     assert Path(ROOT / command[1]).exists()
-    settings.clean({command[i + 1]: command[i + 2] for i, word in enumerate(command) if word == "-p"})
+    settings.checked({command[i + 1]: command[i + 2] for i, word in enumerate(command) if word == "-p"})
 
 
 def test_there_are_commands_and_blocks_to_type():

@@ -12,7 +12,7 @@ import pytest
 from lib.attacks import catalogue
 from lib.study import verdict
 from lib.study.command_line import NOTEBOOKS
-from lib.study.settings import PARAMETERS, ROOT
+from lib.study.settings import ROOT, Parameters
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -50,7 +50,8 @@ def test_the_parameters_cell_is_the_vocabulary_and_cells_are_short(source):
     notebook = jupytext.read(source)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     tagged = [c.source for c in code if "parameters" in c.metadata.get("tags", [])]
-    assert [line.split(":")[0] for line in tagged[0].splitlines()] == list(PARAMETERS) and len(tagged) == 1
+    assert {line.split(":")[0] for line in tagged[0].splitlines() if ":" in line} <= set(Parameters.model_fields)
+    assert len(tagged) == 1
     assert all(c.source.count("\n") < 15 for c in code if c.source != tagged[0])
     assert 2 * len(code) < len(notebook.cells), "more prose than code"
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from lib.study import experiments, settings
 from lib.training import ensemble, processes, step, workers
 from lib.training.recipe import Recipe
 from tests.conftest import killing_one, same
@@ -111,13 +110,3 @@ def until(done, seconds):
     while not done():
         assert time.time() < end, "it did not happen in time"
         time.sleep(0.05)
-
-
-def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, monkeypatch):
-    run = settings.settings({"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")})
-    run.train("sgd")
-    one = experiments.table(run, ["01"]).seconds
-    monkeypatch.setattr(processes, "how_many", lambda *_: 4)
-    np.testing.assert_allclose(experiments.table(run, ["01"]).seconds, one / 4)
-    before = torch.get_num_threads()
-    assert experiments.trial(run, steps=2) > 0 and torch.get_num_threads() == before

@@ -28,25 +28,19 @@ def blank(n):
 
 
 def preset_run(name, preset, folder):
-    """The Settings of a preset on digits, or on pictures of CIFAR's size; its store would be in `folder`."""
+    """The Run of a preset on digits, or on pictures of CIFAR's size; its store would be in `folder`."""
     given = {"preset": preset, "store": folder, "out": folder}
     if name == "digits":
-        return settings.settings({"dataset": name, **given})
-    values = {"data": None, **settings.PRESETS[preset]["image"], "dataset": name, **given}
-    return settings.Settings(values, blank(values["n_examples"]))
-
-
-def ensembles(run):
-    """What the notebooks train, each model once: a list of (Recipe, Dataset, low, high), as experiments.ensembles."""
-    drawn = {"leak": run.dataset, "planted": run.dataset}  # of about its size
-    return [(r, d if isinstance(d, Dataset) else drawn[d], *ids) for _, r, d, *ids in experiments.ensembles(run)]
+        return settings.open_run({"dataset": name, **given})
+    values = {**settings.PRESETS[preset]["image"], **given}
+    return settings.Run(settings.checked(values), blank(values["n_examples"]))
 
 
 def measured(run, folders):
     """Seconds of a committed run of just these settings, all notebooks, every model trained; None if there is none."""
     for folder in folders:
         made, took = (told(folder / name) for name in ("settings.json", "run.json"))
-        alike = all(book.get(name) == run.values[name] for book in made.values() for name in SETTINGS)
+        alike = all(book.get(name) == getattr(run, name) for book in made.values() for name in SETTINGS)
         whole = took.get("trained") == 1 and took["notebooks"] == [book.name[:2] for book in command_line.NOTEBOOKS]
         if alike and whole and took.get("n_models") == run.n_models:
             return took["seconds"]
@@ -67,8 +61,8 @@ def row(name, preset, folders):
     """One preset's row of the table."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # only the sizes of networks are needed
         run = preset_run(name, preset, folder)
-        made, (_, work) = ensembles(run), experiments.left(run)
-        stored = size(sum(ensemble.stored_bytes(r, d, range(low, high)) for r, d, low, high in made))
+        made, (_, work) = experiments.to_train(run), experiments.left(run)
+        stored = size(sum(ensemble.stored_bytes(p.recipe, p.dataset, range(low, high)) for _, p, low, high in made))
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
     models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
     seconds = measured(run, folders)

@@ -1,161 +1,381 @@
-"""What a run will train, in units of work, so that its time can be told from the first models' time."""
+"""The experiments of the study, declared once, and what a run of them will train and cost.
+
+Everything iterates over EXPERIMENTS: `run.ensembles(name)` trains one of them, `--plan` lists what is left of all,
+the forecast and the check of the disk sum it up, and `--work` trains it beside other processes.
+"""
 
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lib.analysis import compare, interventions
-from lib.training import ensemble, workers
+from lib.data.dataset import Dataset
+from lib.training import Recipe, ensemble, networks, privacy, train, workers
 from lib.training.store import place
 
-COLUMNS = "notebook arch optimizer rho epochs models finished megagradients megabytes".split()
-APART = 3  # times as long as their mean take the gradients of single examples, which private rules clip
+SIZES = {"sweep": (128, 64), "few": (64, 16), "private": (32, 8)}  # models of an ensemble: on small data, on images
+VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
+WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 
 
-def gradients(recipe):
-    """Passes forward and back that a step makes, as the rule's paper counts them: 1 for SGD, 2 for SAM.
+class Planned(NamedTuple):
+    """An ensemble to train. is_drawn: its pool is drawn from results later on, and `dataset` only stands in for it."""
 
-    A forward pass alone is a third. A reader's own rule is tried.
+    recipe: Recipe
+    n_models: int
+    dataset: Dataset
+    is_drawn: bool = False
+
+
+class Experiment(NamedTuple):
+    """A named set of ensembles that are compared with each other.
+
+    declare: (run, dataset, exact) -> dict key -> Planned. notebooks: the numbers of those that use it. essential: run
+    -> the keys that may not be left out when models diverge (default: all). pool: what the pool's name ends in if a
+    notebook draws it from results. optional: without 8 models of its first ensemble it is not run.
+    exact=False leaves the noise of private optimizers at 1, since an accountant takes seconds to find it.
     """
-    return recipe.optimizer.gradients_per_step()
+
+    name: str
+    notebooks: tuple
+    declare: Callable
+    essential: Callable | None = None
+    pool: str = ""
+    optional: bool = False
 
 
-def work(recipe, n, n_models):
-    """Gradients of one example that these models take, in all; one that is clipped counts as APART."""
-    size, each = round(n * recipe.subset), gradients(recipe) * (APART if recipe.optimizer.is_private else 1)
-    return n_models * recipe.run_epochs * (size // recipe.batch_size * recipe.batch_size) * each
+# ---- what is declared ---------------------------------------------------------------------------------------
 
 
-def wanted(run, exact=False):
-    """What the notebooks train: notebook -> list of (Recipe, Dataset, n_models); what two of them share comes twice.
+def of(run, optimizer, n_models, dataset=None, **changes):
+    """The run's recipe for one optimizer, with changes, as a Planned."""
+    return Planned(run.recipe(optimizer, **changes), n_models, dataset or run.dataset)
 
-    For Dataset, "leak" or "planted": a pool of about the run's size that the notebook draws from what it has found by
-    then (memorization.leak, memorization.plant; the names of their data sets end so).
-    exact: with the private optimizers' own noise, which takes seconds to find; it does not change the work.
+
+def n_models(run, kind):
+    """Models of an ensemble of one kind (SIZES), or the run's if those are fewer.
+
+    Also the run's if each model draws its own subset: then few models would leave examples that hardly any of them
+    saw, or missed.
     """
-    base, treatment, data = run.names[0], run.treatment, run.dataset
+    return min(run.n_models, SIZES[kind][not run.is_small]) if run.subset == 0.5 else run.n_models
 
-    def of(name, n_models, dataset=data, **changes):
-        return run.recipe(name, **changes), dataset, n_models
 
-    main = [of(name, run.n_models) for name in run.names]
-    doses = [of(run.recipe(treatment).optimizer.base_name, run.sweep)] + [
-        of(treatment, run.sweep, rho=r) for r in run.radius_sweep(treatment)
-    ]
-    lengths = [(e, name) for e in run.length_sweep() for name in (base, treatment)] + [(e, base) for e in run.between()]
-    planted = min(run.n_models, max(32, run.n_models // 4))
-    longest = of(base, planted, epochs=run.length_sweep()[-1], subset=0.5)
-    leak = run.recipe(base, subset=0.5), "leak", compare.PLANTED
-    return {
-        "01": [*main, *doses, *(of(name, run.sweep, epochs=e) for e, name in lengths), leak],
-        "02": [*main, longest, (longest[0], "planted", planted)],
-        "03": main,
-        "04": [*main, *doses],
-        "06": [*main, *(of(name, run.few, epochs=e) for e, name in lengths), *beyond_models(run, of, exact)],
-    }
+def main(run, dataset, exact):
+    """Every optimizer of the run. Keys: the optimizer."""
+    return {name: of(run, name, run.n_models) for name in run.names}
+
+
+def radii(run):
+    """Radii below, at and above the run's; none for an optimizer without a radius, one if its name gives one."""
+    recipe, factors = run.recipe(run.treatment), (0.25, 0.5, 1, 2) if run.is_small else (0.5, 1, 2)
+    factors = factors if recipe.optimizer.rho is None else (1,)
+    return [factor * recipe.rho for factor in factors if recipe.optimizer.has_radius]
+
+
+def radius_sweep(run, dataset, exact):
+    """The treatment at every radius. Keys: rho; 0.0, which is first, is its base without the rule."""
+    size = n_models(run, "sweep")
+    base = {0.0: of(run, run.recipe(run.treatment).optimizer.base_name, size)}
+    return base | {rho: of(run, run.treatment, size, rho=rho) for rho in radii(run)}
+
+
+def lengths(run, factors=None):
+    """Numbers of epochs from far short of the main run to far beyond it, as factors of the run's."""
+    factors = factors or ((0.125, 0.375, 1, 2.5) if run.is_small else (0.375, 1, 2))
+    return sorted({max(1, round(factor * run.epochs)) for factor in factors})
+
+
+def length_sweep(run, dataset, exact, kind="sweep"):
+    """Both optimizers at every length, and the baseline in between, to interpolate. Keys: (epochs, optimizer)."""
+    keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
+    keys += [(e, run.baseline) for e in lengths(run, (0.25, 0.5, 0.75, 1.5) if run.is_small else (0.7, 1.4))]
+    return {(epochs, name): of(run, name, n_models(run, kind), epochs=epochs) for epochs, name in dict.fromkeys(keys)}
 
 
 def equal_compute(run):
-    """dict epochs of run.treatment -> epochs of the baseline that take as many gradients: half the run's, and the run's."""
-    ratio = gradients(run.recipe(run.treatment)) / gradients(run.recipe(run.names[0]))
+    """dict epochs of the treatment -> epochs of the baseline that take as many gradients: half the run's, the run's."""
+    ratio = run.recipe(run.treatment).optimizer.gradients_per_step()
+    ratio /= run.recipe(run.baseline).optimizer.gradients_per_step()
     return {e: max(1, round(ratio * e)) for e in (max(1, run.epochs // 2), run.epochs)}
 
 
-def beyond_models(run, of, exact):
-    """What notebook 06 trains beside the lengths of the first."""
-    base, treatment = run.names[0], run.treatment
-    made = [of(name, run.few, rho=rho) for name, rho in interventions.variant_radii(run, run.strengths)]
-    for e, twice in equal_compute(run).items():
-        made += [of(treatment, run.few, epochs=e), of(base, run.few, epochs=twice)]
-    for changes, data in interventions.chosen_levels(run, run.most_levels).values():
-        made += [of(name, run.few, data, **changes) for name in (base, treatment)]
-    made += [of(changes.pop("optimizer", base), run.few, **changes) for changes in interventions.defences(run).values()]
-    arch = interventions.private_arch(run)
-    if arch is None:
-        return made
-    noise = dict.fromkeys([(rule, e) for rule in ("dpsgd", "dpsam") for e in run.epsilons], 1.0)
-    noise = interventions.noise_levels(run, run.epsilons, interventions.delta_of(run)) if exact else noise
-    rules = [f"{rule}(sigma={sigma:.4g})" for (rule, _), sigma in noise.items()]
-    return made + [of(name, run.private, arch=arch) for name in [base, *map(interventions.on(base), rules)]]
-
-
-def ensembles(run, notebooks=None, exact=False):
-    """What a run's notebooks ("01", ...; default all) train, each model once.
-
-    A list of (notebook, Recipe, Dataset, low, high) for the models low..high-1; Dataset as in `wanted`.
-    """
-    seen, found = {}, []
-    for notebook, wanted_here in wanted(run, exact).items():
-        for recipe, dataset, n_models in wanted_here if notebooks is None or notebook in notebooks else ():
-            key = (recipe, getattr(dataset, "hash", dataset))
-            low, seen[key] = seen.get(key, 0), max(seen.get(key, 0), n_models)
-            if low < n_models:
-                found.append((notebook, recipe, dataset, low, n_models))
+def length_sweep_few(run, dataset, exact):
+    """The length sweep with few models, and the lengths of equal compute. Keys: (epochs, optimizer)."""
+    found = length_sweep(run, dataset, exact, "few")
+    for epochs, more in equal_compute(run).items():
+        for key in ((epochs, run.treatment), (more, run.baseline)):
+            found[key] = of(run, key[1], n_models(run, "few"), epochs=key[0])
     return found
 
 
-def left(run, notebooks=None):
-    """(work still to do, work in all) of a run's notebooks ("01", ...; default all); what the store has is done."""
-    total, to_do = 0.0, 0.0
-    for _, recipe, dataset, low, high in ensembles(run, notebooks):
-        done = len(flags(run, recipe, dataset, low, high))
-        total += work(recipe, len(run.dataset.y), high - low)
-        to_do += work(recipe, len(run.dataset.y), high - low - done)
-    return to_do, total
+def planted_leak(run, dataset, exact):
+    """The baseline on a pool that holds one example many times. Key: "leak"."""
+    return {"leak": of(run, run.baseline, compare.PLANTED, dataset, subset=0.5)}
 
 
-def flags(run, recipe, dataset, low, high):
+def planted_faults(run, dataset, exact):
+    """The baseline, trained long, on the pool as it is and with faults. Keys: "before", "after"."""
+    size = min(run.n_models, max(32, run.n_models // 4))
+    pools = {"before": run.dataset, "after": dataset}
+    return {k: of(run, run.baseline, size, pool, epochs=lengths(run)[-1], subset=0.5) for k, pool in pools.items()}
+
+
+def on_base(run, rule):
+    """The text of a rule on the run's own base."""
+    return rule if run.baseline == "sgd" else f"{rule}+{run.baseline}"
+
+
+def variants(run, dataset, exact):
+    """Every sharpness-aware optimizer at its radii, the run's own, SharpReg and SWA. Keys: (optimizer, rho).
+
+    The first is the baseline at 0.0. A radius that a name gives is the only one.
+    """
+    several = (0.5, 1, 2) if run.is_small and run.preset != "tiny" else (1,)
+    names = [on_base(run, rule) for rule in VARIANTS] + list(run.names[1:])
+    names += [on_base(run, rule) for rule in ("sharpreg", "swa")]
+    found = {(run.baseline, 0.0): of(run, run.baseline, n_models(run, "few"))}
+    for name in dict.fromkeys(names):
+        recipe = run.recipe(name)
+        free = recipe.rho > 0 and recipe.optimizer.rho is None
+        for rho in [factor * recipe.rho for factor in (several if free else (1,))]:
+            found[name, rho] = of(run, name, n_models(run, "few"), rho=rho)
+    return found
+
+
+def levels(run):
+    """What is varied to find causes, one thing at a time: dict (factor, level) -> changes of the recipe.
+
+    The run as it is comes first. A change of "dataset" is another data set.
+    """
+    found, size = {("as it is", "as it is"): {}}, run.batch_size
+    least = max(4, *(run.recipe(name).optimizer.least_batch for name in (run.baseline, run.treatment)))
+    for batch in (round(0.25 * size), 4 * size):
+        if least <= batch <= round(len(run.dataset.y) * run.subset):
+            found["batch size", f"{batch}"] = {"batch_size": batch}
+    for epochs in (lengths(run)[-3:][0], lengths(run)[-1]):
+        if epochs != run.epochs:
+            found["epochs", f"{epochs}"] = {"epochs": epochs}
+    for share in (0.1, 0.3):
+        found["label noise", f"{share:.0%}"] = {"dataset": interventions.mislabelled(run.dataset, share, run.seed)}
+    for decay in (0.0, 5e-3):
+        if decay != run.weight_decay:
+            found["weight decay", f"{decay:g}"] = {"weight_decay": decay}
+    twin = WITHOUT_NORM.get(run.arch) or {v: k for k, v in WITHOUT_NORM.items()}.get(run.arch)
+    if twin:
+        found["BatchNorm", "without" if run.arch in WITHOUT_NORM else "with"] = {"arch": twin}
+    return found
+
+
+def causes(run, dataset, exact):
+    """Both optimizers at every level of every factor. Keys: (factor, level, optimizer).
+
+    On images, and in the smallest run, only the last level of each factor.
+    """
+    found = levels(run)
+    if not run.is_small or run.preset == "tiny":
+        found = {key: found[key] for key in {factor: (factor, level) for factor, level in found}.values()}
+    names = run.baseline, run.treatment
+    return {(*key, n): of(run, n, n_models(run, "few"), **changes) for key, changes in found.items() for n in names}
+
+
+def defences(run, dataset, exact):
+    """What is trained to leak less. Keys: the defence's name; "none", the baseline, is first."""
+    smoothed, treatment = {"smoothing": 0.1}, run.treatment
+    plans = {
+        "none": (run.baseline, {}),
+        treatment: (treatment, {}),
+        "label smoothing 0.1": (run.baseline, smoothed),
+        "stopped at a quarter": (run.baseline, {"stop": 0.25}),
+        "stopped at half": (run.baseline, {"stop": 0.5}),
+        "weight averaging (swa)": (on_base(run, "swa"), {}),
+        "SharpReg": (on_base(run, "sharpreg"), {}),
+        f"{treatment}, smoothing 0.1": (treatment, smoothed),
+    }
+    return {label: of(run, name, n_models(run, "few"), **changes) for label, (name, changes) in plans.items()}
+
+
+def delta_of(run):
+    """The delta of the run's privacy claims: the power of ten below half of one over the size of the pool."""
+    return 10.0 ** np.floor(np.log10(1 / (2 * run.n_examples)))
+
+
+def private_arch(run):
+    """The run's network, or its twin, without BatchNorm, which mixes a batch's examples.
+
+    None if there is none, or if the baseline asks for gradients anew within a step, which no accountant counts.
+    """
+    arch = WITHOUT_NORM.get(run.arch, run.arch)
+    if run.recipe(run.baseline).optimizer.asks_again():
+        return None
+    net = networks.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
+    return None if networks.has_batchnorm(net) else arch
+
+
+def private(run, dataset, exact):
+    """The baseline, DP-SGD and DP-SAM on a network without BatchNorm. Keys: (optimizer, epsilon).
+
+    Each has the noise that gives it that epsilon on the run's halves; the baseline, which is first, has none: inf.
+    """
+    arch, recipe = private_arch(run), run.recipe(run.baseline)
+    if arch is None:
+        return {}
+    size = n_models(run, "private")
+    found = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}
+    n = round(len(run.dataset.y) * recipe.subset)
+    steps = n // recipe.batch_size * recipe.epochs
+    for rule, queries in (("dpsgd", 1), ("dpsam", 2)):
+        for epsilon in (8, 64) if run.is_small else (64,):
+            accounted = epsilon, recipe.batch_size, n, steps, delta_of(run), queries
+            sigma = privacy.noise_for(*accounted) if exact else 1.0
+            found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch)
+    return found
+
+
+EXPERIMENTS = (
+    Experiment("main", ("01", "02", "03", "04"), main),
+    Experiment("radius sweep", ("01", "04"), radius_sweep, lambda run: [0.0]),
+    Experiment(
+        "length sweep", ("01",), length_sweep, lambda run: [(run.epochs, n) for n in (run.baseline, run.treatment)]
+    ),
+    Experiment("planted leak", ("01",), planted_leak, pool="leak"),
+    Experiment("planted faults", ("02",), planted_faults, pool="planted"),
+    Experiment(
+        "variants", ("06",), variants,
+        lambda run: [(run.baseline, 0.0), (run.treatment, run.recipe(run.treatment).rho)],
+    ),
+    Experiment(
+        "length sweep, few models", ("06",), length_sweep_few,
+        lambda run: [(run.epochs, run.baseline), (run.epochs, run.treatment),
+                     (equal_compute(run)[run.epochs], run.baseline)],
+    ),
+    Experiment(
+        "causes", ("06",), causes,
+        lambda run: [("as it is", "as it is", name) for name in (run.baseline, run.treatment)],
+    ),
+    Experiment("defences", ("06",), defences, lambda run: ["none"]),
+    Experiment("private", ("06",), private, lambda run: [(run.baseline, np.inf)], optional=True),
+)  # fmt: skip
+
+
+def named(name):
+    """The Experiment of that name. Raises ValueError for an unknown one."""
+    found = {experiment.name: experiment for experiment in EXPERIMENTS}
+    if name not in found:
+        raise ValueError(f"experiment={name!r} is unknown: choose one of {', '.join(found)}")
+    return found[name]
+
+
+def plan(run, experiment, dataset=None, exact=True):
+    """What an Experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
+    if not experiment.pool or dataset is not None:
+        return experiment.declare(run, dataset, exact)
+    stand_in = replace(run.dataset, name=f"{run.dataset.name}-{experiment.pool}")  # about its size
+    found = experiment.declare(run, stand_in, exact)
+    return {key: planned._replace(is_drawn=planned.dataset is stand_in) for key, planned in found.items()}
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------
+
+PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
+
+
+def work(recipe, n, n_models):
+    """Gradients of one example that these models take in all, on a pool of n; a clipped one counts as PER_EXAMPLE."""
+    per_epoch = round(n * recipe.subset) // recipe.batch_size * recipe.batch_size
+    each = recipe.optimizer.gradients_per_step() * (PER_EXAMPLE if recipe.optimizer.is_private else 1)
+    return n_models * recipe.run_epochs * per_epoch * each
+
+
+def to_train(run, notebooks=None, exact=False):
+    """What the experiments of some notebooks ("01", ...; default all) train, each model once.
+
+    A list of (experiment's name, Planned, low, high) for the models low..high-1.
+    """
+    seen, found = {}, []
+    for experiment in EXPERIMENTS:
+        if notebooks is not None and not set(notebooks) & set(experiment.notebooks):
+            continue
+        for planned in plan(run, experiment, exact=exact).values():
+            key = planned.recipe, planned.dataset.hash, planned.is_drawn and planned.dataset.name
+            low, seen[key] = seen.get(key, 0), max(seen.get(key, 0), planned.n_models)
+            if low < planned.n_models:
+                found.append((experiment.name, planned, low, planned.n_models))
+    return found
+
+
+def flags(run, planned, low, high):
     """Paths of the flags of the finished ones of models low..high-1; nothing is made in the store.
 
-    Of a pool that is drawn later: in that of this recipe's stores on such pools that has most of them.
+    Of a pool that is drawn later: in the store of this recipe on such a pool that has most of them.
     """
-    drawn = isinstance(dataset, str)
-    data = replace(run.dataset, name=f"{run.dataset.name}-{dataset}") if drawn else dataset
-    name, key = ensemble.store_key(recipe, data)
+    name, key = ensemble.store_key(planned.recipe, planned.dataset)
     folder, text = place(run.store, name, key)
-    folders = [f for f in folder.parent.glob(f"{name}-*") if is_of(f, text)] if drawn else [folder]
-    found = [[f / "done" / f"{k:05d}.json" for k in range(low, high)] for f in folders]
+    folders, wanted = [folder], json.loads(text)
+    if planned.is_drawn:
+        recipes = [(path.parent, json.loads(path.read_text())) for path in folder.parent.glob(f"{name}-*/recipe.json")]
+        folders = [where for where, recipe in recipes if {**recipe, "data": ""} == {**wanted, "data": ""}]
+    found = [[where / "done" / f"{k:05d}.json" for k in range(low, high)] for where in folders]
     return max(([path for path in paths if path.exists()] for paths in found), key=len, default=[])
-
-
-def is_of(folder, text):
-    """True if a store's folder holds the recipe of another's recipe.json, on whatever data."""
-    path = folder / "recipe.json"
-    said, wanted_one = (json.loads(t) for t in (path.read_text() if path.exists() else "{}", text))
-    return {**said, "data": ""} == {**wanted_one, "data": ""}
 
 
 def table(run, notebooks=None, exact=False):
     """What is left to train: a frame with a row for each ensemble, and what is known of its cost.
 
-    Columns notebook, arch, optimizer, rho, epochs, models, finished, megagradients (left, of one example), megabytes
+    Columns experiment, arch, optimizer, rho, epochs, models, finished, megagradients (left, of one example), megabytes
     (left, on the disk) and seconds (left, by this run alone; NaN where no model of this network is finished yet).
     """
     rows, rates, device = [], {}, ensemble.device_of(run.device)
-    for notebook, recipe, dataset, low, high in ensembles(run, notebooks, exact):
-        done, data = flags(run, recipe, dataset, low, high), run.dataset if isinstance(dataset, str) else dataset
-        told = [json.loads(path.read_text()).get("seconds") for path in done]
+    for name, planned, low, high in to_train(run, notebooks, exact):
+        recipe, data, done = planned.recipe, planned.dataset, flags(run, planned, low, high)
         one, missing = work(recipe, len(data.y), 1), high - low - len(done)
+        told = [json.loads(path.read_text()).get("seconds") for path in done]
         rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
-        about = dict(notebook=notebook, arch=recipe.arch, optimizer=recipe.optimizer, rho=recipe.rho)
-        about |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
-        size = ensemble.stored_bytes(recipe, data, range(low + len(done), high))
-        cost = dict(megagradients=missing * one / 1e6, megabytes=size / 1e6)
-        about |= dict(at_once=workers.n_processes(recipe, data, device))
-        rows.append(about | cost)
-    rate = {arch: median(found) if found else np.nan for arch, found in rates.items()}
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, "at_once"])  # no rows: the verdict's notebook trains nothing
-    seconds = 1e6 * frame.megagradients / frame.arch.map(rate) / frame.at_once
-    return frame.assign(seconds=seconds).drop(columns="at_once")
+        row = dict(experiment=name, arch=recipe.arch, optimizer=str(recipe.optimizer), rho=recipe.rho)
+        row |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done), megagradients=missing * one / 1e6)
+        row["megabytes"] = ensemble.stored_bytes(recipe, data, range(low + len(done), high)) / 1e6
+        rows.append(row | {"at_once": workers.n_processes(recipe, data, device)})
+    columns = "experiment arch optimizer rho epochs models finished megagradients megabytes at_once".split()
+    frame = pd.DataFrame(rows, columns=columns)  # the verdict's notebook trains nothing: no rows
+    rate = frame.arch.map({arch: median(found) if found else np.nan for arch, found in rates.items()})
+    return frame.assign(seconds=1e6 * frame.megagradients / rate / frame.at_once).drop(columns="at_once")
 
 
-def trial(run, steps=8):
-    """Gradients a second of the baseline now, uncompiled, from a few steps; of all the processes that will train."""
-    return np.nan
+def left(run, notebooks=None):
+    """(gradients still to do, gradients in all) of a run's notebooks ("01", ...; default all)."""
+    to_do = total = 0.0
+    for _, planned, low, high in to_train(run, notebooks):
+        one = work(planned.recipe, len(planned.dataset.y), 1)
+        total += one * (high - low)
+        to_do += one * (high - low - len(flags(run, planned, low, high)))
+    return to_do, total
+
+
+def trial(run):
+    """Gradients of one example a second that training the baseline takes now, uncompiled, in all processes.
+
+    Timed are two epochs of eight steps on a part of the pool: what three epochs take beyond one.
+    """
+    data, recipe = run.dataset, run.recipe(run.baseline, subset=0.5)
+    n = min(len(data.y), 16 * recipe.batch_size) // 2 * 2
+    few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
+    seconds = {}
+    for epochs in (1, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            short = replace(recipe, epochs=epochs)
+            train(short, few, 2, folder, run.device, quiet=True)
+            told = [json.loads(p.read_text())["seconds"] for p in Path(folder).glob("*/done/*.json")]
+            seconds[epochs] = median(told)
+    at_once = workers.n_processes(run.recipe(run.baseline), data, ensemble.device_of(run.device))
+    return at_once * work(replace(recipe, epochs=2), n, 1) / max(seconds[3] - seconds[1], 1e-6)
 
 
 def describe(run, notebooks=None):
@@ -169,8 +389,8 @@ def describe(run, notebooks=None):
         f"{shown.round(1).to_string(index=False)}\n\n"
         f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
         f"{frame.megagradients.sum():.3g} million gradients: about {duration(seconds)} on {device}, by "
-        f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {free(run) / 1e6:.0f} MB free; "
-        f"What analysing them takes is not counted."
+        f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {free(run) / 1e6:.0f} MB free. "
+        "The time to analyse them is not counted."
     )
 
 
@@ -190,14 +410,14 @@ def check_disk(run, notebooks=None):
 
 
 def work_off(run, notebooks=None):
-    """Train what is left of a run and no other process is training; what others have begun is not waited for.
+    """Train what is left of a run and no other process is training, without waiting for what others have begun.
 
-    The pools that notebooks draw from what they have found (planted faults) are left to the notebooks.
+    Pools that notebooks draw from results are left to the notebooks.
     """
-    for notebook, recipe, dataset, _, high in ensembles(run, notebooks, exact=True):
-        if not isinstance(dataset, str):
-            print(f"{notebook}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
-            run.train_free(recipe, dataset, high)
+    for name, (recipe, _, data, is_drawn), _, high in to_train(run, notebooks, exact=True):
+        if not is_drawn:
+            print(f"{name}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
+            train(recipe, data, high, run.store, run.device, notify=run.forecast, wait=False)
 
 
 def duration(seconds):
@@ -208,7 +428,7 @@ def duration(seconds):
 
 
 class Forecast:
-    """Tells once, after the second chunk of models, how long the rest of a run's training will take.
+    """Says once, after the second chunk of models, how long the rest of a run's training will take.
 
     The first chunk may also have compiled its step, which later ones are spared.
     """
@@ -218,9 +438,8 @@ class Forecast:
 
     def __call__(self, recipe, n_examples, n_models, seconds):
         self.chunks += 1
-        if self.chunks != 2:
-            return
-        to_do, total = left(self.run)
-        words = duration(to_do / work(recipe, n_examples, n_models) * seconds)
-        done = 1 - to_do / total
-        print(f"Training for all the notebooks of this run: about {words} to go, {done:.0%} is done.", flush=True)
+        if self.chunks == 2:
+            to_do, total = left(self.run)
+            words = duration(to_do / work(recipe, n_examples, n_models) * seconds)
+            done = 1 - to_do / total
+            print(f"Training for all the notebooks of this run: about {words} to go, {done:.0%} is done.", flush=True)

@@ -18,7 +18,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from lib.study import verdict
+from lib.study import settings, verdict
 from lib.study.results import COLUMNS, differing
 from lib.study.text import null_control, planted_leak
 from lib.training.store import write_atomic
@@ -188,10 +188,8 @@ def build(out):
 
 def main(arguments=None):
     """Command line: the words of `python -m lib.study`. Returns the exit status, 2 for bad input."""
-    from lib.study import command_line, settings
-
     try:
-        print(f"Look at {build(settings.clean(command_line.parse(arguments)[1])['out'])}")
+        print(f"Look at {build(settings.checked(settings.parse(arguments)[1]).out)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,8 @@
-"""Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows."""
+"""Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows.
+
+A row whose `baseline` is filled in is a paired difference: the optimizer's value minus the baseline's. `coordinate`
+says where along an experiment the row lies, as name=value pairs: "epochs=40".
+"""
 
 import hashlib
 import json
@@ -16,13 +20,30 @@ from filelock import FileLock
 from lib.training import ensemble
 from lib.training.store import VERSION, write_atomic
 
-COLUMNS = (
-    "notebook dataset arch optimizer baseline rho attack metric value ci_low ci_high n_models n_examples note".split()
-)
+IDENTITY = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split()
+NUMBERS = "value ci_low ci_high".split()
+COUNTS = "n_models n_examples".split()
+COLUMNS = [*IDENTITY, *NUMBERS, *COUNTS]
 PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
 
 PLACES = "data store out device engine gpus".split()  # parameters that say where a run is made, not what it is
 SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment ema seed".split()
+
+
+def read(path):
+    """The rows of a results.csv but for audits of own logits, with COLUMNS; numbers and counts as floats.
+
+    An empty file has no rows. Raises ValueError naming the file if it can't be read or lacks a column.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS]
+        numbers = {name: frame[name].replace("", "nan").astype(float) for name in [*NUMBERS, *COUNTS]}
+        return frame.assign(**numbers)[frame.notebook != "own_logits"].dropna(subset="value")
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=COLUMNS)
+    except (OSError, ValueError, KeyError) as error:
+        wanted = f"a run's results.csv, with the columns {', '.join(COLUMNS)}"
+        raise ValueError(f"results={str(path)!r} can't be read ({error}): give {wanted}") from None
 
 
 def differing(out):
@@ -36,82 +57,70 @@ def differing(out):
 
 def recipe_digest(run):
     """12 hex digits that name all that decides a run's numbers: its settings, its data, its optimizers' stores."""
-    settings = {name: value for name, value in run.values.items() if name not in PLACES}
     stores = [ensemble.store_key(run.recipe(name), run.dataset) for name in run.names]
-    text = json.dumps([VERSION, settings, run.dataset.hash, stores], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    text = [VERSION, run.parameters.model_dump(exclude=PLACES), run.dataset.hash, stores]
+    return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def versions():
     """'flat-is-not-private 0.1.0 python 3.11.7 torch 2.15.0 numpy 2.3.1'."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"  # absent where the library was installed
     found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.M) if project.exists() else None
-    own = found[1] if found else metadata.version("flat-is-not-private")
-    used = {"flat-is-not-private": own, "python": platform.python_version()}
-    used |= {"torch": torch.__version__, "numpy": np.__version__}
+    used = {"flat-is-not-private": found[1] if found else metadata.version("flat-is-not-private")}
+    used |= {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return " ".join(f"{name} {version}" for name, version in used.items())
 
 
-def device_name(name):
-    """The GPU's own name, else the kind of device: 'cpu', 'mps'."""
-    device = ensemble.device_of(name)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 class Results:
-    """The rows of one notebook. notebook: its name; run: the Settings; n_models: how many models are compared.
+    """The rows of one notebook. notebook: its name; run: the Run; n_models: how many models are compared.
 
     Nothing is written before the first `add`. Each row also has PROVENANCE: seed, recipe (recipe_digest), versions,
-    device, and seconds, the wall-clock time since the notebook's settings were read.
+    device (a GPU's own name, else cpu or mps), and seconds, the wall-clock time since the run was opened.
     """
 
     def __init__(self, notebook, run, n_models=None):
         self.run, self.rows, self.path = run, [], Path(run.out) / "results.csv"
-        self.made = {"seed": run.seed, "recipe": recipe_digest(run), "versions": versions()}
-        self.made["device"] = device_name(run.device)
-        self.about = {
-            "notebook": notebook,
-            "dataset": run.dataset.name,
-            "arch": run.arch,
-            "n_models": n_models or run.n_models,
-            "n_examples": len(run.dataset.y),
-        }
-        baseline, *others = run.names
-        radius = {name: run.recipe(name).rho or "" for name in run.names}
-        self.radius = radius | {f"{name}-{baseline}": radius[name] for name in others}
+        device = ensemble.device_of(run.device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.about = dict(notebook=notebook, dataset=run.dataset.name, arch=run.arch, baseline="", coordinate="")
+        self.about |= dict(attack="", n_models=n_models or run.n_models, n_examples=len(run.dataset.y))
+        self.about |= dict(seed=run.seed, recipe=recipe_digest(run), versions=versions(), device=name)
 
-    def add(self, frame, **fields):
-        """Record a frame with columns metric, value, ci_low, ci_high (and more of COLUMNS), the rest from `fields`.
+    def add(self, frame, experiment="main", **fields):
+        """Record a tidy frame: optimizer, metric, value, ci_low, ci_high and more of COLUMNS, or these from `fields`.
 
-        Writes the file anew, atomically: other notebooks' rows as they were, then this one's.
+        rho, if absent, is the run's own for each optimizer. Columns beyond the schema are dropped. Writes the file
+        anew, atomically: other notebooks' rows as they were, then this one's. Raises ValueError for an unknown field.
         """
+        unknown = [name for name in fields if name not in COLUMNS]
+        if unknown:
+            raise ValueError(f"{unknown[0]}={fields[unknown[0]]!r} is no column of results: {', '.join(COLUMNS)}")
         seconds = f"{time.monotonic() - self.run.began:.1f}"
-        frame = frame.assign(**{**self.about, **self.made, "seconds": seconds, **fields})
+        absent = {name: value for name, value in self.about.items() if name not in frame}
+        frame = frame.assign(**{**absent, "experiment": experiment, "seconds": seconds, **fields})
         if "rho" not in frame:
-            frame["rho"] = frame.optimizer.map(self.radius)
-        for column in ("value", "ci_low", "ci_high"):
+            frame["rho"] = frame.optimizer.map({name: self.run.recipe(name).rho or "" for name in self.run.names})
+        frame = frame.reindex(columns=[*COLUMNS, *PROVENANCE]).astype(object)
+        for column in NUMBERS:
             frame[column] = [f"{v:.6g}" if v == v else "" for v in frame[column]]  # NaN: no interval
-        self.rows.append(frame.reindex(columns=[*COLUMNS, *PROVENANCE]).astype(object))
-        self.write()
+        self.rows.append(frame)
+        self._write(pd.concat(self.rows))
 
     def count(self):
         """How many numbers this notebook has recorded."""
         return sum(map(len, self.rows))
 
-    def write(self):
+    def _write(self, own):
         """Replace this notebook's rows in the file. Raises ValueError naming `out` if the disk refuses."""
+        notebook, path = self.about["notebook"], self.path.with_name("settings.json")
         try:
-            self._write(pd.concat(self.rows))
+            with FileLock(self.path.with_name(".results.lock")):
+                if self.path.exists():
+                    others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
+                    own = pd.concat([others[others.notebook != notebook], own])
+                made = json.loads(path.read_text()) if path.exists() else {}
+                made[notebook] = {name: getattr(self.run, name) for name in SETTINGS}
+                write_atomic(path, json.dumps(made, indent=1))
+                write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))
         except OSError as error:
             raise ValueError(f"out={str(self.run.out)!r} can't be written ({error}): give a writable folder") from error
-
-    def _write(self, own):
-        with FileLock(self.path.with_name(".results.lock")):
-            if self.path.exists():
-                others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
-                own = pd.concat([others[others.notebook != self.about["notebook"]], own])
-            path = self.path.with_name("settings.json")
-            made = json.loads(path.read_text()) if path.exists() else {}
-            made[self.about["notebook"]] = {name: self.run.values[name] for name in SETTINGS}
-            write_atomic(path, json.dumps(made, indent=1))
-            write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))

@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 
 from lib.attacks.catalogue import NAMES
-from lib.study.results import COLUMNS
+from lib.study.results import COLUMNS, COUNTS, NUMBERS, read
 from lib.study.text import series
 
-NUMBERS, COUNTS, GROUP = ["value", "ci_low", "ci_high"], ["n_models", "n_examples"], ["run", "dataset", "arch"]
+GROUP = ["run", "dataset", "arch"]
 LEDGER = [*GROUP, *"optimizer baseline claim whose statement verdict effect evidence n_models differs notebook".split()]
 SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3", "not run": "#ffffff"}
 DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's own value; of a distance
@@ -113,19 +113,6 @@ ALIKE = {  # claims on the verdicts on lira: (statement, what the compared rows 
     "other_architectures_alike": ("Sharpness-aware training leaks more under lira in every architecture.",
                                   ["dataset"], "arch"),
 }  # fmt: skip
-
-
-def read(path):
-    """The rows of a results.csv, numbers as numbers, without audits of own logits. Raises ValueError."""
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        frame = frame.assign(**{c: frame[c].replace("", "nan").astype(float) for c in [*NUMBERS, *COUNTS]})
-        return frame.loc[frame.notebook != "own_logits", COLUMNS].dropna(subset="value")
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame(columns=COLUMNS)
-    except (OSError, ValueError, KeyError) as error:
-        wanted = f"a run's results.csv, with the columns {', '.join(COLUMNS)}"
-        raise ValueError(f"results={str(path)!r} can't be read ({error}): give {wanted}") from None
 
 
 def beside(out):

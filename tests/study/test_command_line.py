@@ -1,0 +1,84 @@
+import json
+import shutil
+import subprocess
+
+import nbformat
+import pytest
+
+from lib.study import command_line, settings
+
+SMALL = ["PRESET=tiny", "N_MODELS=8", "N_EXAMPLES=100", "EPOCHS=2"]
+
+
+def words(tmp_path, *more):
+    return [*SMALL, f"STORE={tmp_path / 'store'}", f"OUT={tmp_path / 'out'}", *more]
+
+
+@pytest.mark.parametrize("words", [["N_MODEL=16"], ["N_MODELS=sixteen"], ["99"], ["01", "77"], ["DATASET=mnist"]])
+def test_it_refuses_with_one_line_and_status_2(words, capsys):
+    assert command_line.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_notebooks_are_chosen_by_their_numbers_and_the_verdict_comes_last():
+    assert [book.name[:2] for book in command_line.parse(["03", "01"])[0]] == ["01", "03"]
+    assert command_line.parse([])[0][-1].stem == "05_verdict"
+
+
+def test_make_passes_an_unknown_knob_on_so_that_it_fails():
+    command = ["make", "-n", "study", "N_MODEL=16", "PYTHON=x"]
+    said = subprocess.run(command, cwd=settings.ROOT, capture_output=True, text=True)
+    assert "lib.study N_MODEL=16" in said.stdout and "PYTHON=x" not in said.stdout.split("lib.study")[1]
+
+
+def test_the_plan_is_said_and_nothing_is_trained(tmp_path, capsys):
+    assert command_line.main(["--plan", *words(tmp_path, "03")]) == 0
+    said = capsys.readouterr().out
+    assert "16 of 16 models" in said and "disk" in said and "trial" in said
+    assert not list((tmp_path / "store").glob("*/done/*.json"))
+
+
+def test_a_notebook_that_trains_nothing_has_an_empty_plan(tmp_path, capsys):
+    assert command_line.main(["--plan", *words(tmp_path, "05")]) == 0
+    assert command_line.main(["--work", *words(tmp_path, "05")]) == 0
+    assert "0 of 0 models" in capsys.readouterr().out
+
+
+def test_a_run_that_will_not_fit_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
+    assert command_line.main(words(tmp_path, "03")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: store=") and "MB free" in said and said.count("\n") == 1
+    assert not list((tmp_path / "store").glob("*/done/*.json"))
+
+
+def notebook(tmp_path, name, *sources):
+    """A notebook with a cell of parameters and cells with these sources."""
+    cells = [nbformat.v4.new_code_cell(text) for text in ("# Parameters\npreset = 'tiny'", *sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / name)
+    return tmp_path / name
+
+
+def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch, capfd):
+    opening = "import sys\nfrom lib.study import settings\nrun = settings.notebook_run(globals())"
+    source = "print(sys.executable, run.n_models, run.epochs, run.parameters.out)"
+    monkeypatch.setattr(command_line, "NOTEBOOKS", [notebook(tmp_path, "07_mine.ipynb", opening, source)])
+    monkeypatch.setattr(command_line.report, "build", lambda out: out / "report" / "index.html")
+    assert command_line.main(words(tmp_path)) == 0
+    said = capfd.readouterr()
+    assert f"{command_line.sys.executable} 8 2 {tmp_path / 'out'}" in said.out and "unknown parameter" not in said.err
+    took = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert took["notebooks"] == ["07"] and took["n_models"] == 8 and took["trained"] == 0
+    made = nbformat.read(tmp_path / "out" / "07_mine.ipynb", 4)
+    assert "input_path" not in made.metadata.papermill
+
+
+def test_a_notebook_that_fails_is_named_and_ends_the_run(tmp_path, monkeypatch, capsys):
+    books = [notebook(tmp_path, "07_a.ipynb", "raise ValueError('lr=9: too large')"), notebook(tmp_path, "08_b.ipynb")]
+    monkeypatch.setattr(command_line, "NOTEBOOKS", books)
+    assert command_line.main(words(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "07_a failed" in said and "lr=9" in said and not (tmp_path / "out" / "08_b.ipynb").exists()

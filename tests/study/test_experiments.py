@@ -1,0 +1,223 @@
+"""What is declared, what is left to train, and processes that share it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.analysis import compare, memorization
+from lib.study import command_line, experiments, settings
+from lib.study.experiments import Experiment, of
+from lib.training import Recipe, ensemble, workers
+
+SMALL = {"preset": "tiny", "n_models": "8", "n_examples": "100", "epochs": "2"}
+
+
+def small(tmp_path, **given):
+    return settings.open_run({**SMALL, "store": tmp_path / "store", "out": tmp_path / "out", **given})
+
+
+def words(tmp_path, *more):
+    return [*(f"{n}={v}" for n, v in SMALL.items()), f"STORE={tmp_path / 'store'}", f"OUT={tmp_path / 'out'}", *more]
+
+
+def declared(run, name, dataset=None, exact=False):
+    return experiments.plan(run, experiments.named(name), dataset, exact)
+
+
+# ---- the list -----------------------------------------------------------------------------------------------
+
+
+def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypatch, capsys):
+    """run.ensembles, the plan, the forecast, the check of the disk and --work."""
+
+    def two_rates(run, dataset, exact):
+        return {lr: of(run, "sgd", 8, lr=lr) for lr in (0.05, 0.3)}
+
+    monkeypatch.setattr(experiments, "EXPERIMENTS", [Experiment("rates", ("03",), two_rates)])
+    run = small(tmp_path)
+    table = experiments.table(run)
+    assert list(table.experiment) == ["rates"] * 2 and list(table.models) == [8, 8]
+    assert experiments.left(run) == (2 * experiments.work(run.recipe("sgd"), 100, 8),) * 2
+    with pytest.raises(ValueError, match="main.*rates"):
+        run.ensembles("main")
+
+    for name in ("rates", "none"):  # told of a second chunk, the forecast sums up this list
+        forecast = experiments.Forecast(run)
+        for _ in range(2):
+            forecast(run.recipe("sgd"), 100, 8, 10.0)
+        said = capsys.readouterr().out
+        assert ("about 20 s to go" in said) == (name == "rates")
+        monkeypatch.setattr(experiments, "EXPERIMENTS", [Experiment(name, ("03",), lambda *_: {3: of(run, "sgd", 8)})])
+    monkeypatch.setattr(experiments, "EXPERIMENTS", [Experiment("rates", ("03",), two_rates)])
+
+    monkeypatch.setattr(experiments, "free", lambda run: 1.5e6 * table.megabytes[0])
+    with pytest.raises(ValueError, match="store="):
+        experiments.check_disk(run)
+    monkeypatch.setattr(experiments, "free", lambda run: 2.5e6 * table.megabytes[0])
+    experiments.check_disk(run)
+
+    assert command_line.main(["--work", *words(tmp_path, "03")]) == 0
+    assert experiments.left(run)[0] == 0
+    found = run.ensembles("rates")
+    assert {lr: e.recipe.lr for lr, e in found.items()} == {0.05: 0.05, 0.3: 0.3} and len(found[0.3].ids) == 8
+
+
+@pytest.mark.parametrize("more", [{}, {"optimizers": "sgd,sam,looksam(k=3)", "epochs": 3}, {"arch": "mlp_bn"}])
+def test_essential_keys_are_declared_and_every_recipe_is_valid(tmp_path, more):
+    run = small(tmp_path, **more)
+    for experiment in experiments.EXPERIMENTS:
+        found = experiments.plan(run, experiment, exact=False)
+        assert found and all(8 <= planned.n_models <= 16 for planned in found.values()), experiment.name
+        assert experiment.essential is None or set(experiment.essential(run)) <= set(found), experiment.name
+
+
+def test_keys_are_those_that_the_notebooks_expect(tmp_path):
+    run = small(tmp_path, epochs=8)
+    keys = {
+        experiment.name: list(experiments.plan(run, experiment, exact=False)) for experiment in experiments.EXPERIMENTS
+    }
+    assert keys["main"] == ["sgd", "sam"]
+    np.testing.assert_allclose(keys["radius sweep"], [0, 0.075, 0.15, 0.3, 0.6])
+    assert {e for e, n in keys["length sweep"] if n == "sam"} == {1, 3, 8, 20}
+    assert {e for e, n in keys["length sweep"] if n == "sgd"} == {1, 3, 8, 20, 2, 4, 6, 12}
+    assert set(keys["length sweep, few models"]) - set(keys["length sweep"]) == {(4, "sam"), (16, "sgd")}
+    assert (keys["planted leak"], keys["planted faults"]) == (["leak"], ["before", "after"])
+    assert keys["variants"][:2] == [("sgd", 0.0), ("sam", 0.3)] and keys["defences"][:2] == ["none", "sam"]
+    assert keys["causes"][:2] == [("as it is", "as it is", "sgd"), ("as it is", "as it is", "sam")]
+    assert keys["private"] == [("sgd", np.inf), ("dpsgd", 8), ("dpsgd", 64), ("dpsam", 8), ("dpsam", 64)]
+
+
+def test_sizes_of_the_sweeps(tmp_path):
+    given = {"preset": "default", "n_models": 256, "n_examples": 1000}
+    run = small(tmp_path, **given)
+    assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "private")] == [128, 64, 32]
+    run = small(tmp_path, **given, subset=0.4)  # each model draws its own subset: few would miss examples
+    assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "private")] == [256] * 3
+
+
+def test_levels_change_one_thing_at_a_time_and_the_run_comes_first(tmp_path):
+    run = small(tmp_path)
+    found = experiments.levels(run)
+    assert list(found)[0] == ("as it is", "as it is")
+    assert [len(changes) for changes in found.values()] == [0] + [1] * (len(found) - 1)
+    factors = [factor for factor, _, _ in declared(run, "causes")]
+    assert factors == [f for f in dict.fromkeys(f for f, _ in found) for _ in range(2)], "the last level of each"
+
+
+def test_no_level_of_batch_size_is_below_what_msam_needs(tmp_path):
+    given = {"batch_size": 64, "n_examples": 300}
+    assert ("batch size", "16") not in experiments.levels(small(tmp_path, **given, optimizers="sgd,msam(m=16)"))
+    assert ("batch size", "16") in experiments.levels(small(tmp_path, **given))
+
+
+def test_a_radius_in_the_name_is_the_only_one(tmp_path):
+    run = small(tmp_path, optimizers="sgd,sam(rho=0.2)")
+    assert list(declared(run, "radius sweep")) == [0.0, 0.2]
+    assert [rho for name, rho in declared(run, "variants") if name == "sam(rho=0.2)"] == [0.2]
+
+
+def test_variants_are_on_the_baselines_own_base(tmp_path):
+    names = {name for name, _ in declared(small(tmp_path, optimizers="adam,sam+adam"), "variants")}
+    assert {"adam", "sam+adam", "swa+adam"} <= names and "sam" not in names
+
+
+def test_equal_compute_is_counted_in_gradients(tmp_path):
+    assert experiments.equal_compute(small(tmp_path, epochs=20)) == {10: 20, 20: 40}
+    assert experiments.equal_compute(small(tmp_path, epochs=20, optimizers="sgd,looksam")) == {10: 12, 20: 24}
+
+
+def test_a_base_that_asks_again_within_a_step_has_no_private_twin(tmp_path):
+    run = small(tmp_path, optimizers="torch.optim:LBFGS,sam+torch.optim:LBFGS")
+    assert experiments.private_arch(run) is None and declared(run, "private") == {} == run.ensembles("private")
+    assert experiments.private_arch(small(tmp_path, optimizers="torch.optim:Adagrad,sam")) == "mlp"
+
+
+def test_exact_noise_changes_the_private_recipes_and_not_their_work(tmp_path):
+    run = small(tmp_path)
+    rough, exact = (declared(run, "private", exact=e) for e in (False, True))
+    assert list(rough) == list(exact) and rough["dpsgd", 8].recipe != exact["dpsgd", 8].recipe
+    work = [sum(experiments.work(p.recipe, 100, p.n_models) for p in found.values()) for found in (rough, exact)]
+    assert work[0] == work[1]
+
+
+# ---- the plan -----------------------------------------------------------------------------------------------
+
+
+def test_private_gradients_weigh_more_in_the_work_than_in_the_count():
+    plain, private = (Recipe(optimizer=name, batch_size=8) for name in ("sgd", "dpsgd(sigma=1.0)"))
+    assert experiments.work(private, 100, 2) == experiments.PER_EXAMPLE * experiments.work(plain, 100, 2)
+
+
+def test_the_plan_lists_each_model_once_and_counts_what_is_finished(tmp_path):
+    run = small(tmp_path)
+    before, total = experiments.table(run, ["01", "03"]), experiments.left(run, ["01", "03"])
+    assert (before.finished == 0).all() and before.seconds.isna().all() and before.megabytes.sum() > 0
+    assert not list((tmp_path / "store").glob("digits*")), "a plan makes nothing"
+    assert before.duplicated(["optimizer", "rho", "epochs"]).sum() == 1, "the leak, on other data"
+    recipe = run.recipe("sgd")
+    run.train(of(run, "sgd", 8))
+    after = experiments.table(run, ["01", "03"])
+    main = (after.optimizer == "sgd") & (after.epochs == run.epochs) & (after.models == 8)
+    assert (after.finished[main] == 8).all() and (after.finished[~main] == 0).all() and after.seconds.notna().all()
+    assert after.megagradients[main].item() == after.seconds[main].item() == after.megabytes[main].item() == 0
+    left = experiments.left(run, ["01", "03"])
+    assert total[0] == total[1] == left[1] and left[0] == pytest.approx(total[0] - experiments.work(recipe, 100, 8))
+
+
+def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
+    run = small(tmp_path)
+    before = experiments.left(run, ["01"])[0]
+    leaky, _ = memorization.leak(run.dataset, 3, 20, run.seed)
+    found = run.ensembles("planted leak", dataset=leaky)["leak"]
+    assert found.dataset is leaky and len(found.ids) == compare.PLANTED
+    leak = declared(run, "planted leak")["leak"]
+    assert experiments.left(run, ["01"])[0] == before - experiments.work(leak.recipe, 100, compare.PLANTED)
+    other = leak._replace(recipe=replace(leak.recipe, lr=0.05))
+    assert len(experiments.flags(run, leak, 0, 16)) == 16 and not experiments.flags(run, other, 0, 16)
+    assert not experiments.flags(run, leak._replace(dataset=run.dataset, is_drawn=False), 0, 16)
+
+
+def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
+    command = [sys.executable, "-m", "lib.study", "--work", *words(tmp_path, "01", "03")]
+    pair = [subprocess.Popen(command, cwd=settings.ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(p.communicate(), p.returncode)[1] for p in pair] == [0, 0]
+    run = small(tmp_path)
+    assert experiments.left(run, ["03"])[0] == 0
+    rows = [row[1:] for row in experiments.to_train(run, ["01"]) if not row[1].is_drawn]
+    assert all(len(experiments.flags(run, *row)) == row[2] - row[1] for row in rows)
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_forecast_is_told_once_after_the_second_chunk(tmp_path, capsys):
+    run = small(tmp_path)
+    for _ in range(4):
+        run.forecast(run.recipe("sgd"), 100, 8, 1.0)
+    assert capsys.readouterr().out.count("to go") == 1
+
+
+def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, monkeypatch):
+    run = small(tmp_path)
+    run.train(of(run, "sgd", 8))
+    one = experiments.table(run, ["01"]).seconds
+    monkeypatch.setattr(workers, "n_processes", lambda *_: 4)
+    np.testing.assert_allclose(experiments.table(run, ["01"]).seconds, one / 4)
+    monkeypatch.undo()
+    before = torch.get_num_threads()
+    assert experiments.trial(run) > 0 and torch.get_num_threads() == before
+
+
+def test_an_optional_experiment_without_enough_models_is_not_run(tmp_path, monkeypatch):
+    run, asked = small(tmp_path), []
+
+    def failing(self, planned):
+        asked.append(planned)
+        return ensemble.Ensemble(planned.recipe, planned.dataset, None, np.arange(6))
+
+    monkeypatch.setattr(settings.Run, "train", failing)
+    assert run.ensembles("private") == {} and len(asked) == 1, "nothing private is trained in vain"
+    with pytest.raises(ValueError, match="n_models"):
+        run.ensembles("main")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib.data.dataset import inputs
-from lib.training import Recipe, ensemble, recipe, step, store, train
+from lib.training import Recipe, ensemble, recipe, step, store, train, workers
 
 
 def arrays(found):
@@ -94,8 +94,10 @@ def test_neither_do_models_whose_rule_remembers_or_draws(table, quick, tmp_path,
 
 def test_only_new_models_train_when_the_number_is_raised(images, tmp_path, monkeypatch):
     recipe = Recipe("cnn", epochs=1, batch_size=8)
-    trained, plain = [], ensemble.Group.train
-    monkeypatch.setattr(ensemble.Group, "train", lambda self, tick: (trained.extend(self.ids), plain(self, tick))[1])
+    trained, plain = [], ensemble.train_chunk
+    monkeypatch.setattr(
+        ensemble, "train_chunk", lambda r, i, ids, tick: (trained.extend(ids), plain(r, i, ids, tick))[1]
+    )
     train(recipe, images, 2, tmp_path, "cpu", quiet=True)
     train(recipe, images, 4, tmp_path, "cpu", quiet=True)
     assert trained == [0, 1, 2, 3]
@@ -153,7 +155,7 @@ def test_damage_is_named_and_recomputed(table, quick, tmp_path, damage):
 
 
 SCRIPT = """
-import sys, torch; from tests.conftest import blobs; from lib.ensemble import Recipe, train
+import sys, torch; from tests.conftest import blobs; from lib.training import Recipe, train
 torch.set_num_threads(1)
 data = blobs(48, 16, (3, 16, 16), 3)
 train(Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), data, 24, sys.argv[1], "cpu", quiet=True)
@@ -209,9 +211,9 @@ def test_what_another_run_finished_meanwhile_is_not_trained_again(table, quick, 
     """A chunk is claimed after the look into the store: a model saved in between counts."""
     train(quick, table, 4, tmp_path, "cpu", quiet=True)
     stale = ensemble.open_store(quick, table, tmp_path)
-    monkeypatch.setattr(ensemble, "Group", None)  # training anything would fail
+    monkeypatch.setattr(ensemble, "train_chunk", None)  # training anything would fail
     inputs = ensemble.Inputs(table, quick, torch.device("cpu"))
-    assert ensemble.train_chunks(quick, inputs, [list(range(4))], stale, quiet=True) == 0
+    assert workers.train_here(quick, inputs, [range(4)], stale, quiet=True) == 0
     assert [stale.flag(k)["status"] for k in range(4)] == ["finished"] * 4
 
 
@@ -219,7 +221,8 @@ def test_a_worker_that_does_not_wait_trains_what_is_free(images, tmp_path):
     recipe = Recipe("cnn", epochs=1, batch_size=8)
     kept = ensemble.open_store(recipe, images, tmp_path)
     claim = kept.claim(2)
-    ensemble.train_missing(recipe, images, 4, kept, torch.device("cpu"), quiet=True, wait=False)
+    assert train(recipe, images, 4, tmp_path, "cpu", quiet=True, wait=False) is None
+    kept = ensemble.open_store(recipe, images, tmp_path)
     assert [kept.flag(k) is not None for k in range(4)] == [True, True, False, True]
     claim.release()
 
@@ -231,36 +234,36 @@ def test_a_worker_that_does_not_wait_trains_what_is_free(images, tmp_path):
 )
 def test_a_chunk_for_which_memory_runs_out_is_halved(table, quick, tmp_path, monkeypatch, capsys, optimizer, error):
     recipe = replace(quick, optimizer=optimizer)
-    whole, plain, tried = train(recipe, table, 8, tmp_path / "whole", "cpu", quiet=True), ensemble.Group, []
+    whole, plain, tried = train(recipe, table, 8, tmp_path / "whole", "cpu", quiet=True), ensemble.train_chunk, []
 
-    def small(recipe, inputs, ids):
+    def small(recipe, inputs, ids, tick):
         tried.append(len(ids))
         if len(ids) > 2:
             raise error
-        return plain(recipe, inputs, ids)
+        return plain(recipe, inputs, ids, tick)
 
-    monkeypatch.setattr(step, "lanes_for", lambda net, device: 8)
-    monkeypatch.setattr(ensemble, "Group", small)
+    monkeypatch.setattr(step, "n_stacked_for", lambda net, device: 8)
+    monkeypatch.setattr(ensemble, "train_chunk", small)
     halved = train(recipe, table, 8, tmp_path / "halved", "cpu", quiet=True)
     assert tried == [8, 4, 2, 2, 4, 2, 2] and "4 models are trained at once instead of 8" in capsys.readouterr().out
     np.testing.assert_allclose(halved.logits, whole.logits, rtol=1e-3, atol=1e-4)
     assert (halved.member == whole.member).all()
-    monkeypatch.setattr(ensemble, "Group", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(ensemble, "train_chunk", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError, match="batch_size=8.*memory"):
         train(recipe, table, 2, tmp_path / "none", "cpu", quiet=True)
 
 
 def test_an_average_over_steps_is_the_moving_average_and_zero_is_none(table, quick, tmp_path):
     plain = train(quick, table, 2, tmp_path, "cpu", quiet=True)
-    recipe, weights = replace(quick, ema=0.9), []
-    watch = ensemble.Average.after_step
+    recipe, weights, plain_step = replace(quick, ema=0.9), [], step.Stack.step
 
-    def look(self, number, params):
-        weights.append({n: w.clone() for n, w in params.items()})
-        watch(self, number, params)
+    def look(self, *args, **how):
+        found = plain_step(self, *args, **how)
+        weights.append({n: w[:2].clone() for n, w in self.params.items()})
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ensemble.Average, "after_step", look)
+        patch.setattr(step.Stack, "step", look)
         averaged = train(recipe, table, 2, tmp_path, "cpu", quiet=True)
     mean = weights[0]
     for t, now in enumerate(weights):
@@ -270,8 +273,7 @@ def test_an_average_over_steps_is_the_moving_average_and_zero_is_none(table, qui
     for name, weight in params.items():
         torch.testing.assert_close(weight, mean[name][1], rtol=1e-4, atol=1e-5)
     assert (np.asarray(plain.logits) != averaged.logits).any()
-    key = ensemble.store_key(quick, table)[1]["recipe"]
-    assert "ema" not in key and ensemble.store_key(recipe, table)[1]["recipe"]["ema"] == 0.9
+    assert averaged.store.folder != plain.store.folder
 
 
 def test_many_logits_are_kept_in_half_precision(table, quick, tmp_path, monkeypatch):
@@ -302,13 +304,13 @@ def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch, optim
         pytest.skip("torch.compile does not work here")
     settings = Recipe(optimizer=optimizer, rho=0.2, epochs=3, batch_size=8)
     eager = train(settings, table, 20, tmp_path / "eager", "cpu", quiet=True)
-    monkeypatch.setattr(ensemble, "worth_compiling", lambda *_: True)
-    step.STEPPERS.clear()
+    monkeypatch.setattr(step, "worth_compiling", lambda *_: True)
     compiled = train(settings, table, 20, tmp_path / "compiled", "cpu", quiet=True)
-    assert step.STEPPERS, "nothing was compiled"
+    kept = dict(step.STACKS)
+    assert kept, "nothing was compiled"
     np.testing.assert_allclose(compiled.logits, eager.logits, rtol=1e-3, atol=1e-4)
     again = train(settings, table, 20, tmp_path / "again", "cpu", quiet=True)
-    assert len(step.STEPPERS) == 1, "a second run compiled again"
+    assert step.STACKS == kept, "a second run compiled again"
     assert_same(compiled, again)
 
 

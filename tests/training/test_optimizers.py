@@ -1,5 +1,6 @@
 import importlib
 import linecache
+import pickle
 import sys
 from dataclasses import replace
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.training import Recipe, ensemble, optimizers, sharpness, train
-from tests.test_sharpness import REFERENCE, Twin, assert_is_the_twin
+from lib.training import Recipe, ensemble, networks, optimizers, sharpness, train
+from lib.training.optimizers import Optimizer
+from lib.training.recipe import learning_rate
+from tests.training.test_sharpness import REFERENCE, Twin, assert_is_the_twin
 
 OWN = '''
 import torch
@@ -60,11 +63,11 @@ def signed(gradient, params, share=0.5):
     return {n: (1 - share) * g + share * 0.01 * g.sign() for n, g in grads.items()}, aux
 
 
-def heavy(gradient, params, rho, memory, turn, k=2, kept=0.5):
+def heavy(gradient, params, rho, memory, is_kth_step, k=2, kept=0.5):
     """A gradient at rho w, and every k-th step the memory of those before."""
     grads, aux = gradient({n: (1 + rho) * w for n, w in params.items()})
     memory = {n: kept * m + grads[n] for n, m in memory.items()}
-    return memory if turn else grads, aux, memory
+    return memory if is_kth_step else grads, aux, memory
 
 
 def no_rule(gradient, params, needed):
@@ -91,7 +94,7 @@ def forget():
     importlib.invalidate_caches()
     linecache.checkcache()
     optimizers._parse.cache_clear()
-    optimizers._source.cache_clear()
+    networks.source_hash.cache_clear()
 
 
 # ---- names --------------------------------------------------------------------------------------------------
@@ -114,10 +117,10 @@ def forget():
     ],
 )  # fmt: skip
 def test_a_name_is_taken_apart(text, rule, base, options, base_options, rho):
-    named = optimizers.parse(text)
+    named = Optimizer.parse(text)
     assert (named.rule_name, named.base_name, named.options) == (rule, base, options)
     assert (named.base_options, named.rho) == (base_options, rho)
-    assert optimizers.parse(named.text) == named
+    assert Optimizer.parse(named.text) == named == pickle.loads(pickle.dumps(named))
 
 
 def test_a_list_of_names_is_split_outside_parentheses():
@@ -126,26 +129,31 @@ def test_a_list_of_names_is_split_outside_parentheses():
 
 
 def test_one_optimizer_has_one_name_however_it_is_written():
-    names = {Recipe(optimizer=o).optimizer for o in ("swa( start=1 )", "swa(start=1.0)", "swa(start=1)+sgd")}
+    names = {Recipe(optimizer=o).optimizer.text for o in ("swa( start=1 )", "swa(start=1.0)", "swa(start=1)+sgd")}
     assert names == {"swa(start=1.0)"}
-    assert "e-" not in Recipe(optimizer="sam(rho=0.00001)").optimizer
+    assert "e-" not in Recipe(optimizer="sam(rho=0.00001)").optimizer.text
 
 
 def test_a_radius_among_the_options_wins_and_an_optimizer_without_one_has_none():
     assert Recipe(optimizer="sam(rho=0.3)", rho=0.1).rho == 0.3
     assert Recipe(optimizer="swa", rho=0.1).rho == 0.0
-    assert [Recipe(optimizer=o).has_radius for o in ("sgd", "swa", "sam", "asam")] == [False, False, True, True]
+    assert [Recipe(optimizer=o).optimizer.has_radius for o in ("sgd", "swa", "sam", "asam")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_every_option_reaches_the_store_whether_written_or_not(table, quick, tmp_path):
     folder = {o: ensemble.open_store(replace(quick, optimizer=o), table, tmp_path).folder for o in
               ("looksam", "looksam(k=5)", "looksam(k=3)", "looksam(alpha=0.5)", "sam")}  # fmt: skip
     assert len(set(folder.values())) == 5
-    assert optimizers.fingerprint(optimizers.parse("looksam"))["options"] == {"k": 5, "alpha": 0.7, "layerwise": False}
+    assert Optimizer.parse("looksam").all_options == {"k": 5, "alpha": 0.7, "layerwise": False}
 
 
 BAD = {
-    "sammy": "'sammy' is unknown: choose from sgd,.* sam",
+    "sammy": "'sammy' is unknown: .* sam",
     "plain": "unknown",
     "sam+rmsprop": "'rmsprop' is unknown",
     "": "not written",
@@ -154,10 +162,10 @@ BAD = {
     "adamw(beta=0.9)": "no option 'beta'",
     "adamw(lr=0.9)": "no option 'lr'",
     "adamw(weight_decay=-1)": "can't be built",
-    "looksam(3)": "option=value",
-    "looksam(**{})": "option=value",
-    "looksam(k=)": "option=value",
-    "looksam(k=open)": "option=value",
+    "looksam(3)": "not written",
+    "looksam(**{})": "not written",
+    "looksam(k=)": "not written",
+    "looksam(k=open)": "not written",
     "looksam(k=2.5)": "int expected",
     "looksam(k=True)": "int expected",
     "looksam(layerwise=1)": "bool expected",
@@ -178,8 +186,8 @@ BAD = {
     "sgd+sam": "rule\\+base is needed",
     "sam+sam": "rule\\+base is needed",
     "sgd+adam": "rule\\+base is needed",
-    "sam+sgd+adam": "rule\\+base is needed",
-    "sam(rho=0.1": "not written|option=value",
+    "sam+sgd+adam": "unknown",
+    "sam(rho=0.1": "not written",
     "sam)": "not written",
     "looksam((k=3))": "not written",
     "no_such_module_here:f": "no_such_module_here",
@@ -213,18 +221,14 @@ def test_a_private_rule_is_refused_on_batchnorm_and_stays_private_at_rho_zero(im
         train(Recipe("cnn", optimizer, batch_size=8), images, 2, tmp_path, "cpu")
     settings = Recipe("mlp", optimizer, rho=0.0, epochs=1, batch_size=8)
     private, plain = (
-        train(r, images, 2, tmp_path, "cpu", True) for r in (settings, replace(settings, optimizer="sgd"))
+        train(r, images, 2, tmp_path, "cpu", quiet=True) for r in (settings, replace(settings, optimizer="sgd"))
     )
     assert (private.logits[0] != plain.logits[0]).any()
 
 
 def test_all_that_a_rule_asks_for_is_offered_or_an_option():
-    for name, rule in optimizers.RULES.items():
-        optimizers._check_rule(name, rule, {})
-    rules = [optimizers.parse(name) for name in sharpness.RULES if name != "plain"]
-    assert set(sharpness.LIMITS) - {"clip"} <= {
-        option for rule in rules for option in optimizers.fingerprint(rule)["options"]
-    }
+    rules = [Optimizer.parse(name) for name in optimizers.RULES if name != "plain"]
+    assert set(sharpness.LIMITS) <= {option for rule in rules for option in rule.all_options}
 
 
 # ---- a reader's own -----------------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def test_lbfgs_evaluates_its_closure_at_new_weights(table, tmp_path):
     twin = Twin(settings, table, 0)
     for at in range(2):
         (batch,) = twin.batches()
-        twin.base.param_groups[0]["lr"] = ensemble.learning_rate(settings, at, 2)
+        twin.base.param_groups[0]["lr"] = learning_rate(settings, at, 2)
 
         def closure(batch=batch):
             twin.base.zero_grad()

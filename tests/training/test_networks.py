@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from lib.training import ensemble, networks
+from lib.training import Recipe, ensemble, networks
 
 IMAGES = [arch for arch in networks.MODELS if not arch.startswith("mlp")]
 
@@ -204,8 +204,8 @@ def test_a_network_of_the_readers_own(own):
 
 def test_a_network_that_draws_random_numbers_is_refused_before_training(own, table):
     with pytest.raises(ValueError, match="arch='own_nets.zoo:linear' draws random numbers in training.*dropout"):
-        ensemble.check(ensemble.Recipe(arch="own_nets.zoo:linear", batch_size=8), table, 2)
-    ensemble.check(ensemble.Recipe(arch="own_nets.zoo:steady", batch_size=8), table, 2)
+        ensemble.check(Recipe(arch="own_nets.zoo:linear", batch_size=8), table, 2)
+    ensemble.check(Recipe(arch="own_nets.zoo:steady", batch_size=8), table, 2)
 
 
 @pytest.mark.parametrize(

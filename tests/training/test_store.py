@@ -56,7 +56,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         good = path.read_bytes()
         for at in range(store.rows[name].header_bytes, len(good)):
             path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-            assert Store(tmp_path, "x", {}, LAYOUT)._verify(0)[1] == f"{name}.npy has a wrong checksum"
+            assert Store(tmp_path, "x", {}, LAYOUT).fault(0) == f"{name}.npy has a wrong checksum"
         path.write_bytes(good)
     assert Store(tmp_path, "x", {}, LAYOUT).flag(0)["status"] == "finished"
 
@@ -81,7 +81,7 @@ def test_another_version_s_store_is_named_and_left_alone(tmp_path, monkeypatch):
     old = Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT)
     old.save(0, row(0), status="finished")
     monkeypatch.setattr(store, "VERSION", store.VERSION + 1)
-    with pytest.raises(ValueError, match="store=.*version 3 of the store, this is 4"):
+    with pytest.raises(ValueError, match=f"store=.*version {store.VERSION - 1} of the store, this is {store.VERSION}"):
         Store(tmp_path, "x", {"lr": 0.1, "sizes": (1, 2)}, LAYOUT)
     Store(tmp_path, "x", {"lr": 0.2, "sizes": (1, 2)}, LAYOUT)  # another recipe is no conflict
     monkeypatch.undo()
@@ -111,7 +111,7 @@ def test_writers_of_many_rows_at_once_lose_none(tmp_path):
     assert np.load(found.rows["a"].path)[:, 0, 0].tolist() == list(range(40))
 
 
-def test_every_flipped_bit_of_a_header_is_noticed_or_mended(tmp_path):
+def test_a_flipped_bit_of_a_header_never_gives_other_rows(tmp_path):
     rows = Rows(tmp_path / "a.npy", (2, 3), np.float32)
     for k in range(48):
         rows.write(k, row(k)["a"])
@@ -120,8 +120,7 @@ def test_every_flipped_bit_of_a_header_is_noticed_or_mended(tmp_path):
         content = bytearray(good)
         content[at // 8] ^= 1 << at % 8
         rows.path.write_bytes(content)
-        rows.mend()
-        assert len(rows) < 48 or rows.path.read_bytes() == good
+        assert len(rows) < 48 or (np.array(rows.read())[:, 0, 0] == np.arange(48)).all()
 
 
 def test_a_flag_whose_notes_were_changed_is_noticed(tmp_path):
@@ -130,14 +129,14 @@ def test_a_flag_whose_notes_were_changed_is_noticed(tmp_path):
     good = path.read_text()
     for damaged in (good.replace('"status"', '"statvs"'), good.replace("finished", "diverged"), "[]", "{}", ""):
         path.write_text(damaged)
-        assert Store(tmp_path, "x", {}, LAYOUT)._verify(0)[1]
+        assert Store(tmp_path, "x", {}, LAYOUT).fault(0)
     path.write_text(good)
     assert Store(tmp_path, "x", {}, LAYOUT).flag(0) == {
         "model": 0, "checksums": json.loads(good)["checksums"], "status": "finished",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["[]", "5", "", '{"store_version": 3}'])
+@pytest.mark.parametrize("text", ["[]", "5", "", '{"store_version": 4}'])
 def test_a_damaged_recipe_is_written_anew(tmp_path, text):
     folder = Store(tmp_path, "x", {"lr": 0.1}, LAYOUT).folder
     whole = (folder / "recipe.json").read_text()

@@ -1,0 +1,253 @@
+"""Processes of one thread each, and Ray's workers, against this process: the same arrays, whatever is lost."""
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import loky
+import psutil
+import pytest
+import torch
+
+from lib.study import settings
+from lib.training import Recipe, ensemble, train, workers
+from tests.conftest import killing_one, same
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    yield
+    loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+def here(*args, **how):
+    """Train in this process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "n_processes", lambda *_: 1)
+        return train(*args, **how)
+
+
+def children():
+    """Process numbers of the processes that train."""
+    return [p.pid for p in psutil.Process().children(recursive=True) if "loky" in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """As if every ensemble were long, and this process had two threads."""
+    monkeypatch.setattr(workers, "LONG", 0)
+    monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 2)
+
+
+def test_two_processes_make_what_one_thread_makes(images, tmp_path, two, one_thread):
+    told, how = [], {"quiet": True}
+    for name in ("sgd", "sam"):  # the second by the same processes
+        recipe = Recipe("cnn", name, 0.1, epochs=2, batch_size=8)
+        made = train(recipe, images, 6, tmp_path / "two", "cpu", notify=lambda *c: told.append(c), **how)
+        same(made, here(recipe, images, 6, tmp_path / "one", "cpu", **how))
+    assert len(told) == 8 and all(chunk[1:3] == (48, 1) for chunk in told)  # all but the first two of each
+
+
+def test_what_is_worth_processes(images, monkeypatch):
+    long = Recipe("cnn", epochs=100, batch_size=8)  # 3 steps an epoch
+    monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 4)
+    assert workers.n_processes(long, images, CPU) == 4
+    assert workers.n_processes(Recipe("cnn", epochs=33, batch_size=8), images, CPU) == 1
+    assert workers.n_processes(long, images, torch.device("cuda")) == 1
+    assert workers.n_processes(Recipe("__main__:net", epochs=100, batch_size=8), images, CPU) == 1
+    for room, n in ((3.5, 3), (0.5, 1)):
+        free = SimpleNamespace(available=room * (workers.OWN + 4 * images.x.nbytes))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
+        assert workers.n_processes(long, images, CPU) == n
+
+
+def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path, two, one_thread, capfd):
+    recipe = Recipe("cnn", "sam", 0.1, epochs=60, batch_size=8)
+    kept = ensemble.open_store(recipe, images, tmp_path / "two")
+    with killing_one(kept, children) as killed:
+        made = train(recipe, images, 4, tmp_path / "two", "cpu", quiet=True)
+    assert killed and "a process that trained was lost" in capfd.readouterr().out
+    same(made, here(recipe, images, 4, tmp_path / "one", "cpu", quiet=True))
+
+
+def test_what_a_process_raises_is_raised_here(images, tmp_path, two):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    (ensemble.open_store(recipe, images, tmp_path).folder / "logits.npy").mkdir()  # can't be written
+    with pytest.raises(ValueError, match="store=.*can't be written"):
+        train(recipe, images, 2, tmp_path, "cpu", quiet=True)
+
+
+def test_they_end_with_the_process_that_started_them(tmp_path):
+    script = """
+        import sys
+        sys.path.insert(0, {here!r})
+        from tests.conftest import blobs
+        from lib.training import Recipe, workers
+        images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
+        if __name__ == "__main__":
+            workers.train_by_processes(recipe, images, [[0], [1]], {store!r}, 2, quiet=True)
+    """
+    store, path = str(tmp_path / "s"), tmp_path / "run.py"
+    path.write_text(textwrap.dedent(script).format(here=str(Path(__file__).parents[2]), store=store))
+    process = subprocess.Popen([sys.executable, str(path)], start_new_session=True)
+    try:
+        until(lambda: len(list(Path(store).glob("*/claims/*.lock"))) == 2, 60)
+        started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert len(started) >= 2
+        process.kill()
+        process.wait()
+        until(lambda: not any(alive(pid) for pid in started), 20)
+    finally:
+        process.poll() is None and process.kill()
+
+
+def alive(pid):
+    """True if the process runs; one that has ended and was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(done, seconds):
+    end = time.time() + seconds
+    while not done():
+        assert time.time() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+# ---- Ray --------------------------------------------------------------------------------------------------
+
+with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+quiet = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    """A Ray of two cores, whatever this machine has."""
+    ray, before = pytest.importorskip("ray"), dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(ray, "init", lambda start=ray.init, **how: start(num_cpus=2, **how))
+        workers.connected()
+        yield ray
+        ray.shutdown()
+        for process in [thing for thing in gc.get_objects() if type(thing) is subprocess.Popen]:
+            process.wait(10)  # Ray ends its own and does not look after them
+    os.environ.clear()  # where Ray has left the number of threads of its workers
+    os.environ.update(before)
+
+
+@with_ray
+@quiet
+def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers, one_thread):
+    recipe, told = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), []
+    how = {"quiet": True, "notify": lambda *chunk: told.append(chunk)}
+    by_ray = train(recipe, images, 6, tmp_path / "ray", "cpu", "ray", **how)
+    same(by_ray, here(recipe, images, 6, tmp_path / "here", "cpu", quiet=True))
+    assert len(told) == 6 and all(chunk[1:3] == (48, 1) for chunk in told)
+    assert len(list((tmp_path / "ray").glob("*/done/*.json"))) == 6
+
+
+@with_ray
+@quiet
+def test_a_chunk_whose_worker_is_killed_is_trained_anew(images, tmp_path, two_workers, one_thread):
+    recipe = Recipe("cnn", "sam", 0.1, epochs=40, batch_size=8)
+    kept = ensemble.open_store(recipe, images, tmp_path / "ray")
+    with killing_one(kept, lambda: [pid for pid in ray_workers() if holds_a_claim(pid, kept.folder)]) as killed:
+        by_ray = train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
+    assert killed, "no worker was caught in mid-chunk"
+    same(by_ray, here(recipe, images, 4, tmp_path / "here", "cpu", quiet=True))
+
+
+def ray_workers():
+    """Process numbers of Ray's workers on this machine."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if "ray::" in (folder / "cmdline").read_text():
+                yield int(folder.name)
+        except OSError:
+            continue
+
+
+def holds_a_claim(pid, folder):
+    """True if the process has a claim of the store open."""
+    try:
+        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return False
+    return any(path.startswith(str(folder / "claims")) for path in opened)
+
+
+@with_ray
+@quiet
+def test_what_a_task_raises_is_raised_here(images, tmp_path, two_workers):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    kept = ensemble.open_store(recipe, images, tmp_path)
+    (kept.folder / "logits.npy").mkdir()  # can't be written
+    with pytest.raises(ValueError, match="store=.*can't be written"):
+        train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
+
+
+def test_an_unknown_engine_never_trains_here_instead(table, quick, tmp_path):
+    with pytest.raises(ValueError, match="engine='dask' is unknown"):
+        train(quick, table, 2, tmp_path, "cpu", "dask")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_is_not_there_is_said_before_training(monkeypatch, tmp_path):
+    given = {"preset": "tiny", "store": str(tmp_path / "s"), "out": str(tmp_path / "o")}
+    with pytest.raises(ValueError, match="engine='slurm' is unknown: choose local or ray"):
+        settings.settings({**given, "engine": "slurm"})
+    for gpus in (-1, 1.5, 100):
+        with pytest.raises(ValueError, match=f"gpus={float(gpus)} is not valid"):
+            settings.settings({**given, "gpus": gpus})
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="engine='ray' is not installed"):
+        settings.settings({**given, "engine": "ray"})
+
+
+def not_connected(monkeypatch):
+    """As where Ray is installed and this process has not joined one yet."""
+    monkeypatch.setattr(workers, "find_spec", lambda name: True)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_a_cluster_that_does_not_answer_is_said_in_time(monkeypatch, address):
+    with socket.socket() as taken:  # bound, so that nobody else answers there, and deaf
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", address.format(port=taken.getsockname()[1]))
+        not_connected(monkeypatch)
+        began = time.time()
+        with pytest.raises(ValueError, match="RAY_ADDRESS=.*does not answer"):
+            workers.check("ray")
+        assert time.time() - began < workers.PATIENCE + 5
+
+
+@pytest.mark.parametrize("address", ["here", "host:port", ":6379", "127.0.0.1:99999"])
+def test_an_address_that_is_none_is_said(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    not_connected(monkeypatch)
+    with pytest.raises(ValueError, match="RAY_ADDRESS="):
+        workers.check("ray")
+
+
+def test_a_cluster_that_listens_but_never_speaks_is_given_up(monkeypatch):
+    """A port may be open and no Ray behind it: joining it has a time limit too."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(workers, "PATIENCE", 3)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        with pytest.raises(ValueError, match="does not answer within 3 s"):
+            workers.check_address(f"127.0.0.1:{deaf.getsockname()[1]}")

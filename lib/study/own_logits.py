@@ -25,7 +25,7 @@ import pandas as pd
 
 from lib.attacks import catalogue, intervals, shadow
 from lib.attacks.signals import signals
-from lib.data.sources import fits
+from lib.data.sources import fits, need
 from lib.study import figures, report, text
 from lib.study.results import COLUMNS
 from lib.training.store import write_atomic
@@ -36,12 +36,6 @@ LEAST = 4  # members and non-members of a model: thresholds are learned on one h
 
 
 # ---- what was given, checked --------------------------------------------------------------------------------
-
-
-def need(fine, message):
-    """Raise ValueError with the message unless fine."""
-    if not fine:
-        raise ValueError(message)
 
 
 def read(path) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ def show_text(text):
 def number(value, low, high):
     """'0.634 [0.620, 0.648]' with digits to suit the size."""
     size = max(abs(value), abs(low - high) if pd.notna(low) else 0)
-    digits = 3 if size >= 0.005 else 5
+    digits = 5 if 0 < size < 0.005 else 3
     interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if pd.notna(low) else ""
     return f"{value:.{digits}f}{interval}"
 

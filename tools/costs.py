@@ -1,6 +1,6 @@
-"""What a run costs, by preset: the README's table, computed from the plan of the run and from the committed runs.
+"""What a run costs, by preset: the README's table, computed from the declared experiments and the committed runs.
 
-Nothing is trained and no data are needed: pictures of CIFAR's size stand in for CIFAR.
+Nothing is trained and no data are needed: black pictures of CIFAR's size stand in for CIFAR.
 """
 
 import json
@@ -15,12 +15,12 @@ from lib.study.results import SETTINGS
 from lib.training import ensemble
 
 PRESETS = [("digits", "tiny"), ("digits", "default"), ("CIFAR", "small"), ("CIFAR", "fast"), ("CIFAR", "paper")]
-NOT_MEASURED = "not measured"
 COLUMNS = "preset", "pool", "network, epochs", "models", "gradients of one example", "disk", "time"
+NOT_MEASURED = "not measured"
 
 
 def blank(n):
-    """A data set of CIFAR-10's shapes, all black: n pool examples, and test points as a run takes them."""
+    """A data set of CIFAR-10's shapes, all black: n pool examples, and as many test points as a run takes."""
     t = min(10_000, n // 2)
     x, x_test = (np.zeros((size, 3, 32, 32), np.uint8) for size in (n, t))
     y, y_test = (np.arange(size) % 10 for size in (n, t))
@@ -32,8 +32,13 @@ def preset_run(name, preset, folder):
     given = {"preset": preset, "store": folder, "out": folder}
     if name == "digits":
         return settings.open_run({"dataset": name, **given})
-    values = {**settings.PRESETS[preset]["image"], **given}
+    values = {**settings.PRESETS[preset]["image"], "dataset": "cifar10", "gpus": 0.0, **given}
     return settings.Run(settings.checked(values), blank(values["n_examples"]))
+
+
+def told(path):
+    """The content of a JSON file; {} if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def measured(run, folders):
@@ -47,27 +52,19 @@ def measured(run, folders):
     return None
 
 
-def told(path):
-    """The content of a JSON file; {} if it is not there."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def size(n_bytes):
-    """'12 MB', '3.4 GB'."""
-    return f"{n_bytes / 1e6:.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
-
-
 def row(name, preset, folders):
     """One preset's row of the table."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # only the sizes of networks are needed
         run = preset_run(name, preset, folder)
-        made, (_, work) = experiments.to_train(run), experiments.left(run)
-        stored = size(sum(ensemble.stored_bytes(p.recipe, p.dataset, range(low, high)) for _, p, low, high in made))
+        planned = [(plan, range(low, high)) for _, plan, low, high in experiments.to_train(run)]
+        disk = sum(ensemble.stored_bytes(plan.recipe, plan.dataset, ids) for plan, ids in planned)
+        work, _ = experiments.left(run)
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
-    models = f"{run.n_models} for each of {len(run.names)}, {sum(high - low for *_, low, high in made):,} in all"
+    models = f"{run.n_models} for each of {len(run.names)}, {sum(len(ids) for _, ids in planned):,} in all"
+    size = f"{disk / 1e6:.0f} MB" if disk < 1e9 else f"{disk / 1e9:.1f} GB"
     seconds = measured(run, folders)
     time = NOT_MEASURED if seconds is None else experiments.duration(seconds)
-    return f"`{preset}`", pool, f"{run.arch}, {run.epochs}", models, f"{work:.1e}", stored, time
+    return f"`{preset}`", pool, f"{run.arch}, {run.epochs}", models, f"{work:.1e}", size, time
 
 
 def rows(folders):

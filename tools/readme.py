@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lib.study import figures, verdict
+from lib.study import figures, settings, verdict
 from lib.study.text import describe_sign, joined, percentage_points, sign
 from tools import costs
 
@@ -224,8 +224,25 @@ def what_it_costs():
     return table(costs.COLUMNS, costs.rows([path.parent for path in sorted(REFERENCE.glob("*/results.csv"))]))
 
 
-TABLES = {"answer": answer, "ends": ends, "results": results, "equal": equal, "verdict": verdicts, "failing": failing}
-TABLES |= {"bench": bench, "faults": faults, "costs": what_it_costs}
+def parameters():
+    """Every parameter of a run."""
+    fields = settings.Parameters.model_fields.items()
+    return table(("parameter", "meaning"), [(f"`{name}`", about.description) for name, about in fields])
+
+
+def presets():
+    """What the presets give, for tables and for images."""
+    names = "arch", "n_models", "n_examples", "epochs", "batch_size", "rho", "augment"
+    rows = [
+        (f"`{preset}`", kind, *(f"{given[name]:,}" if type(given[name]) is int else given[name] for name in names))
+        for preset, kinds in settings.PRESETS.items()
+        for kind, given in kinds.items()
+    ]
+    return table(("preset", "data", *(f"`{name}`" for name in names)), rows)
+
+
+TABLES = {"answer": answer, "costs": what_it_costs, "parameters": parameters, "presets": presets, "verdict": verdicts}
+TABLES |= {"ends": ends, "results": results, "equal": equal, "failing": failing, "bench": bench, "faults": faults}
 
 
 def filled(text):

@@ -12,39 +12,43 @@
 # ---
 
 # %% [markdown]
-# # 1. The phenomenon: does sharpness-aware training leak who was in the training data?
+# # 1. The phenomenon: does sharpness-aware training reveal who was in the training data?
 #
-# Sharpness-aware minimization (SAM) looks for weights whose whole neighbourhood has a low loss, and generalizes
-# better than SGD. A model that generalizes better should, one would think, treat the examples it was trained on
-# less specially. *Membership Privacy Risks of Sharpness-Aware Minimization* (arXiv 2310.00488) reports the
-# opposite: SAM tests better **and** leaks more.
+# Sharpness-aware minimization (SAM) looks for weights whose whole neighbourhood has a low loss. It often generalizes
+# better than SGD. A model that generalizes better should reveal less about its training data, one would think.
+# *Membership Privacy Risks of Sharpness-Aware Minimization* (arXiv 2310.00488) reports the opposite: SAM tests better
+# **and** leaks more.
 #
-# This notebook puts both on one table. Two ensembles of models, one trained with each optimizer, differ in
-# nothing else: model $k$ of either has the same half of the data, the same initial weights and the same order of
-# batches. So every comparison below is *paired*, and every estimate carries a 95% interval.
+# **What this notebook shows.** The answer depends on how far training has gone. As long as SAM fits its training data
+# less well than SGD does, it leaks less. Once both fit, it leaks more in most of our runs. So we compare the two at
+# equal epochs *and* at equal train loss. On the way you will see SAM's step and the attack LiRA written out in a few
+# lines, every attack side by side, and two controls. The last section sums up the run that you are looking at.
 #
-# *(This file comes in two copies with the same cells. Edit the `.py`; `make sync` writes the `.ipynb`.)*
+# **Why the comparison is fair.** We train two ensembles of models, one with each optimizer. Model $k$ of either
+# ensemble has the same half of the data, the same initial weights and the same order of batches. So every comparison is
+# *paired*, and every estimate has a 95% interval.
 
-# %% [markdown]
-# ## Setting up
-#
-# The first cell finds the library, whether the notebook runs from the root or from `notebooks/`, and notes which
-# names exist, so that a misspelt parameter is seen as one.
+# %% tags=["setup"]
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from IPython.display import display
+from matplotlib.ticker import LogLocator, NullFormatter
+from torch.func import functional_call, grad
 
-# %%
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
-
-from lib.study import settings
-
-before = {*globals(), "before"}
-
-# %% [markdown]
-# Parameters left at `None` are filled in by the preset. All are checked in the next cell, before any training.
+from lib.analysis import compare, flatness, memorization
+from lib.attacks import intervals, shadow
+from lib.data.dataset import duplicate_table, inputs
+from lib.study import figures, settings, text
+from lib.study.results import Results
+from lib.study.text import describe_sign, percentage_points, select, show_table, show_text
+from lib.training import sharpness
+from lib.training.ensemble import device_of
 
 # %% tags=["parameters"]
+# Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
 preset: str = "default"  # tiny, default, small, fast, paper
 dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
 data: str = None  # path, where the data set needs one
@@ -52,248 +56,275 @@ arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as pa
 optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
 rho: float = None  # radius of SAM's neighbourhood
 n_models: int = None  # models per optimizer, an even number
-n_examples: int = None  # size of the pool, an even number
-subset: float = None  # share of the pool that each model trains on
 epochs: int = None  # epochs of the main comparison
-batch_size: int = None  # examples per step
-lr: float = None  # peak learning rate
-weight_decay: float = None  # weight decay
-augment: bool = None  # flips and shifts, in training and as queries of the attacks
-ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
-seed: int = None  # seed of everything
-device: str = None  # auto, cpu, cuda, mps
-engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
-gpus: float = None  # GPUs that a Ray task asks for
-store: str = None  # folder of the trained ensembles (default: store/)
-out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
-# %%
-run = settings.notebook_settings(globals(), before)
-
-import numpy as np
-import pandas as pd
-from IPython.display import display
-
-from lib.analysis import compare, flatness, memorization
-from lib.data.dataset import duplicate_table
-from lib.study import figures
-from lib.study.results import Results
-from lib.study.text import (
-    conclusions,
-    describe_sign,
-    difference,
-    null_control,
-    percentage_points,
-    pick,
-    planted_leak,
-    show_table,
-    show_text,
-    summary,
-)
-from lib.training import ensemble
-
+# %% tags=["setup"]
+run = settings.notebook_run(globals())
+baseline, treatment = run.baseline, run.treatment
+versus = {"optimizer": treatment, "baseline": baseline}  # the columns of a paired difference
+than = ("more than", "less than", "no differently from")
 figures.style()
-baseline, treatment = run.names[0], run.treatment
-pair, than = f"{treatment}-{baseline}", ("more than", "less than", "no differently from")
 show_text(run.describe())
 
 # %% [markdown]
-# ## What membership inference is, in three pictures
+# ## Membership inference in three pictures
 #
-# **The game.** Someone holds an example and a trained model, and guesses whether the example was in the training
-# set. A good guesser means that the model betrays who is in its data: a patient in a hospital's study, say.
+# **The game.** Someone holds an example and a trained model, and guesses whether the model was trained on the example.
+# If the guesses are good, the model reveals who is in its data: a patient in a hospital's study, say.
 #
-# **How it is played.** A strong attack, LiRA, trains *shadow* models of its own, some with the example
-# and some without, and asks which of the two groups the target model's output resembles. The output is summed up
-# by $\phi = \log p_y - \log(1-p_y)$, the model's confidence in the true label on a scale without ceiling.
-
-# %% [markdown]
-# We train $M$ models, each on a random half of one pool of $N$ examples. Models $2k$ and $2k+1$ share the pool
-# out between them, so every example is in exactly half of the models. Each model is a target in its turn, and all
-# the others (but for its partner, which would give the game away) are its shadows.
+# **The strong attack.** LiRA trains *shadow* models of its own, some with the example and some without. Then it asks
+# which of the two groups the target model resembles. It describes a model's output by
+# $\phi = \log p_y - \log(1-p_y)$, the confidence in the true label on a scale without a ceiling.
+#
+# **Our ensembles.** We train $M$ models, each on a random half of one pool of $N$ examples. Models $2k$ and $2k+1$
+# split the pool between them, so every example is in exactly half of the models. Each model in turn is the target. All
+# others are its shadows, except for its partner, whose half would give the answer away.
 
 # %%
-ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
-member = np.array(ensembles[baseline].member)
-phis = {name: compare.signal(e, "phi") for name, e in ensembles.items()}
-gap = compare.phi_gap(phis[baseline], member)
-telling = int(np.argsort(gap)[-1 - len(gap) // 100])
-title = f"a '{run.dataset.classes[run.dataset.y[telling]]}' from the pool"
-figure = figures.what_an_attacker_sees(phis[baseline], member, telling, run.dataset.x[telling], title)
+ensembles = run.ensembles("main")
+member = np.array(ensembles[baseline].member)  # [M, N]: was model m trained on example i?
+phis = {name: compare.signal(e, "phi") for name, e in ensembles.items()}  # [M, N] each
+results = Results("01_phenomenon", run, n_models=len(member))
+
+phi = phis[baseline]
+rise = np.average(phi, 0, member) - np.average(phi, 0, ~member)  # what training on an example does to its phi
+example = np.argsort(rise)[-1 - len(rise) // 100]
+seen = member[:, example]
+
+figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=[1, 2, 2], layout="constrained")
+figures.picture(axes[0], run.dataset.x[example])
+figures.histograms(axes[1], phi[seen, example], phi[~seen, example], ("trained with it", "trained without it"))
+figures.histograms(axes[2], phi[0, member[0]], phi[0, ~member[0]], ("members", "non-members"))
+axes[0].set_title(f"a '{run.dataset.classes[run.dataset.y[example]]}' from the pool")
+axes[1].set(title="one example, many models", xlabel=r"confidence $\phi$", ylabel="density of models")
+axes[2].set(title="one model, many examples", xlabel=r"confidence $\phi$", ylabel="density of examples")
 figures.save(figure, run, "attack")
 
 # %% [markdown]
-# **How to read it.** Left, one example, chosen among the hundredth of the pool that training changes most.
-# Middle, the confidence in its label of the models that trained with it and of those that did not: where the two
-# hills part, membership is plain to see. Right, what an attacker without shadow models sees: one model, and the
-# hills of all its members and non-members. An easy example is on the right-hand side of this picture whether or not it
-# was a member, which is what a per-example attack corrects for.
+# **How to read it.** Left: an example, one of the hundredth of the pool that training changes most. Middle: the
+# confidence in its label, of the models trained with it and of those trained without it. Where the two hills part,
+# membership is plain to see. Right: what an attacker without shadow models sees, one model and the hills of its members
+# and non-members. An easy example lies on the right of this picture whether it was a member or not. That is why a
+# strong attack judges every example by its own two hills.
 
 # %% [markdown]
 # ## The data
 #
-# Some of the pool, a class a column. Every model sees one half of the pool; the other half is its non-members.
-# The test part is seen by none.
+# Each column shows some examples of one class. Every model trains on half of the pool, and the other half are its
+# non-members. No model trains on the test part.
 
 # %%
-figures.save(figures.gallery(run.dataset, per_class=4), run, "data")
+n_shown = min(run.dataset.n_classes, 10)
+figure, axes = plt.subplots(4, n_shown, figsize=(n_shown, 4.2), squeeze=False)
+for label in range(n_shown):
+    for axis, i in zip(axes[:, label], np.flatnonzero(run.dataset.y == label), strict=False):
+        figures.picture(axis, run.dataset.x[i])
+    axes[0, label].set_title(run.dataset.classes[label], fontsize=10)
+for axis in axes.flat:
+    axis.set_axis_off()
+figures.save(figure, run, "data")
 
 # %% [markdown]
-# A "non-member" with a twin among the members is none: what the model learnt from the twin, it knows of the example.
-# Exact duplicates have the same bytes; near ones are closer than half the median distance to a nearest neighbour, which
-# plain skies and dark pictures can be without being copies. They stay in: this says how many there are.
+# A non-member with a near-copy among the members is effectively a member. We keep such examples and report how many
+# there are. An exact copy has the same bytes. A near-copy is closer than half the median distance between nearest
+# neighbours; plain skies and dark pictures can be that close without being copies.
 
 # %%
-results = Results("01_phenomenon", run, n_models=len(member))
-twins = duplicate_table(run.dataset)
-results.add(twins, optimizer="", note="duplicates in the pool")
-counts = twins.set_index("metric").value
+copies = duplicate_table(run.dataset)
+results.add(copies, experiment="duplicates", optimizer="")
+count = copies.set_index("metric").value
 for kind in ("exact", "near"):
-    own, other_label, outside = (
-        counts[f"{kind}_{name}"] for name in ("duplicates", "duplicates_other_label", "test_twins")
+    twins, other, test = (count[f"{kind}_{what}"] for what in ("duplicates", "duplicates_other_label", "test_twins"))
+    show_text(
+        f"Examples with {kind} copies in the pool: {twins:.0f} ({other:.0f} have another label); in the test part: {test:.0f}."
     )
-    show_text(f"Of {len(run.dataset.y)} examples {own:.0f} have {kind} twins in the pool ({other_label:.0f} of them with another "
-        f"label), {outside:.0f} in the test part.")  # fmt: skip
+
+# %% [markdown]
+# ## SAM's step
+#
+# SGD steps along the gradient at the weights $w$. SAM first climbs to the worst point near $w$, to first order, and
+# takes the gradient there:
+#
+# $$g = \nabla L(w), \qquad g_\mathrm{SAM} = \nabla L\Big(w + \rho\,\frac{g}{\lVert g\rVert}\Big).$$
+#
+# The optimizer then steps from $w$ along $g_\mathrm{SAM}$. Here is the whole of it, on a trained model and one batch of
+# its members. The library's rule, with which the ensemble was trained, gives the same.
+
+# %%
+k = int(ensembles[treatment].ids[0])
+net, weights, buffers = ensembles[treatment].weights(k)
+batch = np.flatnonzero(member[0])[: run.batch_size]
+x, y = torch.from_numpy(inputs(run.dataset)[0][batch]), torch.from_numpy(run.dataset.y[batch])
+
+
+def loss(w):
+    return F.cross_entropy(functional_call(net, (w, buffers), (x,)), y)
+
+
+g = grad(loss)(weights)
+length = torch.sqrt(sum((part**2).sum() for part in g.values()))
+worst = {name: w + run.rho * g[name] / length for name, w in weights.items()}
+g_sam = grad(loss)(worst)
+
+from_library, _ = sharpness.sam(lambda w: (grad(loss)(w), None), weights, torch.tensor(run.rho))
+torch.testing.assert_close(g_sam, from_library)
+show_text(f"The batch's loss is {loss(weights):.2g} at the weights and {loss(worst):.2g} a distance {run.rho} uphill.")
 
 # %% [markdown]
 # ## Training
 #
 # **Claim.** SAM reaches a better test accuracy than SGD on the same halves.
 #
-# **How we test it.** SAM takes the gradient not at the weights $w$ but at the worst point near them to first
-# order, $w + \rho\,g/\lVert g\rVert$ with $g = \nabla L(w)$; the step itself is the base optimizer's. Everything
-# else is shared. Test points are never used for a choice, and no checkpoint is picked: we report the last one.
+# **Method.** The two differ in the gradient alone. We choose nothing by the test points and pick no checkpoint: the
+# last weights are what we report.
 
 # %%
-figures.save(figures.training_curves(ensembles), run, "training")
+figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+titles = {"train loss": "cross-entropy (nats)", "train accuracy": "share correct", "test accuracy": "share correct"}
+for index, (name, ensemble) in enumerate(ensembles.items()):
+    for axis, values in zip(axes, np.moveaxis(np.array(ensemble.history), 2, 0), strict=True):  # [M, epochs]
+        at = np.flatnonzero(~np.isnan(values).any(0))
+        look = figures.look(index) | {"marker": "."}
+        axis.plot(at + 1, values[:, at].mean(0), label=name, **look)
+        axis.fill_between(at + 1, *np.quantile(values[:, at], [0.025, 0.975], axis=0), color=look["color"], alpha=0.2)
+for axis, (title, ylabel) in zip(axes, titles.items(), strict=True):
+    axis.set(title=title, ylabel=ylabel, xlabel="epoch")
+axes[0].set_yscale("log")
+axes[0].legend()
+figures.save(figure, run, "training")
 
 # %% [markdown]
-# Curves are means over the models, bands hold 95% of them. In the table, a column named with a difference of two
-# optimizers is paired: the same halves, weights and orders on both sides.
+# Lines are means over the models, and bands hold 95% of them. In the table, a column "a − b" is a paired difference:
+# the same halves, initial weights and orders on both sides.
 
 # %%
 accuracy = compare.accuracies(ensembles)
 results.add(accuracy)
 show_table(accuracy)
-test = difference(accuracy, "test_accuracy", pair)
-show_text(
-    f"{treatment} tests {describe_sign(test, 'better than', 'worse than', 'no differently from')} {baseline}: {percentage_points(test)}."
-)
-for name in run.names:
-    fit, loss = pick(accuracy, name, "train_accuracy"), pick(accuracy, name, "train_loss")
-    show_text(f"{name} fits its training half with accuracy {fit:.1%} and loss {loss:.2g}.")
+test = select(accuracy, metric="test_accuracy", **versus)
+better = describe_sign(test, "better than", "worse than", "no differently from")
+show_text(f"{treatment} tests {better} {baseline}: {percentage_points(test)}.")
 
 # %% [markdown]
-# **How to read it.** The generalization gap is
-# accuracy on the training half minus accuracy on the other half. It is also, by definition, the mean
-# memorization: of two optimizers that fit their training sets, the one that generalizes better memorizes
-# *less on average*. The question is whether that makes it harder to attack.
+# **How to read it.** The generalization gap is the accuracy on the training half minus the accuracy on the other half.
+# It is also the mean memorization (notebook 2). So of two optimizers that fit their training data, the one that
+# generalizes better memorizes *less on average*. The question is whether this makes it harder to attack.
 
 # %% [markdown]
-# ## The attacks
+# ## LiRA in a dozen lines
+#
+# For a target model and an example, LiRA takes the other models that were trained with the example (IN) and those that
+# were trained without it (OUT). It fits a normal distribution to the $\phi$ of each group. Its score is the log
+# likelihood ratio of the target's own $\phi$:
+#
+# $$\log \mathcal{N}(\phi;\ \mu_\mathrm{in}, \sigma_\mathrm{in}^2) - \log \mathcal{N}(\phi;\ \mu_\mathrm{out}, \sigma_\mathrm{out}^2).$$
+#
+# The cell does this for the first targets, for all examples at once. The library does it for all targets and gives the
+# same.
+
+# %%
+partner = intervals.partners(member)  # the model trained on the other half; None if the subsets are no halves
+scores = []
+for target in range(8):
+    shadows = np.ones_like(member)
+    shadows[target if partner is None else [target, partner[target]]] = False
+    log_density = {}
+    for side, chosen in (("in", shadows & member), ("out", shadows & ~member)):
+        mean = phi.mean(0, where=chosen, dtype=float)
+        variance = np.maximum(phi.var(0, where=chosen, dtype=float), 1e-12)
+        log_density[side] = -((phi[target] - mean) ** 2) / (2 * variance) - np.log(variance) / 2
+    scores.append(log_density["in"] - log_density["out"])
+np.testing.assert_allclose(scores, shadow.lira(phi, member)[:8], rtol=1e-3, atol=1e-3)
+
+higher = np.mean([np.mean(s[m][:, None] > s[~m]) for s, m in zip(scores, member, strict=False)])
+show_text(f"A member's score is higher than a non-member's in {higher:.1%} of the pairs: this share is the AUC.")
+
+# %% [markdown]
+# ## All attacks
 #
 # **Claim.** SAM's models leak more about their members, under every attack.
 #
-# **How we test it.** The attacks below, each model a target in turn.
+# **Method.** Each model in turn is the target of each attack.
 #
 # | attack | what it looks at |
 # |---|---|
 # | `gap` | is the prediction correct? |
 # | `loss` | is the loss below the members' mean loss? (Yeom et al. 2018) |
-# | `confidence`, `entropy`, `m_entropy` | one threshold on the output (Song & Mittal 2021); `_classwise`: one for each class |
-# | `lira` | likelihood ratio of the output, given models with and without the example (Carlini et al. 2022); `_pooled`: one variance for all examples; `_offline`: without models that contain it |
-# | `neural` | a small network on the whole sorted output, trained, stopped and judged on three parts (Shokri et al. 2017); `_classwise` likewise |
-# | `rmia` | how the output compares with those on other examples (Zarifzadeh et al. 2024; `gamma` 1, `lib/attacks/catalogue.py` says why); `_offline` likewise |
-
-# %% [markdown]
-# Thresholds are learned on one half of the examples and judged on the other; those for a fixed false positive
-# rate (FPR) are learned on other models, as an attacker would with shadows, and the FPR that they then
-# *realise* stands beside the true positive rate (TPR).
-# Intervals treat models and examples as two crossed samples: they speak about new models *and* new
-# examples (Cameron, Gelbach & Miller 2011; Owen 2007), and are widened for the shadows that targets share by a
-# factor fitted in simulation (`lib/attacks/intervals.py`).
+# | `confidence`, `entropy`, `m_entropy` | is the output beyond a threshold? (Song & Mittal 2021) `_classwise`: one threshold for each class |
+# | `lira` | the likelihood ratio of the output with and without the example (Carlini et al. 2022). `_pooled`: one variance for all examples; `_offline`: no shadow model was trained on the example |
+# | `neural` | a small network on the whole sorted output, trained, stopped and judged on three different parts (Shokri et al. 2017). `_classwise`: one threshold for each class |
+# | `rmia` | how the output compares with the outputs on other examples (Zarifzadeh et al. 2024; `lib/attacks/catalogue.py` says why `gamma` is 1). `_offline`: as above |
+#
+# Thresholds are learned on one half of the examples and judged on the other. Thresholds for a fixed false positive rate
+# (FPR) are learned on other models, as an attacker would learn them on shadow models; we report the FPR actually
+# obtained beside the true positive rate (TPR). Intervals treat models and examples as two crossed samples, so they speak
+# of new models *and* new examples (Cameron, Gelbach & Miller 2011; Owen 2007). Targets share their shadow models, which
+# we correct for by a factor fitted in simulation (`lib/attacks/intervals.py`).
 
 # %%
-scored = {name: compare.scores(e) for name, e in ensembles.items()}
+scored = {name: compare.scores(e) for name, e in ensembles.items()}  # attack -> [M, N]
 leak = compare.leakage(ensembles, scored)
 results.add(leak)
-table = leak.metric.isin(["auc", "balanced_accuracy"])
-show_table(leak[table & leak.optimizer.isin(run.names)], across=["metric", "optimizer"])
+own = leak[leak.baseline == ""]
+show_table(own[own.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
 
 # %% [markdown]
-# The strict end: how many members can be named when almost nobody may be accused wrongly? The realised FPR should
-# be close to the one asked for. RMIA's scores are shares of a finite set of comparison points, so they tie, and a
-# rate far below one over their number can't be realised by it.
+# The strict end: how many members can an attacker name while hardly anyone is accused wrongly? The FPR obtained should
+# be close to the one asked for. RMIA compares an example with a finite number of others, so its scores tie, and it
+# cannot reach an FPR far below one over that number.
 
 # %%
-strict = leak[leak.metric.str.startswith(("tpr@", "realised_fpr@")) & leak.attack.isin(["lira", "rmia"])]
-show_table(strict[strict.optimizer.isin(run.names)], across=["attack", "optimizer"])
+strict = own[own.metric.str.startswith(("tpr@", "realised_fpr@")) & own.attack.isin(["lira", "rmia"])]
+show_table(strict, across=["attack", "optimizer"])
 
 # %% [markdown]
-# And the differences, paired. To the right of the line, the sharpness-aware ensemble leaks more.
+# And the paired differences. To the right of the line, the sharpness-aware ensemble leaks more.
 
 # %%
-differences = leak[~leak.optimizer.isin(run.names)]
-auc = differences[differences.metric == "auc"]
+differences = leak[leak.baseline == baseline]
 for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")):
     frame = differences[differences.metric == metric]
-    display(
-        figures.save(
-            figures.forest(frame, f"difference in {label} (paired, 95% interval)"), run, f"difference_{metric}"
-        )
-    )
-    show_text(summary(frame[frame.optimizer == pair], f"In {label}, {treatment} leaks", baseline))
+    display(figures.save(figures.forest(frame, f"difference in {label} from {baseline}"), run, f"difference_{metric}"))
+    show_text(text.summary(frame[frame.optimizer == treatment], f"In {label}, {treatment} leaks", baseline))
 
 # %% [markdown]
-# ### Only the label
-#
-# **Claim.** An attacker who is shown no confidence, only the predicted label, learns less.
-#
-# **How we test it.** The attacker asks about many versions of an example, pictures shifted and mirrored, tables with
-# noise or flipped bits, and counts how often the label is right: training pushes an example away from the
-# decision boundary (Choquette-Choo et al. 2021). `label_once` asks for the example as it is and no more: what the
-# queries add to it is what distance tells. SAM pushes boundaries away for *everyone*, so here it may look safer. The
-# models whose weights are kept are the targets; how far to shift, or how much noise, is chosen on other models, none
-# at all included: what is right under every shift may be what is easy for all, not what this model was trained on.
-
-# %%
-where = ensemble.device_of(run.device)
-labels = compare.label_only_table(ensembles, 16 if run.is_small else 8, where)
-results.add(labels, n_models=labels.n_models)
-show_table(labels[labels.metric.isin(["auc", "balanced_accuracy"])], across=["metric", "optimizer"])
-for metric in ("auc", "balanced_accuracy"):
-    rows = labels[(labels.attack == "label_only") & (labels.metric == metric)]
-    only = difference(rows, metric, pair)
-    show_text(
-        f"By labels alone ({metric}), {treatment} leaks {describe_sign(only, *than)} {baseline}: {percentage_points(only)}."
-    )
-
-# %%
-known = pd.concat([labels, leak]).query("metric == 'auc'").set_index(["optimizer", "attack"]).value
-for name in run.names:
-    show_text(f"{name}: AUC {known[name, 'label_only']:.3f}; asked once, for the example as it is, {known[name, 'label_once']:.3f}; "
-        f"LiRA, which is shown the confidence, {known[name, 'lira']:.3f}.")  # fmt: skip
-null = labels[labels.metric == "null_auc"].itertuples()
-said = [f"{row.optimizer} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in null]
-show_text(f"On shuffled membership, where an AUC of 0.5 is due: {', '.join(said)}.")
-
-# %% [markdown]
-# ### ROC
-#
-# On logarithmic axes, so that the strict end, where an attack accuses few and is nearly always right, can be
-# seen. The curves end where ten false positives are expected.
+# The ROC curves of LiRA, on logarithmic axes. At the strict end, on the left, an attack accuses few examples and is
+# nearly always right. The curves end where ten false positives are expected.
 
 # %%
 figures.save(figures.roc(scored, member, "lira"), run, "roc")
 
 # %% [markdown]
+# ### An attacker who sees only the label
+#
+# **Claim.** An attacker who sees no confidence, only the predicted label, learns less.
+#
+# **Method.** Training pushes an example away from the decision boundary (Choquette-Choo et al. 2021). So the attacker
+# asks about many versions of the example and counts how often the label is right. Versions of a picture are shifted and
+# mirrored; versions of a table's row have noise or flipped bits. `label_once` asks about the example as it is; any gain
+# over it comes from distance to the decision boundary. SAM moves the boundary away from *every* example, so it may look
+# safer here. The targets are the models whose weights are kept. The size of the shift or of the noise is chosen on other
+# models. No change at all is one of the choices, since an easy example is right under every shift whether it was a
+# member or not. `null_auc` is the AUC with shuffled membership, where 0.5 is right.
+
+# %%
+n_targets = 16 if run.is_small else 8
+labels = compare.label_only_table(ensembles, n_targets, device_of(run.device))
+results.add(labels)
+show_table(labels[labels.metric.isin(["auc", "balanced_accuracy", "null_auc"])])
+row = select(labels, attack="label_only", metric="auc", **versus)
+show_text(
+    f"By labels alone, {treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC."
+)
+
+# %% [markdown]
 # ## What the outputs look like
 #
-# **Claim.** SAM's outputs on non-members vary less, so that members stand out.
+# **Claim.** SAM's outputs on non-members vary less, so members stand out.
 #
-# **How we test it.** "Vary" can mean two things, and we measure both. *Across examples*: the spread of one
-# model's outputs over all the examples it did not see; this is what the paper's theorem speaks of. *Across
-# models*: the spread of one example's output over the models that did not see it; this is what LiRA divides by.
+# **Method.** "Vary" can mean two things, and we measure both. *Across examples*: the spread of one model's outputs over
+# all the examples that it did not see. The paper's theorem speaks of this one. *Across models*: the spread of one
+# example's output over the models that did not see it. LiRA divides by this one.
 
 # %%
 display(figures.save(figures.phi_of_members(phis, member), run, "phi"))
@@ -301,106 +332,114 @@ spread = compare.variances(ensembles)
 results.add(spread)
 show_table(spread)
 for metric in spread.metric.unique():
-    show_text(f"`{metric}`: {treatment} varies {describe_sign(difference(spread, metric, pair), *than)} {baseline}.")
+    words = describe_sign(select(spread, metric=metric, **versus), *than)
+    show_text(f"`{metric}`: {treatment} varies {words} {baseline}.")
 
 # %% [markdown]
-# **How to read it.** $\phi$ has no ceiling, so a longer or larger-stepped training stretches it for members and
-# non-members alike; a variance of $\phi$ alone says little about how well the two can be told apart. The
-# confidence $p_y$ lies in $[0, 1]$ and does not have this freedom.
+# **How to read it.** $\phi$ has no ceiling. Longer training stretches it for members and non-members alike, so its
+# variance alone says little about how well the two can be told apart. The confidence $p_y$ lies between 0 and 1 and
+# cannot be stretched like that.
 
 # %% [markdown]
-# ## Dose and response
+# ## More radius, more effect?
 #
-# **Claim.** If sharpness-awareness is the cause, more of it has more effect.
+# **Claim.** If sharpness-awareness is the cause, a larger radius has a larger effect.
 #
-# **How we test it.** The same halves, weights and orders once more, with several radii $\rho$. Radius 0 is the
-# optimizer's own base, trained without the rule. (An optimizer without a radius has no dose to vary.)
+# **Method.** We train on the same halves, from the same weights and in the same orders, with several radii $\rho$.
+# Radius 0 is the base optimizer without the rule. (An optimizer without a radius has nothing to vary.)
 
 # %%
-without = run.recipe(treatment).optimizer.base_name
-radius_sweep = {0.0: run.train(without, run.sweep)}
-radius_sweep |= {dose: run.train(treatment, run.sweep, rho=dose) for dose in run.radius_sweep(treatment)}
-radius_sweep = compare.keep_common_models(radius_sweep, essential=[0.0])
-radius_frame = compare.radius_table(radius_sweep, treatment, without)
-results.add(radius_frame, note="dose and response", n_models=len(radius_sweep[0.0].ids))
+radius_sweep = run.ensembles("radius sweep")
+base = str(radius_sweep[0.0].recipe.optimizer)
+radius_frame = compare.radius_table(radius_sweep, treatment, base)
+results.add(radius_frame, experiment="radius sweep", n_models=len(radius_sweep[0.0].ids))
+
+steps = radius_frame[radius_frame.baseline == base].sort_values("rho")
 panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
-radius_steps = radius_frame[radius_frame.optimizer == f"{treatment}-{without}"]
-figures.save(figures.radius_response(radius_steps, panels), run, "dose")
+figure, axes = plt.subplots(1, 3, figsize=(12.3, 3.4), layout="constrained")
+for axis, (metric, label) in zip(axes, panels.items(), strict=True):
+    rows = steps[steps.metric == metric]
+    figures.error_bars(axis, rows.rho, rows, 1)
+    axis.axhline(0, color="0.3", lw=1)
+    axis.set(xlim=(0, None), xlabel=r"$\rho$", ylabel=f"{label}: difference")
+figures.save(figure, run, "radius_sweep")
 
 # %% [markdown]
-# **How to read it.** Paired differences from radius 0, with 95% intervals. Left to right: what is gained, how
-# well the training half is fitted, what is leaked. If
-# leakage rises only where the train loss falls, then fitting may be the cause rather than flatness: the
-# next section separates the two.
+# **How to read it.** Points are paired differences from radius 0. From left to right: what SAM gains, how well it fits
+# its training half, and what it leaks. If leakage rises only where the train loss falls, the cause may be the fit and
+# not the flatness. The next section separates the two.
 
 # %% [markdown]
-# ## Where does it turn? Leakage against train loss
+# ## Leakage at equal train loss
 #
 # **Claim.** The effect is a property of SAM, not of how far training has gone.
 #
-# **How we test it.** We train for several numbers of epochs, from far short of fitting the training half to far beyond
-# it, each with its own full learning-rate schedule, and look at leakage two ways: at *equal epochs*, and
-# at *equal train loss*. For the second the baseline is trained for more numbers of epochs in between, and its
-# AUC is interpolated, in log loss, to the loss that the other reached; where it did not bracket that loss, nothing is
-# said. How it bends between two runs is not known, so it is drawn as a straight line and as the parabolas through
-# one run more; the interval spans what all of them give.
+# **Method.** We train for several numbers of epochs, from far short of fitting the training half to far beyond it. Each
+# training has its own full learning-rate schedule. Then we compare leakage at *equal epochs* and at *equal train loss*.
+# For the second we add intermediate baseline runs and interpolate their AUC, in log loss, at the loss that the other
+# reached. We say nothing where no baseline runs lie on both sides of that loss. Between two runs we draw a straight line
+# and the parabolas through one more run; the interval spans what all of them give.
 
 # %%
-wanted = {(e, name): run.train(name, run.sweep, epochs=e) for e in run.length_sweep() for name in (baseline, treatment)}
-wanted |= {(e, baseline): run.train(baseline, run.sweep, epochs=e) for e in run.between()}
-usable = compare.keep_common_models(wanted, essential=[(run.epochs, baseline), (run.epochs, treatment)])
-length_frame = compare.length_table(usable)
-about = {"note": [f"epochs={e}" for e in length_frame.epochs], "n_models": len(usable[run.epochs, treatment].ids)}
-results.add(length_frame, **about)
-equal_epochs = length_frame[(length_frame.optimizer == pair) & (length_frame.metric == "auc")]
-show_table(equal_epochs, across=["epochs"])
+length_sweep = run.ensembles("length sweep")  # (epochs, optimizer) -> Ensemble
+length_frame = compare.length_table(length_sweep)
+n_swept = len(length_sweep[run.epochs, treatment].ids)
+results.add(length_frame, experiment="length sweep", n_models=n_swept)
+equal_epochs = length_frame[(length_frame.baseline == baseline) & (length_frame.metric == "auc")]
+show_table(equal_epochs, across=["coordinate"])
+
+# %%
+runs = {name: [e for (_, optimizer), e in length_sweep.items() if optimizer == name] for name in (baseline, treatment)}
+equal_loss = compare.at_equal_loss(runs[baseline], runs[treatment])
+results.add(equal_loss, experiment="equal train loss", **versus, attack="lira", n_models=n_swept)
+show_table(equal_loss, across=["coordinate"])
 
 # %% [markdown]
-# One line joins numbers of epochs, the other radii, so that both ways of moving the train loss can be seen. A point
-# is a whole ensemble; all are of the same models here, since LiRA finds more the more shadows it has.
+# The tables have differences of AUC, at equal epochs and at equal train loss. The figure shows two ways to move the train
+# loss: other numbers of epochs, and other radii. A point is a whole ensemble. All points use the same number of models,
+# because LiRA gets stronger with more shadow models.
 
 # %%
-by_length, by_radius = compare.on_the_same(usable, radius_sweep)
-by_length = length_frame if by_length is usable else compare.length_table(by_length)
-by_radius = radius_frame if by_radius is radius_sweep else compare.radius_table(by_radius, treatment, without)
-figures.save(
-    figures.leakage_against_loss(compare.loss_series(by_length, by_radius, baseline, treatment)), run, "regimes"
-)
-
-# %%
-equal_loss = compare.at_equal_loss(usable, treatment, baseline)
-notes = [f"at equal train loss {row.train_loss:.3g}, baseline between {row.between}" for row in equal_loss.itertuples()]
-results.add(equal_loss, optimizer=pair, attack="lira", note=notes, n_models=len(usable[run.epochs, treatment].ids))
-display(equal_loss.style.format(precision=4).hide(axis="index"))
-for row in equal_epochs.itertuples():
-    show_text(
-        f"After {row.epochs} epochs, {treatment} leaks {describe_sign(row, *than)} {baseline} ({percentage_points(row)} of AUC)."
-    )
-for row in equal_loss.itertuples():
-    show_text(f"At train loss {row.train_loss:.2g}, where {treatment} is after {row.epochs} epochs, it leaks "
-        f"{describe_sign(row, *than)} {baseline} ({percentage_points(row)} of AUC).")  # fmt: skip
+common = compare.keep_common_models({**length_sweep, **radius_sweep}, essential=list(length_sweep))
+figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+lines = {f"{name}, epochs varied": {key[0]: key for key in length_sweep if key[1] == name} for name in runs}
+lines[f"{treatment}, radius varied"] = {f"{rho:.3g}": rho for rho in radius_sweep if rho > 0}
+for index, (series, keys) in enumerate(lines.items()):
+    found = {label: compare.contrast({treatment: common[key]}) for label, key in keys.items() if key in common}
+    rows = pd.concat([frame[frame.metric == "auc"].assign(label=label) for label, frame in found.items()])
+    rows = rows.sort_values("train_loss")
+    figures.error_bars(axis, rows.train_loss, rows, index, label=series)
+    for row in rows.itertuples():
+        look = dict(color=figures.COLOURS[index], fontsize=8, xytext=((6, -11), (6, 5), (-6, -14))[index])
+        axis.annotate(row.label, (row.train_loss, row.value), textcoords="offset points", **look)
+axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
+axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+axis.xaxis.set_major_formatter("{x:g}")
+axis.xaxis.set_minor_formatter(NullFormatter())
+axis.invert_xaxis()
+axis.legend()
+figures.save(figure, run, "leakage_against_loss")
 
 # %% [markdown]
-# **How to read it.** Where the lines cross, the sign of the effect turns. Where they coincide at equal loss, the train
-# loss explains the leakage and the optimizer adds nothing. The column `between` gives the losses of the baseline's two
-# neighbouring runs: where they are far apart and the curve bends, the interval is wide.
+# **How to read it.** Where the lines of the two optimizers cross, the sign of the effect turns. Where they coincide, the
+# train loss explains the leakage and the optimizer adds nothing. In the table, `between` gives the losses of the two
+# neighbouring baseline runs: the interval is wide where they are far apart and the curve bends.
 
 # %% [markdown]
 # ## How flat are the minima?
 #
 # **Claim.** The sharpness-aware minima are flatter.
 #
-# **How we test it.** On each model's own training half: the largest eigenvalue of the Hessian, by power
-# iteration, and how far the loss can rise within a ball of radius $\rho$ around the weights.
+# **Method.** On each model's own training half we measure the largest eigenvalue of the Hessian, by power iteration, and
+# how far the loss can rise within a ball of radius $\rho$ around the weights.
 
 # %%
 flat = flatness.flatness_table(ensembles, run.rho)
 results.add(flat)
 show_table(flat)
 for metric in flat.metric.unique():
-    words = describe_sign(
-        difference(flat, metric, pair), "sharper than", "flatter than", "neither flatter nor sharper than"
-    )
+    row = select(flat, metric=metric, **versus)
+    words = describe_sign(row, "sharper than", "flatter than", "neither flatter nor sharper than")
     show_text(f"`{metric}`: {treatment} is {words} {baseline}.")
 
 # %% [markdown]
@@ -408,61 +447,60 @@ for metric in flat.metric.unique():
 #
 # **Claim.** None of the above is an artefact of the attacks or of how we score them.
 #
-# **How we test it.** The same logits, with membership matrices that have the same design but say nothing about
-# training. A sound attack must then guess: AUC 0.5. (The attacks share these shuffles, so their misses come together;
-# one 95% interval in twenty misses by chance.)
+# **Method.** We attack the same logits with membership matrices that have the same design but say nothing about
+# training. A sound attack can only guess: its AUC is 0.5. One 95% interval in twenty misses by chance, and the attacks
+# share shuffles, so their errors are correlated.
 
 # %%
 null = compare.null_table(ensembles[treatment], run.seed)
-results.add(null, optimizer=treatment, note="null control: shuffled membership")
+results.add(null, experiment="null control", optimizer=treatment)
 show_table(null, across=["metric"])
-show_text(null_control(null))
+show_text(text.null_control(null))
 
 # %% [markdown]
 # ## Another control: a planted leak
 #
 # **Claim.** The attacks find a leak that is certainly there.
 #
-# **How we test it.** One example is put into the pool many times over (fewer in a small pool), all copies on the same
-# side of every half, and the baseline is trained on halves of that pool. So of two partners one was trained on the
-# example that often and the other never. It is the example of which the main ensemble's non-members are
-# least sure: none would know it unseen. Given both partners, an attack finds the pair if it scores the
-# example higher for the one that saw it; a coin would find half.
+# **Method.** We plant the example that models find hardest without training on it: it enters the pool many times (fewer
+# times in a small pool), and all copies go to the same side of every split. So of two partners, one was trained on the
+# example many times and the other never. We train the baseline on halves of this pool. An attack finds the leak in a
+# pair of partners if the example's score is higher in the one that was trained on it. A coin would find half.
 
 # %%
-hardest, times = compare.least_sure(phis[baseline], member), compare.leak_times(len(run.dataset.y))
+hardest = int(np.average(phi, 0, ~member).argmin())
+times = min(50, member.shape[1] // 4 * 2)
 leaky, place = memorization.leak(run.dataset, hardest, times, seed=run.seed)
-planted = run.train(baseline, compare.PLANTED, dataset=leaky, subset=0.5)
-asked, ids = compare.label_only_of_one(planted, place, compare.PLANTED, where)
+planted = run.ensembles("planted leak", dataset=leaky)["leak"]
+found = compare.planted_table(compare.scores(planted), np.array(planted.member), place)
+asked, ids = compare.label_only_of_one(planted, place, 16, device_of(run.device))
 sides = np.array(planted.only(ids).member)[:, [place]]
-found = [compare.planted_table(compare.scores(planted), np.array(planted.member), place)]
-found = pd.concat([*found, compare.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
-results.add(found, optimizer=baseline, note=f"planted leak: one example trained {times} times",
-            n_models=found.n_models, n_examples=len(leaky.y))  # fmt: skip
-show_text(f"Trained {times} times: {planted_leak(found)}")
+found = pd.concat([found, compare.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
+found = found.assign(optimizer=baseline, coordinate=f"times={times}")
+results.add(found, experiment="planted leak", n_models=found.n_models, n_examples=len(leaky.y))
+show_text(f"Trained {times} times: {text.planted_leak(found)}")
 
 # %% [markdown]
-# Beside it the same example in the main ensemble, trained once and no more, with the same measure.
+# Beside it the same example in the main ensemble, which was trained on it once.
 
 # %%
-once = compare.planted_table(scored[baseline], member, hardest)
-results.add(once, optimizer=baseline, note="the same example trained once", n_models=once.n_models)
-show_text(f"Trained once: {planted_leak(once)}")
-show_table(pd.concat([found.assign(trained=f"{times} times"), once.assign(trained="once")]), across=["trained"])
+once = compare.planted_table(scored[baseline], member, hardest).assign(optimizer=baseline, coordinate="times=1")
+results.add(once, experiment="planted leak", n_models=once.n_models)
+show_text(f"Trained once: {text.planted_leak(once)}")
+show_table(pd.concat([found, once]), across=["coordinate"])
 
 # %% [markdown]
-# **How to read it.** Shares of pairs found, with exact intervals, which are wide: a few pairs can show that an attack
-# works, not how well. `entropy` sees how sure a model is but not of what: where non-members are sure of a wrong label,
-# it may miss the leak without a fault. The copies stay together, so what judges them, a network or a class's threshold,
-# was learned from other examples alone, and may miss the leak as well. The example trained once is no null: it was
-# chosen because it is hard, and what is hard and learnt all the same is what leaks.
+# **How to read it.** The numbers are shares of pairs, with exact intervals. A few pairs can show that an attack works,
+# but not how well. `entropy` sees how sure a model is, but not of which label: it may miss the leak where non-members are
+# sure of a wrong label. A network or a class's threshold is learned from other examples than the copies, and may miss
+# the leak as well. The once-trained copy is not a null control: hard examples leak even after one exposure.
 
 # %% [markdown]
 # ## Beside the paper's numbers
 #
-# The paper works in two regimes. *Full training set*: one model trained on all of it with augmentation, attacked by
-# thresholds. *Halves*: 256 models on random halves of the training set, attacked by LiRA and RMIA. Ours is the second
-# regime, at a smaller size: compare signs, and only then sizes.
+# The paper works in two settings. *Full training set*: one model is trained on all of it, with augmentation, and
+# attacked by thresholds. *Halves*: 256 models are trained on random halves and attacked by LiRA and RMIA. We work with
+# halves, at a smaller size: compare the signs first, and only then the sizes. All numbers are in per cent.
 
 # %%
 rows = [
@@ -476,23 +514,39 @@ rows = [
     ("halves, 256 models", "CIFAR-10", "LiRA TPR at 0.1% FPR", 8.8, 12.5, 92.3, 93.1),
     ("halves, 256 models", "CIFAR-10", "LiRA AUC", 73.0, 76.4, 92.3, 93.1),
 ]
-paper = pd.DataFrame(rows, columns=["regime", "dataset", "attack", "SGD", "SAM", "SGD test", "SAM test"])
+paper = pd.DataFrame(rows, columns=["setting", "dataset", "attack", "SGD", "SAM", "SGD test", "SAM test"])
 display(paper.style.format(precision=2, na_rep="").hide(axis="index"))
 
 # %% [markdown]
-# This run, in the same shape and in per cent. Its intervals stand in the tables above.
+# This run, in the same shape. Its intervals are in the tables above.
 
 # %%
-ours = compare.beside_paper(leak, accuracy, baseline, treatment)
-ours.insert(0, "regime", f"halves, {len(member)} models, N = {member.shape[1]}")
-display(ours.style.format(precision=2, na_rep="").hide(axis="index"))
+rows = [("confidence", "balanced_accuracy"), ("m_entropy", "balanced_accuracy"), ("rmia", "auc"), ("lira", "auc")]
+ours = 100 * own.pivot(index=["attack", "metric"], columns="optimizer", values="value")[list(run.names)]
+ours = ours.reindex([*rows, ("lira", "tpr@0.001")]).dropna()
+for name in run.names:
+    ours[f"{name} test"] = 100 * select(accuracy, metric="test_accuracy", optimizer=name).value
+display(ours.style.format(precision=2))
 
 # %% [markdown]
 # ## What this run shows
 #
-# Computed from the numbers above, whatever they are.
+# Computed from the numbers above.
 
 # %%
-for line in conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
-    show_text(line)
-show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+lira = select(leak, metric="auc", attack="lira", **versus)
+top = select(flat, metric="hessian_top_eigenvalue", **versus)
+word = {1: "more", -1: "less", 0: "no difference"}
+lengths = text.joined(f"{word[text.sign(row)]} at {row.coordinate}" for row in equal_epochs.itertuples())
+losses = text.joined(f"{word[text.sign(row)]} at {row.coordinate.split(',')[0]}" for row in equal_loss.itertuples())
+fits = text.joined(f"{select(accuracy, metric='train_accuracy', optimizer=n).value:.1%} ({n})" for n in run.names)
+flatter = describe_sign(top, "sharper than", "flatter than", "neither flatter nor sharper than")
+show_text(f"""
+- **Generalization.** {treatment} tests {better} {baseline} ({percentage_points(test)}). Train accuracies: {fits}.
+- **Leakage.** Under LiRA, {treatment} leaks {describe_sign(lira, *than)} {baseline} ({percentage_points(lira)} of AUC).
+- **Flatness.** By the largest Hessian eigenvalue, {treatment} ends {flatter} {baseline}.
+- **Equal epochs.** Leakage of {treatment} against {baseline}: {lengths}.
+- **Equal train loss.** Leakage of {treatment} against {baseline}: {losses} (nats).
+
+All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
+""")

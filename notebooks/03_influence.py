@@ -14,64 +14,18 @@
 # %% [markdown]
 # # 3. Influence buckets: where do SAM's gains come from?
 #
-# A test point can lean on one or two training examples, or on a whole crowd of them. The paper sorts test points by
-# this, with the entropy of their *influence* distribution, and finds that almost all of SAM's gain in test accuracy lies
-# with points that lean on few: SAM would owe its better generalization to memorized, atypical sub-patterns, which are also what
-# membership attacks can see. This notebook repeats the measurement, then asks the two questions that a critical
-# reader asks: how much of the entropy is the noise of its estimate, and does it say anything that plain
-# difficulty does not?
-
-# %% [markdown]
-# **The definition.** $\mathrm{infl}(i, j)$ is the accuracy on test point $j$ of models trained with example $i$, minus
-# that of models trained without it (Feldman & Zhang 2020): memorization, with the test point elsewhere. For all pairs at once it is
-# one matrix product, $W^\top V$, with $V$ the correctness of every model on every test point and $W$ the membership
-# matrix, its columns scaled to $1/n_\mathrm{in}$ and $-1/n_\mathrm{out}$.
+# Some test points depend on one or two training examples, others on a whole crowd. The paper sorts test points by this,
+# with the entropy of their *influence* distribution, and finds that almost all of SAM's gain in test accuracy lies with
+# points that depend on few. Then SAM would owe its better generalization to memorized, atypical sub-patterns, which are
+# also what membership attacks find.
 #
-# The entropy $I_\mathrm{ent}(j) = -\sum_i p_{ij} \log p_{ij}$ is that of the positive influences of the training examples
-# of $j$'s own class, scaled to sum to one. Low: few examples matter.
+# **What this notebook shows.** We compute influence and its entropy in a few lines, repeat the paper's measurement, and
+# ask two critical questions. How much of the entropy is noise of the estimate? And does it say anything that plain
+# difficulty does not say? The answers decide how far the buckets support the paper's explanation. The ensembles are
+# those of notebook 1.
 
-# %% [markdown]
-# ## Setting up
-#
-# As in every notebook: find the library, note which names exist, take the parameters (`None` is filled in by the
-# preset), check them all before any training.
-
-# %%
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
-
-from lib.study import settings
-
-before = {*globals(), "before"}
-
-# %% tags=["parameters"]
-preset: str = "default"  # tiny, default, small, fast, paper
-dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
-data: str = None  # path, where the data set needs one
-arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as package.module:name
-optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
-rho: float = None  # radius of SAM's neighbourhood
-n_models: int = None  # models per optimizer, an even number
-n_examples: int = None  # size of the pool, an even number
-subset: float = None  # share of the pool that each model trains on
-epochs: int = None  # epochs of the main comparison
-batch_size: int = None  # examples per step
-lr: float = None  # peak learning rate
-weight_decay: float = None  # weight decay
-augment: bool = None  # flips and shifts, in training and as queries of the attacks
-ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
-seed: int = None  # seed of everything
-device: str = None  # auto, cpu, cuda, mps
-engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
-gpus: float = None  # GPUs that a Ray task asks for
-store: str = None  # folder of the trained ensembles (default: store/)
-out: str = None  # folder of this run's results (default: outputs/<dataset>/)
-
-# %%
-run = settings.notebook_settings(globals(), before)
-
+# %% tags=["setup"]
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import display
@@ -79,105 +33,128 @@ from IPython.display import display
 from lib.analysis import compare, influence, memorization
 from lib.analysis.influence import buckets, cross_fitted, gains, influence_entropy
 from lib.attacks import catalogue, intervals
-from lib.study import figures
+from lib.study import figures, settings
 from lib.study.results import Results
-from lib.study.text import describe_sign, percentage_points, show_table, show_text, sign
+from lib.study.text import describe_sign, percentage_points, select, show_table, show_text, sign
 
-baseline, treatment, n_buckets = run.names[0], run.treatment, 5
-pair, y, y_test = f"{treatment}-{baseline}", run.dataset.y, run.dataset.y_test
+# %% tags=["parameters"]
+# Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
+preset: str = "default"  # tiny, default, small, fast, paper
+dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
+data: str = None  # path, where the data set needs one
+arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as package.module:name
+optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
+rho: float = None  # radius of SAM's neighbourhood
+n_models: int = None  # models per optimizer, an even number
+epochs: int = None  # epochs of the main comparison
 
-# %% [markdown]
-# ## The ensembles
-#
-# Those of the first notebooks. $V$ comes from the test part, which no model trained on.
-
-# %%
-# raises now, not after training, if the test part is too small
-_ = buckets(y_test, n_buckets, within=buckets(y_test, n_buckets))
+# %% tags=["setup"]
+run = settings.notebook_run(globals())
+baseline, treatment, n_buckets = run.baseline, run.treatment, 5
+y, y_test = run.dataset.y, run.dataset.y_test
+buckets(
+    y_test, n_buckets, within=buckets(y_test, n_buckets)
+)  # raises before any training if the test part is too small
+than = ("more than", "less than", "no differently from")
 figures.style()
 show_text(run.describe())
-ensembles = compare.keep_common_models({name: run.train(name) for name in run.names})
-member = np.array(ensembles[baseline].member)
+
+# %% [markdown]
+# ## Influence and its entropy in a few lines
+#
+# $\mathrm{infl}(i, j)$ is the accuracy on test point $j$ of models trained with example $i$, minus that of models
+# trained without it (Feldman & Zhang 2020). It is memorization with the test point elsewhere. For all pairs at once it
+# is one matrix product, $W^\top V$: $V$ holds the outputs of every model on every test point, and $W$ the membership
+# matrix with its entries scaled to $1/n_\mathrm{in}$ and $-1/n_\mathrm{out}$.
+#
+# The entropy $I_\mathrm{ent}(j) = -\sum_i p_{ij} \log p_{ij}$ is that of the positive influences of the training examples
+# of $j$'s own class, scaled to sum to one. It is low if few examples matter. No model trained on the test part.
+
+# %%
+ensembles = run.ensembles("main")
+member = np.array(ensembles[baseline].member)  # [M, N]: was model m trained on example i?
 results = Results("03_influence", run, n_models=len(member))
 tests = {
-    kind: {n: compare.signal(e, kind, test=True) for n, e in ensembles.items()}
+    kind: {name: compare.signal(e, kind, test=True) for name, e in ensembles.items()}
     for kind in ("correct", "confidence")
 }
-gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}
-accuracy = compare.accuracies(ensembles)
-show_table(accuracy[accuracy.metric.isin(["test_accuracy", "train_accuracy"])])
+correct, confidence = tests["correct"][baseline], tests["confidence"][baseline]  # [M, T]
+
+few = slice(0, 50)  # some test points, to show how; the library takes them all, in blocks
+W = member / member.sum(0) - ~member / (~member).sum(0)
+infl = W.T @ confidence[:, few].astype(float)  # [N, 50]
+p = np.where(y[:, None] == y_test[few], np.maximum(infl, 0), 0)
+p = p / p.sum(0)
+by_hand = -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+
+entropy = influence_entropy(member, confidence, y, y_test)  # [T]
+np.testing.assert_allclose(infl, influence.influence(member, confidence[:, few]), atol=1e-5)
+np.testing.assert_allclose(by_hand, entropy[few], atol=1e-3)
 
 # %% [markdown]
 # ## The gain in five buckets
 #
-# **Claim.** SAM's gain lies in bucket 1, the fifth of the test points with the lowest entropy; bucket 5 gains nothing.
+# **Claim.** SAM's gain lies in bucket 1, the fifth of the test points with the lowest entropy. Bucket 5 gains nothing.
 #
-# **How we test it.** Entropies come from the baseline's models alone, on *one half* of them; the gain of each bucket is
-# measured on the *other* half, then the halves change places. On the same models both would share their accidents: a test point that some models
+# **Method.** Entropies come from one half of the baseline's models, and the gain of each bucket is measured on the
+# *other* half; then the halves swap. On the same models both would share their errors: a test point that some models
 # happen to miss has few influences *and* looks like a place to gain. Intervals are for new models and new test points.
 
 
 # %%
 def by_entropy(rows, values, within=None, design=member, same_class=True, part="positive"):
-    """Buckets [T] of the entropies that models `rows` give, in units of the largest possible in their class."""
+    """Buckets [T] by the entropies that models `rows` give, as shares of the largest entropy possible in the class."""
     most = np.bincount(y)[y_test] if same_class else len(y)
     found = influence_entropy(design[rows], values[rows], y, y_test, part, same_class) / np.log(most)
     return buckets(found, n_buckets, within, run.seed)
 
 
-correct, confidence = tests["correct"][baseline], tests["confidence"][baseline]
-label = cross_fitted(lambda rows: by_entropy(rows, correct), member)
-main = {name: gains(gain[name], label, "bucket", total=True) for name in run.names[1:]}
-for name, table in main.items():
-    results.add(table, optimizer=f"{name}-{baseline}")
-frame = main[treatment]
-show_table(frame.assign(optimizer=pair))
-
-# %% [markdown]
-# In points of test accuracy, and as a share of the whole.
-
-
-# %%
-def panel(table, name):
-    """The rows of the buckets alone, in points."""
-    rows = table[table.metric.str.fullmatch(rf"gain_{name}_\d+")]
+def panel(table):
+    """The rows of the buckets alone, in percentage points."""
+    rows = table[table.metric.str.fullmatch(r"gain_\w+_\d") & ~table.metric.str.contains("minus|share")]
     return rows.assign(**{c: 100 * rows[c] for c in ("value", "ci_low", "ci_high")})
 
 
-first, last, step = (frame[frame.metric == f"gain_bucket_{b}"].iloc[0] for b in (1, n_buckets, f"1_minus_{n_buckets}"))
-whole, share = frame[frame.metric == "gain"].iloc[0], frame[frame.metric == "gain_share_bucket_1"]
-show_text(
-    f"{treatment} gains {percentage_points(first)} in bucket 1 and {percentage_points(last)} in bucket {n_buckets}; overall {percentage_points(whole)}."
-)
-if sign(whole):
-    held = share.iloc[0]
-    show_text(f"Bucket 1 holds {held.value:.0%} [{held.ci_low:.0%}, {held.ci_high:.0%}] of the overall change.")
-else:
-    show_text("The overall change is not clear of zero, so a share of it would mean nothing.")
-
-# %% [markdown]
-# And how many of the test points have an influence to speak of?
+gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}  # [M, T]
+label = cross_fitted(lambda rows: by_entropy(rows, correct), member)  # [M, T]
+tables = {
+    name: gains(gain[name], label, "bucket", total=True).assign(optimizer=name, baseline=baseline)
+    for name in run.names[1:]
+}
+results.add(pd.concat(tables.values()), experiment="influence buckets")
+frame = tables[treatment]
+show_table(frame)
 
 # %%
-never = (correct == correct[0]).all(0).mean()
-full = n_buckets - int(n_buckets * never)
-show_text(
-    f"{never:.0%} of the test points are influenced by nothing: all {len(member)} models of {baseline} agree on them."
+whole, first, last, step = (
+    select(frame, metric=m, baseline=baseline)
+    for m in ("gain", "gain_bucket_1", f"gain_bucket_{n_buckets}", f"gain_bucket_1_minus_{n_buckets}")
 )
-show_text(f"Only buckets 1 to {full} can hold others; whatever lies beyond is in random order."
-    if full < n_buckets else "Every bucket holds test points that something influences.")  # fmt: skip
+show_text(
+    f"From {baseline} to {treatment}, test accuracy changes by {percentage_points(first)} in bucket 1, by "
+    f"{percentage_points(last)} in bucket {n_buckets} and by {percentage_points(whole)} overall."
+)
+if sign(whole):
+    share = select(frame, metric="gain_share_bucket_1", baseline=baseline)
+    show_text(f"Bucket 1 holds {share.value:.0%} [{share.ci_low:.0%}, {share.ci_high:.0%}] of the overall change.")
+else:
+    show_text("The interval of the overall change contains zero, so a share of it would mean nothing.")
+never = (correct == correct[0]).all(0).mean()
+show_text(
+    f"All {len(member)} models of {baseline} agree on {never:.0%} of the test points: nothing influences these. They are "
+    f"in random order at the end, so only the first {n_buckets - int(n_buckets * never)} buckets hold any others."
+)
 
 # %% [markdown]
-# **How to read it.** Bucket 1 holds the fifth of the test points with the lowest entropy. With correctness, a test point
-# that all models get right (or all get wrong) is influenced by nothing and counts as the largest entropy. Where such
-# points fill whole buckets, "bucket 1" means little more than "some model errs", and only such points can gain. The confidence $p_y$
-# has no such ties: every test point has influences on it. So what follows looks at both.
-
-# %% [markdown]
+# **How to read it.** A test point that all models get right (or all get wrong) is influenced by nothing and counts as
+# the largest entropy. Where such points fill whole buckets, "bucket 1" means little more than "some model errs", and
+# only such points can gain. The confidence $p_y$ has no such ties: every test point has influences on it. So what
+# follows looks at both.
+#
 # ### Other ways of counting
 #
-# The same with absolute influences; with all training examples as candidates; with influences on the confidence $p_y$
-# instead of correctness; and, as a warning, formed and measured on the same models.
+# The same with absolute influences, with all training examples as candidates, and with influences on the confidence
+# $p_y$. The last panel shows the bias when buckets and gains use the same models.
 
 # %%
 variants = {
@@ -190,141 +167,132 @@ labels = {
     for title, (values, kind) in variants.items()
 }
 labels["formed on the same models"] = np.tile(by_entropy(slice(None), correct), (len(member), 1))
-
-# %% [markdown]
-# Each of them on the same axis. The last panel shows what the precaution of two halves is worth here.
-
-# %%
-panels = {"as above": panel(frame, "bucket")}
+panels = {"as above": panel(frame)}
 for title, found in labels.items():
     for name in run.names[1:]:
         table = gains(gain[name], found, "bucket", total=True)
-        results.add(table, optimizer=f"{name}-{baseline}", note=title)
-        if name == treatment:
-            panels[title] = panel(table, "bucket")
-figures.save(figures.interval_panels(panels, f"test accuracy: {treatment} minus {baseline}, points"), run, "buckets")
+        results.add(table, experiment="influence buckets", coordinate=f"by={title}", optimizer=name, baseline=baseline)
+    panels[title] = panel(gains(gain[treatment], found, "bucket"))
+gained = f"test accuracy: {treatment} minus {baseline}, points"
+figures.save(figures.interval_panels(panels, gained), run, "buckets")
 
 # %% [markdown]
 # ## What the buckets look like
 #
-# For the test points of lowest and of highest entropy (of influence on $p_y$, among those that one model in twenty or
-# more gets wrong), the most influential training example of the same class beneath.
+# The test points of lowest and of highest entropy (of influence on $p_y$, among those that one model in twenty or more
+# gets wrong). Beneath each is the most influential training example of its class.
 
 # %%
-entropy = influence_entropy(member, confidence, y, y_test)
 disputed = np.flatnonzero(correct.mean(0) <= 0.95)
 disputed = disputed[np.argsort(entropy[disputed])]
 rows = {}
 for title, chosen in (("lowest entropy", disputed[:8]), ("highest entropy", disputed[-8:])):
     infl = influence.influence(member, confidence[:, chosen])
     best = np.where(y[:, None] == y_test[chosen], infl, -np.inf).argmax(0)
-    classes = [run.dataset.classes[c] for c in y_test[chosen]]
-    rows[f"test, {title}"] = [(run.dataset.x_test[j], f"a '{c}'") for j, c in zip(chosen, classes, strict=True)]
-    top = infl[best, np.arange(len(chosen))]
-    rows[f"train, beside them ({title})"] = [(run.dataset.x[i], f"{v:+.2f}") for i, v in zip(best, top, strict=True)]
+    rows[f"test, {title}"] = [(run.dataset.x_test[j], f"a '{run.dataset.classes[y_test[j]]}'") for j in chosen]
+    rows[f"train, beside them ({title})"] = [(run.dataset.x[i], f"{infl[i, c]:+.2f}") for c, i in enumerate(best)]
 figures.save(figures.captioned(rows), run, "influences")
 
 # %% [markdown]
-# **How to read it.** Under a training image, how much surer of the right label of the test image above are models that trained
-# with it. With few models the largest of many noisy influences is large by chance: the next section follows this up.
+# **How to read it.** The number under a training image says how much surer of the test image above it are the models
+# that trained with it. With few models, the largest of many noisy influences is large by chance. The next section looks
+# at this.
 
 # %% [markdown]
 # ## Check 1: how much of the entropy is noise?
 #
 # **Claim.** The entropy is a property of the test point, not of the estimate.
 #
-# **How we test it.** Every influence is estimated with an error that falls only with the root of the number of models, and
-# the positive parts of pure noise have an entropy too. We compute the entropies from more and more models, on the true membership
-# and on a *shuffled* one (of the same design, but unrelated to training), and compare two disjoint halves of the models.
+# **Method.** The error of an influence falls only with the root of the number of models, and the positive parts of pure
+# noise have an entropy too. We compute the entropies from more and more models, with the true membership and with a
+# *shuffled* one, which has the same design but is unrelated to training. A meaningful score is also the same when it is
+# measured again, so we compare the entropies from two disjoint halves of the models.
 
 # %%
-scarcest = {c: min(member[:c].sum(0).min(), (~member[:c]).sum(0).min()) for c in (16, 32, 64, 128, 256, 512, 1024)}
-counts = [c for c, models in scarcest.items() if c <= len(member) and models >= 2] or [len(member)]
 shuffled = catalogue.null_member(member, run.seed, run.dataset.groups)
+designs = {"true": member, "shuffled": shuffled}
+counts = [c for c in (16, 32, 64, 128, 256, 512, 1024) if c <= len(member)]
+counts = [c for c in counts if min(member[:c].sum(0).min(), (~member[:c]).sum(0).min()) > 1] or [len(member)]
 lines = []
 for count in counts:
-    for kind, design in (("true membership", member), ("shuffled membership", shuffled)):
+    for kind, design in designs.items():
         found = influence_entropy(design[:count], confidence[:count], y, y_test)
-        low, middle, high = np.quantile(found, [0.1, 0.5, 0.9])
-        lines.append((kind, count, middle, low, high))
-noise = pd.DataFrame(lines, columns=["series", "models", "value", "ci_low", "ci_high"])
-display(figures.save(figures.entropy_and_noise(noise, np.log(np.bincount(y)).mean()), run, "entropy_noise"))
-about = noise.series + " (median over test points; the interval holds 80% of them)"
-results.add(noise.assign(metric="influence_entropy", note=about, n_models=noise.models), optimizer=baseline)
+        lines.append((kind, count, *np.quantile(found, [0.5, 0.1, 0.9])))
+noise = pd.DataFrame(lines, columns=["membership", "n_models", "value", "ci_low", "ci_high"])
+noise = noise.assign(metric="influence_entropy", optimizer=baseline, coordinate="membership=" + noise.membership)
+results.add(noise, experiment="influence noise", n_models=noise.n_models)
 
-# %% [markdown]
-# A score that means something is the same when it is measured again. So: the entropies from one half of the models against those
-# from the other.
+figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+for index, (kind, rows) in enumerate(noise.groupby("membership", sort=False)):
+    figures.error_bars(axis, rows.n_models * (1 + 0.06 * index), rows, index, label=f"{kind} membership")
+axis.axhline(np.log(np.bincount(y)).mean(), color="0.4", lw=1, label="largest possible (mean over classes)")
+axis.set(xscale="log", xlabel="models", ylabel="entropy of influence (nats)", xticks=counts, xticklabels=counts)
+axis.minorticks_off()
+axis.legend(fontsize=9)
+display(figures.save(figure, run, "entropy_noise"))
 
-# %%
-fold = np.arange(len(member)) // 2 % 2 == 0
-reliability = {}
+half = np.arange(len(member)) // 2 % 2 == 0
 for kind, values in (("correctness", correct), ("confidence", confidence)):
-    for name, design in (("true", member), ("shuffled", shuffled)):
-        halves = [influence_entropy(design[f], values[f], y, y_test) for f in (fold, ~fold)]
-        reliability[kind, name] = memorization.spearman(*halves)
-    show_text(f"Entropies of {kind} from two halves of the models correlate by {reliability[kind, 'true']:.2f} in rank, "
-        f"and by {reliability[kind, 'shuffled']:.2f} with shuffled membership.")  # fmt: skip
+    again = {
+        name: memorization.spearman(*(influence_entropy(design[h], values[h], y, y_test) for h in (half, ~half)))
+        for name, design in designs.items()
+    }
+    show_text(
+        f"Entropies of {kind} from two halves of the models have a rank correlation of {again['true']:.2f}, "
+        f"and of {again['shuffled']:.2f} with shuffled membership."
+    )
 
 # %% [markdown]
-# **How to read it.** In the figure, points are medians over the test points (influence on $p_y$, which every example has), bars hold
-# 80% of them, and the line on top is the largest entropy possible. Where true and shuffled membership give the same entropies, noise
-# decides them. A correlation with *shuffled* membership is not zero where noise has structure: entropy then measures
-# how much the models differ on a test point, which is a kind of difficulty.
-
-# %% [markdown]
-# And the control that decides: buckets formed with shuffled membership, whose "influences" say nothing about any training
-# example. Should they separate the gain as well as the true ones, then it was never influence that did. We ask it of
-# correctness, and of the confidence $p_y$.
+# **How to read it.** Points are medians over the test points, and bars hold 80% of them. Where true and shuffled
+# membership give the same entropies, noise decides them. The correlation with *shuffled* membership is not zero where
+# noise has structure: entropy then measures how much the models differ on a test point, which is a kind of difficulty.
+#
+# The control that decides: buckets formed with shuffled membership, whose "influences" say nothing about any training
+# example. If shuffled membership separates the gain equally well, influence is not the explanation.
 
 # %%
 panels, excess = {}, []
 for kind, values, true in (("correctness", correct, label), ("p_y", confidence, labels["influence on p_y"])):
     fake = cross_fitted(lambda rows, v=values: by_entropy(rows, v, design=shuffled), member)
     control = gains(gain[treatment], fake, "bucket", total=True)
-    results.add(control, optimizer=pair, note=f"shuffled membership, {kind}")
-    panels |= {f"{kind}, true": panel(gains(gain[treatment], true, "bucket"), "bucket")}
-    panels |= {f"{kind}, shuffled": panel(control, "bucket")}
+    of = dict(experiment="influence buckets", coordinate=f"by=shuffled membership, {kind}")
+    results.add(control, **of, optimizer=treatment, baseline=baseline)
+    panels[f"{kind}, true"] = panel(gains(gain[treatment], true, "bucket"))
+    panels[f"{kind}, shuffled"] = panel(control)
     for name in run.names[1:]:
         steps = [influence.step_influence_values(gain[name], found) for found in (true, fake)]
-        row = intervals.row(
-            "gain_beyond_shuffled", intervals.estimate(steps[0] - steps[1]), optimizer=f"{name}-{baseline}"
-        )
-        excess.append({**row, "note": f"influence on {kind}"})
-beyond = pd.DataFrame(excess)
-results.add(beyond)
-
-# %%
-display(
-    figures.save(
-        figures.interval_panels(panels, f"test accuracy: {treatment} minus {baseline}, points"), run, "shuffled"
-    )
-)
-beyond = beyond[beyond.optimizer == pair].set_index("note")
-for note, row in beyond.iterrows():
+        beyond = intervals.row("gain_beyond_shuffled", intervals.estimate(steps[0] - steps[1]), optimizer=name)
+        excess.append(beyond | {"coordinate": f"by=influence on {kind}"})
+excess = pd.DataFrame(excess).assign(baseline=baseline)
+results.add(excess, experiment="influence buckets")
+display(figures.save(figures.interval_panels(panels, gained), run, "shuffled"))
+excess = excess[excess.optimizer == treatment]
+for row in excess.itertuples():
     words = describe_sign(row, "further than", "less far than", "no further than")
-    show_text(f"{note}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled "
-        f"membership does ({percentage_points(row)} of gain).")  # fmt: skip
+    show_text(
+        f"{row.coordinate[3:]}: true membership sets buckets 1 and {n_buckets} apart {words} shuffled membership does "
+        f"({percentage_points(row)} of gain)."
+    )
 
 # %% [markdown]
-# **How to read it.** Points are gains with 95% intervals, on common axes. Where the shuffled panel looks like the true one, the
-# buckets sort by something that needs no influence. (Where test points that nothing influences fill all buckets but the first,
-# the control of correctness *cannot* find a difference; that of $p_y$ can.)
+# **How to read it.** Points are gains with 95% intervals, on common axes. Where the shuffled panel looks like the true
+# one, the buckets sort by something that needs no influence. (Where test points that nothing influences fill all buckets
+# but the first, the control of correctness *cannot* find a difference; that of $p_y$ can.)
 
 # %% [markdown]
 # ## Check 2: is it more than difficulty?
 #
 # **Claim.** Entropy tells where SAM gains, beyond telling which test points are hard.
 #
-# **How we test it.** Only points that some models get wrong can gain. So we form five buckets by plain difficulty (the mean
-# confidence $p_y$ of the baseline's models, lowest first), again on the other half of the models; then buckets by entropy
-# (of influence on $p_y$, which has no ties) *within* each fifth of difficulty, and buckets by difficulty within each fifth of entropy. What
-# still separates within the other is what it adds.
+# **Method.** Only points that some models get wrong can gain. So we also form five buckets by plain difficulty: the mean
+# confidence $p_y$ of the baseline's models, lowest first, again on the other half of the models. Then we form buckets by
+# entropy (of influence on $p_y$, which has no ties) *within* each fifth of difficulty, and buckets by difficulty within
+# each fifth of entropy. What one still separates within the other is what it adds.
 
 
 # %%
 def by_difficulty(rows, within=None):
-    """Buckets [T] of the mean confidence of models `rows`."""
+    """Buckets [T] by the mean confidence of models `rows`."""
     return buckets(confidence[rows].mean(0), n_buckets, within, run.seed)
 
 
@@ -335,53 +303,48 @@ forms = {
     "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, confidence)),
 }
 sorted_by = {name: cross_fitted(form, member) for name, form in forms.items()}
-tables = {name: gains(gain[treatment], found, name) for name, found in sorted_by.items()}
-
-# %% [markdown]
-# Left to right: entropy alone, difficulty alone, and each with the other held fixed. "1" is always the end where a gain is
-# expected: the lowest entropies, the lowest confidences.
-
-# %%
 for name in run.names[1:]:
-    for kind, found in list(sorted_by.items())[1:]:
-        results.add(gains(gain[name], found, kind), optimizer=f"{name}-{baseline}")
-panels = {name.replace("_", " "): panel(table, name) for name, table in tables.items()}
-figures.save(figures.interval_panels(panels, f"test accuracy: {treatment} minus {baseline}, points"), run, "difficulty")
+    for kind in list(forms)[1:]:  # the gains by entropy are recorded above
+        table = gains(gain[name], sorted_by[kind], kind)
+        results.add(table, experiment="influence buckets", optimizer=name, baseline=baseline)
 
-# %%
-steps = {name: table[table.metric == f"gain_{name}_1_minus_{n_buckets}"].iloc[0] for name, table in tables.items()}
-for name, row in steps.items():
-    words = describe_sign(row, "more than", "less than", "no differently from")
-    show_text(f"By {name.replace('_', ' ')}: bucket 1 gains {words} bucket {n_buckets} ({percentage_points(row)}).")
+tables = {kind: gains(gain[treatment], found, kind) for kind, found in sorted_by.items()}
+panels = {kind.replace("_", " "): panel(table) for kind, table in tables.items()}
+display(figures.save(figures.interval_panels(panels, gained), run, "difficulty"))
+steps = {kind: select(table, metric=f"gain_{kind}_1_minus_{n_buckets}") for kind, table in tables.items()}
+for kind, row in steps.items():
+    words = describe_sign(row, *than)
+    show_text(f"By {kind.replace('_', ' ')}: bucket 1 gains {words} bucket {n_buckets} ({percentage_points(row)}).")
 both = np.mean(sorted_by["entropy"] == sorted_by["difficulty"])
 show_text(
-    f"Entropy and difficulty put {both:.0%} of the test points into the same bucket; by chance it would be {1 / n_buckets:.0%}."
+    f"Entropy and difficulty put {both:.0%} of the test points into the same bucket; chance gives {1 / n_buckets:.0%}."
 )
 
 # %% [markdown]
-# **How to read it.** If the first two panels look alike and the third is flat, entropy is difficulty under another name. If the third falls from left to right and the
-# fourth is flat, it is the other way round: points are hard *because* they lean on few. (A fifth is a coarse measure: points of the same
-# fifth are not equally hard, so a little of what the third panel shows may still be difficulty.)
+# **How to read it.** Bucket 1 is always the end where a gain is expected: the lowest entropies, the lowest confidences.
+# If the first two panels look alike and the third is flat, entropy is difficulty under another name. If the third falls
+# from left to right and the fourth is flat, it is the other way round: points are hard *because* they depend on few. (A
+# fifth is a coarse measure. Points of one fifth are not equally hard, so a little of what the third panel shows may
+# still be difficulty.)
 
 # %% [markdown]
 # ## What this run shows
 #
-# Computed from the numbers above, whatever they are.
+# Computed from the numbers above.
 
 # %%
-than = ("more than", "less than", "no differently from")
 within, untied = steps["entropy_within_difficulty"], steps["entropy"]
-show_text(f"**Buckets.** Bucket 1 gains {describe_sign(step, *than)} bucket {n_buckets}: {percentage_points(step)}.")
-show_text(
-    f"**Ties.** {never:.0%} of the test points are influenced by nothing; bucket {n_buckets} changes by {percentage_points(last)}."
+controls = "\n".join(
+    f"- **Control, {row.coordinate[3:]}.** True membership separates the gain "
+    f"{describe_sign(row, 'better than', 'worse than', 'no better than')} a shuffled one ({percentage_points(row)})."
+    for row in excess.itertuples()
 )
-show_text(
-    f"**Without ties**, on p_y, bucket 1 gains {describe_sign(untied, *than)} bucket {n_buckets}: {percentage_points(untied)}."
-)
-show_text(
-    f"**Beyond difficulty.** Within fifths of it, low entropies gain {describe_sign(within, *than)} high ones: {percentage_points(within)}."
-)
-for note, row in beyond.iterrows():
-    show_text(f"**Control, {note}.** True membership separates the gain {describe_sign(row, 'better than', 'worse than', 'no better than')} "
-        f"a shuffled one ({percentage_points(row)}).")  # fmt: skip
-show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+show_text(f"""
+- **Buckets.** Bucket 1 gains {describe_sign(step, *than)} bucket {n_buckets}: {percentage_points(step)}.
+- **Ties.** Nothing influences {never:.0%} of the test points; bucket {n_buckets} changes by {percentage_points(last)}.
+- **Without ties**, on p_y, bucket 1 gains {describe_sign(untied, *than)} bucket {n_buckets}: {percentage_points(untied)}.
+- **Beyond difficulty.** Within fifths of it, low entropies gain {describe_sign(within, *than)} high ones: {percentage_points(within)}.
+{controls}
+
+All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
+""")

@@ -26,15 +26,20 @@ def papermill(folder, book, out, *parameters):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """One tiny study on digits through the command line; its folder of results."""
-    folder = tmp_path_factory.mktemp("study")
-    command = [sys.executable, "-m", "lib.study", "PRESET=tiny", f"STORE={folder / 'store'}", f"OUT={folder / 'out'}"]
+def study(folder, *notebooks):
+    """Run a tiny study on digits by the command line, with its store and its results in `folder`."""
+    words = ["PRESET=tiny", f"STORE={folder / 'store'}", f"OUT={folder / 'out'}"]
+    command = [sys.executable, "-m", "lib.study", *notebooks, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Look at" in done.stdout.splitlines()[-1]
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of the one tiny study that these tests judge."""
+    return study(tmp_path_factory.mktemp("study"))
 
 
 def test_every_source_has_a_twin_with_the_same_cells_and_no_outputs():
@@ -46,69 +51,13 @@ def test_every_source_has_a_twin_with_the_same_cells_and_no_outputs():
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_the_parameters_cell_is_the_vocabulary_and_cells_are_short(source):
+def test_a_notebook_opens_with_prose_and_has_one_short_parameters_cell(source):
     notebook = jupytext.read(source)
-    code = [c for c in notebook.cells if c.cell_type == "code"]
-    tagged = [c.source for c in code if "parameters" in c.metadata.get("tags", [])]
-    assert {line.split(":")[0] for line in tagged[0].splitlines() if ":" in line} <= set(Parameters.model_fields)
-    assert len(tagged) == 1
-    assert all(c.source.count("\n") < 15 for c in code if c.source != tagged[0])
-    assert 2 * len(code) < len(notebook.cells), "more prose than code"
-
-
-def test_the_numbers_of_notebook_01(run):
-    found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
-    one = found[(found.notebook == "01_phenomenon") & (found.note == "")]
-    assert set(catalogue.NAMES) <= set(one.attack) and {"sgd", "sam", "sam-sgd"} == set(one.optimizer)
-    for metric in ("auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1", "test_accuracy",
-                   "train_accuracy", "train_loss", "nonmember_variance_phi_across_models",
-                   "hessian_top_eigenvalue", "loss_rise_in_ball"):  # fmt: skip
-        assert metric in set(one.metric), metric
-    accuracy = one[(one.metric == "test_accuracy")].set_index("optimizer").value.astype(float)
-    assert accuracy["sgd"] > 0.5 and accuracy["sam"] > 0.5  # ten classes: chance is 0.1
-    assert accuracy["sam-sgd"] == pytest.approx(accuracy["sam"] - accuracy["sgd"], abs=1e-5)
-    lira = one[(one.attack == "lira") & (one.metric == "auc")].set_index("optimizer").value.astype(float)
-    assert 0.5 < lira["sgd"] < 1 and lira["sam-sgd"] == pytest.approx(lira["sam"] - lira["sgd"], abs=1e-5)
-
-
-def test_the_null_control_of_notebook_01_holds_a_half(run):
-    found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
-    null = found[found.note.str.startswith("null control")]
-    low, high = null.ci_low.astype(float), null.ci_high.astype(float)
-    assert len(null) == len(catalogue.NAMES)
-    assert ((low <= 0.5) & (high >= 0.5)).sum() >= len(null) - 2  # 95% intervals of attacks that are not independent
-
-
-def test_the_planted_leak_of_notebook_01_is_found(run):
-    found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
-    found = found[found.metric == "planted_pairs_found"].astype({"value": float, "ci_low": float})
-    planted = found[found.note == "planted leak: one example trained 50 times"].set_index("attack")
-    assert set(planted.index) == {*catalogue.NAMES, "label_only"} and set(planted.n_models) == {16}
-    found_it = planted.index[planted.ci_low > 0.5]
-    blind = {"entropy", "entropy_classwise"}  # they do not see the label
-    assert set(catalogue.NAMES) - set(found_it) <= blind | {"neural", "neural_classwise"}  # these learn from no copy
-    assert (planted.value > 0.5).all()  # but all lean to the model that was trained on it
-    once = found[found.note == "the same example trained once"].set_index("attack")
-    assert once.value.mean() < planted.value.mean()
-
-
-def test_the_same_command_gives_the_same_results_in_an_empty_store(run, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "lib.study",
-        "01",
-        "03",
-        "PRESET=tiny",
-        f"STORE={tmp_path / 's'}",
-        f"OUT={tmp_path}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, again = (rows(f / "results.csv") for f in (run / "out", tmp_path))
-    assert "seconds" in first and (again.seconds.astype(float) >= 0).all()
-    first = first[first.notebook.isin(again.notebook)].reset_index(drop=True)
-    pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    tagged = [c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    first, *lines = tagged[0].splitlines()
+    assert len(tagged) == 1 and first.startswith("# Parameters") and 6 <= len(lines) <= 8
+    assert {line.split(":")[0] for line in lines} <= set(Parameters.model_fields)
 
 
 def rows(path):
@@ -116,34 +65,104 @@ def rows(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def numbers(run, notebook, note=""):
-    """(optimizer, metric) -> value of a notebook's rows with this note."""
-    found = pd.read_csv(run / "out" / "results.csv", keep_default_na=False)
-    found = found[(found.notebook == notebook) & (found.note == note) & (found.attack == "")]
-    return found.set_index(["optimizer", "metric"]).value.astype(float)
+def recorded(run, notebook, experiment="main", **columns):
+    """The rows of one experiment of a notebook that have these values in these columns; "" where none is given."""
+    found = rows(run / "out" / "results.csv")
+    for name, value in {"notebook": notebook, "experiment": experiment, **columns}.items():
+        found = found[found[name] == value]
+    numbers = {name: pd.to_numeric(found[name]) for name in ("value", "ci_low", "ci_high", "n_models")}
+    return found.assign(**numbers)
+
+
+def numbers(run, notebook, experiment="main", **columns):
+    """(optimizer, baseline, metric) -> value of these rows."""
+    columns = {"coordinate": "", "attack": "", **columns}
+    return recorded(run, notebook, experiment, **columns).set_index(["optimizer", "baseline", "metric"]).value
+
+
+def test_the_numbers_of_notebook_01(run):
+    one, own = recorded(run, "01_phenomenon"), numbers(run, "01_phenomenon")
+    assert set(catalogue.NAMES) <= set(one.attack) and {"sgd", "sam"} == set(one.optimizer)
+    for metric in ("auc", "balanced_accuracy", "advantage", "tpr@0.1", "realised_fpr@0.1", "test_accuracy",
+                   "train_accuracy", "train_loss", "nonmember_variance_phi_across_models",
+                   "hessian_top_eigenvalue", "loss_rise_in_ball"):  # fmt: skip
+        assert metric in set(one.metric), metric
+    lira = numbers(run, "01_phenomenon", attack="lira")
+    for found, metric, chance in ((own, "test_accuracy", 0.1), (lira, "auc", 0.5)):
+        sgd, sam = found["sgd", "", metric], found["sam", "", metric]
+        assert chance < min(sgd, sam) and max(sgd, sam) < 1
+        assert found["sam", "sgd", metric] == pytest.approx(sam - sgd, abs=1e-5)
+
+
+def test_the_sweeps_of_notebook_01_meet_its_main_comparison(run):
+    """Tiny's sweeps have as many models as its main ensembles, so the same recipe has the same numbers."""
+    main = numbers(run, "01_phenomenon")["sam", "sgd", "test_accuracy"]
+    radius = recorded(run, "01_phenomenon", "radius sweep", baseline="sgd", metric="test_accuracy")
+    length = recorded(run, "01_phenomenon", "length sweep", baseline="sgd", metric="test_accuracy")
+    assert radius.set_index("rho").value["0.3"] == pytest.approx(main, abs=1e-5)
+    assert length.set_index("coordinate").value["epochs=8"] == pytest.approx(main, abs=1e-5)
+    equal = recorded(run, "01_phenomenon", "equal train loss", baseline="sgd")
+    assert len(equal) and equal.coordinate.str.startswith("train_loss=").all() and set(equal.attack) == {"lira"}
+
+
+def test_the_null_control_of_notebook_01_holds_a_half(run):
+    null = recorded(run, "01_phenomenon", "null control")
+    assert len(null) == len(catalogue.NAMES)
+    inside = (null.ci_low <= 0.5) & (null.ci_high >= 0.5)
+    assert inside.sum() >= len(null) - 2  # 95% intervals of attacks that are not independent
+
+
+def test_the_planted_leak_of_notebook_01_is_found(run):
+    planted = recorded(run, "01_phenomenon", "planted leak", coordinate="times=50").set_index("attack")
+    assert set(planted.index) == {*catalogue.NAMES, "label_only"} and set(planted.n_models) == {16}
+    found_it = planted.index[planted.ci_low > 0.5]
+    blind = {"entropy", "entropy_classwise"}  # they do not see the label
+    assert set(catalogue.NAMES) - set(found_it) <= blind | {"neural", "neural_classwise"}  # these learn from no copy
+    assert (planted.value > 0.5).all()  # but all lean to the model that was trained on it
+    once = recorded(run, "01_phenomenon", "planted leak", coordinate="times=1")
+    assert once.value.mean() < planted.value.mean()
 
 
 def test_mean_memorization_in_notebook_02_is_the_generalization_gap_of_notebook_01(run):
     one, two = numbers(run, "01_phenomenon"), numbers(run, "02_memorization")
-    for name in ("sgd", "sam", "sam-sgd"):
-        assert two[name, "mean_memorization"] == pytest.approx(one[name, "generalization_gap"], abs=2e-6)
+    for optimizer, baseline in (("sgd", ""), ("sam", ""), ("sam", "sgd")):
+        gap = one[optimizer, baseline, "generalization_gap"]
+        assert two[optimizer, baseline, "mean_memorization"] == pytest.approx(gap, abs=2e-6)
     for name in ("sgd", "sam"):
-        shares = two[name][two[name].index.str.startswith("memorization_share")]
+        shares = two[name, ""][two[name, ""].index.str.startswith("memorization_share")]
         assert len(shares) == 5 and shares.sum() == pytest.approx(1, abs=1e-4)
 
 
 def test_planted_labels_and_twins_move_apart_in_notebook_02(run):
-    kinds = ("wrong label", "memorized, given twins", "random, given twins")
-    change = [numbers(run, "02_memorization", kind)["sgd", "rank_change_of_planted"] for kind in kinds]
-    assert change[0] > 0 > change[1] and change[0] > change[2]
+    change = recorded(run, "02_memorization", "planted faults", metric="rank_change_of_planted")
+    change = change.set_index("coordinate").value
+    wrong, memorized, random = (
+        change[f"kind={kind}"] for kind in ("wrong label", "memorized, given twins", "random, given twins")
+    )
+    assert wrong > 0 > memorized and wrong > random
+
+
+def test_the_traits_of_notebook_02_are_filed_under_whose_they_are(run):
+    traits = recorded(run, "02_memorization", "example traits")
+    kinds = set(zip(traits.coordinate, traits.optimizer, traits.baseline, strict=True))
+    assert kinds == {("quantity=memorization", "sgd", ""), ("quantity=change of memorization", "sam", "sgd")}
+    assert len(traits) == 8 and traits.value.abs().max() <= 1
 
 
 def test_the_buckets_of_notebook_03_share_out_the_gain_of_notebook_01(run):
-    one, three = numbers(run, "01_phenomenon"), numbers(run, "03_influence")["sam-sgd"]
-    whole = one["sam-sgd", "test_accuracy"]
+    whole = numbers(run, "01_phenomenon")["sam", "sgd", "test_accuracy"]
+    three = numbers(run, "03_influence", "influence buckets")["sam", "sgd"]
     assert three["gain"] == pytest.approx(whole, abs=1e-6)
     for name in ("bucket", "difficulty", "entropy_within_difficulty"):
         assert three[[f"gain_{name}_{b}" for b in range(1, 6)]].mean() == pytest.approx(whole, abs=1e-5)
+
+
+def test_the_same_command_gives_the_same_results_in_an_empty_store(run, tmp_path):
+    again = rows(study(tmp_path, "03") / "out" / "results.csv")
+    first = rows(run / "out" / "results.csv")
+    assert (again.seconds.astype(float) >= 0).all()
+    first = first[first.notebook == "03_influence"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
 
 
 def test_notebook_04_contracts_where_it_should_and_nowhere_else(run):
@@ -197,8 +216,8 @@ def test_figures_and_a_clean_copy_are_left(run):
         "difference_balanced_accuracy",
         "roc",
         "phi",
-        "dose",
-        "regimes",
+        "radius_sweep",
+        "leakage_against_loss",
         "memorization",
         "movers",
         "buckets",
@@ -217,21 +236,26 @@ def test_figures_and_a_clean_copy_are_left(run):
         assert not any(o.get("name") == "stderr" for o in outputs), "warnings or progress bars in the executed copy"
 
 
-@pytest.mark.parametrize("folder, book", [(".", "notebooks/01_phenomenon.ipynb"), ("notebooks", "01_phenomenon.ipynb")])
-def test_papermill_by_hand_works_from_both_folders_and_trains_nothing_twice(run, tmp_path, folder, book):
+def test_papermill_by_hand_works_in_the_notebooks_folder_and_trains_nothing_twice(run, tmp_path):
     flags = {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
-    done = papermill(ROOT / folder, book, tmp_path / "out.ipynb", "-p", "preset", "tiny",
+    done = papermill(ROOT / "notebooks", "03_influence.ipynb", tmp_path / "out.ipynb", "-p", "preset", "tiny",
                      "-p", "store", str(run / "store"), "-p", "out", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     first, again = (rows(f / "results.csv").drop(columns="seconds") for f in (run / "out", tmp_path))
-    pd.testing.assert_frame_equal(first[first.notebook == "01_phenomenon"], again)
+    pd.testing.assert_frame_equal(first[first.notebook == "03_influence"].reset_index(drop=True), again)
     assert flags == {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
 
 
-@pytest.mark.parametrize("book", [b for b in NOTEBOOKS if b.stem != "01_phenomenon"], ids=lambda b: b.stem)
-def test_each_notebook_runs_alone_from_nothing_with_odd_parameters(tmp_path, book):
+@pytest.fixture(scope="module")
+def odd_store(tmp_path_factory):
+    """What one notebook has trained with the odd parameters, the next one need not train again."""
+    return tmp_path_factory.mktemp("odd")
+
+
+@pytest.mark.parametrize("book", NOTEBOOKS[::-1], ids=lambda b: b.stem)
+def test_each_notebook_runs_by_itself_with_odd_parameters(odd_store, tmp_path, book):
     odd = {"preset": "tiny", "n_models": 40, "n_examples": 90, "epochs": 3, "subset": 0.6, "batch_size": 7, "seed": 3,
-           "optimizers": "adam,sam+adam,sam", "lr": 0.01, "store": tmp_path / "store", "out": tmp_path}  # fmt: skip
+           "optimizers": "adam,sam+adam,sam", "lr": 0.01, "store": odd_store, "out": tmp_path}  # fmt: skip
     parameters = [word for name, value in odd.items() for word in ("-p", name, str(value))]
     done = papermill(ROOT, f"notebooks/{book.name}", tmp_path / "out.ipynb", *parameters)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -95,7 +95,7 @@ figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=[1, 2, 2], lay
 figures.picture(axes[0], run.dataset.x[example])
 figures.histograms(axes[1], phi[seen, example], phi[~seen, example], ("trained with it", "trained without it"))
 figures.histograms(axes[2], phi[0, member[0]], phi[0, ~member[0]], ("members", "non-members"))
-axes[0].set_title(f"a '{run.dataset.classes[run.dataset.y[example]]}' from the pool")
+axes[0].set_title(figures.plain(f"a '{run.dataset.classes[run.dataset.y[example]]}' from the pool"))
 axes[1].set(title="one example, many models", xlabel=r"confidence $\phi$", ylabel="density of models")
 axes[2].set(title="one model, many examples", xlabel=r"confidence $\phi$", ylabel="density of examples")
 figures.save(figure, run, "attack")
@@ -119,7 +119,7 @@ figure, axes = plt.subplots(4, n_shown, figsize=(n_shown, 4.2), squeeze=False)
 for label in range(n_shown):
     for axis, i in zip(axes[:, label], np.flatnonzero(run.dataset.y == label), strict=False):
         figures.picture(axis, run.dataset.x[i])
-    axes[0, label].set_title(run.dataset.classes[label], fontsize=10)
+    axes[0, label].set_title(figures.plain(run.dataset.classes[label]), fontsize=10)
 for axis in axes.flat:
     axis.set_axis_off()
 figures.save(figure, run, "data")
@@ -184,8 +184,8 @@ titles = {"train loss": "cross-entropy (nats)", "train accuracy": "share correct
 for index, (name, ensemble) in enumerate(ensembles.items()):
     for axis, values in zip(axes, np.moveaxis(np.array(ensemble.history), 2, 0), strict=True):  # [M, epochs]
         at = np.flatnonzero(~np.isnan(values).any(0))
-        look = figures.look(index) | {"marker": "."}
-        axis.plot(at + 1, values[:, at].mean(0), label=name, **look)
+        look = figures.look(index, name) | {"marker": "."}
+        axis.plot(at + 1, values[:, at].mean(0), **look)
         axis.fill_between(at + 1, *np.quantile(values[:, at], [0.025, 0.975], axis=0), color=look["color"], alpha=0.2)
 for axis, (title, ylabel) in zip(axes, titles.items(), strict=True):
     axis.set(title=title, ylabel=ylabel, xlabel="epoch")
@@ -349,10 +349,12 @@ for metric in spread.metric.unique():
 # Radius 0 is the base optimizer without the rule. (An optimizer without a radius has nothing to vary.)
 
 # %%
-radius_sweep = run.ensembles("radius sweep")
+# rho -> Ensemble and (epochs, optimizer) -> Ensemble, on the same models: LiRA gets stronger with more shadow models
+radius_sweep, length_sweep = compare.on_the_same(run.ensembles("radius sweep"), run.ensembles("length sweep"))
+n_swept = len(radius_sweep[0.0].ids)
 base = str(radius_sweep[0.0].recipe.optimizer)
 radius_frame = compare.radius_table(radius_sweep, treatment, base)
-results.add(radius_frame, experiment="radius sweep", n_models=len(radius_sweep[0.0].ids))
+results.add(radius_frame, experiment="radius sweep", n_models=n_swept)
 
 steps = radius_frame[radius_frame.baseline == base].sort_values("rho")
 panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of LiRA"}
@@ -381,17 +383,12 @@ figures.save(figure, run, "radius_sweep")
 # and the parabolas through one more run; the interval spans what all of them give.
 
 # %%
-length_sweep = run.ensembles("length sweep")  # (epochs, optimizer) -> Ensemble
 length_frame = compare.length_table(length_sweep)
-n_swept = len(length_sweep[run.epochs, treatment].ids)
 results.add(length_frame, experiment="length sweep", n_models=n_swept)
 equal_epochs = length_frame[(length_frame.baseline == baseline) & (length_frame.metric == "auc")]
 show_table(equal_epochs, across=["coordinate"])
-
-# %%
-runs = {name: [e for (_, optimizer), e in length_sweep.items() if optimizer == name] for name in (baseline, treatment)}
-equal_loss = compare.at_equal_loss(runs[baseline], runs[treatment])
-results.add(equal_loss, experiment="equal train loss", **versus, attack="lira", n_models=n_swept)
+equal_loss = compare.at_equal_loss(length_sweep, treatment, baseline)
+results.add(equal_loss, experiment="equal train loss", n_models=n_swept)
 show_table(equal_loss, across=["coordinate"])
 
 # %% [markdown]
@@ -400,18 +397,17 @@ show_table(equal_loss, across=["coordinate"])
 # because LiRA gets stronger with more shadow models.
 
 # %%
-common = compare.keep_common_models({**length_sweep, **radius_sweep}, essential=list(length_sweep))
+by_length = length_frame.assign(series=length_frame.optimizer + ", epochs varied", label=length_frame.epochs)
+by_radius = radius_frame[radius_frame.rho > 0].assign(series=f"{treatment}, radius varied", label=radius_frame.rho)
+points = pd.concat([by_length, by_radius])
+points = points[(points.metric == "auc") & (points.baseline == "")]
 figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-lines = {f"{name}, epochs varied": {key[0]: key for key in length_sweep if key[1] == name} for name in runs}
-lines[f"{treatment}, radius varied"] = {f"{rho:.3g}": rho for rho in radius_sweep if rho > 0}
-for index, (series, keys) in enumerate(lines.items()):
-    found = {label: compare.contrast({treatment: common[key]}) for label, key in keys.items() if key in common}
-    rows = pd.concat([frame[frame.metric == "auc"].assign(label=label) for label, frame in found.items()])
+for index, (series, rows) in enumerate(points.groupby("series", sort=False)):
     rows = rows.sort_values("train_loss")
     figures.error_bars(axis, rows.train_loss, rows, index, label=series)
     for row in rows.itertuples():
         look = dict(color=figures.COLOURS[index], fontsize=8, xytext=((6, -11), (6, 5), (-6, -14))[index])
-        axis.annotate(row.label, (row.train_loss, row.value), textcoords="offset points", **look)
+        axis.annotate(f"{row.label:.3g}", (row.train_loss, row.value), textcoords="offset points", **look)
 axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA")
 axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 axis.xaxis.set_major_formatter("{x:g}")

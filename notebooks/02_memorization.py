@@ -312,10 +312,8 @@ movers = {"more": np.argsort(-picked)[:8], "less": np.argsort(picked)[:8]}
 values = {name: mem["confidence"][name].value for name in (baseline, treatment)}
 figure, axis = plt.subplots(figsize=(4.8, 4.6), layout="constrained")
 axis.scatter(*values.values(), s=9, alpha=0.35, linewidth=0)
-ringed = np.concatenate([*movers.values()])
-axis.scatter(
-    *(v[ringed] for v in values.values()), s=55, facecolor="none", edgecolor=figures.COLOURS[3], label="movers"
-)
+ringed = [v[np.concatenate([*movers.values()])] for v in values.values()]
+axis.scatter(*ringed, s=55, facecolor="none", edgecolor=figures.COLOURS[3], label="movers")
 se = np.median(mem["confidence"][baseline].se)
 axis.errorbar(0.02, 0.93, se, se, color="0.3", capsize=2, label="median standard error")
 axis.plot([-0.1, 1], [-0.1, 1], color="0.5", lw=1, linestyle="--", label="equal")
@@ -324,15 +322,11 @@ axis.legend(fontsize=9, loc="lower right")
 figures.save(figure, run, "memorization_pairs")
 
 # %%
+names, (before, after) = np.array(run.dataset.classes)[run.dataset.y], values.values()
 rows = {}
 for word, chosen in movers.items():
-    rows[f"memorized {word} by {treatment}"] = [
-        (
-            run.dataset.x[i],
-            f"{run.dataset.classes[run.dataset.y[i]]}\n{values[baseline][i]:.2f} to {values[treatment][i]:.2f}\n({judged[i]:+.2f})",
-        )
-        for i in chosen
-    ]
+    captions = [f"{names[i]}\n{before[i]:.2f} to {after[i]:.2f}\n({judged[i]:+.2f})" for i in chosen]
+    rows[f"memorized {word} by {treatment}"] = list(zip(run.dataset.x[chosen], captions, strict=True))
 display(figures.save(figures.captioned(rows), run, "movers"))
 for word, chosen in movers.items():
     show_text(
@@ -389,12 +383,12 @@ rows = [
     for (quantity, trait), estimate in zip(keys, memorization.jackknife(correlations, member), strict=True)
 ]
 traits = pd.DataFrame(rows)
-change = traits.coordinate == "quantity=change of memorization"
-traits["optimizer"] = np.where(change, treatment, baseline)
-traits["baseline"] = np.where(change, baseline, "")
+is_change = traits.coordinate == "quantity=change of memorization"
+traits["optimizer"] = np.where(is_change, treatment, baseline)
+traits["baseline"] = np.where(is_change, baseline, "")
 results.add(traits, experiment="example traits")
 show_table(traits.drop(columns=["optimizer", "baseline"]), across=["coordinate"])
-for row in traits[change].itertuples():
+for row in traits[is_change].itertuples():
     words = describe_sign(row, "higher", "lower", "neither higher nor lower")
     show_text(
         f"Where {treatment} memorizes more than {baseline}, {row.metric[9:].replace('_', ' ')} is {words} ({row.value:+.2f})."

@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.colors import ListedColormap
-from matplotlib.ticker import FuncFormatter
 
 from lib.attacks import intervals
 from lib.study.text import series
@@ -59,35 +58,6 @@ def picture(axis, image):
     axis.set_axis_off()
 
 
-def gallery(dataset, per_class=6, most=10):
-    """A few pool examples of each class (of the first ten), a class a column."""
-    n = min(dataset.n_classes, most)
-    figure, axes = plt.subplots(per_class, n, figsize=(n, per_class * 1.05), squeeze=False)
-    for column in range(n):
-        chosen = np.flatnonzero(dataset.y == column)
-        for row in range(per_class):
-            axes[row, column].set_axis_off()
-            if row < len(chosen):
-                picture(axes[row, column], dataset.x[chosen[row]])
-        axes[0, column].set_title(plain(dataset.classes[column]), fontsize=10)
-    return figure
-
-
-def what_an_attacker_sees(phi, member, example, image, title):
-    """Three pictures: an example, its phi with and without it in training, and everybody's phi in one model."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=[1, 2, 2], layout="constrained")
-    picture(axes[0], image)
-    axes[0].set_title(title)
-    inside = member[:, example]
-    histograms(axes[1], phi[inside, example], phi[~inside, example], ("trained with it", "trained without it"))
-    axes[1].set(title="one example, many models", xlabel=r"confidence $\phi$ of the model", ylabel="density of models")
-    histograms(axes[2], phi[0, member[0]], phi[0, ~member[0]], ("members", "non-members"))
-    axes[2].set(
-        title="one model, many examples", xlabel=r"confidence $\phi$ of the model", ylabel="density of examples"
-    )
-    return figure
-
-
 def histograms(axis, inside, outside, labels):
     """Two filled histograms on common bins, told apart by colour and outline."""
     bins = np.histogram_bin_edges(np.concatenate([inside, outside]), 30)
@@ -95,24 +65,6 @@ def histograms(axis, inside, outside, labels):
         axis.hist(values, bins, density=True, histtype="stepfilled", alpha=0.3, color=COLOURS[index + 2], label=label)
         axis.hist(values, bins, density=True, histtype="step", color=COLOURS[index + 2], linestyle=LINES[index], lw=1.8)
     axis.legend(fontsize=9)
-
-
-def training_curves(ensembles):
-    """Train loss (log scale), train and test accuracy against epochs: means over models, bands of 95% of them."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for index, (name, ensemble) in enumerate(ensembles.items()):
-        history = np.array(ensemble.history)
-        for axis, column in zip(axes, range(3), strict=True):
-            seen = ~np.isnan(history[:, :, column]).any(0)
-            epochs, values = np.flatnonzero(seen) + 1, history[:, seen, column]
-            style = look(index, name) | {"marker": MARKERS[index] if column == 2 else None}
-            axis.plot(epochs, values.mean(0), **style)
-            axis.fill_between(epochs, *np.quantile(values, [0.025, 0.975], axis=0), color=COLOURS[index], alpha=0.2)
-    axes[0].set(title="train loss", yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)")
-    axes[1].set(title="train accuracy", xlabel="epoch", ylabel="share correct")
-    axes[2].set(title="test accuracy", xlabel="epoch", ylabel="share correct")
-    axes[0].legend()
-    return figure
 
 
 def forest(frame, xlabel, order=None):
@@ -154,60 +106,7 @@ def phi_of_members(phis, member):
     return figure
 
 
-def radius_response(frame, panels):
-    """Paired differences from the baseline against rho, a panel per metric. panels: metric -> axis label."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.4), layout="constrained")
-    for axis, (metric, label) in zip(axes, panels.items(), strict=True):
-        rows = frame[frame.metric == metric].sort_values("rho")
-        error_bars(axis, rows.rho, rows, 1)
-        axis.axhline(0, color="0.3", lw=1)
-        axis.set(xlim=(0, None), xlabel=r"$\rho$", ylabel=f"{label}: difference")
-    return figure
-
-
-def leakage_against_loss(frame):
-    """LiRA's AUC against the train loss reached. frame: rows with series, label, train_loss, value, ci_low, ci_high."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for index, (name, rows) in enumerate(frame.groupby("series", sort=False)):
-        rows = rows.sort_values("train_loss")
-        error_bars(axis, rows.train_loss, rows, index, label=name)
-        for row in rows.itertuples():
-            spot = dict(textcoords="offset points", xytext=((6, -11), (6, 5), (-6, -14))[index % 3], fontsize=8)
-            axis.annotate(row.label, (row.train_loss, row.value), color=COLOURS[index], **spot)
-    narrow = frame.train_loss.max() < 3 * frame.train_loss.min()  # a log scale would have no numbers there
-    axis.set(
-        xscale="linear" if narrow else "log", xlabel="train loss (nats), falling to the right", ylabel="AUC of LiRA"
-    )
-    axis.invert_xaxis()
-    low, high = sorted(axis.get_xlim())
-    if not narrow and np.floor(np.log10(high)) - np.ceil(np.log10(low)) >= 1:  # two decades have numbers of their own
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    elif not narrow:
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.2g}" if f"{x:e}"[0] in "1235" else ""))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
-    axis.legend()
-    return figure
-
-
 # ---- memorization and influence -----------------------------------------------------------------------------
-
-
-def memorization_density(memorized, edges):
-    """Histograms of memorization on a logarithmic axis, an optimizer a panel, the bands' edges dotted.
-
-    memorized: dict optimizer -> [N].
-    """
-    figure, axes = plt.subplots(
-        1, len(memorized), figsize=(5.4 * len(memorized), 3.4), sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    bins = np.linspace(min(0.0, *(m.min() for m in memorized.values())), 1, 26)
-    for index, (axis, (name, values)) in enumerate(zip(axes[0], memorized.items(), strict=True)):
-        axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=COLOURS[index], alpha=0.7)
-        for edge in edges:
-            axis.axvline(edge, color="0.3", lw=1, linestyle=":")
-        axis.set(title=name, yscale="log", xlabel="memorization", ylabel="share of examples")
-    return figure
 
 
 def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
@@ -225,22 +124,6 @@ def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
     return figure
 
 
-def against(values, se, chosen=()):
-    """One optimizer's memorization against the other's, an example a point; chosen ones are ringed.
-
-    values: dict optimizer -> [N]; se: the median standard error, drawn as a cross at the upper left.
-    """
-    (first, a), (second, b) = values.items()
-    figure, axis = plt.subplots(figsize=(4.8, 4.6), layout="constrained")
-    axis.scatter(a, b, s=9, alpha=0.35, color=COLOURS[0], linewidth=0)
-    axis.scatter(a[chosen], b[chosen], s=55, facecolor="none", edgecolor=COLOURS[3], linewidth=1.3, label="movers")
-    axis.errorbar(0.02, 0.93, se, se, color="0.3", capsize=2, label="median standard error")
-    axis.plot([-0.1, 1], [-0.1, 1], color="0.5", lw=1, linestyle="--", label="equal")
-    axis.set(xlabel=f"memorization under {first}", ylabel=f"memorization under {second}")
-    axis.legend(fontsize=9, loc="lower right")
-    return figure
-
-
 def captioned(rows, columns=8):
     """Rows of pictures with captions. rows: dict title -> list of (image, caption), at most `columns` each."""
     figure, axes = plt.subplots(
@@ -251,50 +134,8 @@ def captioned(rows, columns=8):
             axis.set_axis_off()
         for axis, (image, caption) in zip(line, items, strict=False):
             picture(axis, image)
-            axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+            axis.text(0.5, -0.06, plain(caption), transform=axis.transAxes, ha="center", va="top", fontsize=8)
         line[0].set_title(title, fontsize=10, loc="left")
-    return figure
-
-
-def convergence(counts, observed, predicted, ylabel):
-    """An estimate's error against the number of models, beside the standard error that it states, on log axes."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    axis.plot(counts, observed, label="root mean square error", **(look(0) | {"linestyle": ""}), ms=8)
-    axis.plot(counts, predicted, label="standard error stated", **(look(1) | {"marker": None}), lw=2)
-    axis.set(xscale="log", yscale="log", xlabel="models", ylabel=ylabel)
-    axis.set_xticks(counts, [str(c) for c in counts])
-    for which in (axis.xaxis, axis.yaxis):
-        which.set_minor_formatter(FuncFormatter(lambda value, _, x=which.axis_name == "x": "" if x else f"{value:.2g}"))
-    axis.legend()
-    return figure
-
-
-def planted(groups):
-    """Distributions of memorization in named groups of examples: all points, a bar over half of them, the median."""
-    figure, axis = plt.subplots(figsize=(7.2, 0.6 * len(groups) + 1.1), layout="constrained")
-    rng = np.random.default_rng(0)
-    for index, values in enumerate(groups.values()):
-        jitter = index + rng.uniform(-0.22, 0.22, len(values))
-        axis.scatter(values, jitter, s=8, alpha=0.4, color=COLOURS[index], linewidth=0)
-        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-        axis.hlines(index, low, high, color="0.2", lw=3)
-        axis.plot(middle, index, "o", color="white", markeredgecolor="0.2", ms=7)
-    axis.set(yticks=range(len(groups)), yticklabels=list(groups), xlabel="memorization (of $p_y$)")
-    axis.invert_yaxis()
-    return figure
-
-
-def entropy_and_noise(frame, most):
-    """Influence entropy against the number of models, true and shuffled membership, and the largest possible."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for index, (name, rows) in enumerate(frame.groupby("series", sort=False)):
-        error_bars(axis, rows.models * (1 + 0.06 * index), rows, index, label=name)
-    axis.axhline(most, color="0.4", lw=1, label="largest possible (mean over classes)")
-    counts = frame.models.unique()
-    axis.set(xscale="log", xlabel="models", ylabel="entropy of influence (nats)")
-    axis.set_xticks(counts, [str(c) for c in counts])
-    axis.minorticks_off()
-    axis.legend(fontsize=9)
     return figure
 
 

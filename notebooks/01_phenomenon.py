@@ -39,7 +39,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch.func import functional_call, grad
 
 from lib.analysis import compare, flatness, memorization
-from lib.attacks import intervals, shadow
+from lib.attacks import membership, shadow
 from lib.data.dataset import duplicate_table, inputs
 from lib.study import figures, settings, text
 from lib.study.results import Results
@@ -223,7 +223,7 @@ show_text(f"{treatment} tests {better} {baseline}: {percentage_points(test)}.")
 # same.
 
 # %%
-partner = intervals.partners(member)  # the model trained on the other half; None if the subsets are no halves
+partner = membership.partners(member)  # the model trained on the other half; None if the subsets are no halves
 scores = []
 for target in range(8):
     shadows = np.ones_like(member)

@@ -167,7 +167,10 @@ epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in alike.
 main = [(run.epochs, baseline), (run.epochs, treatment), (alike[run.epochs], baseline)]
 epochs = compare.keep_common_models(epochs, essential=main)
 base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, treatment))
-accuracy, loss = compare.at_equal_accuracy(epochs, treatment, baseline), compare.at_equal_loss(epochs, treatment, baseline)
+accuracy, loss = (
+    compare.at_equal_accuracy(epochs, treatment, baseline),
+    compare.at_equal_loss(epochs, treatment, baseline),
+)
 spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, treatment) in epochs]
 frames = [
     compare.contrast({baseline: epochs[more, baseline], treatment: epochs[e, treatment]}).assign(epochs=e)
@@ -427,9 +430,7 @@ if run.dataset.pattern is None:
     show_text(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
 else:
     member = np.array(two[baseline].member)
-    memorized = {
-        n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()
-    }
+    memorized = {n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()}
     patterns = interventions.pattern_table(two, memorized)
     results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],
                 note=[f"pattern shared by {s}" for s in patterns["size"]], n_models=len(member))  # fmt: skip

@@ -1,10 +1,12 @@
 """From paired ensembles to tidy frames: every metric with its interval, every difference paired.
 
 `ensembles` is a dict label -> Ensemble, the baseline first. All of them share halves, initial weights and batch orders.
-A metric is first written as influence values [M, N] or [M, T] (lib.attacks.intervals), whose mean is the metric.
+A metric is first written as influence values [M, N] or [M, T], whose mean is the metric (lib.attacks.intervals).
 Frames have the columns optimizer, baseline, metric, value, ci_low and ci_high. The baseline is "" for an optimizer's
 own value, and the first label for a paired difference from it.
 """
+
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -28,11 +30,10 @@ def keep_common_models(ensembles, essential=None):
     """
     kept, lost = dict(ensembles), []
     enough = max(8, max(len(e.ids) for e in ensembles.values()) / 2)
-    while len(common := common_ids(kept)) < enough:
-        spare = [label for label in kept if essential is not None and label not in essential]
-        if not spare:
-            break
-        lost.append(min(spare, key=lambda label: len(ensembles[label].ids)))
+    spare = [label for label in ensembles if essential is not None and label not in essential]
+    spare.sort(key=lambda label: len(ensembles[label].ids))
+    while len(common := common_ids(kept.values())) < enough and spare:
+        lost.append(spare.pop(0))
         del kept[lost[-1]]
     if lost:
         print(f"left out, because too many of their models diverged: {lost}")
@@ -45,25 +46,17 @@ def keep_common_models(ensembles, essential=None):
 
 
 def on_the_same(*groups):
-    """Each group, a dict label -> Ensemble, restricted to the models that all groups share.
+    """Each group, a dict label -> Ensemble, restricted to the models that all groups share, if these are 8 or more.
 
-    LiRA gets stronger with more shadow models, so only ensembles of the same models show comparable AUCs. A group
-    that has no other models is returned as it is, and so are all groups if they share fewer than 8 models.
+    LiRA gets stronger with more shadow models, so AUCs compare only between ensembles of the same models.
     """
-    common = common_ids({(k, label): e for k, group in enumerate(groups) for label, e in group.items()})
-    if len(common) < 8:
-        return groups
-    return tuple(
-        group
-        if all(len(e.ids) == len(common) for e in group.values())
-        else {k: e.only(common) for k, e in group.items()}
-        for group in groups
-    )
+    common = common_ids([e for group in groups for e in group.values()])
+    return groups if len(common) < 8 else tuple({k: e.only(common) for k, e in group.items()} for group in groups)
 
 
 def common_ids(ensembles):
-    """The models that finished in all ensembles, in order."""
-    return sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles.values())))
+    """The models that finished in all of a list of ensembles, in order."""
+    return sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles)))
 
 
 # ---- one metric of one ensemble, as influence values --------------------------------------------------------
@@ -101,6 +94,11 @@ def lira_influence_values(ensemble):
     return intervals.auc_influence_values(lira_scores(ensemble), np.array(ensemble.member))
 
 
+def auc_estimate(values, dataset, level=0.95):
+    """Estimate of a difference of LiRA's AUCs from its influence values [M, N]."""
+    return estimate(values, level=level, shadow_correction=intervals.SHADOW_CORRECTION, columns=dataset.groups)
+
+
 def variance_influence_values(ensemble, name, kind, members=False):
     """Influence values [M, N] of the variance of one signal, in one of the meanings of `variances`."""
     values, chosen = signal(ensemble, name).astype(float), np.array(ensemble.member) == members
@@ -131,10 +129,7 @@ def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, te
 
 
 def paired_t(values, metric):
-    """Mean of independent values of every label, and the paired differences from the first: a tidy frame.
-
-    values: dict label -> [n]. The intervals are Student's.
-    """
+    """Mean of independent values [n] of every label, and paired differences from the first: a tidy frame (Student)."""
     first, *others = values
     found = {(label, ""): v for label, v in values.items()}
     found |= {(label, first): values[label] - values[first] for label in others}
@@ -174,16 +169,11 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     within_class: the same within each class, with the classes weighted by their size;
     across_models: of one example's outputs over the models that did not see it (LiRA's denominator).
     """
-    who = "member" if members else "nonmember"
-    frames = [
-        compared(
-            ensembles,
-            lambda e, n=name, k=kind: variance_influence_values(e, n, k, members),
-            f"{who}_variance_{name}_{kind}",
-        )
-        for name in ("phi", "confidence")
-        for kind in kinds
-    ]
+    who, frames = "member" if members else "nonmember", []
+    for name in ("phi", "confidence"):
+        for kind in kinds:
+            values_of = partial(variance_influence_values, name=name, kind=kind, members=members)
+            frames.append(compared(ensembles, values_of, f"{who}_variance_{name}_{kind}"))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -266,15 +256,15 @@ def planted_table(scored, member, place, n_pairs=PLANTED // 2):
     return frame.assign(baseline="", n_models=2 * len(pairs))
 
 
-# ---- labels only ---------------------------------------------------------------------------------------------
+# ---- labels only --------------------------------------------------------------------------------------------
 
 
 def label_only_table(ensembles, n_models=16, device="cpu"):
-    """Every metric of the attacks that see predicted labels only, on the models whose weights are kept: a tidy frame.
+    """Every metric of the attacks that see predicted labels only, on models whose weights are kept: a tidy frame.
 
     label_only (lib.attacks.label_only), label_only_classwise (with a threshold for each class) and label_once, which
-    asks for the unchanged example only and is the attack `gap`. Also the null control of label_only, as the metric
-    null_auc. Column n_models: how many models were asked. ValueError: see `models_with_weights`.
+    asks for the unchanged example only and is the attack `gap`. null_auc is label_only's AUC on shuffled membership.
+    Column n_models: how many models were asked. ValueError: see `models_with_weights`.
     """
     first, ids = next(iter(ensembles.values())), models_with_weights(ensembles.values(), n_models)
     member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
@@ -282,15 +272,14 @@ def label_only_table(ensembles, n_models=16, device="cpu"):
     scored = {label: label_only.scores(a, member) for label, a in answered.items()}
     half = intervals.calibration_split(member, 0, y, groups)
     by_class = {label: thresholds.classwise(s, member, y, half=half) for label, s in scored.items()}
-    right = {label: signal(e.only(ids), "correct") for label, e in ensembles.items()}
-    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", right, 0.0))
+    once = {label: signal(e.only(ids), "correct") for label, e in ensembles.items()}
+    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", once, 0.0))
     frames = [intervals.table(s, member, threshold=t, columns=groups).assign(attack=attack) for attack, s, t in kinds]
+    shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
     for label, a in answered.items():
-        shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
         values = [intervals.auc_influence_values(label_only.scores(a, alleged), alleged) for alleged in shuffled]
-        null = estimate(np.mean(values, axis=0), rate=True, columns=groups)
-        row = intervals.row("null_auc", null, optimizer=label, baseline="", attack="label_only")
-        frames.append(pd.DataFrame([row]))
+        null = intervals.paired({label: np.mean(values, axis=0)}, "null_auc", True, columns=groups)
+        frames.append(null.assign(attack="label_only"))
     return pd.concat(frames, ignore_index=True).assign(n_models=len(ids))
 
 
@@ -308,14 +297,14 @@ def label_only_of_one(ensemble, place, n_models=16, device="cpu"):
 
 
 def models_with_weights(ensembles, n_models=16):
-    """The first n_models models, in whole pairs, whose weights are kept in all the ensembles: ids [m].
+    """The first n_models models, in whole pairs, whose weights are kept in all of the ensembles: ids [m].
 
     Raises ValueError if n_models is not an even number from 8, or fewer than 8 are left.
     """
     if n_models % 2 or n_models < 8:
         raise ValueError(f"n_models={n_models!r} is not valid: it must be an even number from 8")
-    there = set.intersection(*(set(e.ids.tolist()) for e in ensembles))
-    ids = [k for k in range(KEEP_WEIGHTS) if {k, k ^ 1} <= there][:n_models]
+    there = common_ids(ensembles)
+    ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][:n_models]
     if len(ids) < 8:
         raise ValueError(f"n_models: only {len(ids)} models finished and kept their weights; 8 are needed")
     return np.array(ids)
@@ -382,21 +371,18 @@ def at_equal(length_sweep, treatment, baseline, name, values_of, scale, back, di
     of the coordinate `name`; scale, back: to the scale of the interpolation, and back. digits: a format.
 
     The baseline's AUC is interpolated between its two neighbouring runs by several `curves`. The value is the mean of
-    the differences from them, and the interval spans the 95% intervals of all of them. The coordinate itself is taken
-    as known. So nothing is said where the baseline's runs do not enclose it, or where the two runs that enclose it
-    differ by no more than noise. Columns beside the usual ones: epochs (of the treatment), coordinate, the coordinate's
-    value under its own name, and between (the baseline's two).
+    the differences from them, and the interval spans the 95% intervals of all. The coordinate is taken as known: so
+    nothing is said where no two runs enclose it, or where those that do differ by no more than noise.
+    Columns beside the usual ones: epochs (of the treatment), coordinate, its value, and between (the baseline's two).
     """
-    base, treated = (
-        [(k, e) for (k, label), e in length_sweep.items() if label == who] for who in (baseline, treatment)
-    )
     if len({tuple(e.ids.tolist()) for e in length_sweep.values()}) > 1:
         raise ValueError("length_sweep: the ensembles hold different models; apply keep_common_models first")
+    base, runs = ([(k, e) for (k, label), e in length_sweep.items() if label == who] for who in (baseline, treatment))
     points = [(values_of(e), lira_influence_values(e).astype(np.float32)) for _, e in base]
     points = sorted(((scale(v.mean()), v, auc) for v, auc in points), key=lambda point: point[0])
     places, values, aucs = zip(*points, strict=True)
     rows = []
-    for epochs, e in treated:
+    for epochs, e in runs:
         place, data = scale(values_of(e).mean()), e.dataset
         right = int(np.searchsorted(places, place))
         if not 0 < right < len(places):
@@ -406,14 +392,8 @@ def at_equal(length_sweep, treatment, baseline, name, values_of, scale, back, di
         if apart.low <= 0 <= apart.high:
             continue
         own = lira_influence_values(e)
-        found = [
-            estimate(
-                own - sum(weight * aucs[k] for k, weight in weights.items()),
-                shadow_correction=intervals.SHADOW_CORRECTION,
-                columns=data.groups,
-            )
-            for weights in curves(places, place, right)
-        ]
+        interpolated = [sum(w * aucs[k] for k, w in weights.items()) for weights in curves(places, place, right)]
+        found = [auc_estimate(own - auc, data) for auc in interpolated]
         hull = Estimate(np.mean([f.value for f in found]), min(f.low for f in found), max(f.high for f in found))
         at, *ends = (digits.format(back(x)) for x in (place, places[right - 1], places[right]))
         between = " and ".join(ends)
@@ -424,8 +404,7 @@ def at_equal(length_sweep, treatment, baseline, name, values_of, scale, back, di
             "between": between,
         }
         rows.append(intervals.row("auc", hull, optimizer=treatment, baseline=baseline, attack="lira", **more))
-    columns = [*intervals.TIDY, "attack", "epochs", "coordinate", name, "between"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "epochs", "coordinate", name, "between"])
 
 
 def curves(places, at, right):

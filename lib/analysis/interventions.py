@@ -27,9 +27,9 @@ def variant_table(found):
 
 
 def signs(table):
-    """Signs of a variant_table's differences in test accuracy and LiRA's AUC: dict (optimizer, rho) -> (int, int).
+    """Signs of a variant_table's differences in test accuracy and LiRA's AUC, 0 where the interval holds 0.
 
-    0: the interval holds 0.
+    Returns a dict (optimizer, rho) -> (int, int).
     """
     rows = table[table.baseline != ""]
     rows = rows.assign(sign=(rows.ci_low > 0).astype(int) - (rows.ci_high < 0))
@@ -45,12 +45,11 @@ def dominated(found, level=0.95):
     """
     accuracy = {label: compare.hits_on_test(e) for label, e in found.items()}
     leak = {label: compare.lira_influence_values(e).astype(np.float32) for label, e in found.items()}
-    strict, data = 1 - (1 - level) / max(1, len(found) * (len(found) - 1)), next(iter(found.values())).dataset
+    data, strict = next(iter(found.values())).dataset, 1 - (1 - level) / max(1, len(found) * (len(found) - 1))
 
     def beats(b, a):
         better = estimate(accuracy[b] - accuracy[a], level=strict, columns=data.groups_test)
-        how = {"shadow_correction": SHADOW_CORRECTION, "columns": data.groups}
-        tighter = estimate(leak[a] - leak[b], level=strict, **how)
+        tighter = compare.auc_estimate(leak[a] - leak[b], data, strict)
         return max(better.low, tighter.low) > 0 and min(better.value, tighter.value) >= 0
 
     return {a: [b for b in found if b != a and beats(b, a)] for a in found}
@@ -77,24 +76,20 @@ def effect_table(found):
     train_accuracy (the baseline's), train_accuracy_treatment and test_gain.
     """
     baseline, treatment = dict.fromkeys(name for *_, name in found)
-    effects, rows = {}, []
+    rows, as_it_is = [], None
     for factor, level in dict.fromkeys(key[:2] for key in found):
         base, treated = (found.get((factor, level, name)) for name in (baseline, treatment))
         if base is None or treated is None:
             continue
         effect = compare.lira_influence_values(treated) - compare.lira_influence_values(base)
-        effects[factor, level] = effect
-        more = {"factor": factor, "level": level, "coordinate": f"{factor}={level}", "attack": "lira"}
-        more |= {
-            "optimizer": treatment,
-            "baseline": baseline,
-            "test_gain": test_accuracy(treated) - test_accuracy(base),
-        }
-        fits = [compare.on_pool(e, "correct").mean() for e in (base, treated)]
-        more |= {"train_accuracy": fits[0], "train_accuracy_treatment": fits[1]}
-        how = {"shadow_correction": SHADOW_CORRECTION, "columns": base.dataset.groups}
-        change = effect - next(iter(effects.values()))
-        rows += [row("auc", estimate(effect, **how), **more), row("auc_change", estimate(change, **how), **more)]
+        as_it_is = effect if as_it_is is None else as_it_is
+        about = {"optimizer": treatment, "baseline": baseline, "attack": "lira"}
+        about |= {"factor": factor, "level": level, "coordinate": f"{factor}={level}"}
+        about["train_accuracy"] = compare.on_pool(base, "correct").mean()
+        about["train_accuracy_treatment"] = compare.on_pool(treated, "correct").mean()
+        about["test_gain"] = test_accuracy(treated) - test_accuracy(base)
+        for metric, values in (("auc", effect), ("auc_change", effect - as_it_is)):
+            rows.append(row(metric, compare.auc_estimate(values, base.dataset), **about))
     return pd.DataFrame(rows)
 
 
@@ -118,14 +113,11 @@ def defence_table(found):
 
     found: dict label -> Ensemble, the undefended one first. A tidy frame with the labels as optimizer and baseline.
     """
-    first = next(iter(found.values()))
-    attacks = {"lira": compare.lira_scores, "confidence": lambda e: compare.signal(e, "phi")}
-    frames = [compare.accuracies(found)]
-    for attack, scores_of in attacks.items():
+    first, frames = next(iter(found.values())), [compare.accuracies(found)]
+    for attack, scores_of in (("lira", compare.lira_scores), ("confidence", lambda e: compare.signal(e, "phi"))):
         scored = {label: scores_of(e) for label, e in found.items()}
-        frames.append(
-            intervals.table(scored, np.array(first.member), columns=first.dataset.groups).assign(attack=attack)
-        )
+        table = intervals.table(scored, np.array(first.member), columns=first.dataset.groups)
+        frames.append(table.assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -145,17 +137,15 @@ def private_table(found):
 
 
 def epsilon_table(found, delta):
-    """The epsilon that LiRA proves exceeded, beside the claimed one: a tidy frame with the column epsilon.
+    """The epsilon that LiRA proves exceeded, beside the claimed one (column epsilon): a tidy frame without intervals.
 
     found: dict (optimizer, epsilon) -> Ensemble. A bound above the claim is a fault of the accountant or of the noise.
     """
     rows = []
     for (optimizer, epsilon), e in found.items():
-        bound = audited_epsilon(compare.lira_scores(e), np.array(e.member), delta)
-        more = {"attack": "lira", "coordinate": f"epsilon={epsilon:g}, delta={delta:g}", "epsilon": epsilon}
-        rows.append(
-            row("epsilon_lower_bound", Estimate(bound, np.nan, np.nan), optimizer=optimizer, baseline="", **more)
-        )
+        bound = Estimate(audited_epsilon(compare.lira_scores(e), np.array(e.member), delta), np.nan, np.nan)
+        about = {"optimizer": optimizer, "baseline": "", "attack": "lira", "epsilon": epsilon}
+        rows.append(row("epsilon_lower_bound", bound, coordinate=f"epsilon={epsilon:g}, delta={delta:g}", **about))
     return pd.DataFrame(rows)
 
 
@@ -165,24 +155,24 @@ def epsilon_table(found, delta):
 def within(ensembles, parts, accuracy):
     """LiRA's AUC and the test accuracy (the metric `accuracy`) within parts of the data: a tidy frame, column part.
 
-    parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool, or None). A part that has no
-    members or no non-members in some model has no AUC; one without test examples has no accuracy.
+    parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool). A part that has no members or
+    no non-members in some model has no AUC; one without test examples has no accuracy.
     """
     first = next(iter(ensembles.values()))
     data, member, frames = first.dataset, np.array(first.member), []
     scores = {label: compare.lira_scores(e) for label, e in ensembles.items()}
     right = {label: compare.hits_on_test(e) for label, e in ensembles.items()}
     for part, (own, seen) in parts.items():
-        inside, here = member[:, own], []
-        groups, groups_test = (g if g is None else g[of] for g, of in ((data.groups, own), (data.groups_test, seen)))
+        inside = member[:, own]
         if inside.any(1).all() and (~inside).any(1).all():
-            values = {label: intervals.auc_influence_values(s[:, own], inside) for label, s in scores.items()}
+            groups = None if data.groups is None else data.groups[own]
             how = {"shadow_correction": SHADOW_CORRECTION, "columns": groups}
-            here.append(intervals.paired(values, "auc", True, **how).assign(attack="lira"))
+            values = {label: intervals.auc_influence_values(s[:, own], inside) for label, s in scores.items()}
+            frames.append(intervals.paired(values, "auc", True, **how).assign(attack="lira", part=part))
         if seen.any():
+            groups = None if data.groups_test is None else data.groups_test[seen]
             values = {label: r[:, seen] for label, r in right.items()}
-            here.append(intervals.paired(values, accuracy, True, columns=groups_test))
-        frames += [frame.assign(part=part) for frame in here]
+            frames.append(intervals.paired(values, accuracy, True, columns=groups).assign(part=part))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -199,45 +189,38 @@ def class_table(ensembles):
     counts = np.bincount(data.y_test, minlength=data.n_classes)
     # the mean over classes of the accuracy within: each test point weighs T / (C n_class)
     weight = len(data.y_test) / ((counts > 0).sum() * np.maximum(counts, 1))[data.y_test]
-    balanced = compare.compared(
-        ensembles, lambda e: compare.hits_on_test(e) * weight, "balanced_test_accuracy", test=True
-    )
-    frame = frame.assign(coordinate="class=" + frame["class"])
+    weighted = {label: compare.hits_on_test(e) * weight for label, e in ensembles.items()}
+    balanced = intervals.paired(weighted, "balanced_test_accuracy", columns=data.groups_test)
     balanced = balanced.assign(**{"class": "", "size": len(data.y), "coordinate": ""})
-    return pd.concat([frame, balanced], ignore_index=True)
+    return pd.concat([frame.assign(coordinate="class=" + frame["class"]), balanced], ignore_index=True)
 
 
 def agreement(ensembles, parts=8, seed=0):
     """Do two optimizers expose the same examples? Rank correlations of exposure between two halves of the pairs.
 
-    An example's exposure is how well phi tells the models trained with it from those trained without (AUC). It uses no
-    shadow models, which the two halves would share. The correlation across optimizers is to be judged by those within
-    each optimizer, which noise alone keeps below 1; the corrected one is across / geometric mean of the two within
-    (Spearman 1904), given if these are positive in every split. A tidy frame; the intervals are the range over `parts`
-    random splits.
+    An example's exposure is how well phi tells the models trained with it from those trained without (AUC), without
+    shadow models, which the two halves would share. Judge the correlation across optimizers by those within each, which
+    noise keeps below 1. The corrected one is across / geometric mean of the two within (Spearman 1904), given if these
+    are positive in every split. A tidy frame; the intervals are the range over `parts` random splits.
     """
     (a, first), (b, second) = ensembles.items()
-    scores = {a: compare.signal(first, "phi"), b: compare.signal(second, "phi")}
-    member, both = np.array(first.member), f"{a} and {b}"
+    scores, member = {a: compare.signal(first, "phi"), b: compare.signal(second, "phi")}, np.array(first.member)
+    both = f"{a} and {b}"
     compared = {a: ((a, 0), (a, 1)), b: ((b, 0), (b, 1)), both: ((a, 0), (b, 1))}
     rng, found = np.random.default_rng(seed), {label: [] for label in compared}
     for _ in range(parts):
         left = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)
         seen = {(k, side): exposure(scores[k][left == side], member[left == side]) for k in scores for side in (0, 1)}
         for label, (one, two) in compared.items():
-            known = np.isfinite(seen[one]) & np.isfinite(seen[two])  # not: in all models of a half, or in none
+            known = np.isfinite(seen[one]) & np.isfinite(seen[two])  # unknown: in all models of a half, or in none
             found[label].append(spearman(seen[one][known], seen[two][known]))
-    rows = [
-        row("exposure_rank_correlation", Estimate(np.mean(v), min(v), max(v)), optimizer=label, baseline="")
-        for label, v in found.items()
-    ]
+    rows = [("exposure_rank_correlation", label, np.mean(v), min(v), max(v)) for label, v in found.items()]
     one, two, across = map(np.array, found.values())
     if min(*one, *two) > 0:
         # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)
         each, value = across / np.sqrt(one * two), across.mean() / np.sqrt(one.mean() * two.mean())
-        corrected = Estimate(value, min(each), max(each))
-        rows.append(row("exposure_rank_correlation_corrected", corrected, optimizer=both, baseline=""))
-    return pd.DataFrame(rows)
+        rows.append(("exposure_rank_correlation_corrected", both, value, min(each), max(each)))
+    return pd.DataFrame(rows, columns=["metric", "optimizer", "value", "ci_low", "ci_high"]).assign(baseline="")
 
 
 def pattern_table(ensembles, memorized):
@@ -249,11 +232,10 @@ def pattern_table(ensembles, memorized):
     data = next(iter(ensembles.values())).dataset
     count = np.bincount(data.pattern, minlength=1 + max(data.pattern.max(), data.pattern_test.max()))
     size, size_test, parts = count[data.pattern], count[data.pattern_test], {}
-    edges = [1, 3, 10, 30, 100, np.inf]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in ((1, 3), (3, 10), (10, 30), (30, 100), (100, np.inf)):
         own, seen = (size >= low) & (size < high), (size_test >= low) & (size_test < high)
-        label = f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more"
         if own.sum() >= 10:
+            label = f"{low} to {high - 1}" if high < np.inf else f"{low} or more"
             parts[label] = own, seen & (seen.sum() >= 10)
     frames = [within(ensembles, parts, "test_accuracy")]
     for part, (own, _) in parts.items():

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
+from lib.analysis import compare
 from lib.attacks import catalogue, intervals, shadow
-from lib.attacks.signals import signals
 from lib.data.sources import fits, need
 from lib.study import figures, report, text
 from lib.study.results import COLUMNS
@@ -39,9 +39,7 @@ LEAST = 4  # members and non-members of a model: thresholds are learned on one h
 
 
 def read(path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, never unpickled. Raises FileNotFoundError, or ValueError naming file and array."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; valid is an .npz file with {', '.join(NEEDED)}")
+    """The arrays of an .npz file, never unpickled. Raises ValueError naming the file and the array."""
     key, found = "file", {}
     try:
         with open(path, "rb") as file:
@@ -56,9 +54,10 @@ def read(path) -> dict[str, np.ndarray]:
 
 
 def checked(name, given) -> SimpleNamespace:
-    """One ensemble from a path or a dict of arrays: logits, y, member, population_*, groups (None if not given), notes.
+    """One ensemble from a path or a dict of arrays: logits [M, Q, N, C], member [M, N], dataset.y, dataset.groups and more.
 
-    Raises ValueError naming the ensemble, the array, what it is and what is valid.
+    What was not given is None; notes says what was changed. Raises ValueError naming the ensemble, the array, what it
+    is and what is valid.
     """
     arrays = {key: np.asarray(array) for key, array in (given if hasattr(given, "items") else read(given)).items()}
     try:
@@ -84,6 +83,8 @@ def checked(name, given) -> SimpleNamespace:
             need(alike, f"population_logits: shape {z.shape}; valid is that of logits {like} except for N")
             check_logits("population_logits", z)
             e.population_y = labels("population_y", e.population_y, z)
+            e.population_logits = z if z.ndim == 4 else z[:, None]
+        e.logits, e.dataset = e.logits if e.logits.ndim == 4 else e.logits[:, None], SimpleNamespace(**vars(e))
         return e
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -166,16 +167,11 @@ def lacking(member) -> str:
     return ""
 
 
-def plain(e):
-    """The logits [M, N, C] of the plain input, the first query."""
-    return e.logits if e.logits.ndim == 3 else e.logits[:, 0]
-
-
 def scores(e, member) -> dict[str, np.ndarray]:
     """Attack -> scores [M, N]: all catalogue.NAMES, or, with too few shadow models, those that need none."""
     if not lacking(member):
         return catalogue.run(e.logits, e.y, member, e.population_logits, e.population_y, groups=e.groups)
-    found = catalogue.single(plain(e), e.y, member, groups=e.groups)
+    found = catalogue.single(e.logits[:, 0], e.y, member, groups=e.groups)
     return {name: found[name] for name in catalogue.NAMES if name in found}
 
 
@@ -196,16 +192,16 @@ def leakage(scored, e, member):
 
 def fit(ensembles):
     """Accuracy and loss on the members, and accuracy in minus out: a tidy frame."""
-    values = {"train_accuracy": {}, "train_loss": {}, "generalization_gap": {}}
-    for name, e in ensembles.items():
-        seen = signals(plain(e), e.y, only=("correct", "log_confidence"))
-        inside, outside = (intervals.ratio_influence_values(seen["correct"] * 1.0, m) for m in (e.member, ~e.member))
-        values["train_accuracy"][name] = inside
-        values["train_loss"][name] = intervals.ratio_influence_values(seen["log_confidence"] * -1.0, e.member)
-        values["generalization_gap"][name] = inside - outside
-    more = {"clusters": intervals.pairs(e.member), **how(e)}
-    found = [intervals.paired(each, metric, metric == "train_accuracy", **more) for metric, each in values.items()]
-    return pd.concat(found, ignore_index=True).assign(attack="")
+    e, frames = next(iter(ensembles.values())), []
+    for metric, values_of in {
+        "train_accuracy": lambda e: compare.on_pool(e, "correct"),
+        "train_loss": compare.train_losses,
+        "generalization_gap": lambda e: compare.on_pool(e, "correct") - compare.on_pool(e, "correct", members=False),
+    }.items():
+        values = {name: values_of(one) for name, one in ensembles.items()}
+        rate = metric == "train_accuracy"
+        frames.append(intervals.paired(values, metric, rate, clusters=intervals.pairs(e.member), **how(e)))
+    return pd.concat(frames, ignore_index=True).assign(attack="")
 
 
 def audit(given, out) -> pd.DataFrame:
@@ -213,7 +209,7 @@ def audit(given, out) -> pd.DataFrame:
 
     given: dict name -> path of an .npz or dict of arrays (see the top of this file), or a list of paths, named by
     their stems; the first is the baseline. The experiments are "main" and "null control" (shuffled membership, on
-    which every AUC should be 1/2). Raises ValueError or FileNotFoundError before any attack runs.
+    which every AUC should be 1/2). Raises ValueError before any attack runs.
     """
     named = {str(k): v for k, v in given.items()} if hasattr(given, "items") else {Path(p).stem: p for p in given}
     fine = 0 < len(named) == len(given)
@@ -252,7 +248,7 @@ def draw(out, ensembles, scored, frame):
     figures.style()
     auc, member = frame[(frame.metric == "auc") & (frame.experiment == "main")], next(iter(ensembles.values())).member
     own, differences = auc[auc.baseline == ""], auc[auc.baseline != ""]
-    phis = {name: signals(plain(e), e.y, only=("phi",))["phi"] for name, e in ensembles.items()}
+    phis = {name: compare.signal(e, "phi") for name, e in ensembles.items()}
     above = own.assign(**(own[["value", "ci_low", "ci_high"]] - 0.5))
     drawn = {"auc": figures.forest(above, "AUC minus 1/2, which is guessing")}
     if len(differences):

@@ -157,7 +157,7 @@ def test_other_spellings_of_the_same_are_read(name, tmp_path):
 def test_probabilities_of_zero_become_the_smallest_given():
     p = np.tile([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]], (1, 6, 1))
     e = own_logits.checked("x", {"probabilities": p, "y": np.arange(12) % 3, "member": np.arange(12)[None] % 2})
-    np.testing.assert_allclose(e.logits[0, 0], np.log([0.75, 0.25, 0.25]))
+    np.testing.assert_allclose(e.logits[0, 0, 0], np.log([0.75, 0.25, 0.25]))
     assert "33.33%" in e.notes[0] and "0.25" in e.notes[0]
 
 

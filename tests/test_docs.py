@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from lib.data.dataset import load
+from lib.data.dataset import DATASETS, load
 from lib.study import command_line, settings
 from lib.study.results import SETTINGS
 from lib.study.settings import ROOT
-from lib.training import ensemble, train
+from lib.training import ensemble, networks, optimizers, train
 from tools import costs, readme
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [*readme.PAGES, ROOT / "CONTRIBUTING.md"]}
@@ -188,6 +188,11 @@ def test_every_link_and_path_leads_somewhere(page):
         assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
 
 
+def test_the_settings_page_names_every_optimizer_network_and_data_set():
+    known = {*optimizers.BASES, *optimizers.RULES, *networks.MODELS, *DATASETS} - {"plain"}
+    assert known <= set(re.findall(r"`([\w]+)`", PAGES["docs/settings.md"]))
+
+
 def test_every_page_of_docs_is_linked_from_the_readme():
     assert {page for page in PAGES if page.startswith("docs/")} <= set(re.findall(r"\]\(([^)#]+)\)", README))
 
@@ -218,7 +223,7 @@ def test_disk_is_what_the_store_takes(table, quick, tmp_path):
 
 def test_time_is_of_a_whole_run_of_just_these_settings_or_not_measured(tmp_path):
     run = costs.preset_run("digits", "tiny", str(tmp_path / "store"))
-    book = {name: run.values[name] for name in SETTINGS}
+    book = {name: getattr(run, name) for name in SETTINGS}
     took = {
         "notebooks": [book.name[:2] for book in command_line.NOTEBOOKS],
         "n_models": 16,

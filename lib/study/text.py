@@ -137,33 +137,3 @@ def planted_leak(rows):
         f"in more of {pairs} pairs than chance allows"
     )
     return said + (f"; {joined(missed)} do not." if 0 < len(missed) < len(rows) else ".")
-
-
-def conclusions(accuracy, auc, equal_epochs, equal_loss, flat, pair):
-    """The run in a few sentences, one for each question. pair: 'sam-sgd'."""
-    treatment, _, baseline = pair.rpartition("-")
-    than = ("more than", "less than", "no differently from")
-    gain, lira = (
-        difference(accuracy, "test_accuracy", pair),
-        auc[(auc.attack == "lira") & (auc.optimizer == pair)].iloc[0],
-    )
-    top = difference(flat, "hessian_top_eigenvalue", pair)
-    train = pick(accuracy, baseline, "train_accuracy"), pick(accuracy, treatment, "train_accuracy")
-    turns = [(row.epochs, sign(row)) for row in equal_epochs.itertuples()]
-    words = {1: "more", -1: "less", 0: "no difference"}
-    lines = [
-        f"**Generalization.** {treatment} tests {describe_sign(gain, 'better than', 'worse than', 'no differently from')} "
-        f"{baseline} ({percentage_points(gain)}); train accuracies: {train[0]:.1%} ({baseline}) and {train[1]:.1%} ({treatment}).",
-        f"**Leakage.** Under LiRA, {treatment} leaks {describe_sign(lira, *than)} {baseline} ({percentage_points(lira)} of AUC).",
-        f"**Flatness.** By the largest Hessian eigenvalue, {treatment} ends "
-        f"{describe_sign(top, 'sharper than', 'flatter than', 'neither flatter nor sharper than')} {baseline}.",
-        f"**Equal epochs.** Leakage of {treatment} against {baseline}: "
-        + ", ".join(f"{words[s]} after {e}" for e, s in turns)
-        + " epochs.",
-    ]
-    if len(equal_loss):
-        at = ", ".join(f"{words[sign(row)]} at {row.train_loss:.2g}" for row in equal_loss.itertuples())
-        lines.append(f"**Equal train loss.** Leakage of {treatment} against {baseline}: {at} nats.")
-    else:
-        lines.append("**Equal train loss.** The two never reached a common train loss: nothing can be said.")
-    return lines

@@ -54,7 +54,7 @@ def read(path) -> dict[str, np.ndarray]:
 
 
 def checked(name, given) -> SimpleNamespace:
-    """One ensemble from a path or a dict of arrays: logits [M, Q, N, C], member [M, N], dataset.y, dataset.groups and more.
+    """One ensemble from a path or a dict of arrays: logits [M, Q, N, C], member [M, N], dataset.y, dataset.groups, ...
 
     What was not given is None; notes says what was changed. Raises ValueError naming the ensemble, the array, what it
     is and what is valid.
@@ -268,11 +268,14 @@ def summary(auc):
     said = []
     for (name, baseline), rows in auc.groupby(["optimizer", "baseline"], sort=False):
         best, above = rows.loc[rows.value.idxmax()], int((rows.ci_low > 0.5).sum())
-        alone = (
-            f"{name}: {above} of {len(rows)} attacks tell members from non-members (interval of AUC above 1/2); "
+        more, less, same = (rows.attack[rows.apply(text.sign, axis=1) == sign] for sign in (1, -1, 0))
+        said.append(
+            f"{name} leaks more than {baseline} under {len(more)} attacks ({text.joined(more)}), less under "
+            f"{len(less)} ({text.joined(less)}), and no differently, as far as we can tell, under {len(same)}."
+            if baseline
+            else f"{name}: {above} of {len(rows)} attacks tell members from non-members (interval of AUC above 1/2); "
             f"the highest AUC is {text.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}."
         )
-        said.append(text.summary(rows, f"{name} leaks", baseline) if baseline else alone)
     return said
 
 

@@ -102,20 +102,6 @@ def label(name, rho):
     return f"{name} {rho:.2g}" if rho else name
 
 
-def summary(rows, subject, baseline):
-    """'... more than sgd under 9 attacks, less under 1, and no detectable difference under 4.'"""
-    signs = [sign(row) for row in rows.itertuples()]
-    names = {s: [a for a, t in zip(rows.attack, signs, strict=True) if t == s] for s in (1, -1, 0)}
-    listed = {
-        s: f"{len(found)} attack{'s' * (len(found) != 1)}" + (f" ({', '.join(found)})" if found else "")
-        for s, found in names.items()
-    }
-    return (
-        f"{subject} more than {baseline} under {listed[1]}; less under {listed[-1]}; "
-        f"no detectable difference under {listed[0]}."
-    )
-
-
 def null_control(rows):
     """What the null control's rows say: how many attacks hold 0.5, and which lies furthest from it."""
     inside = (rows.ci_low <= 0.5) & (rows.ci_high >= 0.5)

@@ -34,13 +34,6 @@ def shortest(path):
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def smaller(png):
-    """A PNG (base64) with a palette of 256 colours: it looks the same and takes half the bytes."""
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(file := io.BytesIO(), "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
-
-
 def execute(book, given, out):
     """Run one notebook with papermill: what its kernel prints is printed here, progress bars are kept from the copy."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel python3 of this interpreter, not another's of that name
@@ -52,8 +45,12 @@ def execute(book, given, out):
     done = papermill.execute_notebook(book, out / book.name, parameters=given, kernel_name="python3", **streams)
     for cell in done.cells:
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output.data["image/png"] = smaller(output.data["image/png"])
+            if "image/png" in output.get(
+                "data", {}
+            ):  # a palette of 256 colours looks the same and takes half the bytes
+                image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+                image.quantize(256, dither=Image.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
+                output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
     for path in ("input_path", "output_path"):

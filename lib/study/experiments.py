@@ -36,17 +36,16 @@ class Planned(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """A named set of ensembles that are compared with each other.
+    """A set of ensembles that are compared with each other.
 
-    declare: (run, dataset, exact) -> dict key -> Planned. notebooks: the numbers of those that use it. essential: run
-    -> the keys that may not be left out when models diverge (default: all). pool: what the pool's name ends in if a
-    notebook draws it from results. optional: without 8 models of its first ensemble it is not run.
-    exact=False leaves the noise of private optimizers at 1, since an accountant takes seconds to find it.
+    declare: (run, dataset, exact) -> dict key -> Planned. exact=False: without the noise that private optimizers need
+    for their epsilon, since an accountant takes seconds to find it. notebooks: the numbers of those that use it.
+    essential: run -> the keys that may not be left out when models diverge (default: all). pool: the end of the data
+    set's name, if a notebook draws it from results. optional: not run without 8 models of the first ensemble.
     """
 
-    name: str
-    notebooks: tuple
     declare: Callable
+    notebooks: tuple
     essential: Callable | None = None
     pool: str = ""
     optional: bool = False
@@ -74,18 +73,16 @@ def main(run, dataset, exact):
     return {name: of(run, name, run.n_models) for name in run.names}
 
 
-def radii(run):
-    """Radii below, at and above the run's; none for an optimizer without a radius, one if its name gives one."""
-    recipe, factors = run.recipe(run.treatment), (0.25, 0.5, 1, 2) if run.is_small else (0.5, 1, 2)
-    factors = factors if recipe.optimizer.rho is None else (1,)
-    return [factor * recipe.rho for factor in factors if recipe.optimizer.has_radius]
-
-
 def radius_sweep(run, dataset, exact):
-    """The treatment at every radius. Keys: rho; 0.0, which is first, is its base without the rule."""
-    size = n_models(run, "sweep")
-    base = {0.0: of(run, run.recipe(run.treatment).optimizer.base_name, size)}
-    return base | {rho: of(run, run.treatment, size, rho=rho) for rho in radii(run)}
+    """The treatment at radii below, at and above the run's. Keys: rho. 0.0, the first, is its base without the rule.
+
+    An optimizer whose text gives a radius has only that one; one without a radius has none.
+    """
+    own, size = run.recipe(run.treatment), n_models(run, "sweep")
+    factors = (0.25, 0.5, 1, 2) if run.is_small else (0.5, 1, 2)
+    factors = () if not own.optimizer.has_radius else factors if own.optimizer.rho is None else (1,)
+    found = {0.0: of(run, own.optimizer.base_name, size)}
+    return found | {f * own.rho: of(run, run.treatment, size, rho=f * own.rho) for f in factors}
 
 
 def lengths(run, factors=None):
@@ -240,42 +237,39 @@ def private(run, dataset, exact):
     return found
 
 
-EXPERIMENTS = (
-    Experiment("main", ("01", "02", "03", "04"), main),
-    Experiment("radius sweep", ("01", "04"), radius_sweep, lambda run: [0.0]),
-    Experiment(
-        "length sweep", ("01",), length_sweep, lambda run: [(run.epochs, n) for n in (run.baseline, run.treatment)]
-    ),
-    Experiment("planted leak", ("01",), planted_leak, pool="leak"),
-    Experiment("planted faults", ("02",), planted_faults, pool="planted"),
-    Experiment(
-        "variants", ("06",), variants,
-        lambda run: [(run.baseline, 0.0), (run.treatment, run.recipe(run.treatment).rho)],
-    ),
-    Experiment(
-        "length sweep, few models", ("06",), length_sweep_few,
-        lambda run: [(run.epochs, run.baseline), (run.epochs, run.treatment),
-                     (equal_compute(run)[run.epochs], run.baseline)],
-    ),
-    Experiment(
-        "causes", ("06",), causes,
-        lambda run: [("as it is", "as it is", name) for name in (run.baseline, run.treatment)],
-    ),
-    Experiment("defences", ("06",), defences, lambda run: ["none"]),
-    Experiment("private", ("06",), private, lambda run: [(run.baseline, np.inf)], optional=True),
-)  # fmt: skip
+def pair(run):
+    """The keys of the run's own length in a length sweep."""
+    return [(run.epochs, run.baseline), (run.epochs, run.treatment)]
 
 
-def named(name):
-    """The Experiment of that name. Raises ValueError for an unknown one."""
-    found = {experiment.name: experiment for experiment in EXPERIMENTS}
-    if name not in found:
-        raise ValueError(f"experiment={name!r} is unknown: choose one of {', '.join(found)}")
-    return found[name]
+EXPERIMENTS = {
+    "main": Experiment(main, ("01", "02", "03", "04")),
+    "radius sweep": Experiment(radius_sweep, ("01", "04"), lambda run: [0.0]),
+    "length sweep": Experiment(length_sweep, ("01",), pair),
+    "planted leak": Experiment(planted_leak, ("01",), pool="leak"),
+    "planted faults": Experiment(planted_faults, ("02",), pool="planted"),
+    "variants": Experiment(
+        variants, ("06",), lambda run: [(run.baseline, 0.0), (run.treatment, run.recipe(run.treatment).rho)]
+    ),
+    "length sweep, few models": Experiment(
+        length_sweep_few, ("06",), lambda run: [*pair(run), (equal_compute(run)[run.epochs], run.baseline)]
+    ),
+    "causes": Experiment(
+        causes, ("06",), lambda run: [("as it is", "as it is", name) for name in (run.baseline, run.treatment)]
+    ),
+    "defences": Experiment(defences, ("06",), lambda run: ["none"]),
+    "private": Experiment(private, ("06",), lambda run: [(run.baseline, np.inf)], optional=True),
+}
 
 
-def plan(run, experiment, dataset=None, exact=True):
-    """What an Experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
+def plan(run, name, dataset=None, exact=True):
+    """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
     if not experiment.pool or dataset is not None:
         return experiment.declare(run, dataset, exact)
     stand_in = replace(run.dataset, name=f"{run.dataset.name}-{experiment.pool}")  # about its size
@@ -285,6 +279,7 @@ def plan(run, experiment, dataset=None, exact=True):
 
 # ---- what it costs ------------------------------------------------------------------------------------------
 
+COLUMNS = "experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 
 
@@ -301,14 +296,13 @@ def to_train(run, notebooks=None, exact=False):
     A list of (experiment's name, Planned, low, high) for the models low..high-1.
     """
     seen, found = {}, []
-    for experiment in EXPERIMENTS:
-        if notebooks is not None and not set(notebooks) & set(experiment.notebooks):
-            continue
-        for planned in plan(run, experiment, exact=exact).values():
-            key = planned.recipe, planned.dataset.hash, planned.is_drawn and planned.dataset.name
-            low, seen[key] = seen.get(key, 0), max(seen.get(key, 0), planned.n_models)
-            if low < planned.n_models:
-                found.append((experiment.name, planned, low, planned.n_models))
+    for name, experiment in EXPERIMENTS.items():
+        if notebooks is None or set(notebooks) & set(experiment.notebooks):
+            for planned in plan(run, name, exact=exact).values():
+                key = planned.recipe, planned.dataset.hash, planned.is_drawn and planned.dataset.name
+                low, seen[key] = seen.get(key, 0), max(seen.get(key, 0), planned.n_models)
+                if low < planned.n_models:
+                    found.append((name, planned, low, planned.n_models))
     return found
 
 
@@ -330,8 +324,8 @@ def flags(run, planned, low, high):
 def table(run, notebooks=None, exact=False):
     """What is left to train: a frame with a row for each ensemble, and what is known of its cost.
 
-    Columns experiment, arch, optimizer, rho, epochs, models, finished, megagradients (left, of one example), megabytes
-    (left, on the disk) and seconds (left, by this run alone; NaN where no model of this network is finished yet).
+    COLUMNS, of which megagradients (of one example) and megabytes (on the disk) are what is left; and seconds, left by
+    this run alone, NaN where no model of this network is finished yet.
     """
     rows, rates, device = [], {}, ensemble.device_of(run.device)
     for name, planned, low, high in to_train(run, notebooks, exact):
@@ -340,42 +334,37 @@ def table(run, notebooks=None, exact=False):
         told = [json.loads(path.read_text()).get("seconds") for path in done]
         rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
         row = dict(experiment=name, arch=recipe.arch, optimizer=str(recipe.optimizer), rho=recipe.rho)
-        row |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done), megagradients=missing * one / 1e6)
+        row |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
+        row |= dict(megagradients=missing * one / 1e6, megagradients_in_all=(high - low) * one / 1e6)
         row["megabytes"] = ensemble.stored_bytes(recipe, data, range(low + len(done), high)) / 1e6
         rows.append(row | {"at_once": workers.n_processes(recipe, data, device)})
-    columns = "experiment arch optimizer rho epochs models finished megagradients megabytes at_once".split()
-    frame = pd.DataFrame(rows, columns=columns)  # the verdict's notebook trains nothing: no rows
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "at_once"])  # the verdict's notebook trains nothing: no rows
     rate = frame.arch.map({arch: median(found) if found else np.nan for arch, found in rates.items()})
     return frame.assign(seconds=1e6 * frame.megagradients / rate / frame.at_once).drop(columns="at_once")
 
 
 def left(run, notebooks=None):
     """(gradients still to do, gradients in all) of a run's notebooks ("01", ...; default all)."""
-    to_do = total = 0.0
-    for _, planned, low, high in to_train(run, notebooks):
-        one = work(planned.recipe, len(planned.dataset.y), 1)
-        total += one * (high - low)
-        to_do += one * (high - low - len(flags(run, planned, low, high)))
-    return to_do, total
+    frame = table(run, notebooks)
+    return 1e6 * frame.megagradients.sum(), 1e6 * frame.megagradients_in_all.sum()
 
 
 def trial(run):
-    """Gradients of one example a second that training the baseline takes now, uncompiled, in all processes.
+    """Gradients of one example a second that training the baseline takes now, uncompiled, in all processes together.
 
-    Timed are two epochs of eight steps on a part of the pool: what three epochs take beyond one.
+    Timed is a short training on a part of the pool, of 2, 8 or 32 steps, until it takes a second.
     """
     data, recipe = run.dataset, run.recipe(run.baseline, subset=0.5)
-    n = min(len(data.y), 16 * recipe.batch_size) // 2 * 2
+    n = min(len(data.y), 4 * recipe.batch_size) // 2 * 2
     few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
-    seconds = {}
-    for epochs in (1, 3):
+    for epochs in (1, 4, 16):
         with tempfile.TemporaryDirectory() as folder:
-            short = replace(recipe, epochs=epochs)
-            train(short, few, 2, folder, run.device, quiet=True)
-            told = [json.loads(p.read_text())["seconds"] for p in Path(folder).glob("*/done/*.json")]
-            seconds[epochs] = median(told)
+            train(replace(recipe, epochs=epochs), few, 2, folder, run.device, quiet=True)
+            seconds = [json.loads(path.read_text())["seconds"] for path in Path(folder).glob("*/done/*.json")]
+        if sum(seconds) > 1:
+            break
     at_once = workers.n_processes(run.recipe(run.baseline), data, ensemble.device_of(run.device))
-    return at_once * work(replace(recipe, epochs=2), n, 1) / max(seconds[3] - seconds[1], 1e-6)
+    return at_once * work(replace(recipe, epochs=epochs), n, 1) / median(seconds)
 
 
 def describe(run, notebooks=None):
@@ -384,28 +373,26 @@ def describe(run, notebooks=None):
     unknown = 1e6 * frame.megagradients[frame.seconds.isna()].sum()
     seconds = frame.seconds.sum() + (unknown / trial(run) if unknown else 0)
     source = "the store's finished models" + (" and a trial of some steps just now" if unknown else "")
-    shown = frame.assign(time=["?" if s != s else duration(s) for s in frame.seconds]).drop(columns="seconds")
+    room = shutil.disk_usage(run.store).free / 1e6
+    shown = frame.assign(time=["?" if s != s else duration(s) for s in frame.seconds]).drop(
+        columns=["seconds", "megagradients_in_all"]
+    )
     return (
         f"{shown.round(1).to_string(index=False)}\n\n"
         f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
         f"{frame.megagradients.sum():.3g} million gradients: about {duration(seconds)} on {device}, by "
-        f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {free(run) / 1e6:.0f} MB free. "
+        f"{source}; {frame.megabytes.sum():.0f} MB on the disk, which has {room:.0f} MB free. "
         "The time to analyse them is not counted."
     )
 
 
-def free(run):
-    """Bytes free where the store lies."""
-    return shutil.disk_usage(run.store).free
-
-
 def check_disk(run, notebooks=None):
     """Raise ValueError naming `store` if what is left to train does not fit the disk."""
-    needed = 1e6 * table(run, notebooks).megabytes.sum()
-    if needed > free(run):
+    free, needed = shutil.disk_usage(run.store).free / 1e6, table(run, notebooks).megabytes.sum()
+    if needed > free:
         raise ValueError(
-            f"store={run.store!r}: the disk has {free(run) / 1e6:.0f} MB free, what is left of the run needs "
-            f"{needed / 1e6:.0f} MB: free some, or ask for fewer models, examples or notebooks"
+            f"store={run.store!r}: the disk has {free:.0f} MB free, what is left of the run needs {needed:.0f} MB: "
+            "free some, or ask for fewer models, examples or notebooks"
         )
 
 

@@ -50,52 +50,48 @@ PRESETS = {
 }
 
 
+def parameter(about, default=None, **limits):
+    """A field of Parameters with its help text. None: not given, so the preset decides (or, for gpus, the device)."""
+    return Field(**{"default": default, "description": about, **limits})
+
+
 class Parameters(BaseModel):
-    """The parameters of a run. None: the preset decides, or (gpus) the device."""
+    """The parameters of a run, with their types, limits and help texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    preset: Literal[tuple(PRESETS)] = Field(
-        "default", description="tiny (tests), default, small (images on two cores), fast, paper (both for a GPU)"
+    preset: Literal[tuple(PRESETS)] = parameter("tiny, default, small (two cores), fast, paper (a GPU)", "default")
+    dataset: Literal[tuple(DATASETS)] = parameter(f"one of {', '.join(DATASETS)}", "digits")
+    data: str | None = parameter("path of the data, where the data set needs one")
+    arch: str | None = parameter(f"network: {', '.join(networks.MODELS)}, or package.module:name")
+    optimizers: str | None = parameter("comma-separated, the first is the baseline: sgd,sam,looksam(k=5)")
+    rho: float | None = parameter("radius of SAM's neighbourhood", ge=0)
+    n_models: int | None = parameter("models per optimizer, an even number", ge=8, multiple_of=2)
+    n_examples: int | None = parameter("size of the pool, an even number", ge=2)
+    subset: float | None = parameter("share of the pool that each model trains on", gt=0, lt=1)
+    epochs: int | None = parameter("epochs of the main comparison", ge=1)
+    batch_size: int | None = parameter("examples per step", ge=1)
+    lr: float | None = parameter("peak learning rate", gt=0)
+    weight_decay: float | None = parameter("weight decay", ge=0)
+    augment: bool | None = parameter("random flips and shifts in training, and as queries of the attacks")
+    ema: float | None = parameter("decay of the moving average of the weights; 0: the last weights", ge=0, lt=1)
+    seed: int | None = parameter("seed of everything", ge=0)
+    device: str | None = parameter("auto, cpu, cuda, mps")
+    engine: Literal[workers.ENGINES] | None = parameter(
+        "local, or ray: a cluster at RAY_ADDRESS, or this machine's own"
     )
-    dataset: Literal[tuple(DATASETS)] = Field("digits", description=f"one of {', '.join(DATASETS)}")
-    data: str | None = Field(None, description="path of the data, where the data set needs one")
-    arch: str | None = Field(None, description=f"network: {', '.join(networks.MODELS)}, or package.module:name")
-    optimizers: str | None = Field(None, description="comma-separated, the first is the baseline: sgd,sam,looksam(k=5)")
-    rho: float | None = Field(None, ge=0, description="radius of SAM's neighbourhood")
-    n_models: int | None = Field(
-        None, ge=8, multiple_of=2, description="models per optimizer, an even number (sweeps take at most 128)"
-    )
-    n_examples: int | None = Field(None, ge=2, description="size of the pool, an even number")
-    subset: float | None = Field(None, gt=0, lt=1, description="share of the pool that each model trains on")
-    epochs: int | None = Field(None, ge=1, description="epochs of the main comparison")
-    batch_size: int | None = Field(None, ge=1, description="examples per step")
-    lr: float | None = Field(None, gt=0, description="peak learning rate")
-    weight_decay: float | None = Field(None, ge=0, description="weight decay")
-    augment: bool | None = Field(None, description="random flips and shifts in training, and as queries of the attacks")
-    ema: float | None = Field(
-        None, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0: the last weights"
-    )
-    seed: int | None = Field(None, ge=0, description="seed of everything")
-    device: str | None = Field(None, description="auto, cpu, cuda, mps")
-    engine: Literal[workers.ENGINES] | None = Field(
-        None, description="local, or ray: tasks on this machine's Ray, or on the cluster at RAY_ADDRESS"
-    )
-    gpus: float | None = Field(
-        None, ge=0, le=64, description="GPUs that a Ray task asks for, such as 0.25 (default 1 where there is one)"
-    )
-    store: str = Field(str(ROOT / "store"), description="folder of the trained ensembles (default: store)")
-    out: str = Field(
-        default_factory=lambda found: str(ROOT / "outputs" / found["dataset"]),
-        description="folder of this run's results (default: outputs/<dataset>)",
-    )
+    gpus: float | None = parameter("GPUs that a Ray task asks for, such as 0.25 (default 1 where there is one)", ge=0)
+    store: str = parameter("folder of the trained ensembles (default: store)", str(ROOT / "store"))
+    out: str | None = parameter("folder of this run's results (default: outputs/<dataset>)", validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def as_given(cls, value, info):
-        """A path becomes its text; True and False are no numbers."""
+        """A path becomes its text; True and False are no numbers; `out` follows the data set."""
         if isinstance(value, bool) and info.field_name != "augment":
             raise ValueError("true and false are valid for augment only")
+        if info.field_name == "out" and value is None and "dataset" in info.data:
+            return str(ROOT / "outputs" / info.data["dataset"])
         return str(value) if isinstance(value, Path) else value
 
 
@@ -210,21 +206,17 @@ class Run:
         """Told of each trained chunk of models, it says once how long the run's training will take."""
         return experiments.Forecast(self)
 
-    def train(self, planned):
-        """The Ensemble of an experiments.Planned, read from the store or trained now."""
-        where = self.store, self.device, self.engine, self.gpus
-        return train(planned.recipe, planned.dataset, planned.n_models, *where, notify=self.forecast)
-
     def ensembles(self, name, dataset=None):
         """The ensembles of one experiment, trained or read, on the models that all of them have: dict key -> Ensemble.
 
         name: of experiments.EXPERIMENTS, which says what the keys are. dataset: the pool, where the experiment wants
         one that is drawn from earlier results. Empty where the experiment does not apply to this run.
         """
-        experiment = experiments.named(name)
-        found = {}
-        for key, planned in experiments.plan(self, experiment, dataset).items():
-            found[key] = self.train(planned)
+        where = self.store, self.device, self.engine, self.gpus
+        found, planned = {}, experiments.plan(self, name, dataset)
+        experiment = experiments.EXPERIMENTS[name]
+        for key, (recipe, n_models, data, _) in planned.items():
+            found[key] = train(recipe, data, n_models, *where, notify=self.forecast)
             if experiment.optional and len(found) == 1 and len(found[key].ids) < 8:
                 return {}
         essential = experiment.essential and experiment.essential(self)

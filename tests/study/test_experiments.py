@@ -1,7 +1,9 @@
 """What is declared, what is left to train, and processes that share it."""
 
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from lib.analysis import compare, memorization
 from lib.study import command_line, experiments, settings
 from lib.study.experiments import Experiment, of
-from lib.training import Recipe, ensemble, workers
+from lib.training import Recipe, ensemble, train, workers
 
 SMALL = {"preset": "tiny", "n_models": "8", "n_examples": "100", "epochs": "2"}
 
@@ -25,61 +27,67 @@ def words(tmp_path, *more):
 
 
 def declared(run, name, dataset=None, exact=False):
-    return experiments.plan(run, experiments.named(name), dataset, exact)
+    return experiments.plan(run, name, dataset, exact)
+
+
+def trained(run, planned):
+    return train(planned.recipe, planned.dataset, planned.n_models, run.store, run.device, quiet=True)
 
 
 # ---- the list -----------------------------------------------------------------------------------------------
 
 
-def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypatch, capsys):
-    """run.ensembles, the plan, the forecast, the check of the disk and --work."""
+def two_rates(run, dataset, exact):
+    return {lr: of(run, "sgd", 8, lr=lr) for lr in (0.05, 0.3)}
 
-    def two_rates(run, dataset, exact):
-        return {lr: of(run, "sgd", 8, lr=lr) for lr in (0.05, 0.3)}
 
-    monkeypatch.setattr(experiments, "EXPERIMENTS", [Experiment("rates", ("03",), two_rates)])
+def three_rates(run, dataset, exact):
+    return two_rates(run, dataset, exact) | {0.1: of(run, "sgd", 16)}
+
+
+@pytest.mark.parametrize("declare, models", [(two_rates, [8, 8]), (three_rates, [8, 8, 16])])
+def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypatch, capsys, declare, models):
+    """The plan, the forecast, the check of the disk, --work and run.ensembles."""
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"rates": Experiment(declare, ("03",))})
     run = small(tmp_path)
     table = experiments.table(run)
-    assert list(table.experiment) == ["rates"] * 2 and list(table.models) == [8, 8]
-    assert experiments.left(run) == (2 * experiments.work(run.recipe("sgd"), 100, 8),) * 2
-    with pytest.raises(ValueError, match="main.*rates"):
-        run.ensembles("main")
+    assert list(table.experiment) == ["rates"] * len(models) and list(table.models) == models
+    assert experiments.left(run, ["01"]) == (0, 0)
+    one = experiments.work(run.recipe("sgd"), 100, 1)
+    assert experiments.left(run, ["03"]) == pytest.approx([sum(models) * one] * 2)
 
-    for name in ("rates", "none"):  # told of a second chunk, the forecast sums up this list
-        forecast = experiments.Forecast(run)
-        for _ in range(2):
-            forecast(run.recipe("sgd"), 100, 8, 10.0)
-        said = capsys.readouterr().out
-        assert ("about 20 s to go" in said) == (name == "rates")
-        monkeypatch.setattr(experiments, "EXPERIMENTS", [Experiment(name, ("03",), lambda *_: {3: of(run, "sgd", 8)})])
-    monkeypatch.setattr(experiments, "EXPERIMENTS", [Experiment("rates", ("03",), two_rates)])
+    for _ in range(2):  # of chunks of 8 models that took 10 s each
+        run.forecast(run.recipe("sgd"), 100, 8, 10.0)
+    assert f"about {10 * sum(models) / 8:.0f} s to go" in capsys.readouterr().out
 
-    monkeypatch.setattr(experiments, "free", lambda run: 1.5e6 * table.megabytes[0])
-    with pytest.raises(ValueError, match="store="):
-        experiments.check_disk(run)
-    monkeypatch.setattr(experiments, "free", lambda run: 2.5e6 * table.megabytes[0])
-    experiments.check_disk(run)
+    for room, fits in ((0.9, False), (1.1, True)):
+        free = shutil._ntuple_diskusage(10**9, 10**9, room * 1e6 * table.megabytes.sum())
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
+        with nullcontext() if fits else pytest.raises(ValueError, match="store="):
+            experiments.check_disk(run)
+    monkeypatch.undo()
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"rates": Experiment(declare, ("03",))})
 
     assert command_line.main(["--work", *words(tmp_path, "03")]) == 0
     assert experiments.left(run)[0] == 0
     found = run.ensembles("rates")
-    assert {lr: e.recipe.lr for lr, e in found.items()} == {0.05: 0.05, 0.3: 0.3} and len(found[0.3].ids) == 8
+    assert {lr: e.recipe.lr for lr, e in found.items()} == {lr: lr for lr in declare(run, None, None)}
+    with pytest.raises(ValueError, match="main.*rates"):
+        run.ensembles("main")
 
 
 @pytest.mark.parametrize("more", [{}, {"optimizers": "sgd,sam,looksam(k=3)", "epochs": 3}, {"arch": "mlp_bn"}])
 def test_essential_keys_are_declared_and_every_recipe_is_valid(tmp_path, more):
     run = small(tmp_path, **more)
-    for experiment in experiments.EXPERIMENTS:
-        found = experiments.plan(run, experiment, exact=False)
-        assert found and all(8 <= planned.n_models <= 16 for planned in found.values()), experiment.name
-        assert experiment.essential is None or set(experiment.essential(run)) <= set(found), experiment.name
+    for name, experiment in experiments.EXPERIMENTS.items():
+        found = declared(run, name)
+        assert found and all(8 <= planned.n_models <= 16 for planned in found.values()), name
+        assert experiment.essential is None or set(experiment.essential(run)) <= set(found), name
 
 
 def test_keys_are_those_that_the_notebooks_expect(tmp_path):
     run = small(tmp_path, epochs=8)
-    keys = {
-        experiment.name: list(experiments.plan(run, experiment, exact=False)) for experiment in experiments.EXPERIMENTS
-    }
+    keys = {name: list(declared(run, name)) for name in experiments.EXPERIMENTS}
     assert keys["main"] == ["sgd", "sam"]
     np.testing.assert_allclose(keys["radius sweep"], [0, 0.075, 0.15, 0.3, 0.6])
     assert {e for e, n in keys["length sweep"] if n == "sam"} == {1, 3, 8, 20}
@@ -158,14 +166,14 @@ def test_the_plan_lists_each_model_once_and_counts_what_is_finished(tmp_path):
     assert (before.finished == 0).all() and before.seconds.isna().all() and before.megabytes.sum() > 0
     assert not list((tmp_path / "store").glob("digits*")), "a plan makes nothing"
     assert before.duplicated(["optimizer", "rho", "epochs"]).sum() == 1, "the leak, on other data"
-    recipe = run.recipe("sgd")
-    run.train(of(run, "sgd", 8))
+    trained(run, of(run, "sgd", 8))
     after = experiments.table(run, ["01", "03"])
     main = (after.optimizer == "sgd") & (after.epochs == run.epochs) & (after.models == 8)
     assert (after.finished[main] == 8).all() and (after.finished[~main] == 0).all() and after.seconds.notna().all()
     assert after.megagradients[main].item() == after.seconds[main].item() == after.megabytes[main].item() == 0
     left = experiments.left(run, ["01", "03"])
-    assert total[0] == total[1] == left[1] and left[0] == pytest.approx(total[0] - experiments.work(recipe, 100, 8))
+    assert total[0] == total[1] == left[1]
+    assert left[0] == pytest.approx(total[0] - experiments.work(run.recipe("sgd"), 100, 8))
 
 
 def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
@@ -175,7 +183,8 @@ def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
     found = run.ensembles("planted leak", dataset=leaky)["leak"]
     assert found.dataset is leaky and len(found.ids) == compare.PLANTED
     leak = declared(run, "planted leak")["leak"]
-    assert experiments.left(run, ["01"])[0] == before - experiments.work(leak.recipe, 100, compare.PLANTED)
+    done = experiments.work(leak.recipe, 100, compare.PLANTED)
+    assert experiments.left(run, ["01"])[0] == pytest.approx(before - done)
     other = leak._replace(recipe=replace(leak.recipe, lr=0.05))
     assert len(experiments.flags(run, leak, 0, 16)) == 16 and not experiments.flags(run, other, 0, 16)
     assert not experiments.flags(run, leak._replace(dataset=run.dataset, is_drawn=False), 0, 16)
@@ -201,7 +210,7 @@ def test_a_forecast_is_told_once_after_the_second_chunk(tmp_path, capsys):
 
 def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, monkeypatch):
     run = small(tmp_path)
-    run.train(of(run, "sgd", 8))
+    trained(run, of(run, "sgd", 8))
     one = experiments.table(run, ["01"]).seconds
     monkeypatch.setattr(workers, "n_processes", lambda *_: 4)
     np.testing.assert_allclose(experiments.table(run, ["01"]).seconds, one / 4)
@@ -213,11 +222,11 @@ def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, 
 def test_an_optional_experiment_without_enough_models_is_not_run(tmp_path, monkeypatch):
     run, asked = small(tmp_path), []
 
-    def failing(self, planned):
-        asked.append(planned)
-        return ensemble.Ensemble(planned.recipe, planned.dataset, None, np.arange(6))
+    def failing(recipe, dataset, *_, **__):
+        asked.append(recipe)
+        return ensemble.Ensemble(recipe, dataset, None, np.arange(6))
 
-    monkeypatch.setattr(settings.Run, "train", failing)
+    monkeypatch.setattr(settings, "train", failing)
     assert run.ensembles("private") == {} and len(asked) == 1, "nothing private is trained in vain"
     with pytest.raises(ValueError, match="n_models"):
         run.ensembles("main")

@@ -37,10 +37,10 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
         return sum(lira(phi[:, q], member, offline, variance, leave) for q in range(phi.shape[1])) / phi.shape[1]
     if variance not in VARIANCES:
         raise ValueError(f"variance: {variance!r}; valid are {', '.join(map(repr, VARIANCES))}")
-    phi, member = checked(phi, member)
-    left_out = to_leave_out(member, leave)
-    require_shadows(member, 2, not offline)
-    outside, inside = statistics(phi, ~member), statistics(phi, member)
+    phi, inside = checked(phi, member)
+    outside, left_out = ~inside, to_leave_out(inside, leave)
+    require_shadows(inside, 2, not offline)
+    all_in, all_out = statistics(phi, inside), statistics(phi, outside)
     scores = np.empty(phi.shape, np.float32)
 
     def gaussian(side, chosen, m):
@@ -48,12 +48,12 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
         return mean, np.maximum(VARIANCES[variance](n, mean, squares), FLOOR)
 
     def attack(m):
-        mean_out, var_out = gaussian(outside, ~member, m)
+        mean_out, var_out = gaussian(all_out, outside, m)
         if offline:
             # z = (phi - mu_out) / sigma_out
             scores[m] = (phi[m] - mean_out) / np.sqrt(var_out)
         else:
-            mean_in, var_in = gaussian(inside, member, m)
+            mean_in, var_in = gaussian(all_in, inside, m)
             # log Lambda = log N(phi; mu_in, sigma_in^2) - log N(phi; mu_out, sigma_out^2)
             scores[m] = log_normal(phi[m], mean_in, var_in) - log_normal(phi[m], mean_out, var_out)
 
@@ -85,10 +85,10 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
         return sum(rmia(confidence[:, q], member, z, offline, gamma, a, leave) for q, z in enumerate(each)) / len(each)
-    p, member = checked(confidence, member)
-    left_out = to_leave_out(member, leave)
-    require_shadows(member, 1, not offline)
-    outside, inside = statistics(p, ~member), statistics(p, member)
+    p, inside = checked(confidence, member)
+    outside, left_out = ~inside, to_leave_out(inside, leave)
+    require_shadows(inside, 1, not offline)
+    all_in, all_out = statistics(p, inside), statistics(p, outside)
     total_z = None if population is None else population.sum(0, dtype=np.float64)
     scores = np.empty(p.shape, np.float32)
 
@@ -98,8 +98,8 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
 
     def attack(m):
         gone = left_out[m]
-        _, mean_out, _ = without(outside, p, ~member, gone)
-        mean_in = a * mean_out + 1 - a if offline else without(inside, p, member, gone)[1]
+        _, mean_out, _ = without(all_out, p, outside, gone)
+        mean_in = a * mean_out + 1 - a if offline else without(all_in, p, inside, gone)[1]
         ratio_x = ratio(p[m], mean_out, mean_in)
         order = np.argsort(ratio_x)
         if population is None:

@@ -61,6 +61,7 @@ class Claim(NamedTuple):
 OURS, AUC = "ours", Test("auc", attack="lira")  # checks of ours go beyond what the paper says
 BY_CONFIDENCE = dict(experiment="influence buckets", coordinate="by=influence on p_y")
 BUCKETS, RARE = dict(experiment="influence buckets"), dict(experiment="sub-patterns", coordinate="shared by=1 to 2")
+EACH = "each − its baseline"
 SPREAD = [(signal, over) for over in ("examples", "models") for signal in ("confidence", "phi")]
 CLAIMS = (
     Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),)),
@@ -107,12 +108,12 @@ CLAIMS = (
           (Test("relative hessian_top_eigenvalue", -1), AUC)),
     Claim("smaller_gap_larger_advantage", "01", "{a} has a smaller generalization gap than {b}, and lira has a larger "
           "advantage.", (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
+    Claim("other_optimizers_alike", "01", "Every sharpness-aware optimizer leaks more under lira.",
+          (Test("auc", 1, "lira", "every optimizer", "optimizer=", EACH),)),
+    Claim("other_architectures_alike", "01", "Sharpness-aware training leaks more under lira in every architecture.",
+          (Test("auc", 1, "lira", "every arch", "arch=", EACH),)),
 )  # fmt: skip
-ALIKE = {  # claims on the verdicts on lira: (statement, what the compared rows share, in what they differ)
-    "other_optimizers_alike": ("Every sharpness-aware optimizer leaks more under lira.", GROUP, "optimizer"),
-    "other_architectures_alike": ("Sharpness-aware training leaks more under lira in every architecture.",
-                                  ["dataset"], "arch"),
-}  # fmt: skip
+ALIKE = ("other_optimizers_alike", "other_architectures_alike")  # these need more than one run can have by default
 
 
 def beside(out):
@@ -225,8 +226,7 @@ def sharp(rows):
 
 def judged(rows, main, claim, pair):
     """A claim on the rows of a group, for a pair (optimizer, baseline): a row of the ledger without the group."""
-    compares = any(test.optimizer is None for test in claim.tests)
-    parts = []
+    compares, parts = any(test.optimizer is None for test in claim.tests), []
     for test in claim.tests:
         parts += tested(rows, test, *((test.optimizer, "") if test.optimizer else pair), claim.notebook)
     verdicts, effects, evidence, n_models = zip(*parts, strict=True)
@@ -238,31 +238,9 @@ def judged(rows, main, claim, pair):
         "effect": "; ".join(filter(None, effects)),
         "evidence": "; ".join(dict.fromkeys(evidence)),
         "n_models": pd.Series(n_models).min(),
-        "differs": setting(main, *pair) if compares else "a linear model on drawn data",
+        "differs": "a linear model on drawn data" if "theorem" in claim.tests[0].experiment else setting(main, *pair),
         "notebook": claim.notebook,
     }
-
-
-def alike(rows, ledger):
-    """The claims ALIKE, a row for each group: not run below two optimizers or architectures.
-
-    The optimizers of notebook 06 (the experiment "variants") count too, where the main comparison lacks them.
-    """
-    lira = sharp(rows[(rows.metric == "auc") & (rows.attack == "lira") & (rows.coordinate == "")])
-    lira = lira[lira.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")
-    lira = lira.drop_duplicates([*GROUP, "optimizer"])
-    verdicts = [judge(row.value, row.ci_low, row.ci_high, DELTAS[" points"])[0] for row in lira.itertuples()]
-    lira, out = lira.assign(verdict=verdicts), []
-    for row in ledger.drop_duplicates(GROUP).to_dict("records"):
-        for name, (statement, shared, across) in ALIKE.items():
-            found = lira[(lira[shared] == pd.Series(row)[shared]).all(axis=1)]
-            found = found[found.experiment == "main"] if across == "arch" else found
-            n = found[across].nunique()
-            about = dict(claim=name, statement=statement, verdict=combine(found.verdict) if n > 1 else "not run")
-            about["effect"] = "; ".join(f"{getattr(r, across)}: {r.verdict}" for r in found.itertuples())
-            about["evidence"] = f"{n} {across}{'s' * (n != 1)} with a verdict on lira; at least 2 are needed"
-            out.append(row | about | {"optimizer": "", "baseline": ""})
-    return pd.DataFrame(out, columns=LEDGER)
 
 
 def ledger(results):
@@ -276,14 +254,23 @@ def ledger(results):
         rows = pd.DataFrame([dict.fromkeys(rows.columns, "") | dict.fromkeys([*NUMBERS, *COUNTS], np.nan)])
     exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them
     rows = rows.assign(ci_low=rows.ci_low.fillna(exact), ci_high=rows.ci_high.fillna(exact))
-    out = []
+    lira = sharp(rows[(rows.metric == "auc") & (rows.attack == "lira") & (rows.coordinate == "")])
+    lira = lira[lira.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")  # main first
+    lira, out = lira.drop_duplicates([*GROUP, "optimizer"]), []
     for group, part in rows.groupby(GROUP, sort=False):
         main = part[(part.experiment == "main") & (part.coordinate == "")]
-        known = pd.concat([part, derived(part)])
+        known = [part, derived(part)]
+        optimizers = lira[(lira[GROUP] == pd.Series(group, GROUP)).all(axis=1)]
+        archs = lira[(lira.dataset == group[1]) & (lira.experiment == "main")]
+        for names, found in ((["optimizer"], optimizers), (["arch", "optimizer", "run"], archs)):
+            if found[names[0]].nunique() > 1:
+                about = dict(experiment=f"every {names[0]}", optimizer=EACH, baseline="", notebook="01")
+                at = [", ".join(map("=".join, zip(names, row, strict=True))) for row in found[names].values]
+                known.append(found.assign(coordinate=at, **about))
+        known = pd.concat(known)
         for pair in sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]:
             out += [dict(zip(GROUP, group, strict=True)) | judged(known, main, claim, pair) for claim in CLAIMS]
-    out = pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"])
-    return pd.concat([out, alike(rows, out)], ignore_index=True)
+    return pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"], ignore_index=True)
 
 
 def wide(ledger):

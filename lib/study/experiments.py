@@ -19,7 +19,7 @@ import pandas as pd
 from lib.analysis import compare, interventions
 from lib.data.dataset import Dataset
 from lib.training import Recipe, ensemble, networks, privacy, train, workers
-from lib.training.store import place
+from lib.training.store import place, read_json
 
 SIZES = {"sweep": (128, 64), "few": (64, 16), "private": (32, 8)}  # models of an ensemble: on small data, on images
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
@@ -313,10 +313,10 @@ def flags(run, planned, low, high):
     """
     name, key = ensemble.store_key(planned.recipe, planned.dataset)
     folder, text = place(run.store, name, key)
-    folders, wanted = [folder], json.loads(text)
+    folders = [folder]
     if planned.is_drawn:
-        recipes = [(path.parent, json.loads(path.read_text())) for path in folder.parent.glob(f"{name}-*/recipe.json")]
-        folders = [where for where, recipe in recipes if {**recipe, "data": ""} == {**wanted, "data": ""}]
+        recipes = {path.parent: read_json(path) for path in folder.parent.glob(f"{name}-*/recipe.json")}
+        folders = [f for f, recipe in recipes.items() if {**recipe, "data": ""} == {**json.loads(text), "data": ""}]
     found = [[where / "done" / f"{k:05d}.json" for k in range(low, high)] for where in folders]
     return max(([path for path in paths if path.exists()] for paths in found), key=len, default=[])
 
@@ -331,7 +331,7 @@ def table(run, notebooks=None, exact=False):
     for name, planned, low, high in to_train(run, notebooks, exact):
         recipe, data, done = planned.recipe, planned.dataset, flags(run, planned, low, high)
         one, missing = work(recipe, len(data.y), 1), high - low - len(done)
-        told = [json.loads(path.read_text()).get("seconds") for path in done]
+        told = [read_json(path).get("seconds") for path in done]
         rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
         row = dict(experiment=name, arch=recipe.arch, optimizer=str(recipe.optimizer), rho=recipe.rho)
         row |= dict(epochs=recipe.run_epochs, models=high - low, finished=len(done))
@@ -360,7 +360,7 @@ def trial(run):
     for epochs in (1, 4, 16):
         with tempfile.TemporaryDirectory() as folder:
             train(replace(recipe, epochs=epochs), few, 2, folder, run.device, quiet=True)
-            seconds = [json.loads(path.read_text())["seconds"] for path in Path(folder).glob("*/done/*.json")]
+            seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
         if sum(seconds) > 1:
             break
     at_once = workers.n_processes(run.recipe(run.baseline), data, ensemble.device_of(run.device))
@@ -368,15 +368,14 @@ def trial(run):
 
 
 def describe(run, notebooks=None):
-    """The table as text, with what is left in all: gradients, time, disk and memory."""
+    """The table as text, with what is left in all: gradients, time and disk."""
     frame, device = table(run, notebooks, exact=True), ensemble.device_of(run.device)
     unknown = 1e6 * frame.megagradients[frame.seconds.isna()].sum()
     seconds = frame.seconds.sum() + (unknown / trial(run) if unknown else 0)
     source = "the store's finished models" + (" and a trial of some steps just now" if unknown else "")
     room = shutil.disk_usage(run.store).free / 1e6
-    shown = frame.assign(time=["?" if s != s else duration(s) for s in frame.seconds]).drop(
-        columns=["seconds", "megagradients_in_all"]
-    )
+    times = ["?" if s != s else duration(s) for s in frame.seconds]
+    shown = frame.drop(columns=["seconds", "megagradients_in_all"]).assign(time=times)
     return (
         f"{shown.round(1).to_string(index=False)}\n\n"
         f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from lib.training import ensemble
-from lib.training.store import VERSION, write_atomic
+from lib.training.store import VERSION, read_json, write_atomic
 
 IDENTITY = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split()
 NUMBERS = "value ci_low ci_high".split()
@@ -48,8 +48,7 @@ def read(path):
 
 def differing(out):
     """Sentences on the settings in which the notebooks behind a results.csv differ: one each; none if all agree."""
-    path = Path(out) / "settings.json"
-    made = json.loads(path.read_text()) if path.exists() else {}
+    made = read_json(Path(out) / "settings.json")
     values = {name: {book: of[name] for book, of in made.items() if name in of} for name in SETTINGS if made}
     mixed = {name: of for name, of in values.items() if len(set(map(str, of.values()))) > 1}
     return [f"{name} differs: " + ", ".join(f"{v} in {b}" for b, v in sorted(of.items())) for name, of in mixed.items()]
@@ -118,7 +117,7 @@ class Results:
                 if self.path.exists():
                     others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
                     own = pd.concat([others[others.notebook != notebook], own])
-                made = json.loads(path.read_text()) if path.exists() else {}
+                made = read_json(path)
                 made[notebook] = {name: getattr(self.run, name) for name in SETTINGS}
                 write_atomic(path, json.dumps(made, indent=1))
                 write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))

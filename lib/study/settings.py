@@ -138,11 +138,6 @@ def parse(arguments):
     return [w for w in words if "=" not in w], {n: v for n, v in found.items() if v is not None}, doing
 
 
-def is_small(dataset):
-    """True for tables and small pictures, whose networks train quickly: experiments use more models and levels."""
-    return not (dataset.is_image and min(dataset.x.shape[-2:]) >= 16)
-
-
 def precision_of(arch, device):
     """bfloat16 where it is fast (convolutions, on a GPU or a CPU with bfloat16 instructions), else float32."""
     if arch.startswith("mlp") or device.type == "mps":
@@ -188,8 +183,8 @@ class Run:
 
     @property
     def is_small(self):
-        """True for tables and small pictures."""
-        return is_small(self.dataset)
+        """True for tables and small pictures, whose networks train quickly: experiments use more models and levels."""
+        return not (self.dataset.is_image and min(self.dataset.x.shape[-2:]) >= 16)
 
     def recipe(self, optimizer, **changes):
         """The run's Recipe for one optimizer (or its text), with some fields changed."""
@@ -215,6 +210,8 @@ class Run:
         where = self.store, self.device, self.engine, self.gpus
         found, planned = {}, experiments.plan(self, name, dataset)
         experiment = experiments.EXPERIMENTS[name]
+        if any(one.is_drawn for one in planned.values()):
+            raise ValueError(f"dataset=None: {name!r} needs the pool that its notebook draws from results")
         for key, (recipe, n_models, data, _) in planned.items():
             found[key] = train(recipe, data, n_models, *where, notify=self.forecast)
             if experiment.optional and len(found) == 1 and len(found[key].ids) < 8:
@@ -241,7 +238,7 @@ def open_run(given):
     writable("out", asked.out)
     writable("store", asked.store)
     whole = load(asked.dataset, asked.data, Path(asked.store) / "cache")
-    preset = PRESETS[asked.preset]["table" if is_small(whole) else "image"]
+    preset = PRESETS[asked.preset]["table" if Run(asked, whole).is_small else "image"]
     values = {**preset, **asked.model_dump(exclude_none=True)}
     bound = None if asked.n_examples is None and len(whole.y) <= values["n_examples"] else values["n_examples"]
     # the models are asked about as many test points as each is trained on, or about all there are

@@ -180,6 +180,8 @@ def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
     run = small(tmp_path)
     before = experiments.left(run, ["01"])[0]
     leaky, _ = memorization.leak(run.dataset, 3, 20, run.seed)
+    with pytest.raises(ValueError, match="dataset"):
+        run.ensembles("planted leak")
     found = run.ensembles("planted leak", dataset=leaky)["leak"]
     assert found.dataset is leaky and len(found.ids) == compare.PLANTED
     leak = declared(run, "planted leak")["leak"]

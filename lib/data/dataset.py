@@ -234,21 +234,23 @@ def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:
     """Indices of n_examples in whole groups, in random order; None: of as many as possible.
 
-    Groups are taken in a random order, first within the share of their class, then where there is room. Two equal
-    halves must be possible: of groups of two, that takes a multiple of 4 examples.
+    Groups are taken in a random order, first up to the share of their class, then as long as any fits. The result can
+    be cut into two equal halves of whole groups: if all groups are pairs, its size is a multiple of 4.
     """
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)
-    ways = [(rng.permutation(len(sizes)), top) for _ in range(8)]  # one may end an example short: then try the next
-    ways.append((np.argsort(-sizes, kind="stable"), 0 * top))  # at last, small groups fill the gaps, of any class
-    whole, slack = len(groups) // 2 * 2, 2 * sizes.max()
-    for n, (order, top) in product([n_examples] if n_examples else range(whole, max(whole - slack, 1), -2), ways):
-        room = _quota(np.bincount(top, weights=sizes).astype(int), n, least=2)
-        chosen, half = np.zeros(len(sizes), bool), n // 2
+    # an order may end one example short, so several are tried; in the last, small groups of any class fill the gaps
+    tries = [(rng.permutation(len(sizes)), top) for _ in range(8)]
+    tries.append((np.argsort(-sizes, kind="stable"), np.zeros_like(top)))
+    largest, slack = len(groups) // 2 * 2, 2 * sizes.max()
+    targets = [n_examples] if n_examples else range(largest, max(largest - slack, 1), -2)
+    for n, (order, stratum) in product(targets, tries):
+        room = _quota(np.bincount(stratum, weights=sizes).astype(int), n, least=2)
+        chosen = np.zeros(len(sizes), bool)
         for group in order:
-            chosen[group] = sizes[group] <= room[top[group]]
-            room[top[group]] -= sizes[group] * chosen[group]
-        left = room.sum()
+            chosen[group] = sizes[group] <= room[stratum[group]]
+            room[stratum[group]] -= sizes[group] * chosen[group]
+        left, half = room.sum(), n // 2
         for group in order[~chosen[order]]:
             chosen[group] = sizes[group] <= left
             left -= sizes[group] * chosen[group]

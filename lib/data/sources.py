@@ -1,7 +1,7 @@
 """Where the data come from: a name and a path become arrays, which lib.data.dataset makes into one `Dataset`.
 
 Archives are read in memory, up to a size: nothing in them is written to disk and no link is followed. Arrays of
-objects are refused. Only CIFAR's own files are pickles: torchvision reads them once their checksums are right.
+objects are refused. Only CIFAR's own files are pickles, and torchvision reads them after comparing their checksums.
 """
 
 import glob
@@ -16,8 +16,6 @@ import zipfile
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import blake2b, sha256
-from itertools import islice
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +59,6 @@ FILES = {
     "texas100": ("texas100.npz", "dataset_texas.tgz", "texas"),
     "eyepacs": ("eyepacs", *(f"eyepacs{suffix}" for suffix in ARCHIVES), "diabetic-retinopathy-detection"),
 }
-SHA256 = {
-    "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-    "cifar-100-python.tar.gz": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-}
 _CIFAR = "nothing to do: it is downloaded, checksums checked. Terms: none are stated; cite Krizhevsky (2009)."
 _SHOKRI = "mkdir -p data && cd data && curl -LO https://github.com/privacytrustlab/datasets/raw/master/dataset"
 SOURCES = {  # how to obtain a data set, and its terms
@@ -88,7 +82,7 @@ def obtain(name: str) -> str:
 
 
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
-    """Arrays x, y and, where there are, x_test, y_test, groups, pattern, pattern_test of a data set of DATASETS.
+    """Arrays of a data set of DATASETS: x, y and perhaps x_test, y_test, groups, pattern and pattern_test.
 
     data: its path, or None. cache: the folder for decoded data. Raises FileNotFoundError for a missing path or file,
     ValueError for anything else that is wrong.
@@ -97,17 +91,23 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     if name in ("digits", "subclasses"):
         need(data is None, f"dataset {name!r} is built in; it takes no path")
         return _digits() if name == "digits" else _subclasses()
+    need(data is not None or name in FILES, f"dataset {name!r} needs the path of an .npz file or of images")
+    need(data is None or isinstance(data, str | os.PathLike) and str(data), "not a path; a string or Path is needed")
     path = _find(name, data)
     if name in ("cifar10", "cifar100") and path.name in FILES[name]:
         return _cifar(name, path, download=data is None)
     if name == "npz" or name in TEXTS and path.suffix == ".npz":
         return _npz(path, binary=name in TEXTS)
-    wanted, make = {"eyepacs": (RETINA, _retina)}.get(name, (PLACE, _images))
-    if name in TEXTS:
-        wanted, make = re.compile(f"{_IN}{_IN}({'|'.join(TEXTS[name])})"), partial(_text, name)
-        if path.is_file() and not path.name.endswith(ARCHIVES):  # the text file itself, or one of Texas' two
-            path, wanted = path.parent, wanted if name == "texas100" else re.compile(re.escape(path.name))
-    return _cached(name if make is not _images else "images", path, wanted, make, cache)
+    if name == "eyepacs":
+        return _cached(name, path, RETINA, _retina, cache)
+    if name not in TEXTS:
+        return _cached("images", path, PLACE, _images, cache)
+    wanted = re.compile(f"{_IN}{_IN}({'|'.join(TEXTS[name])})")
+    if path.is_file() and not path.name.endswith(
+        ARCHIVES
+    ):  # the text file itself, under any name, or one of Texas' two
+        path, wanted = path.parent, wanted if name == "texas100" else re.compile(re.escape(path.name))
+    return _cached(name, path, wanted, partial(_text, name), cache)
 
 
 def need(fine, problem: str) -> None:
@@ -117,36 +117,29 @@ def need(fine, problem: str) -> None:
 
 
 def _find(name: str, data) -> Path:
-    """The path `data`, where the suffix of an archive may be left out, or one of FILES in it; None: one in data/."""
-    need(data is not None or name in FILES, f"dataset {name!r} needs the path of an .npz file or of images")
-    need(data is None or isinstance(data, str | os.PathLike) and str(data), "not a path; a string or Path is needed")
-    given = ROOT / "data" if data is None else Path(data).expanduser()
-    known = FILES.get(name, ())
-    found = [given / file for file in known if (given / file).exists() or data is None and name.startswith("cifar")][:1]
-    if not found and data is not None:
-        found = [given] if given.exists() else [p for s in ARCHIVES if (p := Path(f"{given}{s}")).is_file()]
+    """The first of FILES in the folder `data` (None: data/), else `data` itself, with an archive's suffix or without.
+
+    A file with its sha256 beside it, in `<file>.sha256`, is compared with that. Raises FileNotFoundError, ValueError.
+    """
+    known, given = FILES.get(name, ()), ROOT / "data" if data is None else Path(data).expanduser()
+    found = [path for file in known if (path := given / file).exists()][:1]
+    if data is None and name in ("cifar10", "cifar100"):
+        found = [given / known[0]]  # torchvision downloads what is missing
+    elif data is not None and not found:
+        found = [given] if given.exists() else [path for s in ARCHIVES if (path := Path(f"{given}{s}")).is_file()]
     need(len(found) < 2, f"could be any of {', '.join(path.name for path in found)}; name one")
     if not found:
-        problem = f"{given} does not exist, nor with {', '.join(ARCHIVES)} added"
-        problem = f"none of {', '.join(known)} is in {given}" if data is None else problem
-        raise FileNotFoundError(f"data={data!r}: {problem}. {obtain(name) if known else ''}")
-    if found[0].is_file():
-        _check(found[0])
-    return found[0]
-
-
-def _check(path: Path) -> None:
-    """Compare a file with its sha256 in SHA256 and with the one in `<file>.sha256` beside it, where there are any."""
-    beside = path.with_name(f"{path.name}.sha256")
-    known = [SHA256[path.name]] if path.name in SHA256 else []
-    known += beside.read_text().lower().split()[:1] if beside.exists() else []
-    if known:
-        digest = sha256()
-        with open(path, "rb") as file:
+        what = f"{', '.join(known)} in {given}" if data is None else f"{given}, nor with {', '.join(ARCHIVES)} added"
+        raise FileNotFoundError(f"data={data!r}: there is no {what}. {obtain(name) if known else ''}")
+    beside = found[0].with_name(f"{found[0].name}.sha256")
+    if beside.is_file() and found[0].is_file():
+        digest, known = sha256(), beside.read_text().lower()[:64]
+        with open(found[0], "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-        fine = set(known) == {digest.hexdigest()}
-        need(fine, f"{path.name} has sha256 {digest.hexdigest()}, needed is {known}; obtain the file again")
+        what = f"{found[0].name} has the sha256 {digest.hexdigest()}, {beside.name} says {known}"
+        need(digest.hexdigest() == known, f"{what}; obtain the file again")
+    return found[0]
 
 
 def _digits() -> dict[str, np.ndarray]:
@@ -178,22 +171,22 @@ def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, n
 
 
 def _cifar(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
-    """CIFAR by torchvision, from the folder of its files or from its archive, once its sha256 is right.
+    """CIFAR by torchvision, from the folder of its files or from its archive, which is unpacked in a temporary folder.
 
-    The archive is unpacked into a temporary folder. torchvision compares the md5 of a download before it unpacks it,
-    and that of each file before it unpickles any.
+    The md5 of an archive is compared before it is unpacked, and that of each file before it is unpickled.
     """
     from torchvision import datasets  # here: it takes two seconds, and every worker process imports this module
 
+    kind = getattr(datasets, name.upper())
     if path.is_file():
+        need(datasets.utils.check_integrity(path, kind.tgz_md5), f"{path.name} fails its checksum: obtain it again")
         with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as tar:
             tar.extractall(folder, filter="data")
-            return _cifar(name, Path(folder, FILES[name][0]), download=False)
-    read = partial(getattr(datasets, name.upper()), path.parent, download=download)
+            return _cifar(name, Path(folder, kind.base_folder), download=False)
     try:
         with warnings.catch_warnings():  # NumPy 2.4 deprecates how these old files spell their dtype
             warnings.simplefilter("ignore")
-            train, test = read(train=True), read(train=False)
+            train, test = (kind(path.parent, train=part, download=download) for part in (True, False))
     except (OSError, RuntimeError) as error:
         give = f"data= may be the path of {' or '.join(FILES[name])}, or of images {LAYOUT}"
         raise ValueError(f"{name} could not be downloaded, or fails its checksum: {error}; {give}") from error
@@ -202,7 +195,7 @@ def _cifar(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
 
 
 def _npz(path: Path, binary: bool) -> dict[str, np.ndarray]:
-    """x, y and, where there are, x_test, y_test and groups, under one of NAMES."""
+    """x, y and perhaps x_test, y_test and groups; in the file they may have any of NAMES."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             fits(file)
@@ -226,9 +219,10 @@ def fits(file: np.lib.npyio.NpzFile) -> None:
 
 
 def _cached(kind: str, path: Path, wanted: re.Pattern, make, cache: Path) -> dict[str, np.ndarray]:
-    """make((name, content) of each wanted file in a folder, two folders down at most, or archive), made once.
+    """Arrays that `make` gets from (name, content) of the wanted files in a folder or archive, read once, then cached.
 
-    The cache file is named by a hash of the path and of the name, size and time of change of each file.
+    The cache file is named by a hash of the path and of the name, size and time of change of each file. In a folder,
+    files up to two folders down are found.
     """
     names = [""]  # the archive itself
     if path.is_dir():
@@ -239,7 +233,8 @@ def _cached(kind: str, path: Path, wanted: re.Pattern, make, cache: Path) -> dic
     file = cache / f"{path.name.split('.')[0]}-{key}.npz"
     with suppress(Exception), open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         return dict(arrays)  # NumPy compares each array with its CRC-32
-    arrays = make(_members(path, names, wanted))  # the cache file is absent or damaged
+    # the cache file is absent or damaged
+    arrays = make(tqdm(_members(path, names, wanted), unit=" files", leave=False, delay=1))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         np.savez(f"{folder}/part.npz", **arrays)
@@ -274,19 +269,8 @@ def _members(path: Path, names: list[str], wanted: re.Pattern):
         raise ValueError(f"a folder or a whole archive ({', '.join(ARCHIVES)}) is needed: {error}") from error
 
 
-def _decoded(files, side: int | None = None):
-    """(name, pixels) of each image and (name, content) of each other file, in order, a block at a time by threads."""
-    with ThreadPool(min(8, os.cpu_count())) as threads, tqdm(unit=" images", leave=False, delay=1) as bar:
-        while block := list(islice(files, 256)):  # no more is held undecoded
-            yield from threads.map(partial(_pixels, side), block, chunksize=16)
-            bar.update(len(block))
-
-
-def _pixels(side: int | None, file: tuple[str, bytes]):
-    """(name, uint8 [1, H, W] of a grey image, [3, H, W] of any other); with `side`, its central square, that large."""
-    name, content = file
-    if not name.lower().endswith(IMAGES):
-        return file
+def _pixels(name: str, content: bytes, side: int | None = None) -> np.ndarray:
+    """uint8 [1, H, W] of a grey image, [3, H, W] of any other; with `side`, its central square scaled to that side."""
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
             few = image.width * image.height <= MOST_PIXELS
@@ -299,13 +283,14 @@ def _pixels(side: int | None, file: tuple[str, bytes]):
                 pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
     except Exception as error:  # PIL raises many kinds
         raise ValueError(f"image {name} cannot be used: {error}") from error
-    return name, np.atleast_3d(pixels).transpose(2, 0, 1)
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
 def _images(files) -> dict[str, np.ndarray]:
-    """x, y and, where there are, x_test, y_test of a tree of images, sorted by class and file; y holds class names."""
+    """x, y and perhaps x_test, y_test of a tree of images, sorted by class and file; y holds the names of classes."""
     images, arrays, size = {}, {}, None
-    for name, pixels in _decoded(files):
+    for name, content in files:
+        pixels = _pixels(name, content)
         size = size or pixels.shape[1:]
         need(pixels.shape[1:] == size, f"image {name}: (H, W) is {pixels.shape[1:]}, of others {size}; one is needed")
         images[PLACE.fullmatch(name).groups()] = pixels
@@ -364,12 +349,12 @@ def _retina(files) -> dict[str, np.ndarray]:
     The layout is that of Kaggle's Diabetic Retinopathy Detection (2015); the table trainLabels.csv grades each image.
     """
     images, tables = {}, []
-    for name, content in _decoded(files, SIDE):
+    for name, content in files:
         need(Path(name).stem not in images, f"image {Path(name).stem!r} is there twice")
         if name.endswith(".csv"):
             tables.append(content)
         else:
-            images[Path(name).stem] = content
+            images[Path(name).stem] = _pixels(name, content, SIDE)
     need(len(tables) == 1, f"it holds {len(tables)} tables trainLabels.csv and {len(images)} images; one is needed")
     table = _csv("trainLabels.csv", tables[0], str, keep_default_na=False)
     need({"image", "level"} <= set(table), f"trainLabels.csv has the columns {list(table)}; image, level are needed")

@@ -54,7 +54,7 @@ def test_an_archive_of_pickles_that_is_not_the_published_one_is_not_unpacked(tmp
     (folder / "a").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     archive = packed(tmp_path / "b", tmp_path / "cifar-10-python.tar.gz")
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(ValueError, match="data=.*cifar-10-python.tar.gz.*sha256"):
+    with pytest.raises(ValueError, match="data=.*cifar-10-python.tar.gz.*checksum"):
         load("cifar10", archive)
     assert not (tmp_path / "ran").exists()
 

@@ -222,17 +222,14 @@ class Ensemble:
         return replace(self, ids=np.asarray(ids))
 
     def weights(self, k):
-        """(net, params, buffers) of model k < 16: a module in evaluation mode and two dicts of tensors."""
+        """(net, params, buffers) of model k < KEEP_WEIGHTS: a module in evaluation mode and two dicts of tensors."""
         net = networks.build(self.recipe.arch, self.dataset.x.shape[1:], self.dataset.n_classes).eval()
+        params, buffers = dict(net.named_parameters()), dict(net.named_buffers())
+        leaves = {**params, **buffers}
         flat = torch.from_numpy(np.array(self.store.rows["weights"].read()[k]))
-        trees, at = [], 0
-        for named in (net.named_parameters(), net.named_buffers()):
-            tree = {}
-            for name, leaf in named:
-                tree[name] = flat[at : at + leaf.numel()].view(leaf.shape).to(leaf.dtype)
-                at += leaf.numel()
-            trees.append(tree)
-        return net, *trees
+        parts = flat.split([leaf.numel() for leaf in leaves.values()])
+        kept = {n: p.view(leaf.shape).to(leaf.dtype) for (n, leaf), p in zip(leaves.items(), parts, strict=True)}
+        return net, {n: kept[n] for n in params}, {n: kept[n] for n in buffers}
 
 
 def finished(recipe, dataset, n_models, kept):

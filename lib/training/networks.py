@@ -24,8 +24,8 @@ from torchvision.models import vgg
 def mlp(shape, n_classes, hidden=(256,), activation=nn.ReLU, norm=False):
     """Fully connected layers on the flattened input, by default one of 256 ReLUs; norm: BatchNorm before each.
 
-    mlp3 and mlp3_tanh have the layers 512, 256 and 128 of the networks that membership studies train on Purchase-100
-    and Texas-100; Nasr et al. 2019 (who put one of 1024 before them) have tanh, others ReLU.
+    mlp3 and mlp3_tanh have the layers of the networks that membership studies train on Purchase-100 and Texas-100
+    (Nasr et al. 2019, with tanh and one layer more).
     """
     widths = [prod(shape), *hidden]
     layers = [nn.Flatten()]
@@ -110,11 +110,7 @@ def wrn28_2(shape, n_classes, blocks=4, widen=2):
 
 
 def vgg16_bn(shape, n_classes):
-    """torchvision's VGG-16 features with BatchNorm, then one linear layer on the 512 channels that 32x32 images leave.
-
-    No dropout: it stood between the linear layers of the original head, which are gone, and its random numbers would
-    not be those of (seed, model) alone.
-    """
+    """torchvision's VGG-16 features with BatchNorm, then one linear layer, without the original head's dropout."""
     if min(shape[1:]) < 32:
         raise ValueError(f"arch='vgg16_bn' needs images of 32x32 or more, but an example has shape {tuple(shape)}")
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
@@ -150,9 +146,8 @@ MODELS = {
 def build(arch, shape, n_classes):
     """A freshly initialised network: an nn.Module that maps [B, *shape] to logits [B, n_classes].
 
-    arch: a name in MODELS, or the import path "package.module:name" of a reader's own callable (shape, n_classes) ->
-    nn.Module. shape: of one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if the name is unknown,
-    the network needs images, or the callable does not make such a module.
+    arch: a name in MODELS, or the import path package.module:name of a reader's own callable (shape, n_classes) ->
+    nn.Module. shape: of one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if that can't be made.
     """
     if arch in MODELS:
         if not arch.startswith("mlp") and len(shape) != 3:
@@ -161,21 +156,14 @@ def build(arch, shape, n_classes):
     if ":" not in arch:
         raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
     own = resolve(arch, "arch")
-    if not callable(own):
-        raise ValueError(f"arch={arch!r} is {type(own).__name__}: a callable (shape, n_classes) is needed")
     try:
         net = own(shape, n_classes)
-    except Exception as error:
-        raise ValueError(f"arch={arch!r} fails when called with {tuple(shape)}, {n_classes}: {error!r}") from error
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"arch={arch!r} made {type(net).__name__}: an nn.Module is needed")
-    modes = {module: module.training for module in net.modules()}
-    try:
+        modes = {module: module.training for module in net.modules()}
         with torch.no_grad():
-            logits = net.eval()(torch.zeros(2, *shape))
+            found = tuple(net.eval()(torch.zeros(2, *shape)).shape)
     except Exception as error:
-        raise ValueError(f"arch={arch!r} fails on examples of shape {tuple(shape)}: {error}") from error
-    found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        wanted = f"a callable (shape, n_classes) that makes an nn.Module for examples of shape {tuple(shape)} is needed"
+        raise ValueError(f"arch={arch!r} fails: {error!r}; {wanted}") from error
     if found != (2, n_classes):
         raise ValueError(f"arch={arch!r} maps 2 examples to {found}: logits of shape {(2, n_classes)} are needed")
     for module, training in modes.items():
@@ -184,10 +172,7 @@ def build(arch, shape, n_classes):
 
 
 def check_repeatable(net, arch, shape):
-    """Raise ValueError if a reader's own net draws random numbers in training, as dropout does.
-
-    They would not be a function of the seed and the model's number, and two optimizers would not share them.
-    """
+    """Raise ValueError if a reader's own net draws random numbers in training: two optimizers would not share them."""
     twin, x = copy.deepcopy(net).train(), torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         first, second = (torch.manual_seed(seed) and twin(x) for seed in (0, 1))
@@ -196,11 +181,7 @@ def check_repeatable(net, arch, shape):
 
 
 def resolve(path, parameter):
-    """The object at "package.module:name"; modules in the current directory are found too.
-
-    parameter: whose value the path is, for the message. Raises ValueError naming it where the path is not written
-    so, the module is not there or fails at import, or has no such name.
-    """
+    """The object at package.module:name, also of a module in the current directory. ValueError naming `parameter`."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", path):
         raise ValueError(f"{parameter}={path!r} is not an import path: it is written package.module:name")
     module, name = path.split(":")
@@ -208,22 +189,16 @@ def resolve(path, parameter):
     sys.path.insert(0, here)
     try:
         importlib.invalidate_caches()
-        found = importlib.import_module(module)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ValueError(f"{parameter}={path!r}: {module} can't be imported: {error!r}") from error
+        raise ValueError(f"{parameter}={path!r} can't be imported: {error!r}") from error
     finally:
         sys.path.remove(here)
-    if not hasattr(found, name):
-        raise ValueError(f"{parameter}={path!r}: {module} has no {name!r}")
-    return getattr(found, name)
 
 
 @cache  # a file that is edited after its import changes no code that runs
 def source_hash(path):
-    """Hash of the module behind a reader's import path, package.module:name; "" for a name of ours.
-
-    It covers the text of that module, not what the module imports.
-    """
+    """Hash of the text of the module that a reader's import path names; "" for a name of ours."""
     if ":" not in path:
         return ""
     found = resolve(path, "import path")

@@ -1,17 +1,15 @@
 """Sharpness-aware rules, and the sharpness of a minimum.
 
-A rule turns a gradient function into the gradient that the base optimizer then uses. It is written for ONE model;
-`ensemble.py` maps it over all of them. Its first two arguments are
+A rule turns a gradient function into the gradient that the base optimizer then uses. It is written for ONE model, and
+step.py maps it over the stack. Its first two arguments are
 
-    gradient(params, index=None) -> (grads, aux)    mean loss over the batch, or over the examples `index` of it
+    gradient(params, index=None) -> (grads, aux)    of the mean loss over the batch, or over the examples `index` of it
     params                                          dict of tensors
 
-and it returns `(grads, aux)` with the aux of the pass at the *unperturbed* weights: that holds BatchNorm's new
-running statistics, which are therefore updated once a step, whatever the rule. What else it needs it asks for by
-the names of its arguments (CONTEXT); any other argument must have a default, and is an option of the optimizer:
-`looksam(k=5, alpha=0.7)`. With `memory` in its arguments it returns `(grads, aux, memory)`.
-
-Every rule's radius is `rho`. The authors' radii differ in scale; RADIUS says by what factor from SAM's.
+It returns (grads, aux), with the aux of the pass at the *unperturbed* weights: that holds BatchNorm's new statistics,
+which so move once a step under every rule. A rule asks for anything else by the names of its arguments (CONTEXT). Any
+other argument has a default and is an option: looksam(k=5, alpha=0.7). A rule with `memory` in its arguments returns
+(grads, aux, memory). Every rule's radius is `rho`; RADIUS holds the scale of the authors' radii relative to SAM's.
 """
 
 import math
@@ -88,10 +86,9 @@ def asam(gradient, params, rho, eta=0.01):
 
 
 def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
-    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM, at a constant radius.
+    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM at a constant radius.
 
-    low: the radius at learning rate 0, as a share of rho (their ResNets on ImageNet: 0.02 of 0.04). alpha 0.2 is that
-    of their CIFAR example, which differs otherwise: an adaptive ascent (ASAM's) of constant radius, low = 1.
+    low: the radius at learning rate 0, as a share of rho (their ResNets on ImageNet: 0.02 of 0.04).
     """
     first, aux = gradient(params)
     if alpha == 0:
@@ -107,40 +104,33 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
 def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwise=False):
     """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
 
-    k and alpha are those of the authors' long trainings of large networks. Where it fails: in the short trainings of
-    small networks of `outputs/reference` it fits less than SGD in as many epochs and tests worse (notebook 06, and
-    README's "Limits", say on which data); there k = 2 or a smaller alpha is nearer to SAM.
-    layerwise: norms and angles of each tensor alone, as some implementations have it, instead of the whole gradient.
+    k and alpha are the authors', for long trainings of large networks; in short trainings of small ones LookSAM fits
+    less than SGD (docs/limits.md). layerwise: norms and angles of each tensor by itself, not of the whole gradient.
     """
     first, aux = gradient(params)
-    each = [[n] for n in params] if layerwise else [list(params)]
+    parts, grads = [[n] for n in params] if layerwise else [list(params)], {}
     if is_kth_step:
         second, _ = gradient(ascend(params, first, rho))
-        # g_v = g_SAM - (g_SAM . g / |g|^2) g: what SAM adds at a right angle to the gradient
-        return second, aux, _merge(_across({n: second[n] for n in part}, {n: first[n] for n in part}) for part in each)
-    # g + alpha |g| / |g_v| g_v
-    reach = torch.where(rho == 0, 0.0, alpha)  # at rho 0 g_v is rounding, and is left alone
-    parts = ({n: first[n] for n in part} for part in each)
-    scale = _merge(dict.fromkeys(p, reach * norm(p) / (norm({n: memory[n] for n in p}) + 1e-12)) for p in parts)
-    return {n: g + scale[n] * memory[n] for n, g in first.items()}, aux, memory
-
-
-def _across(a, b):
-    """The part of a at a right angle to b."""
-    along = dot(a, b) / (dot(b, b) + 1e-24)
-    return {name: a[name] - along * b[name] for name in a}
-
-
-def _merge(dicts):
-    return {name: value for part in dicts for name, value in part.items()}
+        memory = {}
+        for part in parts:
+            g, h = ({n: tree[n] for n in part} for tree in (first, second))
+            # g_v = g_SAM - (g_SAM . g / |g|^2) g: what SAM adds at a right angle to the gradient
+            along = dot(h, g) / (dot(g, g) + 1e-24)
+            memory |= {n: h[n] - along * g[n] for n in part}
+        return second, aux, memory
+    reach = torch.where(rho == 0, 0.0, alpha)  # at rho 0 g_v is rounding error and is left out
+    for part in parts:
+        g, v = ({n: tree[n] for n in part} for tree in (first, memory))
+        # g + alpha |g| / |g_v| g_v
+        scale = reach * norm(g) / (norm(v) + 1e-12)
+        grads |= {n: g[n] + scale * v[n] for n in part}
+    return grads, aux, memory
 
 
 def msam(gradient, params, rho, size, m=2):
     """mSAM: Behdin et al. 2023, "mSAM: micro-batch-averaged SAM", eq. 4: the mean of m shards' SAM gradients.
 
-    Each shard has its own perturbation and, in BatchNorm, its own statistics; the running ones move by their mean.
-    A batch that m does not divide has shards of two sizes, one example apart, which count alike. m = 2 is ours: the
-    fewest that differ from SAM.
+    Each shard has its own perturbation and its own BatchNorm statistics; the running ones move by the shards' mean.
     """
     shards = torch.arange(size, device=next(iter(params.values())).device).tensor_split(m)
     # g = 1/m sum_i grad L_i(w + rho grad L_i(w) / |grad L_i(w)|)
@@ -149,10 +139,9 @@ def msam(gradient, params, rho, size, m=2):
 
 
 def fsam(gradient, params, rho, step, memory, sigma=1.0, decay=0.9):
-    """Friendly-SAM: Li et al. 2024, algorithm 1: the full gradient, as a moving average, is taken from the ascent.
+    """Friendly-SAM: Li et al. 2024, algorithm 1: a moving average of the gradient is subtracted from the ascent.
 
-    As in the authors' code, the average of the steps before is subtracted and the first step has none to subtract.
-    Their radius: SAM's; decay 0.6 to 0.95 by data set. sigma = 0 is SAM.
+    As in the authors' code, the average is that of the steps before. sigma = 0 is SAM.
     """
     first, aux = gradient(params)
     # d_t = g_t - sigma m_{t-1}
@@ -167,9 +156,8 @@ def fsam(gradient, params, rho, step, memory, sigma=1.0, decay=0.9):
 def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
     """ESAM: Du et al. 2022, "Efficient sharpness-aware minimization", algorithm 1, with their CIFAR options.
 
-    A random share beta of the tensors, one at least, is perturbed, and the share gamma of the batch whose loss rises
-    most is descended on. A step takes one gradient, one forward pass and gamma of a gradient; leaving tensors out of
-    the first gradient saves nothing here, where all the models' are computed at once.
+    A random share beta of the tensors, one at least, is perturbed; the gradient is then that of the share gamma of the
+    batch whose loss rises most.
     """
     first, aux = gradient(params)
     bound = uniform.min().clamp(min=beta)  # with no tensor perturbed, rounding would choose the examples
@@ -186,9 +174,8 @@ def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
 def swa(gradient, params, start=0.75, floor=0.5):
     """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": the mean of each epoch's last weights.
 
-    The learning rate falls to `floor` of its peak at the share `start` of training and stays there while the weights
-    are averaged; BatchNorm's statistics are then taken anew (`ensemble.py` does both). It falls as the others' does,
-    by a cosine; the authors' falls by a line. The gradient is the plain one.
+    The learning rate falls (by a cosine, not by the authors' line) to `floor` of its peak at the share `start` of
+    training, and stays there while the weights are averaged. ensemble.py averages them; the gradient is the plain one.
     """
     return gradient(params)
 

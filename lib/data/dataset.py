@@ -118,19 +118,19 @@ def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def validate(dataset: Dataset) -> Dataset:
     """Return `dataset` unchanged, or raise one ValueError that says what is wrong with it."""
-    c = dataset.n_classes
+    c, shape = dataset.n_classes, dataset.x.shape[1:]
     for part in ("", "_test"):
-        x, y, groups, pattern = (getattr(dataset, f"{key}{part}") for key in ("x", "y", "groups", "pattern"))
+        x, y = getattr(dataset, f"x{part}"), getattr(dataset, f"y{part}")
+        fine = x.dtype in (np.uint8, np.float32) and x.ndim in (2, 4) and x.size and x.shape[1:] == shape
         what = f"x{part} is {x.dtype} {list(x.shape)} and y{part} {y.dtype} {list(y.shape)}"
-        fine = x.dtype in (np.uint8, np.float32) and x.ndim in (2, 4) and x.size
-        fine = fine and y.dtype.kind in "iu" and y.shape == x.shape[:1]
-        need(fine, f"{what}; uint8 or float32 [N, ...], 2-D or 4-D, and integers [N], N > 0, are needed")
-        need(x.shape[1:] == dataset.x.shape[1:], f"{what}, x is {list(dataset.x.shape)}; only axis 0 may differ")
+        form = f"uint8 or float32 [N, *{list(shape)}], 2-D or 4-D, and integers [N], N > 0, are needed"
+        need(fine and y.dtype.kind in "iu" and y.shape == x.shape[:1], f"{what}; {form}")
         need(x.dtype == np.uint8 or np.isfinite(x).all(), f"x{part} holds NaN or infinity; finite numbers are needed")
         need(0 <= y.min() and y.max() < c, f"y{part} runs from {y.min()} to {y.max()}; valid are 0..{c - 1}")
-        for key, a in (("groups", groups), ("pattern", pattern)):
+        for key in (f"groups{part}", f"pattern{part}"):
+            a = getattr(dataset, key)
             fine = a is None or a.dtype.kind in "iu" and a.shape == y.shape and a.min() >= 0
-            need(fine, f"{key}{part}: {len(y)} integers, not negative, are needed")
+            need(fine, f"{key}: {len(y)} integers, not negative, are needed")
     n = np.bincount(dataset.y, minlength=c)
     why = f"class {dataset.classes[n.argmin()]!r} has {n.min()} of the pool"
     need(c > 1 and n.min() > 1, f"y: {why}; at least two classes are needed, and two examples of each")

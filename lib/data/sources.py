@@ -60,16 +60,15 @@ FILES = {
     "eyepacs": ("eyepacs", *(f"eyepacs{suffix}" for suffix in ARCHIVES), "diabetic-retinopathy-detection"),
 }
 _CIFAR = "nothing to do: it is downloaded, checksums checked. Terms: none are stated; cite Krizhevsky (2009)."
-_SHOKRI = "mkdir -p data && cd data && curl -LO https://github.com/privacytrustlab/datasets/raw/master/dataset"
+_SHOKRI = "mkdir -p data && cd data && curl -LO https://github.com/privacytrustlab/datasets/raw/master/dataset_{}.tgz."
 SOURCES = {  # how to obtain a data set, and its terms
     "digits": "nothing to do: scikit-learn has it. Terms: UCI optical digits, CC BY 4.0.",
     "subclasses": "nothing to do: it is generated. Terms: none.",
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
-    "purchase100": f"{_SHOKRI}_purchase.tgz. Terms: derived by Shokri et al. (2017) from Kaggle's Acquire Valued "
-    "Shoppers Challenge, whose rules apply.",
-    "texas100": f"{_SHOKRI}_texas.tgz. Terms: derived by Shokri et al. (2017) from the Texas hospital discharge public "
-    "use file, whose data use agreement applies: no attempt to identify a patient.",
+    "purchase100": _SHOKRI.format("purchase") + " Terms: those of Kaggle's Acquire Valued Shoppers Challenge.",
+    "texas100": _SHOKRI.format("texas") + " Terms: the data use agreement of the Texas hospital discharge public use "
+    "file: no attempt to identify a patient.",
     "eyepacs": "kaggle competitions download -c diabetic-retinopathy-detection (accept its rules first), then unpack "
     "train/ and trainLabels.csv into data/eyepacs. Terms: the competition's rules; non-commercial research.",
 }

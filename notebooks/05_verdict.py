@@ -14,33 +14,28 @@
 # %% [markdown]
 # # 5. Verdict: the paper's claims, one by one
 #
-# The other notebooks measure. This one judges: each claim of *Membership Privacy Risks of Sharpness-Aware
-# Minimization* (arXiv 2310.00488) is held against the numbers that they left in `results.csv`, by one rule that is
-# stated before the table is shown. Nothing is trained here, and no verdict is typed: with other numbers, the same
-# cells say other things.
-#
-# *(This file comes in two copies with the same cells. Edit the `.py`; `make sync` writes the `.ipynb`.)*
+# Which claims of *Membership Privacy Risks of Sharpness-Aware Minimization* (arXiv 2310.00488) hold in this run, and
+# which do not? The other notebooks measure. This one judges their numbers in `results.csv` by one rule, stated before
+# the table is shown. It trains nothing, and no verdict is typed: with other numbers, the same cells reach other
+# verdicts.
 
-# %% [markdown]
-# ## Setting up
-#
-# The first cell finds the library, whether the notebook runs from the root or from `notebooks/`, and notes which
-# names exist, so that a misspelt parameter is seen as one.
-
-# %%
-import sys
+# %% tags=["setup"]
+import shlex
 from pathlib import Path
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from matplotlib.colors import ListedColormap
 
-from lib.study import settings
-
-before = {*globals(), "before"}
-
-# %% [markdown]
-# Parameters left at `None` are filled in by the preset. All are checked in the next cell, before any training.
+from lib.study import figures, settings, verdict
+from lib.study.results import differing
+from lib.study.text import joined, show_table, show_text
+from lib.training.store import write_atomic
 
 # %% tags=["parameters"]
+# Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
 preset: str = "default"  # tiny, default, small, fast, paper
 dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
 data: str = None  # path, where the data set needs one
@@ -48,65 +43,38 @@ arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as pa
 optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
 rho: float = None  # radius of SAM's neighbourhood
 n_models: int = None  # models per optimizer, an even number
-n_examples: int = None  # size of the pool, an even number
-subset: float = None  # share of the pool that each model trains on
 epochs: int = None  # epochs of the main comparison
-batch_size: int = None  # examples per step
-lr: float = None  # peak learning rate
-weight_decay: float = None  # weight decay
-augment: bool = None  # flips and shifts, in training and as queries of the attacks
-ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
-seed: int = None  # seed of everything
-device: str = None  # auto, cpu, cuda, mps
-engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
-gpus: float = None  # GPUs that a Ray task asks for
-store: str = None  # folder of the trained ensembles (default: store/)
-out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
-# %%
-run = settings.notebook_settings(globals(), before)
-
-import shlex
-
-import pandas as pd
-from IPython.display import display
-
-from lib.study import figures, verdict
-from lib.study.results import differing
-from lib.study.text import number, show_text
-from lib.training.store import write_atomic
-
+# %% tags=["setup"]
+run = settings.notebook_run(globals())
+given = {name: value for name in type(run.parameters).model_fields if (value := globals().get(name)) is not None}
+command = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
 figures.style()
-here = Path(run.out).resolve().name
 
 # %% [markdown]
 # ## What there is to judge
 #
-# The rows of this run, and of the runs in the folders beside it, if any: `outputs/digits/`, `outputs/cifar10/` and so
-# on. A claim whose rows are missing is *not run*, which is a verdict too.
+# We read the rows of this run, and of all runs in the folders beside it: `outputs/digits/`, `outputs/cifar10/` and so
+# on. A claim without rows is *not run*, which is a verdict too.
 
 # %%
+here = Path(run.out).resolve().name
 rows = verdict.beside(run.out)
 own = rows[rows.run == here]
-books = ", ".join(sorted(own.notebook.unique()))
-show_text(
-    f"`{here}` has {len(own)} numbers from {books}." if len(own) else f"`{here}` has no results: nothing was run."
-)
-given = " ".join(f"--{n} {shlex.quote(str(v))}" for n in settings.PARAMETERS if (v := globals()[n]) is not None)
+show_text(f"`{here}` has {len(own)} numbers, from these notebooks: {joined(sorted(own.notebook.unique()))}.")
 if own.empty:
-    show_text(f"`python -m lib.study {given}` fills it.")
+    show_text(f"`python -m lib.study {command}` fills it.")
 for sentence in differing(run.out):
     show_text(f"**Mind:** {sentence}. Verdicts from different notebooks then speak of different trainings.")
-beside = rows.run[rows.run != here].unique()
-show_text(f"Beside it: {', '.join(beside)}." if len(beside) else "There are no other runs beside it.")
+show_text(f"Other runs beside it: {joined(rows.run[rows.run != here].unique())}.")
 
 # %% [markdown]
 # ## The rule
 #
-# A claim says that something is larger or smaller under sharpness-aware training. It has an effect (the paired
-# difference to the baseline), a 95% interval, and a *smallest effect that matters*, delta, fixed beforehand: with
-# enough models any difference is clear of zero, and one of a hundredth of a point would still concern nobody.
-# A verdict needs both, an interval clear of zero and an effect of at least delta.
+# A claim says that something is larger or smaller under sharpness-aware training. We judge the paired difference from
+# the baseline by its 95% interval and by delta, the *smallest effect that matters*, which is fixed beforehand. With
+# enough models any interval excludes zero, but a difference of a hundredth of a point would concern nobody. So a
+# verdict needs both: an interval that excludes zero and an effect of at least delta.
 
 # %%
 show_text(verdict.__doc__)
@@ -114,26 +82,25 @@ units = {kind.strip() or "plain": 100 * delta if kind else delta for kind, delta
 show_text("Delta: " + "; ".join(f"{delta:g} ({kind})" for kind, delta in units.items()) + ".")
 
 # %% [markdown]
-# *Points* are for rates: accuracies, AUC, TPR, advantage, shares of examples. *Per cent* are for what has no natural
-# unit, variances and eigenvalues, relative to the baseline's value. The *plain* one is for a distance in weights.
+# *Points* are for rates: accuracies, AUC, TPR, advantage, shares of examples. *Per cent* of the baseline's value are
+# for quantities without a natural unit: variances and eigenvalues. *Plain* is for a distance in weights.
 #
-# Most claims are of the first kind, *more*. "Memorization is not lower" and "no gain in bucket 5" are *not less*: they
-# hold unless a change the wrong way can't be excluded. The premises of the theorem are *present*: they ask whether
-# something is there at all, so that a measured nothing contradicts them.
-
-# %% [markdown]
-# "More so at a strict FPR" is two tests. LiRA's TPR at the strictest FPR that was recorded must rise, and its relative
-# increase must exceed the relative increase of AUC over guessing, $(\mathrm{AUC} - \mathrm{AUC}_0)/(\mathrm{AUC}_0 - 1/2)$.
-# Errors of differences and of the baseline are added in quadrature, as if independent.
+# Most claims use the rule *more*. "Memorization is not lower" and "no gain in bucket 5" use *not less*: they hold if
+# a meaningful change in the wrong direction is excluded. The premises of the theorem use *present*, which asks
+# whether there is anything at all, so a measured nothing contradicts them.
+#
+# "More so at a strict FPR" is two tests. LiRA's TPR at the strictest recorded FPR must rise, and it must rise by a
+# larger factor than the AUC above guessing, $(\mathrm{AUC} - \mathrm{AUC}_0)/(\mathrm{AUC}_0 - 1/2)$. The errors of
+# the difference and of the baseline are added in quadrature, as if independent.
 
 # %% [markdown]
 # ## The ledger
 #
-# **Claim.** All of them, a line each.
+# **Claim.** All claims, one a line.
 #
-# **How we test it.** The column *effect* holds what was measured, *test* what it had to reach. *Whose* tells the paper's claims
-# from checks of ours, which ask more than the paper says: at every length of training, at equal train loss, without ties, against a control. Attacks are judged by
-# AUC, each by its name.
+# **Method.** The column *effect* has what was measured, and *test* has what it had to reach. *Whose* tells the
+# paper's claims from checks of ours, which ask more than the paper says: at every length of training, at equal train
+# loss, without ties, against a control. Each attack is judged by its AUC.
 
 # %%
 ledger = verdict.ledger(own)
@@ -142,54 +109,66 @@ display(verdict.table(ledger))
 
 # %%
 for whose, part in ledger.groupby("whose", sort=False):
-    counts = part.verdict.value_counts()
-    show_text(f"Of claims that are {whose}: " + "; ".join(f"**{n}** {name}" for name, n in counts.items()) + ".")
-judged = int((ledger.verdict != "not run").sum())
-show_text(f"{judged} claims were judged, nearly all by intervals of 95%, of which one in twenty misses by chance.")
+    counts = part.verdict.value_counts().items()
+    show_text(f"Of claims that are {whose}: {joined(f'**{n}** {name}' for name, n in counts)}.")
+judged = (ledger.verdict != "not run").sum()
+show_text(f"{judged} claims were judged. Nearly all use 95% intervals, of which one in twenty misses by chance.")
 
 # %% [markdown]
-# **How to read it.** The claims are not independent: the attacks look at the same outputs, and the claims that begin with
-# lira share its number. Count kinds of evidence, not lines. A verdict is about this data set, this network and this
-# length of training; *inconclusive* says in its effect whether the interval was too wide or the effect too small.
+# **How to read it.** The claims are not independent: the attacks look at the same outputs, and several claims share
+# LiRA's number. Count kinds of evidence, not lines. A verdict is about this data set, this network and this length of
+# training. If it is *inconclusive*, the effect says whether the interval was too wide or the effect too small.
 
 # %% [markdown]
 # ## All runs in one picture
 #
 # **Claim.** What holds on one data set and network holds on others.
 #
-# **How we test it.** The same rule on every run beside this one, a column each.
+# **Method.** The same rule on every run beside this one, one column each.
 
 # %%
 everything = verdict.ledger(rows)
 statements = everything.drop_duplicates("claim").set_index("claim").statement
-figures.save(figures.tiles(verdict.wide(everything).rename(index=statements), verdict.SHADES), run, "verdict")
+tiles = verdict.wide(everything).rename(index=statements)
+n_rows, n_columns = tiles.shape
+figure, axis = plt.subplots(figsize=(1.8 * n_columns, 0.27 * n_rows))
+codes = tiles.map(list(verdict.SHADES).index)
+axis.pcolormesh(codes, cmap=ListedColormap(list(verdict.SHADES.values())), vmin=-0.5, vmax=3.5, edgecolor="0.7", lw=0.5)
+for (row, column), word in np.ndenumerate(tiles.to_numpy()):
+    axis.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=9, color="0.1")
+axis.set_xticks(np.arange(n_columns) + 0.5, tiles.columns.map(figures.plain), fontsize=9)
+axis.set_yticks(np.arange(n_rows) + 0.5, tiles.index.map(figures.plain), fontsize=9)
+axis.tick_params(length=0, labeltop=True, labelbottom=False)
+axis.invert_yaxis()
+axis.grid(False)
+figures.save(figure, run, "verdict")
 
 # %% [markdown]
-# **How to read it.** A line of one shade is a claim that travels. A line of two shades is where to look for what decides:
-# the runs differ in data, network, size and length of training at once, so the picture alone can't say which.
-# "Other architectures alike" therefore compares only runs on the same data set.
+# **How to read it.** A line of one shade is a claim that holds, or fails, everywhere. A line of two shades is where
+# to look for the reason. The runs differ in data, network, size and length of training at once, so the picture alone
+# cannot name it. "Other architectures alike" therefore compares only runs on the same data set.
 
 # %% [markdown]
 # ## Where ours differs from the paper
 #
-# For each claim that this run contradicts: what was measured, and what in the setting is not the paper's. Either may
-# be the reason.
+# For each claim that this run contradicts: what was measured, and how the setting differs from the paper's. Either
+# may be the reason.
 
 # %%
 against = ledger[ledger.verdict == "contradicted"]
 for row in against.itertuples():
     show_text(f"- **{row.statement}** {row.effect}. *Here:* {row.differs}.")
 if against.empty:
-    show_text("This run contradicts none of the paper's claims.")
+    show_text("This run contradicts none of the claims.")
 
 # %% [markdown]
-# Three of the claims can be contradicted without any fault of the paper's, and should be read with that in mind.
+# Three of the claims can be contradicted although the paper is right:
 #
 # - *Under `gap`*: see Yeom's bound below. Where the generalization gap falls, this attack must leak less.
 # - *Memorization not lower*: its mean is the same gap under another name (notebook 02).
 # - *At every length of training*: the paper reports trained models, not half-trained ones.
 #
-# What is atypical is known only where the data were made so (`subclasses`): elsewhere the two claims on *known
+# Which examples are atypical is known only in the data set `subclasses`. Elsewhere the two claims on *known
 # sub-patterns* are not run.
 
 # %% [markdown]
@@ -197,49 +176,47 @@ if against.empty:
 #
 # **Claim.** SAM narrows the generalization gap, and the advantage of an attacker grows all the same.
 #
-# **How we test it.** Yeom et al. (2018, theorem 2): for a loss between 0 and $B$, the adversary that answers
-# "member" with probability $1 - \mathrm{loss}/B$ has the advantage TPR − FPR = gap$/B$ exactly, the gap being
-# the expected loss on non-members less that on members. With the 0-1 loss, $B = 1$, this adversary is our `gap`
-# attack, and the gap is train accuracy less held-out accuracy.
+# **Method.** Yeom et al. (2018, theorem 2): take a loss between 0 and $B$, and an adversary that answers "member"
+# with probability $1 - \mathrm{loss}/B$. Its advantage TPR − FPR is exactly gap$/B$, where the gap is the expected
+# loss on non-members minus that on members. With the 0-1 loss, $B = 1$, this adversary is our `gap` attack, and the
+# gap is train accuracy minus held-out accuracy.
 
 # %%
-main = own[own.note == ""].drop_duplicates(["optimizer", "attack", "metric"])
+main = own[(own.experiment == "main") & (own.coordinate == "")].drop_duplicates(
+    ["optimizer", "baseline", "attack", "metric"]
+)
 gap = main[main.metric == "generalization_gap"].assign(attack="(generalization gap)")
 advantage = main[(main.metric == "advantage") & main.attack.isin(["gap", "confidence", "lira"])]
-both = pd.concat([gap, advantage])
-both["shown"] = [number(*row) for row in both[verdict.NUMBERS].itertuples(index=False)]
-display(both.pivot(index="attack", columns="optimizer", values="shown").style)
+show_table(pd.concat([gap, advantage]).drop(columns="metric"))
 if len(gap) and len(advantage):
-    same = advantage[advantage.attack == "gap"].set_index("optimizer").value - gap.set_index("optimizer").value
-    show_text(f"The advantage of `gap` and the generalization gap differ by {same.abs().max():.1g} at most.")
+    same = advantage[advantage.attack == "gap"].set_index(["optimizer", "baseline"]).value
+    difference = (same - gap.set_index(["optimizer", "baseline"]).value).abs().max()
+    show_text(f"The advantage of `gap` and the generalization gap differ by {difference:.1g} at most.")
 
 # %% [markdown]
-# **How to read it.** It *is* forbidden that the gap falls and `gap` gains: they are one number. Nothing else is.
-# The gap is a lower bound on what the best attacker achieves, never an upper one: it sees who is
-# classified correctly, while the others see by how much, or compare with models trained without the example. Two models
-# can have no gap at all and be told apart by their confidences. Nor is there a bound for the
-# cross-entropy, which has no $B$. What would bound every attack is differential privacy, which neither
-# optimizer has.
+# **How to read it.** One thing *is* forbidden: that the gap falls while `gap` gains. They are one number. Nothing
+# else is. The gap bounds the best attacker from below, never from above. The `gap` attack sees who is classified
+# correctly. Other attacks see by how much, or compare with models trained without the example. Two models may have no
+# gap at all and still be told apart by their confidences. For the cross-entropy, which has no $B$, there is no such
+# bound either. Differential privacy would bound every attack, and neither optimizer has it.
 
 # %% [markdown]
 # ## Where to look next
 #
-# Each claim's evidence is in a notebook of this folder. Those that are not run yet, and the command that runs them:
+# Each claim's evidence is in a notebook of this folder. These claims are not run yet, and these commands run them:
 
 # %%
 missing = ledger[(ledger.verdict == "not run") & ~ledger.claim.isin(verdict.ALIKE)]
 for book, part in missing.groupby("notebook"):
-    command = f"python -m lib.study {book} {given}"
-    show_text(f"- {len(part)} from notebook {book} ({', '.join(part.claim)}): `{command}`")
+    show_text(f"- {len(part)} from notebook {book} ({joined(part.claim)}): `python -m lib.study {book} {command}`")
 if missing.empty:
     show_text("None: every claim that one run can test has a verdict.")
 
 # %% [markdown]
-# "Other optimizers alike" needs two sharpness-aware optimizers in one run (`optimizers`), "other architectures alike" the
-# same data set under two networks, each in its own folder (`arch` and `out`). Lengths of training are swept for the last
-# sharpness-aware optimizer of a run only. An interval that holds zero narrows
-# with the square root of the number of models (`n_models`; those in the store are kept). The paper's own size is the
-# preset `paper`.
+# "Other optimizers alike" needs two sharpness-aware optimizers in one run (`optimizers`). "Other architectures alike"
+# needs the same data set under two networks, each in its own folder (`arch` and `out`). Lengths of training are swept
+# only for the last sharpness-aware optimizer of a run. An interval that holds zero narrows with the square root of
+# the number of models (`n_models`; those in the store are kept). The paper's own size is the preset `paper`.
 
 # %%
 show_text(f"The ledger is kept in `verdict.csv` beside this copy: {len(ledger)} claims, {judged} of them judged.")

@@ -14,32 +14,32 @@
 # %% [markdown]
 # # 6. Beyond the paper: variants, causes, defences, and who pays
 #
-# The paper's claim is about sharpness-aware training *in general*. It compares a handful of optimizers at one
-# strength each, and leaves open what makes the effect come and go, what protects, and whom it hits. This notebook
-# trains many small ensembles, all on the same halves with the same initial weights and batch orders, and asks.
+# The paper speaks of sharpness-aware training *in general*, but compares a handful of optimizers at one strength
+# each. This notebook answers five questions that it leaves open:
 #
-# *(This file comes in two copies with the same cells. Edit the `.py`; `make sync` writes the `.ipynb`.)*
-
-# %% [markdown]
-# ## Setting up
+# - **Variants.** Which sharpness-aware optimizers trade privacy for accuracy, and which improve on neither?
+# - **Fair comparisons.** Does SAM still leak more at equal test accuracy, at equal train loss, at equal compute?
+# - **Causes.** Which change of the training switches the effect off?
+# - **Defences.** What does each cost in accuracy, and what does it buy in privacy?
+# - **Who pays.** Are the same classes and examples exposed as under SGD, or others?
 #
-# The first cell finds the library, whether the notebook runs from the root or from `notebooks/`, and notes which
-# names exist, so that a misspelt parameter is seen as one.
+# Each section answers with the numbers of this run, and the last one collects the answers. All ensembles share their
+# halves, initial weights and batch orders, so every comparison is paired.
 
-# %%
-import sys
-from pathlib import Path
+# %% tags=["setup"]
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import display
 
-sys.path[:0] = [str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "lib" / "study" / "settings.py").exists()]
-
-from lib.study import settings
-
-before = {*globals(), "before"}
-
-# %% [markdown]
-# Parameters left at `None` are filled in by the preset. All are checked in the next cell, before any training.
+from lib.analysis import compare, interventions, memorization
+from lib.attacks import intervals
+from lib.study import experiments, figures, settings
+from lib.study.results import Results
+from lib.study.text import describe_sign, joined, label, number, percentage_points, select, show_table, show_text, sign
 
 # %% tags=["parameters"]
+# Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
 preset: str = "default"  # tiny, default, small, fast, paper
 dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
 data: str = None  # path, where the data set needs one
@@ -47,442 +47,423 @@ arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as pa
 optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"
 rho: float = None  # radius of SAM's neighbourhood
 n_models: int = None  # models per optimizer, an even number
-n_examples: int = None  # size of the pool, an even number
-subset: float = None  # share of the pool that each model trains on
 epochs: int = None  # epochs of the main comparison
-batch_size: int = None  # examples per step
-lr: float = None  # peak learning rate
-weight_decay: float = None  # weight decay
-augment: bool = None  # flips and shifts, in training and as queries of the attacks
-ema: float = None  # decay of the moving average of the weights that is kept; 0: the last weights
-seed: int = None  # seed of everything
-device: str = None  # auto, cpu, cuda, mps
-engine: str = None  # local, or ray (a cluster at RAY_ADDRESS, or this machine's own)
-gpus: float = None  # GPUs that a Ray task asks for
-store: str = None  # folder of the trained ensembles (default: store/)
-out: str = None  # folder of this run's results (default: outputs/<dataset>/)
 
-# %%
-run = settings.notebook_settings(globals(), before)
-
-import numpy as np
-import pandas as pd
-from IPython.display import display
-
-from lib.analysis import compare, interventions, memorization
-from lib.study import experiments, figures
-from lib.study.results import Results
-from lib.study.text import bought, describe_sign, joined, label, percentage_points, pick, show_table, show_text, sign
-
+# %% tags=["setup"]
+run = settings.notebook_run(globals())
+few, fewer = (experiments.n_models(run, kind) for kind in ("few", "private"))
+results = Results("06_beyond", run, n_models=few)
+baseline, treatment = run.baseline, run.treatment
+than = ("more than", "less than", "no differently from")
 figures.style()
-baseline, treatment = run.names[0], run.treatment
-pair, than = f"{treatment}-{baseline}", ("more than", "less than", "no differently from")
-results = Results("06_beyond", run, n_models=run.few)
-show_text(run.describe() + f" Here an ensemble has {run.few} models, a private one and its baseline {run.private}.")
+show_text(run.describe() + f" Here an ensemble has {few} models; a private one and its baseline have {fewer}.")
 
 # %% [markdown]
 # ## Variants: who sits on the frontier?
 #
 # **Claim.** Every sharpness-aware optimizer tests better than SGD and leaks more.
-
-# %% [markdown]
-# **How we test it.** SAM and six of its relatives at several radii; weight averaging (SWA), which finds flat minima
-# without looking for them; and SharpReg, which looks for *sharp* ones (a negative radius), an earlier version of the
-# paper's defence.
-
-# %% [markdown]
+#
+# **Method.** SAM and six of its relatives at several radii; weight averaging (SWA), which finds flat minima without
+# looking for them; and SharpReg, an earlier defence of the paper, which looks for *sharp* minima. A variant changes
+# one function, the one that turns gradients $g(w)$ into the step's gradient. SAM's is $g(w + e)$ with
+# $e = \rho\, g(w) / \lVert g(w) \rVert$.
+#
 # | optimizer | what it changes | gradients a step |
 # |---|---|---|
-# | `sam` | the gradient at the worst point nearby (Foret et al. 2021) | 2 |
-# | `asam` | "nearby" in units of each weight (Kwon et al. 2021): its radii are ten times SAM's | 2 |
-# | `gsam` | also pulls the two losses together (Zhuang et al. 2022) | 2 |
-# | `looksam` | SAM every fifth step, its flat direction reused (Liu et al. 2022) | 1.2 |
-# | `msam` | a worst point for each half of the batch (Behdin et al. 2023) | 2 |
-# | `fsam` | without the full gradient's share of the ascent (Li et al. 2024) | 2 |
-# | `esam` | a random part of the weights, half of the batch (Du et al. 2022) | 1.8 |
-# | `swa` | averages the weights of the last quarter (Izmailov et al. 2018) | 1 |
+# | `sam` | the gradient is taken at the worst point nearby, $w + e$ (Foret et al. 2021) | 2 |
+# | `asam` | "nearby" is relative to each weight: $e = \rho\, T^2 g / \lVert T g \rVert$, $T = \mathrm{diag}\lvert w \rvert$; radii are ten times SAM's (Kwon et al. 2021) | 2 |
+# | `gsam` | subtracts the part of $g(w)$ at a right angle to $g(w + e)$, which brings the two losses together (Zhuang et al. 2022) | 2 |
+# | `looksam` | SAM every fifth step; in between it reuses what SAM added to $g(w)$ (Liu et al. 2022) | 1.2 |
+# | `msam` | each half of the batch has a worst point of its own (Behdin et al. 2023) | 2 |
+# | `fsam` | $e$ follows the batch's gradient minus the running mean of the gradients (Li et al. 2024) | 2 |
+# | `esam` | moves a random part of the weights, then uses the half of the batch whose loss rises most (Du et al. 2022) | 1.8 |
+# | `swa` | plain gradients; averages the weights of the last quarter of training (Izmailov et al. 2018) | 1 |
+# | `sharpreg` | SAM with a negative radius, $g(w - e)$ | 2 |
 
 # %%
-made = interventions.variants(run, run.strengths, run.few)
-made = compare.keep_common_models(made, essential=[(baseline, 0.0), (treatment, run.recipe(treatment).rho)])
+made = run.ensembles("variants")
 table = interventions.variant_table(made)
-own = np.array([row.rho == run.recipe(row.optimizer.removesuffix(f"-{baseline}")).rho for row in table.itertuples()])
-results.add(table, n_models=len(made[baseline, 0.0].ids), note=np.where(own, "variants", "variants, other radius"))
-wanted = table.metric.isin(["auc", "test_accuracy"]) & ~table.optimizer.isin([n for n, _ in made])
-show_table(table[wanted & own], across=["metric"])
+usual = np.array([rho == run.recipe(name).rho for name, rho in zip(table.optimizer, table.rho, strict=True)])
+place = np.where(usual, "", "radius=other")
+results.add(table, experiment="variants", coordinate=place, n_models=len(made[baseline, 0.0].ids))
+wanted = table.metric.isin(["auc", "test_accuracy"]) & (table.baseline == baseline)
+show_table(table[wanted & usual], across=["metric"])
 
 # %% [markdown]
-# The table has each optimizer at its own radius (the run's; ASAM's is ten times as large, as its authors have
-# it), with the options it has by default, less the baseline. In the picture an ensemble is a mark, its place the paired difference from the baseline, its bars
-# 95% intervals; larger marks have larger radii. Full marks are beaten by none: beaten means that another tests
-# better or leaks less, its paired interval (widened for the number of pairs) clear of zero, and is no worse in the other
-# respect.
+# The table has the differences from the baseline, of each optimizer with its default options at its usual radius (the
+# run's; ASAM's is ten times as large, as its authors have it).
+#
+# The picture has all ensembles. Each is a marker at its paired difference from the baseline, with 95% intervals;
+# larger markers have larger radii. **Filled markers are Pareto-optimal**: no other ensemble beats them. One ensemble
+# beats another if it tests better or leaks less, clearly, and is no worse in the other respect. "Clearly" means that
+# the paired interval excludes zero, at a level that allows for the number of pairs. In code, for the baseline:
 
 # %%
-steps = table[wanted].assign(optimizer=lambda f: f.optimizer.str.removesuffix(f"-{baseline}"))
-wide = steps.pivot(index=["optimizer", "rho"], columns="metric", values=["value", "ci_low", "ci_high"])
-wide.columns = [f"{metric}_{value}" for value, metric in wide.columns]
-wide = wide.loc[[key for key in made if key in wide.index]].reset_index()
+hits = {key: compare.hits_on_test(e) for key, e in made.items()}
+leaks = {key: compare.lira_influence_values(e).astype(np.float32) for key, e in made.items()}
+level = 1 - 0.05 / (len(made) * (len(made) - 1))  # Bonferroni
+shadows = dict(shadow_correction=intervals.SHADOW_CORRECTION, columns=run.dataset.groups)
+
+
+def beats(b, a):
+    """Does ensemble b beat ensemble a?"""
+    better = intervals.estimate(hits[b] - hits[a], level=level, columns=run.dataset.groups_test)
+    tighter = intervals.estimate(leaks[a] - leaks[b], level=level, **shadows)
+    return (better.low > 0 or tighter.low > 0) and better.value >= 0 and tighter.value >= 0
+
+
 beaten = interventions.dominated(made)
-kept = [key for key, by in beaten.items() if not by]
-figures.save(figures.frontier(wide, kept), run, "frontier")
+assert beaten[baseline, 0.0] == [b for b in made if beats(b, (baseline, 0.0))]
 
 # %%
-both = interventions.signs(table)
+points = {
+    key: [select(table, baseline, metric=m, optimizer=key[0], rho=key[1]) for m in ("test_accuracy", "auc")]
+    for key in list(made)[1:]
+}
+near = {key: rows for key, rows in points.items() if abs(rows[0].value) <= 0.02}
+panels = 1 + (0 < len(near) < len(points))  # a second one, if some lie far off
+figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 5), layout="constrained", squeeze=False)
+names = list(dict.fromkeys(name for name, _ in points))
+for axis in axes[0]:
+    for (name, rho), (x, y) in points.items():
+        place, radii = names.index(name), [r for n, r in points if n == name]
+        look = dict(color=figures.COLOURS[place % 10], marker=figures.SHAPES[place % 12], ms=8 + 3 * radii.index(rho))
+        across, up = ([[row.value - row.ci_low], [row.ci_high - row.value]] for row in (x, y))
+        marker = axis.errorbar(
+            x.value, y.value, up, across, capsize=2, label=figures.plain(name) if rho == radii[0] else None, **look
+        )
+        marker[0].set_markerfacecolor("white" if beaten[name, rho] else look["color"])
+    axis.axhline(0, color="0.4", lw=0.8)
+    axis.axvline(0, color="0.4", lw=0.8)
+    axis.locator_params(nbins=5)
+    axis.set(xlabel="test accuracy, minus the baseline's", ylabel="AUC of LiRA, minus the baseline's")
+if panels == 2:
+    height = 1.25 * max(max(-y.ci_low, y.ci_high, 0.004) for _, y in near.values())
+    axes[0, 1].set(xlim=(-0.02, 0.02), ylim=(-height, height), ylabel="", title="near the baseline")
+figure.legend(*axes[0, 0].get_legend_handles_labels(), title="filled: Pareto-optimal", loc="outside right center")
+figures.save(figure, run, "frontier")
+
+# %%
+signs = interventions.signs(table[table.rho > 0])  # of the differences in accuracy and in AUC
 test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
-for kind in dict.fromkeys([(1, 1), *both.values()]):  # the claim's first, then what else there is
-    named = [label(*key) for key, found in both.items() if found == kind]
-    show_text(f"Of {len(both)} sharpness-aware ensembles, **{len(named)} test {test[kind[0]]} and leak {leak[kind[1]]}** "
-        f"than {baseline}: {joined(named)}.")  # fmt: skip
-own_radius = [key for key in both if key[1] == run.recipe(key[0]).rho]
-failing = [label(*key) for key in own_radius if both[key][0] < 0]
+for kind in dict.fromkeys([(1, 1), *signs.values()]):  # the claim's first, then what else there is
+    found = [label(*key) for key, both in signs.items() if both == kind]
+    said = f"**{len(found)} test {test[kind[0]]} and leak {leak[kind[1]]}** than {baseline}: {joined(found)}"
+    show_text(f"Of {len(signs)} sharpness-aware ensembles, {said}.")
+failing = [label(*key) for key, (accuracy, _) in signs.items() if accuracy < 0 and key[1] == run.recipe(key[0]).rho]
 show_text(f"At the radii and options of the table, these test *worse* than {baseline}: {joined(failing)}.")
-show_text(f"Beaten by none: {joined([label(*key) for key in kept])}.")
-show_text(f"What beats {baseline}: {joined([label(*key) for key in beaten[baseline, 0.0]])}.")
+show_text(f"Pareto-optimal: {joined(label(*key) for key, by in beaten.items() if not by)}.")
+show_text(f"What beats {baseline}: {joined(label(*key) for key in beaten[baseline, 0.0])}.")
 
 # %% [markdown]
-# **How to read it.** Only an ensemble in the lower right quarter improves on the baseline in both respects. A chain of
-# marks that rises to the right is the trade that the paper describes: accuracy bought with privacy, whatever
-# the optimizer's name. A chain that falls to the right contradicts it here. Far to the left lie radii or options that
-# do not suit this data or this length of training: an author's default may be one of them, and fails here.
+# **How to read it.** Only an ensemble in the lower right quarter improves on the baseline in both respects. A chain
+# of markers that rises to the right is the trade that the paper describes: accuracy is paid with privacy, whatever
+# the optimizer's name. A chain that falls to the right contradicts it. Far to the left are radii or options that do
+# not suit this data or this length of training; an author's defaults may be among them.
 
 # %% [markdown]
 # ## At equal test accuracy, equal train loss, equal compute
 #
 # **Claim.** At the same accuracy, or the same fit, or the same cost, SAM still leaks more.
-
-# %% [markdown]
-# **How we test it.** The baseline and SAM are trained for several numbers of epochs (the first notebook's ensembles).
-# At *equal accuracy* and *equal train loss* the baseline's AUC is interpolated between two of its runs to the place that
-# SAM reached (a straight line and two parabolas; the interval spans all three); where its runs do not bracket the
-# place, or differ there by no more than noise, nothing is said. At *equal compute* the baseline gets as many
-# more epochs as a step of the other takes gradients: twice the epochs against SAM, whose step takes two.
+#
+# **Method.** The baseline and SAM are trained for several numbers of epochs. At *equal accuracy* and *equal train
+# loss* we interpolate the baseline's AUC between two of its runs, at the point that SAM reached. We do so by a
+# straight line and by two parabolas; the estimate is their mean, and the interval spans all three. Where the
+# baseline's runs do not bracket the point, or its two runs differ by no more than noise, we say nothing. At *equal
+# compute* the baseline gets as many more epochs as a step of the other takes more gradients: twice the epochs against
+# SAM, whose step takes two.
 
 # %%
-epochs = {(e, name): run.train(name, run.few, epochs=e) for e in run.length_sweep() for name in (baseline, treatment)}
-epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in run.between()}
-alike = experiments.equal_compute(run)
-epochs |= {(e, treatment): run.train(treatment, run.few, epochs=e) for e in alike}
-epochs |= {(e, baseline): run.train(baseline, run.few, epochs=e) for e in alike.values()}
-main = [(run.epochs, baseline), (run.epochs, treatment), (alike[run.epochs], baseline)]
-epochs = compare.keep_common_models(epochs, essential=main)
-base, sharp = ([e for (_, name), e in epochs.items() if name == kind] for kind in (baseline, treatment))
-accuracy, loss = (
-    compare.at_equal_accuracy(epochs, treatment, baseline),
-    compare.at_equal_loss(epochs, treatment, baseline),
-)
-spent = [(e, more) for e, more in alike.items() if (more, baseline) in epochs and (e, treatment) in epochs]
-frames = [
-    compare.contrast({baseline: epochs[more, baseline], treatment: epochs[e, treatment]}).assign(epochs=e)
-    for e, more in spent
+lengths = run.ensembles("length sweep, few models")
+base, sharp = ([e for (_, name), e in lengths.items() if name == kind] for kind in (baseline, treatment))
+accuracy, loss = (at(lengths, treatment, baseline) for at in (compare.at_equal_accuracy, compare.at_equal_loss))
+pairs = experiments.equal_compute(run).items()  # epochs of the treatment, and of the baseline
+pairs = {e: more for e, more in pairs if (e, treatment) in lengths and (more, baseline) in lengths}
+compute = [
+    compare.contrast({baseline: lengths[more, baseline], treatment: lengths[e, treatment]}).assign(epochs=e)
+    for e, more in pairs.items()
 ]
-compute = pd.concat(frames).query("optimizer == @pair and metric in ['auc', 'test_accuracy']")
-
-# %%
-about = {"optimizer": pair, "attack": "lira", "n_models": len(base[0].ids)}
-results.add(accuracy, note=[f"equal accuracy {a:.4f}" for a in accuracy.test_accuracy], **about)
-results.add(loss, note=[f"equal loss {at:.4f}" for at in loss.train_loss], **about)
-results.add(compute, note=[f"equal compute, {treatment} {e} epochs" for e in compute.epochs], n_models=len(base[0].ids))
-for row in accuracy.itertuples():
-    place = f"At test accuracy {row.test_accuracy:.1%} ({treatment} after {row.epochs} epochs, {baseline} between {row.between})"
-    show_text(f"{place}, {treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC.")
-for row in loss.itertuples():
-    place = f"At train loss {row.train_loss:.2g} ({treatment} after {row.epochs} epochs)"
-    show_text(f"{place}, {treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC.")
-for e, more in spent:
-    gain, rise = (compute[(compute.epochs == e) & (compute.metric == m)].iloc[0] for m in ("test_accuracy", "auc"))
-    show_text(
-        f"At equal compute ({treatment} {e} epochs, {baseline} {more}): accuracy {percentage_points(gain)}, AUC {percentage_points(rise)}."
-    )
-
-# %%
-reached = [interventions.test_accuracy(e) for e in base]
-most = max(interventions.test_accuracy(e) for e in sharp)
-show_text(
-    f"{baseline}'s best test accuracy over all lengths of training is {max(reached):.1%}, {treatment}'s is {most:.1%}. "
-    f"For {len(sharp) - len(accuracy)} of {treatment}'s {len(sharp)} runs {baseline} has no two neighbours that differ clearly."
-)
+compute = pd.concat(compute).query("baseline == @baseline and metric in ['auc', 'test_accuracy']")
 
 # %% [markdown]
-# **How to read it.** The three comparisons hold different things fixed, and none is *the* fair one. An engineer who
-# needs a given accuracy cares about the first; whoever asks what sharpness adds beyond a closer fit, about the second;
-# whoever pays for the computer, about the third.
+# The straight line in code. By construction its difference lies within the library's interval.
+
+# %%
+line = sorted((interventions.test_accuracy(e), compare.lira_influence_values(e).mean()) for e in base)
+for row in accuracy.itertuples():
+    auc = compare.lira_influence_values(lengths[row.epochs, treatment]).mean()
+    assert row.ci_low <= auc - np.interp(row.test_accuracy, *zip(*line, strict=True)) <= row.ci_high
+
+# %%
+for kind, frame in (("test accuracy", accuracy), ("train loss", loss)):
+    results.add(frame, experiment=f"equal {kind}", n_models=len(base[0].ids))
+    for row in frame.itertuples():
+        place = f"{treatment} after {row.epochs} epochs: {row.coordinate.replace('_', ' ')}"
+        said = f"{treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC"
+        show_text(f"At equal {kind} ({place}), {said}.")
+place = [f"epochs={e}" for e in compute.epochs]
+results.add(compute, experiment="equal compute", coordinate=place, n_models=len(base[0].ids))
+for e, more in pairs.items():
+    gain, rise = (percentage_points(select(compute, baseline, epochs=e, metric=m)) for m in ("test_accuracy", "auc"))
+    show_text(f"At equal compute ({treatment} {e} epochs, {baseline} {more}): accuracy {gain}, AUC {rise}.")
+best = [max(map(interventions.test_accuracy, runs)) for runs in (base, sharp)]
+show_text(f"Best test accuracy over all lengths of training: {baseline} {best[0]:.1%}, {treatment} {best[1]:.1%}.")
+show_text(f"{len(accuracy)} of {treatment}'s {len(sharp)} runs could be compared at equal accuracy.")
+
+# %% [markdown]
+# **How to read it.** The three comparisons hold different things fixed, and none is *the* fair one. If you need a
+# given accuracy, look at the first. If you ask what sharpness adds beyond a closer fit, look at the second. If
+# compute is your limit, look at the third.
 
 # %% [markdown]
 # ## Why: what switches the effect off?
 #
 # **Claim.** The effect belongs to sharpness-aware training, not to a batch size, a length or a regularizer.
-
-# %% [markdown]
-# **How we test it.** One thing is changed at a time, for both optimizers, and the paired effect on LiRA's AUC is
-# measured anew. The grey band is the effect as the run is. An effect counts as *switched off* at a level if its interval
-# there is not clear of zero on the side where it was, and the change from the run as it is, also paired, is clear of zero.
-
-# %%
-found = interventions.causes(run, run.few, run.most_levels)
-effects = interventions.effect_table(found)
-notes = [f"cause: {f} {level}" for f, level in zip(effects.factor, effects.level, strict=True)]
-n_models = len(next(iter(found.values())).ids)
-results.add(effects, optimizer=pair, attack="lira", note=notes, n_models=n_models)
-here = effects[effects.metric == "auc"].reset_index(drop=True)
-figures.save(figures.effects(here, f"{treatment} minus {baseline}: AUC of LiRA"), run, "causes")
+#
+# **Method.** We change one thing at a time, for both optimizers, and measure the paired effect on LiRA's AUC anew.
+# The grey band is the effect of the unchanged run. A level *switches the effect off* if two things hold: the interval
+# there no longer lies on the same side of zero, and the change from the unchanged run, also paired, excludes zero.
 
 # %%
-change = effects[effects.metric == "auc_change"].reset_index(drop=True)
+causes = run.ensembles("causes")
+effects = interventions.effect_table(causes)
+results.add(effects, experiment="causes", n_models=len(next(iter(causes.values())).ids))
+here, change = (effects[effects.metric == metric].reset_index(drop=True) for metric in ("auc", "auc_change"))
+levels = (here.factor + ": " + here.level).where(here.factor != here.level, here.factor)
+
+# %%
+figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(here) + 1.2), layout="constrained")
+for index, (_, rows) in enumerate(here.groupby("factor", sort=False)):
+    spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
+    axis.errorbar(rows.value, rows.index, xerr=spread, capsize=3, **figures.look(index) | {"linestyle": ""})
+axis.axvspan(here.ci_low[0], here.ci_high[0], color="0.88", zorder=0, label="as it is")
+axis.axvline(0, color="0.3", lw=1)
+axis.set(yticks=range(len(here)), yticklabels=levels, xlabel=f"AUC of LiRA, {treatment} − {baseline}")
+axis.invert_yaxis()
+axis.legend(fontsize=9)
+figures.save(figure, run, "causes")
+
+# %%
 columns = ["factor", "level", "train_accuracy", "train_accuracy_treatment", "test_gain"]
 display(here[columns].style.format(precision=3).hide(axis="index"))
-was = sign(here.iloc[0])
-moved = [i for i in range(1, len(here)) if sign(change.iloc[i]) == -was != 0]
-off = [i for i in moved if sign(here.iloc[i]) != was]
-names = [f"{f} {level}" for f, level in zip(here.factor, here.level, strict=True)]
-show_text(
-    f"As it is, {treatment} leaks {describe_sign(here.iloc[0], *than)} {baseline}: {percentage_points(here.iloc[0])} of AUC."
-)
+was, now = sign(here.iloc[0]), [sign(row) for row in here.itertuples()]
+moved = [i for i, row in enumerate(change.itertuples()) if i and was and sign(row) == -was]
+off = joined(levels[i] for i in moved if now[i] != was)
+said = f"{treatment} leaks {describe_sign(here.iloc[0], *than)} {baseline}"
+show_text(f"As it is, {said}: {percentage_points(here.iloc[0])} of AUC.")
 if was:
-    weaker = [names[i] for i in moved if i not in off]
-    show_text(f"**Switched off at**: {joined([names[i] for i in off])}. Weakened, not off: {joined(weaker)}.")
-    turned = [names[i] for i in off if sign(here.iloc[i]) == -was]
-    show_text(f"Turned into its opposite at: {joined(turned)}.")
+    show_text(f"**Switched off at**: {off}. Weakened, not off: {joined(levels[i] for i in moved if now[i] == was)}.")
+    show_text(f"Turned into its opposite at: {joined(levels[i] for i in moved if now[i] == -was)}.")
 
 # %% [markdown]
-# **How to read it.** `train_accuracy` is the baseline's, `train_accuracy_treatment` SAM's, at each level; look at them
-# first. A level that keeps SAM from fitting its training half changes two things at once, and says little about
-# sharpness. Label noise also changes the examples: part of what leaks there is which wrong labels were learnt.
+# **How to read it.** Look first at `train_accuracy` (the baseline's) and `train_accuracy_treatment` (SAM's). A level that
+# keeps SAM from fitting its training half changes two things at once, and says little about sharpness. Label noise
+# also changes the examples: part of what leaks there is which wrong labels were learnt.
 
 # %% [markdown]
 # ## Defences: what each costs and buys
 #
-# **Claim.** Leakage can be bought down; the question is the price in accuracy.
-
-# %% [markdown]
-# **How we test it.** Each defence is trained (or, for temperature, served) on the baseline's halves. The attacker knows
-# the defence: shadow models are trained and served the same way. Beside LiRA stands the attack without shadow
+# **Claim.** Leakage can be lowered; the question is the price in accuracy.
+#
+# **Method.** Each defence is trained (or, for temperature, served) on the baseline's halves. The attacker knows the
+# defence: the shadow models are trained and served in the same way. Beside LiRA we report the attack without shadow
 # models, a threshold on the confidence.
 
 # %%
-defended = {"none": run.train(baseline, run.few)}
-for name, changes in interventions.defences(run).items():
-    defended[name] = run.train(**{"optimizer": baseline, "n_models": run.few, **changes})
-defended = compare.keep_common_models(defended, essential=["none"])
+defended = run.ensembles("defences")
 defended |= {f"temperature {t}": interventions.tempered(defended["none"], t) for t in (0.25, 4)}
-costs = interventions.defence_table(defended).rename(columns={"optimizer": "label"})
+costs = interventions.defence_table(defended)
+results.add(costs, experiment="defences", rho="", n_models=len(defended["none"].ids))
+
 
 # %%
-results.add(costs, optimizer=costs.label, rho="", note="defence", n_models=len(defended["none"].ids))
-levels = costs[costs.label.isin(list(defended)) & ~costs.attack.eq("confidence")]
-strict = interventions.strict_rate(levels)
-panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
-panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in strict}
-figures.save(figures.side_by_side(levels, panels, "none"), run, "defences")
+def show_prices(costs, undefended, name):
+    """A picture of accuracy and leakage, and a table of the differences from the undefended baseline."""
+    rates = interventions.strict_rate(costs)
+    panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
+    panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in rates}
+    is_threshold, own = costs.attack == "confidence", costs.baseline == ""
+    display(figures.save(figures.side_by_side(costs[own & ~is_threshold], panels, undefended), run, name))
+    what = costs.metric.map(panels).mask(is_threshold, costs.metric.map({"auc": "AUC of a threshold"}))
+    steps = costs.assign(what=what, optimizer=costs.label, attack="", metric="", baseline="")[~own]
+    show_table(steps.dropna(subset="what"), across=["what"])
+    if 0.001 not in rates:
+        show_text("There are too few non-members to report the TPR at 0.1% FPR, which needs ten false positives.")
 
-# %%
-cheaper = costs[costs.label.str.endswith("-none")].assign(name=lambda f: f.label.str.removesuffix("-none"))
-for name in [n for n in defended if n != "none"]:
-    show_text(bought(name, cheaper[cheaper.name == name], strict))
-if 0.001 not in strict:
-    show_text(
-        "The TPR at 0.1% FPR is not reported: these ensembles have too few non-members for ten false positives at it."
-    )
+
+show_prices(costs.assign(label=costs.optimizer), "none", "defences")
 
 # %% [markdown]
-# **How to read it.** Left, what is paid; middle and right, what is bought; grey, the undefended baseline. Temperature
-# changes no prediction, and on two classes no ranking that LiRA uses; on more it changes which examples the attack
-# confuses, and an attacker who sees all the probabilities can undo it. A defence
-# that moves the threshold attack but not LiRA only confuses an attacker who did not adapt.
+# **How to read it.** The left panel shows the price, the others what it buys; the grey line is the undefended
+# baseline. The table has the differences from it. Temperature changes no prediction. With two classes it changes no
+# ranking that LiRA uses either. With more, it changes which examples the attack confuses, and an attacker who sees
+# all probabilities can undo it. A defence that lowers the threshold attack but not LiRA only confuses an attacker who
+# did not adapt.
 
 # %% [markdown]
 # ### With a guarantee: DP-SGD and DP-SAM
 #
-# Clipping every example's gradient and adding noise bounds what *any* attack can learn. The bound, $\epsilon$, is
-# computed by an accountant for what we compare: a training half with the example, against the same half with another
-# in its place, batches drawn without replacement. DP-SAM spends its budget on two noisy gradients a step.
-# From below, our attack certifies an $\epsilon$ of its own: it must not exceed the claimed one.
+# Clipping every example's gradient and adding noise bounds what *any* attack can learn. An accountant computes the
+# bound, $\epsilon$, for the change that we test: a training half with the example, against the same half with another
+# example in its place, batches drawn without replacement. DP-SAM spends its budget on two noisy gradients a step.
+# From below, our attack certifies an $\epsilon$ of its own, which must not exceed the claimed one.
 
 # %%
-delta = interventions.delta_of(run)
-private = interventions.private(run, run.epsilons, run.private, delta)
+private, delta, arch = run.ensembles("private"), experiments.delta_of(run), experiments.private_arch(run)
 if private:
-    private = compare.keep_common_models(private, essential=[(baseline, np.inf)])
-    labels = {k: k[0] if np.isinf(k[1]) else f"{k[0]}, epsilon {k[1]:g}" for k in private}
-    guard = interventions.defence_table({labels[k]: e for k, e in private.items()}).rename(
-        columns={"optimizer": "label"}
-    )
-    about = {"optimizer": guard.label, "rho": "", "note": "privacy", "n_models": len(private[baseline, np.inf].ids)}
+    guard = interventions.private_table(private)
+    about = {"experiment": "private", "rho": "", "n_models": len(private[baseline, np.inf].ids)}
     results.add(guard, **about)
-    shown_rows = guard[guard.label.isin(labels.values()) & ~guard.attack.eq("confidence")]
-    their = {m: words for m, words in panels.items() if m in set(shown_rows.metric)}
-    display(figures.save(figures.side_by_side(shown_rows, their, baseline), run, "privacy"))
+    named = guard.optimizer + (", " + guard.coordinate.str.replace("=", " ")).where(guard.coordinate != "", "")
+    show_prices(guard.assign(label=named), baseline, "privacy")
+elif arch:
+    show_text(f"Not run: fewer than 8 of {fewer} models of {arch} learn, even without noise.")
+else:
+    show_text(f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it; or "
+        f"{baseline} asks for gradients more than once in a step, which no accountant counts.")  # fmt: skip
 
 # %% [markdown]
-# What each costs and buys, against the same network without noise:
-
-# %%
-if private:
-    for name in [n for n in labels.values() if n != baseline]:
-        show_text(bought(name, guard[guard.label == f"{name}-{baseline}"], interventions.strict_rate(shown_rows)))
-elif interventions.private_arch(run) is None:
-    show_text(
-        f"Not run: {run.arch} has BatchNorm, which mixes the examples of a batch, and no twin without it; "
-        f"or {baseline} asks for gradients anew within a step, which no accountant counts."
-    )
-else:
-    show_text(
-        f"Not run: fewer than 8 of {run.private} models of {interventions.private_arch(run)} learn, even without noise."
-    )
+# A fault of the accountant or of the noise shows only where the attack certifies more than is claimed.
 
 # %%
 if private:
     bounds = interventions.epsilon_table(private, delta)
     shown = bounds[["optimizer", "epsilon", "value"]].rename(columns={"value": "lower bound"})
     display(shown.style.format({"epsilon": "{:g}", "lower bound": "{:.3f}"}).hide(axis="index"))
-    claimed = bounds[np.isfinite(bounds.epsilon)]
-    results.add(claimed, rho="", n_models=about["n_models"])
-
-# %% [markdown]
-# A fault of the accountant or of the noise shows only where the attack, left undisturbed, certifies more than is claimed.
-
-# %%
-if private and claimed.empty:
-    show_text("Every private ensemble was left out: no claim is left to check.")
-elif private:
-    broken = claimed[claimed.value > claimed.epsilon]
-    verdict = f"None of {len(claimed)} bounds exceeds its claim"
-    verdict = verdict if broken.empty else f"**{len(broken)} bounds exceed their claims: a fault**"
-    loosest = bounds.value[np.isinf(bounds.epsilon)].iloc[0]
-    show_text(f"{verdict} (delta {delta:g}). Without noise, LiRA certifies an epsilon of at least {loosest:.2f}.")
-    if loosest <= claimed.epsilon.min():
+    claimed, undisturbed = bounds[np.isfinite(bounds.epsilon)], bounds.value[np.isinf(bounds.epsilon)].iloc[0]
+    results.add(claimed, **about)
+    broken = (claimed.value > claimed.epsilon).sum()
+    show_text(f"**{broken} of {len(claimed)} bounds exceed their claims** (delta {delta:g}); any that does is a fault.")
+    show_text(f"Without noise, LiRA certifies an epsilon of at least {undisturbed:.2f}.")
+    if len(claimed) and undisturbed <= claimed.epsilon.min():
         show_text("That is no more than the smallest claim: with so few models the check could not have found a fault.")
 
 # %% [markdown]
 # **How to read it.** Between the bound and the claim lies what the accountant must allow for and our attack does not
-# exploit; a claim can be loose, a bound can be weak, but a bound above a claim would be a bug. On training
-# halves this small, an $\epsilon$ of one digit costs much of the accuracy.
+# exploit. A claim can be loose and a bound can be weak, but a bound above a claim would be a bug. On training halves
+# this small, an $\epsilon$ of one digit costs much of the accuracy.
 
 # %% [markdown]
 # ## Who pays?
 #
 # **Claim.** SAM exposes the same examples as SGD, only more.
-
-# %% [markdown]
-# **How we test it.** Per class: LiRA's AUC within each class, and the test accuracy of each class, since an overall accuracy
-# can hide a class that nobody recognizes. Per example: how well $\phi$ tells the models with it from those without
-# (AUC), ranked; the ranks under the two optimizers are compared on *different* models, and so are those of one
-# optimizer with itself: noise alone keeps the latter from agreeing perfectly.
+#
+# **Method.** Per class: LiRA's AUC within each class, and the test accuracy of each class, since an overall accuracy
+# can hide a class that nobody recognizes. Per example: its exposure is how well $\phi$ tells the models trained with
+# it from those without it (AUC). We rank the examples by exposure and compare the ranks under the two optimizers on
+# *different* models. We compare one optimizer with itself in the same way: noise alone keeps these ranks from
+# agreeing perfectly.
 
 # %%
 two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, treatment)}
+n_models = len(two[baseline].ids)
 by_class = interventions.class_table(two)
-results.add(by_class, attack=["lira" if m == "auc" else "" for m in by_class.metric],
-            note=[f"class={c}" if c else "classes weighted alike" for c in by_class["class"]], n_models=len(two[baseline].ids))  # fmt: skip
-if (by_class.metric == "auc").any():
-    display(figures.save(figures.classes(by_class, baseline, treatment), run, "classes"))
-balanced = by_class[by_class.metric == "balanced_test_accuracy"]
-show_table(balanced, across=["optimizer"])
+results.add(by_class, experiment="classes", n_models=n_models)
+show_table(by_class[by_class.metric == "balanced_test_accuracy"])
+auc = by_class[by_class.metric == "auc"]
 
 # %%
-change = by_class[(by_class.metric == "auc") & (by_class.optimizer == pair)]
-signs = [sign(row) for row in change.itertuples()]
-show_text(
-    f"Of {len(change)} classes, {signs.count(1)} leak more under {treatment}, {signs.count(-1)} less, "
-    f"{signs.count(0)} without a detectable difference."
-)
-worst = by_class[(by_class.metric == "auc") & by_class.optimizer.isin(two)].sort_values("value")
-for name in two:
-    top = worst[worst.optimizer == name].tail(1).itertuples()
-    for row in top:
-        show_text(f"Most exposed under {name}: class {row[worst.columns.get_loc('class') + 1]}, {row.value:.3f} "
-            f"[{row.ci_low:.3f}, {row.ci_high:.3f}], with {row.size} examples in the pool.")  # fmt: skip
+if len(auc):
+    one, other = (auc[(auc.optimizer == name) & (auc.baseline == "")].set_index("class") for name in two)
+    figure, axis = plt.subplots(figsize=(5.4, 4.8), layout="constrained")
+    bars = [[rows.value - rows.ci_low, rows.ci_high - rows.value] for rows in (other, one)]
+    axis.errorbar(one.value, other.value, *bars, color="0.7", linestyle="", lw=0.8, zorder=1)
+    sizes = axis.scatter(one.value, other.value, c=one["size"], cmap="viridis", s=40, zorder=2)
+    for name in one.index[:12]:
+        axis.annotate(
+            figures.plain(name), (one.value[name], other.value[name]), (6, 4), textcoords="offset points", fontsize=8
+        )
+    axis.axline((one.value.iloc[0],) * 2, slope=1, color="0.4", lw=1, linestyle="--", label="equal")
+    axis.set(xlabel=f"AUC of LiRA within a class, {baseline}", ylabel=f"under {treatment}")
+    figure.colorbar(sizes, label="examples of the class in the pool", ticks=one["size"].quantile([0, 0.5, 1]).unique())
+    axis.legend(fontsize=9)
+    display(figures.save(figure, run, "classes"))
+
+# %%
+change = [sign(row) for row in auc[auc.baseline == baseline].itertuples()]
+show_text(f"Of {len(change)} classes, {change.count(1)} leak more under {treatment}, {change.count(-1)} less.")
+for name, rows in auc[auc.baseline == ""].groupby("optimizer", sort=False):
+    worst = rows.loc[rows.value.idxmax()]
+    said = f"AUC {number(worst.value, worst.ci_low, worst.ci_high)}, with {worst['size']} examples in the pool"
+    show_text(f"Most exposed under {name}: class {worst['class']}, {said}.")
 
 # %%
 agreement = interventions.agreement(two)
-results.add(agreement, note="range over splits of the models", n_models=len(two[baseline].ids))
+results.add(agreement, experiment="agreement", n_models=n_models)
 show_table(agreement)
-within = [pick(agreement, name, "exposure_rank_correlation") for name in two]
-across = pick(agreement, f"{baseline} and {treatment}", "exposure_rank_correlation")
-for row in agreement[agreement.metric == "exposure_rank_correlation_corrected"].itertuples():
-    show_text(
-        f"Across optimizers the ranks agree at {across:.2f}, where noise allows {np.sqrt(np.prod(within)):.2f} (the "
-        f"geometric mean of the agreements within): corrected for noise, {row.value:.2f}, from {row.ci_low:.2f} to "
-        f"{row.ci_high:.2f} over the splits."
-    )
-if len(agreement) == 3:
-    show_text("The ranks are all noise here: even within one optimizer some splits do not agree.")
+corrected = agreement[agreement.metric == "exposure_rank_correlation_corrected"]
+for row in corrected.itertuples():
+    spread = f"from {row.ci_low:.2f} to {row.ci_high:.2f} over the splits"
+    show_text(f"Corrected for noise, the ranks under the two optimizers agree at {row.value:.2f}, {spread}.")
+if corrected.empty:
+    show_text("The ranks are all noise here: in some splits even one optimizer does not agree with itself.")
 
 # %% [markdown]
-# **How to read it.** A corrected agreement near 1 means that both optimizers expose the same people, and SAM moves the
-# level; well below 1, that it exposes others; far from 1 on either side over the splits, that these models are too few
-# to tell. The intervals of this table are the range over random splits of the models, not confidence intervals.
+# **How to read it.** The correction divides the agreement across optimizers by what noise allows, the geometric mean
+# of the agreements within each. Near 1: both optimizers expose the same people, and SAM moves the level. Well below
+# 1: it exposes others. Far from 1 on both sides over the splits: these models are too few to tell. The intervals of
+# this table are the range over random splits of the models, not confidence intervals.
 
 # %% [markdown]
 # ## Where atypical is known
 #
 # **Claim.** SAM memorizes atypical sub-patterns, gains on them, and exposes them.
-
-# %% [markdown]
-# **How we test it.** In the data set `subclasses` every example's sub-pattern is known, and so is how many share it: a
-# ground truth for "atypical" that no estimate had a hand in. On other data this section has nothing to say.
+#
+# **Method.** In the data set `subclasses` we know every example's sub-pattern, and how many examples share it. That
+# is a ground truth for "atypical" which uses no estimate. On other data this section has nothing to say.
 #
 # **How to read it.** Read a difference beside its level: where an AUC or a memorization is near 1 already, SAM has
 # little to add.
 
 # %%
 if run.dataset.pattern is None:
+    atypical = {}
     show_text(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
 else:
     member = np.array(two[baseline].member)
     memorized = {n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()}
     patterns = interventions.pattern_table(two, memorized)
-    results.add(patterns, attack=["lira" if m == "auc" else "" for m in patterns.metric],
-                note=[f"pattern shared by {s}" for s in patterns["size"]], n_models=len(member))  # fmt: skip
-    for metric in patterns.metric.unique():
-        show_table(patterns[patterns.metric == metric].drop(columns="metric").rename(columns={"size": "metric"}))
-
-# %%
-if run.dataset.pattern is not None:
-    for metric in patterns.metric.unique():
-        rows = patterns[(patterns.metric == metric) & (patterns.optimizer == pair)]
-        for row, size in zip(rows.itertuples(), rows["size"], strict=True):
-            show_text(
-                f"`{metric}`, sub-patterns shared by {size}: {treatment} less {baseline} {percentage_points(row)}."
-            )
-    atypical = interventions.most(patterns, (*two, pair))
-    for (name, metric), (size, value) in atypical.items():
-        show_text(f"`{metric}` of {name} is largest on sub-patterns shared by {size} ({value:.3f}).")
+    results.add(patterns, experiment="sub-patterns", n_models=n_models)
+    for metric, rows in patterns.groupby("metric", sort=False):
+        show_text(f"`{metric}`, by how many examples share a sub-pattern:")
+        show_table(rows.assign(metric=rows["size"]))
+    atypical = interventions.most(patterns)
+    for (name, other, metric), (size, value) in atypical.items():
+        who = f"{name} − {other}" if other else name
+        show_text(f"`{metric}` of {who} is largest on sub-patterns shared by {size} ({value:.3f}).")
 
 # %% [markdown]
 # ## What this run shows
 #
-# Computed from the numbers above, whatever they are.
+# Computed from the numbers above.
 
 # %%
-more, less = (sum(leak == s for _, leak in both.values()) for s in (1, -1))
-show_text(f"**Variants.** {more} of {len(both)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
-for e, more in spent:
-    rise = compute[(compute.epochs == e) & (compute.metric == "auc")].iloc[0]
-    show_text(
-        f"**At equal compute** ({e} and {more} epochs) {treatment} leaks {describe_sign(rise, *than)} {baseline}."
-    )
+more, less = (sum(leak == s for _, leak in signs.values()) for s in (1, -1))
+show_text(f"**Variants.** {more} of {len(signs)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
+for e, more in pairs.items():
+    rise = describe_sign(select(compute, baseline, epochs=e, metric="auc"), *than)
+    show_text(f"**At equal compute** ({e} and {more} epochs) {treatment} leaks {rise} {baseline}.")
 for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
-    counted = f"{treatment} leaks more in {found.count(1)}, less in {found.count(-1)} of {len(found)} comparisons."
-    show_text(f"**At equal {name}** {counted if found else 'nothing can be compared.'}")
-if was:
-    show_text(f"**Causes.** The effect is switched off by {joined([names[i] for i in off])}.")
-
-# %%
-lowered = cheaper[(cheaper.attack == "lira") & (cheaper.metric == "auc") & (cheaper.ci_high < 0)].sort_values("value")
-said = [f"{row['name']} ({percentage_points(row)})" for _, row in lowered.iterrows()]
-show_text(f"**Defences.** Of those without a guarantee these lower LiRA's AUC, most first: {joined(said)}.")
-if private:
-    price = guard[guard.label.str.endswith(f"-{baseline}") & (guard.metric == "test_accuracy")]
-    said = [
-        f"{row.label.removesuffix(f'-{baseline}')} ({percentage_points(row)} of accuracy)" for row in price.itertuples()
-    ]
-    show_text(f"**With a guarantee**: {joined(said)}.")
+    said = f"{treatment} leaks more in {found.count(1)} and less in {found.count(-1)} of {len(found)} comparisons."
+    show_text(f"**At equal {name}** {said if found else 'nothing can be compared.'}")
 show_text(
-    f"**Who pays.** {signs.count(1)} of {len(signs)} classes leak more under {treatment}, {signs.count(-1)} less."
+    f"**Causes.** The effect is switched off by {off}." if was else "**Causes.** There is no effect to switch off."
 )
-if run.dataset.pattern is not None:
-    said = [f"{metric} of {name}: those shared by {size}" for (name, metric), (size, _) in atypical.items()]
-    show_text(f"**Atypical sub-patterns.** Largest, by how many examples share a sub-pattern: {'; '.join(said)}.")
+
+lowered = costs[(costs.baseline == "none") & (costs.attack == "lira") & (costs.metric == "auc") & (costs.ci_high < 0)]
+lowered = lowered.sort_values("value")
+said = joined(f"{row.optimizer} ({percentage_points(row)})" for row in lowered.itertuples())
+show_text(f"**Defences.** Without a guarantee, these lower LiRA's AUC, most first: {said}.")
+if private:
+    cost = guard[(guard.baseline == baseline) & (guard.metric == "test_accuracy")].itertuples()
+    show_text(
+        f"**With a guarantee**: {joined(f'{row.optimizer} ({percentage_points(row)} of accuracy)' for row in cost)}."
+    )
+show_text(
+    f"**Who pays.** {change.count(1)} of {len(change)} classes leak more under {treatment}, {change.count(-1)} less."
+)
+for (name, other, metric), (size, _) in atypical.items():
+    who = f"{name} − {other}" if other else name
+    show_text(f"**Atypical sub-patterns.** The largest {metric} of {who} is that of patterns shared by {size}.")
 show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

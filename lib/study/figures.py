@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.colors import ListedColormap
 
 from lib.attacks import intervals
 from lib.study.text import series
@@ -171,136 +170,9 @@ def curves(frame, xlabel, ylabels, levels=False, **axes):
     return figure
 
 
-def contraction(etas, curve, eta, v):
-    """V(eta) with one eta marked; and what it does to the margins of non-members, N(0, V), beside the members' 1."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    left.plot(etas, curve, color=COLOURS[0], lw=2)
-    left.plot(eta, v, "o", color=COLOURS[1], ms=9)
-    left.set(xlabel=r"$\eta$", ylabel=r"$V(\eta)$", ylim=(0, None))
-    grid = np.linspace(-3.5, 3.5, 701) * np.sqrt(curve[0])
-    for index, (name, variance) in enumerate(((r"non-members, $\eta = 0$", curve[0]), (rf"$\eta = {eta:.3g}$", v))):
-        density = np.exp(-(grid**2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
-        right.plot(grid, density, color=COLOURS[index], linestyle=LINES[index], lw=2, label=name)
-        right.fill_between(grid, density, where=grid >= 1, color=COLOURS[index], alpha=0.25)
-    right.axvline(1, color="0.2", lw=2.5, label="members: all at 1")
-    right.set(xlabel=r"margin $y\,x^\top w$", ylabel="density", title="shaded: wrongly accused at threshold 1")
-    right.legend(fontsize=9, loc="upper left")
-    return figure
-
-
-def advantage_regions(delta, r, slope):
-    """Where a smaller OUT spread raises (slope < 0) or lowers the best attacker's advantage. All [rows, columns]."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    most = np.abs(slope).max()
-    mesh = axis.pcolormesh(delta, r, slope, cmap="PuOr_r", vmin=-most, vmax=most, shading="gouraud", rasterized=True)
-    axis.contour(delta, r, slope, [0], colors="black", linewidths=2)
-    axis.axhline(1, color="0.3", lw=1, linestyle="--")
-    boxed = dict(ha="center", bbox=dict(facecolor="white", alpha=0.85, linewidth=0), fontsize=10)
-    axis.text(3.4, 0.42, "a smaller OUT spread\nraises the advantage", **boxed)
-    axis.text(0.72, 5.2, "a smaller OUT spread\nlowers it", **boxed)
-    axis.set(yscale="log", xlabel=r"distance of the means, $|\mu_{in}-\mu_{out}|\,/\,\sigma_{in}$")
-    axis.set(ylabel=r"$\sigma_{out}\,/\,\sigma_{in}$")
-    axis.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
-    axis.minorticks_off()
-    figure.colorbar(mesh, label=r"slope of the advantage in $\log\,\sigma_{out}$")
-    return figure
-
-
-def slider(draw, **ranges):
-    """draw(**values) with a slider per keyword (low, high, start), where ipywidgets is and a person is at the kernel.
-
-    In a headless run (papermill, nbconvert) nothing is shown: nobody could move it. Returns whether it is shown.
-    """
-    try:
-        from IPython import get_ipython
-        from ipywidgets import FloatSlider, interact
-    except ImportError:
-        return False
-    if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
-        return False
-    moved = {n: FloatSlider(start, min=low, max=high, step=0.05) for n, (low, high, start) in ranges.items()}
-
-    def drawn(**values):
-        figure = draw(**values)
-        plt.close(figure)  # shown once, by interact
-        return figure
-
-    interact(drawn, **moved)
-    return True
-
-
-def tiles(table, shades):
-    """Verdicts as tiles, each named in words. table: claims x runs; shades: verdict -> colour."""
-    figure, axis = plt.subplots(figsize=(6.5 + 1.3 * len(table.columns), 0.27 * len(table) + 1), layout="constrained")
-    codes, shown = table.map(list(shades).index), ListedColormap(list(shades.values()))
-    axis.pcolormesh(codes, cmap=shown, vmin=-0.5, vmax=len(shades) - 0.5, edgecolor="0.7", linewidth=0.5)
-    for (row, column), word in np.ndenumerate(table.to_numpy()):
-        axis.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=9, color="0.1")
-    axis.set_xticks(np.arange(len(table.columns)) + 0.5, table.columns, fontsize=9)
-    axis.set_yticks(np.arange(len(table)) + 0.5, table.index, fontsize=9)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.invert_yaxis()
-    axis.grid(False)
-    return figure
-
-
 # ---- beyond the paper ---------------------------------------------------------------------------------------
 
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
-
-
-def frontier(steps, kept, near=0.02):
-    """Paired differences from the baseline in leakage against those in accuracy: all ensembles, and, if some lie far
-    off, those near 0 once more.
-
-    steps: rows with optimizer, rho and, for test_accuracy and auc, value, ci_low, ci_high as <metric>_<column>; larger
-    marks have larger radii. kept: the (optimizer, rho) that no other ensemble beats. near: what the right panel spans.
-    """
-    close = steps[steps.test_accuracy_value.abs() <= near]
-    panels = 1 if len(close) == len(steps) else 2
-    figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 5), layout="constrained", squeeze=False)
-    axes = axes[0]
-    for index, (name, rows) in enumerate(steps.groupby("optimizer", sort=False)):
-        shape = dict(color=COLOURS[index % 10], marker=SHAPES[index % 12])
-        sizes = 5 + 3 * rows.rho.rank().to_numpy()
-        for row, size in zip(rows.itertuples(), sizes, strict=True):
-            bars = [[[getattr(row, f"{m}_value") - getattr(row, f"{m}_ci_low")],
-                     [getattr(row, f"{m}_ci_high") - getattr(row, f"{m}_value")]]
-                    for m in ("test_accuracy", "auc")]  # fmt: skip
-            face = shape["color"] if (name, row.rho) in kept else "white"
-            for axis in axes:
-                axis.errorbar(row.test_accuracy_value, row.auc_value, xerr=bars[0], yerr=bars[1], capsize=2, lw=1,
-                              markersize=size, markerfacecolor=face, **shape)  # fmt: skip
-        axes[0].plot([], [], linestyle="", markersize=8, label=name, **shape)
-    axes[0].plot([], [], "o", color="0.3", markerfacecolor="white", label="open: beaten by another")
-    if panels == 2:
-        pad = 1.25 * max(close[["auc_ci_low", "auc_ci_high"]].abs().to_numpy().max(initial=0), 0.005)
-        axes[1].set(xlim=(-near, near), ylim=(-pad, pad), title="near the baseline")
-        axes[0].set_title("all")
-    for axis in axes:
-        axis.axhline(0, color="0.4", lw=0.8)
-        axis.axvline(0, color="0.4", lw=0.8)
-        axis.locator_params(nbins=5)
-        axis.set_xlabel("test accuracy, minus the baseline's")
-    axes[0].set_ylabel("AUC of LiRA, minus the baseline's")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right center")
-    return figure
-
-
-def effects(frame, xlabel):
-    """One effect with its interval at each level (column) of each factor (column); the first row's is the grey band."""
-    figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(frame) + 1.2), layout="constrained")
-    factors = list(frame.factor.unique())
-    for place, row in enumerate(frame.itertuples()):
-        shape = look(factors.index(row.factor)) | {"linestyle": ""}
-        axis.errorbar(row.value, place, xerr=[[row.value - row.ci_low], [row.ci_high - row.value]], capsize=3, **shape)
-    axis.axvspan(frame.ci_low.iloc[0], frame.ci_high.iloc[0], color="0.88", zorder=0, label="as it is")
-    axis.axvline(0, color="0.3", lw=1)
-    labels = [f if f == level else f"{f}: {level}" for f, level in zip(frame.factor, frame.level, strict=True)]
-    axis.set(yticks=range(len(frame)), yticklabels=labels, xlabel=xlabel)
-    axis.invert_yaxis()
-    axis.legend(fontsize=9)
-    return figure
 
 
 def side_by_side(frame, panels, baseline):
@@ -319,25 +191,4 @@ def side_by_side(frame, panels, baseline):
         axis.locator_params(axis="x", nbins=4)
         axis.set(xlabel=xlabel, yticks=range(len(order)), yticklabels=order)
     axes[0, 0].invert_yaxis()
-    return figure
-
-
-def classes(frame, first, second):
-    """LiRA's AUC within each class under two optimizers, a class a point with both intervals."""
-    frame = frame[frame.metric == "auc"]
-    one, two = (frame[frame.optimizer == name].set_index("class") for name in (first, second))
-    figure, axis = plt.subplots(figsize=(5.4, 4.8), layout="constrained")
-    spread = [[of.value - of.ci_low, of.ci_high - of.value] for of in (two, one)]
-    axis.errorbar(one.value, two.value, *spread, color="0.7", linestyle="", lw=0.8, zorder=1)
-    sizes = axis.scatter(one.value, two.value, c=one["size"], cmap="viridis", s=40, zorder=2)
-    if len(one) <= 12:
-        for name in one.index:
-            spot = dict(textcoords="offset points", xytext=(6, 4), fontsize=8)
-            axis.annotate(name, (one.value[name], two.value[name]), **spot)
-    span = [min(one.value.min(), two.value.min()) - 0.01, max(one.value.max(), two.value.max()) + 0.01]
-    axis.plot(span, span, color="0.4", lw=1, linestyle="--", label="equal")
-    axis.set(xlabel=f"AUC of LiRA within a class, {first}", ylabel=f"under {second}")
-    if one["size"].nunique() > 1:
-        figure.colorbar(sizes, label="examples of the class in the pool")
-    axis.legend(fontsize=9)
     return figure

@@ -54,16 +54,6 @@ def series(frame):
     return frame.optimizer + minus.where(minus != " − ", "")
 
 
-def pick(frame, optimizer, metric):
-    """One value of a tidy frame."""
-    return frame.value[(frame.optimizer == optimizer) & (frame.metric == metric)].iloc[0]
-
-
-def difference(frame, metric, pair):
-    """The row of a paired difference such as 'sam-sgd'."""
-    return frame[(frame.optimizer == pair) & (frame.metric == metric)].iloc[0]
-
-
 def sign(row):
     """1 or -1 if the interval of a difference lies on one side of 0, else 0."""
     return int(row.ci_low > 0) - int(row.ci_high < 0)
@@ -77,18 +67,6 @@ def describe_sign(row, more, less, neither):
 def percentage_points(row):
     """'+2.8 points [+2.1, +3.5]' of a difference of rates."""
     return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
-
-
-def bought(name, rows, rates):
-    """What a defence costs and buys, in one sentence. rows: its differences; rates: the FPRs of LiRA's TPR."""
-    auc = rows[(rows.metric == "auc") & (rows.attack == "lira")].iloc[0]
-    told = {"accuracy": rows[rows.metric == "test_accuracy"], "AUC of LiRA": auc.to_frame().T}
-    told |= {
-        f"its TPR at {100 * r:g}% FPR": rows[(rows.metric == f"tpr@{r:g}") & (rows.attack == "lira")] for r in rates
-    }
-    told |= {"AUC of a threshold": rows[(rows.metric == "auc") & (rows.attack == "confidence")]}
-    said = [f"{what} {percentage_points(found.iloc[0])}" for what, found in told.items() if len(found)]
-    return f"**{name}** {describe_sign(auc, 'leaks more', 'leaks less', 'leaks no differently')}: {', '.join(said)}."
 
 
 def joined(names):

@@ -8,7 +8,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PARAMETERS = $(filter-out PYTHON=% LAB=% ONLY=%,$(MAKEOVERRIDES))
+# what was given on make's command line as NAME=value, quoted for the shell: values may hold spaces and parentheses
+NAMES = $(filter-out PYTHON LAB ONLY,$(foreach word,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(word)))))
+QUOTED = '$(1)=$(subst ','\'',$(value $(1)))'
+PARAMETERS = $(foreach name,$(NAMES),$(if $(filter command,$(origin $(name))),$(call QUOTED,$(name))))
 
 .DEFAULT_GOAL := study
 .PHONY: study plan work report audit test lab bench faults lint sync

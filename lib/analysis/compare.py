@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lib.attacks import catalogue, intervals, label_only, shadow, thresholds
 from lib.attacks.intervals import Estimate, estimate, ratio_influence_values
+from lib.attacks.membership import calibration_split
 from lib.attacks.signals import signals
 from lib.data.dataset import inputs
 from lib.training.ensemble import KEEP_WEIGHTS
@@ -270,7 +271,7 @@ def label_only_table(ensembles, n_models=16, device="cpu"):
     member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
     answered = {label: label_answers(e, ids, device) for label, e in ensembles.items()}
     scored = {label: label_only.scores(a, member) for label, a in answered.items()}
-    half = intervals.calibration_split(member, 0, y, groups)
+    half = calibration_split(member, 0, y, groups)
     by_class = {label: thresholds.classwise(s, member, y, half=half) for label, s in scored.items()}
     once = {label: signal(e.only(ids), "correct") for label, e in ensembles.items()}
     kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", once, 0.0))

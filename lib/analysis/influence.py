@@ -10,6 +10,7 @@ from scipy.special import xlogy
 from lib.analysis.memorization import checked
 from lib.attacks import intervals
 from lib.attacks.intervals import ratio_influence_values
+from lib.attacks.membership import folds
 
 
 def influence_blocks(member, values, block=1000):
@@ -40,10 +41,9 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
     """I_ent [T]: entropy (nats) of each test example's distribution of influence over the training examples.
 
     part: "positive" keeps the positive influences, "absolute" the sizes of all; same_class: only training examples of
-    the test example's class. A low entropy means that the test example depends on few training examples. A test
-    example that nothing influences gets the largest possible entropy, log of the number of candidates (of the largest
-    class). Divide by the log of the class's size to compare classes of different sizes.
-    Raises ValueError if nothing influences any test example, or for a test class without training examples.
+    the test example's class. Low: it depends on few training examples. A test example that nothing influences gets the
+    largest possible entropy, log of the number of candidates (of the largest class). Divide by the log of the class's
+    size to compare classes. ValueError if nothing influences anything, or for a test class without training examples.
     """
     if part not in ("positive", "absolute"):
         raise ValueError(f"part={part!r}; valid are 'positive' and 'absolute'")
@@ -52,8 +52,7 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
         raise ValueError("values: every model gives the same outputs, so nothing has any influence")
     if same_class and (lost := set(y_test.tolist()) - set(y.tolist())):
         raise ValueError(f"y_test: class {min(lost)} has no training example; valid are the classes of y")
-    everything = [(np.ones(len(y), bool), np.ones(len(y_test), bool))]
-    groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else everything
+    groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
     out, most = np.empty(len(y_test)), max(rows.sum() for rows, _ in groups)
     for rows, columns in groups:
         places = np.flatnonzero(columns)
@@ -67,9 +66,6 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
     return out
 
 
-# ---- buckets ------------------------------------------------------------------------------------------------
-
-
 def buckets(score, n=5, within=None, seed=0):
     """Equal buckets 0..n-1 by rising score [T], with ties in random order: [T]. within: [T] groups, each cut by itself.
 
@@ -81,8 +77,9 @@ def buckets(score, n=5, within=None, seed=0):
     group = np.zeros(len(score), int) if within is None else np.asarray(within)
     smallest = np.unique(group, return_counts=True)[1].min()
     if not 2 <= n <= smallest:
-        what = "test examples" if within is None else "test examples in the smallest group"
-        raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the number of {what}")
+        raise ValueError(
+            f"n={n} buckets; valid are 2 to {smallest}, the number of test examples (in the smallest group)"
+        )
     out, order = np.empty(len(score), int), np.random.default_rng(seed).permutation(len(score))
     for g in np.unique(group):
         own = order[group[order] == g]
@@ -93,7 +90,7 @@ def buckets(score, n=5, within=None, seed=0):
 
 def cross_fitted(form, member):
     """Labels [M, T], where each model's are formed on the *other* half of the models: form(rows) -> [T]."""
-    halves = intervals.folds(member)
+    halves = folds(member)
     formed = [form(other) for other in reversed(halves)]
     labels = np.empty((len(member), len(formed[0])), int)
     for own, label in zip(halves, formed, strict=True):
@@ -110,18 +107,17 @@ def step_influence_values(difference, label):
 def gains(difference, label, name, total=False):
     """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a frame.
 
-    Columns metric, value, ci_low, ci_high. Metrics gain_<name>_1 ... gain_<name>_<n> and gain_<name>_1_minus_<n>. With
-    `total` also the overall mean (gain) and, unless that is zero, the first bucket's share of it (gain_share_<name>_1,
-    a ratio by the delta method).
+    Metrics gain_<name>_1 ... gain_<name>_<n> and gain_<name>_1_minus_<n>. With `total` also the overall mean (gain)
+    and, unless that is zero, the first bucket's share of it (gain_share_<name>_1, a ratio by the delta method).
     """
     n = label.max() + 1
     each = [ratio_influence_values(difference, label == b) for b in range(n)]
     found = {f"gain_{name}_{b + 1}": values for b, values in enumerate(each)}
     found[f"gain_{name}_1_minus_{n}"] = step_influence_values(difference, label)
-    whole, weight = difference.mean(), (label == 0).mean()
     if total:
         found["gain"] = difference
-    if total and whole:
+    if total and (whole := difference.mean()):
+        weight = (label == 0).mean()
         share = weight * each[0].mean() / whole
         # d(a/b) = (da - (a/b) db) / b
         found[f"gain_share_{name}_1"] = share + (weight * each[0] - share * difference) / whole

@@ -2,7 +2,7 @@
 
 Shapes: n training examples with d > n features, x [n, d], y [n]; sigma and g [d, d], symmetric. The outputs on new
 examples have the variance V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
-sigma may be singular (semi-definite), because I + eta Σ never is; `contraction` also gives the limit eta = inf.
+sigma may be singular, because I + eta Σ never is. All functions raise ValueError naming an argument that is not valid.
 """
 
 from typing import NamedTuple
@@ -14,21 +14,16 @@ from scipy.special import ndtr, owens_t
 SPECTRA = ("isotropic", "power law", "spiked")
 EPS, INF = np.finfo(float).eps, 1e300  # eta = INF gives the limit eta = inf to the last digit
 
-# ---- interpolators -------------------------------------------------------------------------------------------
-
 
 def minimum_norm(x, y, g=None) -> np.ndarray:
-    """w_G = argmin w'Gw subject to Xw = y: [d], or [d, k] for y [n, k]. g: positive definite, None for I.
-
-    Raises ValueError naming x, y or g: n >= d, dependent rows, wrong shapes, NaN, g not positive definite.
-    """
+    """w_G = argmin w'Gw subject to Xw = y: [d], or [d, k] for y [n, k]. g: positive definite, None for I."""
     x, y = _system(x, y)
     if g is None:
-        q, r = _row_space(x)
+        q, r = qr(x.T, mode="economic")
         return q @ solve_triangular(r, y, trans="T")
     lower = _cholesky("g", g, x.shape[1])
     # G = LL' and L^-1 X' = QR:  w = G^-1 X' (X G^-1 X')^-1 y = L^-T Q R^-T y
-    q, r = _row_space(solve_triangular(lower, x.T, lower=True).T)
+    q, r = qr(solve_triangular(lower, x.T, lower=True), mode="economic")
     return solve_triangular(lower, q @ solve_triangular(r, y, trans="T"), lower=True, trans="T")
 
 
@@ -64,14 +59,14 @@ class Path(NamedTuple):
 
 
 def spectral(x, y, sigma) -> Path:
-    """All that w_eta and V(eta) depend on, by one eigendecomposition. Raises ValueError as `minimum_norm`.
+    """All that w_eta and V(eta) depend on, by one eigendecomposition.
 
     Directions with s = 0 are left out: they have b = 0, because Σ is semi-definite. With Σ = X'X/n, none is left.
     """
     x, y = _system(x, y, outputs=False)
     _cholesky("sigma", sigma, x.shape[1], semi=True)
     sigma, n = np.asarray(sigma, float), len(x)
-    q, r = _row_space(x, mode="full")
+    q, r = qr(x.T)
     # w_0 = X'(XX')^-1 y, and N: the columns of Q that X does not reach
     w0, null = q[:, :n] @ solve_triangular(r[:n], y, trans="T"), q[:, n:]
     s, e = eigh(null.T @ sigma @ null)
@@ -159,7 +154,7 @@ def _crossings(mean_in, sd_in, mean_out, sd_out):
     """Where the densities cross, standardized by IN (y_1, y_2) and by OUT (z_1, z_2); both sds; where IN equals OUT.
 
     IN is the likelier between the crossings if sd_out > sd_in, outside them if sd_out < sd_in, and beyond y_2 if the
-    two are equal (y_1 = z_1 = -inf). The form avoids cancellation. The crossings mean nothing where an sd is 0.
+    two are equal (y_1 = z_1 = -inf). The crossings mean nothing where an sd is 0.
     """
     given = {"mean_in": mean_in, "mean_out": mean_out, "sd_in": sd_in, "sd_out": sd_out}
     given = [_finite(name, value, 0 if name.startswith("sd") else -np.inf) for name, value in given.items()]
@@ -217,7 +212,7 @@ def gradient_descent(x, y, rho=0.0, steps=4000) -> np.ndarray:
 
 
 def _finite(name, value, least=-np.inf, most=np.inf):
-    """value as floats, all finite and between `least` and `most`, or a ValueError."""
+    """value as floats, all finite and between `least` and `most`."""
     value = np.asarray(value, float)
     bad = ~(np.isfinite(value) & (value >= least) & (value <= most))
     if bad.any():
@@ -226,26 +221,17 @@ def _finite(name, value, least=-np.inf, most=np.inf):
 
 
 def _system(x, y, outputs=True):
-    """x [n, d] with n < d and y [n] (or [n, k] if `outputs`) as floats, or a ValueError."""
+    """x [n, d] and y [n] (or [n, k] if `outputs`) as floats, where every y has infinitely many solutions w."""
     x, y = _finite("x", x), _finite("y", y)
-    if x.ndim != 2 or not 0 < len(x) < x.shape[1]:
-        raise ValueError(f"x: shape {x.shape}; valid is [n, d] with n < d (otherwise at most one w interpolates)")
+    if x.ndim != 2 or not 0 < len(x) < x.shape[1] or np.linalg.matrix_rank(x) < len(x):
+        raise ValueError(f"x: shape {x.shape}, or dependent rows; valid is [n, d] with n < d, of full row rank")
     if y.shape[:1] != x.shape[:1] or y.ndim > 1 + outputs:
         raise ValueError(f"y: shape {y.shape}; valid is ({len(x)},){f' or ({len(x)}, k)' * outputs}")
     return x, y
 
 
-def _row_space(x, mode="economic"):
-    """(Q, R) of X' = QR, or a ValueError if the rows of x are dependent."""
-    q, r = qr(x.T, mode=mode)
-    size = np.abs(np.diag(r))
-    if size.min() <= max(x.shape) * EPS * size.max():
-        raise ValueError(f"x: row {size.argmin()} depends on those before it; valid are independent rows")
-    return q, r
-
-
 def _cholesky(name, matrix, d, semi=False):
-    """L of a symmetric [d, d] matrix LL', or a ValueError; semi: zero eigenvalues are valid."""
+    """L of a symmetric [d, d] matrix LL'; semi: zero eigenvalues are valid."""
     matrix, valid = _finite(name, matrix), f"valid is a symmetric ({d}, {d}) matrix, positive {'semi-' * semi}definite"
     if matrix.shape != (d, d) or not np.allclose(matrix, matrix.T, rtol=1e-8, atol=1e-12 * np.abs(matrix).max()):
         raise ValueError(f"{name}: shape {matrix.shape}, or not symmetric; {valid}")

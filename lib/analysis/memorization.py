@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
 from lib.attacks import intervals
+from lib.attacks.membership import pairs
 
 EDGES = (0.1, 0.4, 0.6, 0.85)
 BANDS = ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
@@ -60,22 +61,19 @@ def checked(values, member, same=False):
     if member.dtype != bool or member.ndim != 2:
         raise ValueError(f"member: {member.dtype} {member.shape}; valid are bools [M, N]")
     if values.ndim != 2 or len(values) != len(member) or (same and values.shape != member.shape):
-        valid = member.shape if same else (len(member), "T")
-        raise ValueError(f"values: shape {values.shape}; valid is {valid}, for member {member.shape}")
+        raise ValueError(f"values: shape {values.shape}; valid is {member.shape if same else (len(member), 'T')}")
     if values.dtype != bool and not np.isfinite(values).all():
         raise ValueError("values: NaN or infinity; valid are finite numbers")
-    n_in = member.sum(0)
-    n_out = len(member) - n_in
-    for i in np.flatnonzero(np.minimum(n_in, n_out) < 2):
+    fewest = min(member.sum(0).min(), (~member).sum(0).min())
+    if fewest < 2:
         raise ValueError(
-            f"n_models={len(member)} is too few: example {i} is in {n_in[i]} and out of {n_out[i]} models; valid are "
-            "2 or more of each"
+            f"n_models={len(member)} is too few: an example is in or out of only {fewest}; valid are 2 or more of each"
         )
     return values, member
 
 
 def per_example(found, dataset):
-    """A frame with a row for each example: its index in the data set as loaded, its class, the estimates and their se.
+    """A frame with a row for each example: its index in the data set as loaded, class, estimates and standard errors.
 
     found: dict output -> dict optimizer -> Memorization.
     """
@@ -88,10 +86,7 @@ def per_example(found, dataset):
 
 
 def models_needed(se, n_models, wanted):
-    """How many models (at least 4) bring a standard error, a number or an array, down to `wanted` > 0.
-
-    This is for examples on which the models differ. No proportion needs more than wanted^(-2) models on halves.
-    """
+    """How many models (4 or more) bring a standard error, a number or an array, from n_models down to `wanted`."""
     if not wanted > 0:
         raise ValueError(f"wanted={wanted!r}; valid are positive standard errors")
     # se is proportional to M^(-1/2)
@@ -103,20 +98,17 @@ def band_shares(memorized):
     return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
 
 
-# ---- intervals ----------------------------------------------------------------------------------------------
-
-
 def jackknife(statistic, member, groups=20, level=0.95):
     """Intervals of a vector statistic(rows, columns) of some models and some examples: a list of Estimate.
 
-    rows, columns: index arrays, as in values[np.ix_(rows, columns)]. This is the delete-a-group jackknife (Efron &
-    Tibshirani 1993, section 11.7), over pairs of models and over examples. The two variances are added, so an interval
-    speaks of new models and new examples.
+    rows, columns: index arrays, as in values[np.ix_(rows, columns)]. Delete-a-group jackknife (Efron & Tibshirani 1993,
+    section 11.7) over pairs of models and over examples. The two variances are added, so an interval speaks of new
+    models and new examples.
     """
     rows, columns = np.arange(len(member)), np.arange(member.shape[1])
     value, variance, spread = np.atleast_1d(statistic(rows, columns)), 0.0, 0.0
-    pairs = np.unique(intervals.pairs(member), return_inverse=True)[1]
-    for index, over_models in ((pairs, True), (columns, False)):
+    pair_of = np.unique(pairs(member), return_inverse=True)[1]
+    for index, over_models in ((pair_of, True), (columns, False)):
         g = min(groups, index.max() + 1)
         left = [np.flatnonzero(index % g != k) for k in range(g)]
         found = np.array([statistic(kept, columns) if over_models else statistic(rows, kept) for kept in left])
@@ -132,9 +124,9 @@ def jackknife(statistic, member, groups=20, level=0.95):
 def memorization_table(values, member):
     """Mean memorization and the share of examples in each band, of two optimizers and their difference: a tidy frame.
 
-    values: dict optimizer -> [M, N] of two paired ensembles, the baseline first. The rows of the difference also have
-    the rank correlation between the two (memorization_spearman). The interval of a share reaches at least two examples
-    either way, because leaving groups out shows no spread where a band is empty.
+    values: dict optimizer -> [M, N], the baseline first. The difference also has the rank correlation of the two
+    (memorization_spearman). The interval of a share reaches at least two examples either way, because leaving groups
+    out shows no spread where a band is empty.
     """
     baseline, treatment = values
 
@@ -192,8 +184,9 @@ def leak(dataset, index, times=50, seed=0):
     n = len(dataset.y)
     groups = np.arange(n) if dataset.groups is None else dataset.groups
     kin = int((groups == groups[index]).sum())
-    if times < 2 or times % 2 or times - 1 + kin > (n + times - 2) // 2:
-        raise ValueError(f"times={times}: valid are even numbers from 2 to {(n - 2 * kin) // 2 * 2} in a pool of {n}")
+    most = (n - 2 * kin) // 2 * 2
+    if not 2 <= times <= most or times % 2:
+        raise ValueError(f"times={times}: valid are even numbers from 2 to {most} in a pool of {n}")
     spare = (groups != groups[index]) & (np.bincount(dataset.y)[dataset.y] > 2)
     own = spare & (dataset.y == dataset.y[index])
     dropped = np.random.default_rng(seed).choice(np.flatnonzero(own if own.sum() > 2 else spare))
@@ -203,20 +196,16 @@ def leak(dataset, index, times=50, seed=0):
     return replace(dataset, name=f"{dataset.name}-leak", **parts), int(index - (dropped < index))
 
 
-# ---- what kind of example -----------------------------------------------------------------------------------
-
-
 def atypicality(x, y, k=5):
     """Mean distance to the k nearest of its own class over that to the k nearest of the nearest other class: [N].
 
     x: [N, ...] inputs, compared in Euclidean distance; y: [N]. Above 1, an example lies nearer to another class.
-    Raises ValueError for one class only, k < 1, or a class with k or fewer examples.
     """
     x, (labels, y) = np.reshape(x, (len(x), -1)), np.unique(y, return_inverse=True)
     fewest = np.bincount(y).min()
     if len(labels) < 2 or not 1 <= k < fewest:
         raise ValueError(
-            f"k={k}: {len(labels)} classes, the smallest of {fewest}; valid are two, with more than k >= 1"
+            f"k={k}: {len(labels)} classes, the least of {fewest}; valid are two or more, with more than k >= 1"
         )
     distance = np.empty((len(x), len(labels)))
     for c in range(len(labels)):

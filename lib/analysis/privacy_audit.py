@@ -17,10 +17,9 @@ def epsilon_lower_bound(tp, fp, n_in, n_out, delta, level=0.95):
     trial, as when every model contributes one example. Jagielski, Ullman & Oprea 2020; Nasr et al. 2021.
     Raises ValueError naming the count, delta or level that is out of range.
     """
-    for name, count, n in (("tp", tp, n_in), ("fp", fp, n_out)):
-        if not (n > 0 and 0 <= count <= n):
-            raise ValueError(f"{name}={count!r} is not valid: it must be a count from 0 to {n}, which must be positive")
-    _check(delta, level)
+    _check("tp", 0 <= tp <= n_in > 0, tp, f"a count from 0 to {n_in}, the number of members, 1 or more")
+    _check("fp", 0 <= fp <= n_out > 0, fp, f"a count from 0 to {n_out}, the number of non-members, 1 or more")
+    _check_levels(delta, level)
     tpr, fpr = _lowest_rate(tp, n_in, level), 1 - _lowest_rate(n_out - fp, n_out, level)
     # the guarantee limits naming members and naming non-members alike
     return float(max(_implied_epsilon(tpr, fpr, delta), _implied_epsilon(1 - fpr, 1 - tpr, delta)))
@@ -29,18 +28,17 @@ def epsilon_lower_bound(tp, fp, n_in, n_out, delta, level=0.95):
 def audited_epsilon(scores, member, delta, level=0.95):
     """The largest epsilon that an attack on many models rules out: a float, 0 or more (0 with fewer than four pairs).
 
-    scores, member: [M, N], higher = more likely a member. A model's scores must not use its partner, whose half gives
-    the target's away. The attack names members (highest scores) and, separately, non-members (lowest scores). Each
-    threshold is the one that promises most on the other fold of models. The larger bound counts, and each is made at
-    half the error (Bonferroni). Raises ValueError for shapes that differ, or a row without members or non-members.
+    scores, member: [M, N]. A model's scores must not use its partner, whose half gives the target's away. The attack
+    names members (highest scores) and, separately, non-members (lowest). Each threshold is the one that promises most
+    on the other fold of models. The larger bound counts, and each is made at half the error (Bonferroni).
 
-    A bound on the rates of every example also bounds their mean over examples and models, so all are pooled. But
-    examples of one model are not independent: a model may leak more about all of them. Each end of a rate is therefore
-    the more cautious of two: Clopper & Pearson's on the counts, which is right for rare events, and that of the
-    interval clustered by pairs of models and by examples (`intervals.estimate`).
+    A bound on the rates of every example also bounds their mean over examples and models, so all are pooled. But one
+    model may leak more about all its examples. So each end of a rate is the more cautious of two: Clopper & Pearson's
+    on the counts, right for rare events, and that of intervals.estimate, clustered by pairs of models and by examples.
+    Raises ValueError for shapes that differ, or a row without members or non-members.
     """
     scores, member = checked(scores, member)
-    _check(delta, level)
+    _check_levels(delta, level)
     if len(np.unique(pairs(member))) < 4:
         return 0.0
     each = 1 - (1 - level) / 2
@@ -79,8 +77,11 @@ def _implied_epsilon(tpr, fpr, delta):
     return np.log(np.maximum((tpr - delta) / fpr, 1.0))
 
 
-def _check(delta, level):
-    if not 0 <= delta < 1:
-        raise ValueError(f"delta={delta!r} is not valid: it must be at least 0 and below 1")
-    if not 0 < level < 1:
-        raise ValueError(f"level={level!r} is not valid: it must be between 0 and 1")
+def _check_levels(delta, level):
+    _check("delta", 0 <= delta < 1, delta, "at least 0 and below 1")
+    _check("level", 0 < level < 1, level, "between 0 and 1")
+
+
+def _check(name, is_valid, value, valid):
+    if not is_valid:
+        raise ValueError(f"{name}={value!r} is not valid: it must be {valid}")

@@ -210,11 +210,8 @@ def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
         (lambda: memorization.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
         (lambda: memorization.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
         (lambda: memorization.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
-        (
-            lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)),
-            "n_models=2 .* example 0 is in 1 and out of 1",
-        ),
-        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "out of 0"),
+        (lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)), "n_models=2 .* only 1;"),
+        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "n_models=8 .* only 0;"),
         (lambda: memorization.models_needed(0.1, 16, 0), "wanted=0"),
         (lambda: memorization.atypicality(np.eye(6), np.zeros(6, int)), "1 classes"),
         (lambda: memorization.atypicality(np.eye(6), np.arange(6) % 2, k=0), "k=0"),

@@ -209,8 +209,8 @@ class Ensemble:
     def rows(self, name):
         """The array `name` of these models: a memory map if they are the first ones, without a gap."""
         found = self.store.rows[name].read()
-        whole = np.array_equal(self.ids, np.arange(len(self.ids)))
-        return found[: len(self.ids)] if whole else found[self.ids]
+        n = len(self.ids)
+        return found[:n] if np.array_equal(self.ids, np.arange(n)) else found[self.ids]
 
     logits = property(lambda self: self.rows("logits"))
     test_logits = property(lambda self: self.rows("test_logits"))

@@ -230,9 +230,8 @@ def _checked_options(name, rule, options):
 
 
 def _check_names(name, options, valid):
-    for option in options:
-        if option not in valid:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(valid) or 'none'}")
+    for option in set(options) - set(valid):
+        raise ValueError(f"{name} has no option {option!r}; it has {', '.join(valid) or 'none'}")
 
 
 def _check_base(name, base, options):
@@ -251,15 +250,8 @@ def dry_run(optimizer, is_kth_step):
 
     Raises ValueError if it fails or returns something else than a rule must.
     """
-    name, rule = optimizer.rule_name, optimizer.rule
-    if "noise" in optimizer.wants and not hasattr(rule, "queries"):
-        raise ValueError(f"{name} asks for noise and must say how much: an attribute queries, as `rule.queries = 1`")
-    params, aux, one = (
-        {"weight": torch.ones(3, 2), "bias": torch.ones(2)},
-        SimpleNamespace(losses=torch.ones(8)),
-        torch.ones(()),
-    )
-    each, passes = {n: torch.ones(8, *p.shape) for n, p in params.items()}, []
+    params, one, passes = {"weight": torch.ones(3, 2), "bias": torch.ones(2)}, torch.ones(()), []
+    aux, each = SimpleNamespace(losses=torch.ones(8)), {n: torch.ones(8, *p.shape) for n, p in params.items()}
 
     def counted(cost, result):
         passes.append(cost)
@@ -267,20 +259,19 @@ def dry_run(optimizer, is_kth_step):
 
     context = {"rho": 0.1 * one, "rate": one, "step": 0 * one, "is_kth_step": is_kth_step, "size": 8}
     context |= {"uniform": torch.rand(2), "memory": {n: torch.zeros_like(p) for n, p in params.items()}}
-    context |= {"noise": {n: torch.randn(getattr(rule, "queries", 1), *p.shape) for n, p in params.items()}}
-    context |= {
-        "losses": lambda params: counted(1 / 3, torch.ones(8)),
-        "per_example": lambda params: counted(1, (each, aux)),
-    }
+    context["losses"] = lambda params: counted(1 / 3, torch.ones(8))
+    context["per_example"] = lambda params: counted(1, (each, aux))
     try:
+        if "noise" in optimizer.wants:  # how much it needs is its attribute: rule.queries = 1
+            context["noise"] = {n: torch.randn(optimizer.rule.queries, *p.shape) for n, p in params.items()}
         asked = {n: context[n] for n in optimizer.wants}
-        grads, *rest = rule(
+        grads, _, *memory = optimizer.rule(
             lambda params, index=None: counted(1, (dict(params), aux)), params, **asked, **optimizer.options
         )
-        shapes = {n: tuple(g.shape) for n, g in grads.items()}
+        fine = {n: g.shape for n, g in grads.items()} == {n: p.shape for n, p in params.items()}
     except Exception as error:
-        raise ValueError(f"{name} is no rule: on two small tensors it fails with {error!r}") from None
-    if len(rest) != 1 + ("memory" in optimizer.wants) or shapes != {n: tuple(p.shape) for n, p in params.items()}:
-        form = "(grads, aux, memory)" if "memory" in optimizer.wants else "(grads, aux)"
-        raise ValueError(f"{name} is no rule: it must return {form}, with grads a dict of tensors like params")
+        raise ValueError(f"{optimizer.rule_name} is no rule: on two small tensors it fails with {error!r}") from None
+    if not fine or len(memory) != ("memory" in optimizer.wants):
+        form = "(grads, aux), or (grads, aux, memory) if it asks for memory, with grads a dict of tensors like params"
+        raise ValueError(f"{optimizer.rule_name} is no rule: it must return {form}")
     return sum(passes)

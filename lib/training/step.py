@@ -56,13 +56,8 @@ class Stack:
     """
 
     def __init__(self, recipe, shape, n_classes, n_stacked, device, compiled):
-        self.recipe, self.shape, self.n_classes, self.n_stacked, self.device = (
-            recipe,
-            shape,
-            n_classes,
-            n_stacked,
-            device,
-        )
+        self.recipe, self.n_stacked, self.device = recipe, n_stacked, device
+        self.shape, self.n_classes = shape, n_classes
         self.net, self.eval_net = (networks.build(recipe.arch, shape, n_classes) for _ in range(2))
         self.eval_net.eval()
         self.channels_last = wants_channels_last(self.net, n_stacked, device)
@@ -71,32 +66,32 @@ class Stack:
         self.keep_losses = "losses" in recipe.optimizer.wants
         self.gradient_of_one = grad_and_value(self.loss_of_one, has_aux=True)
         self.gradient = vmap(self.gradient_of_one) if n_stacked > 1 else self.gradient_of_one
-        self.graphs = {} if compiled and can_record(recipe.optimizer, device) else None
-        # a plain number would be fixed in a compiled or recorded step
-        self.rate = torch.tensor(recipe.lr, device="cpu" if self.graphs is None else device) if compiled else recipe.lr
+        self.rate = torch.tensor(recipe.lr) if compiled else recipe.lr  # a plain number would be compiled in
         if not recipe.optimizer.has_own_base:
-            (self.base,) = self.bases([list(self.params.values())])
-            self.update({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the optimizer's state
+            self.bases = [self.build_base(self.params)]
+            self.update({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the base's state
         if compiled:
             self.gradient, self.update = (torch.compile(f, dynamic=False) for f in (self.gradient, self.update))
 
-    def bases(self, parameter_lists):
-        """The recipe's base optimizer on each of these lists of tensors."""
-        settings = self.rate, self.recipe.momentum, self.recipe.weight_decay
-        return [self.recipe.optimizer.build(params, *settings) for params in parameter_lists]
+    def build_base(self, params):
+        """The recipe's base optimizer on these tensors."""
+        return self.recipe.optimizer.build(
+            list(params.values()), self.rate, self.recipe.momentum, self.recipe.weight_decay
+        )
 
     def reset(self, recipe, ids):
-        """Fresh weights for models `ids`; the optimizer and the rule remember nothing. Returns the stack itself."""
+        """Fresh weights for models `ids`; the base and the rule remember nothing. Returns the stack itself."""
         self.recipe = recipe
         params, self.buffers = initial_state(recipe, self.shape, self.n_classes, ids, self.device)
         self.load(params)
         self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if "memory" in recipe.optimizer.wants else {}
-        if recipe.optimizer.has_own_base:  # one for each model: it may use norms of whole tensors
+        if recipe.optimizer.has_own_base:  # a base for each model: it may use norms of whole tensors
             self.own = [{n: p[k].clone().requires_grad_() for n, p in params.items()} for k in range(self.n_stacked)]
-            self.base = self.bases([list(weights.values()) for weights in self.own])
+            self.bases = [self.build_base(weights) for weights in self.own]
         else:
-            for value in optimizer_state(self.base):
-                value.zero_()
+            for value in tree_flatten(list(self.bases[0].state.values()))[0]:
+                if torch.is_tensor(value):
+                    value.zero_()
         return self
 
     def load(self, params):
@@ -113,28 +108,19 @@ class Stack:
         """
         if torch.is_tensor(self.rate):
             self.rate.fill_(lr)
-        for base in self.base if self.recipe.optimizer.has_own_base else [self.base] * (not torch.is_tensor(self.rate)):
-            for group in base.param_groups:
-                group["lr"] = lr
-        inputs = self.buffers, in_format(x, self.channels_last), y, context, self.memory
-        step = partial(self.whole_step, is_kth_step)
-        if self.graphs is not None:
-            key = self.recipe.optimizer, bool(np.any(self.recipe.rho)), is_kth_step
-            if key not in self.graphs:
-                self.graphs[key] = recorded(step, inputs, [*self.params.values(), *optimizer_state(self.base)])
-            step = self.graphs[key]
-        loss, accuracy, self.buffers, self.memory = step(*inputs)
-        return loss, accuracy
-
-    def whole_step(self, is_kth_step, buffers, x, y, context, memory):
-        """Gradients by the rule, then the base: loss and accuracy [M], new buffers, and what the rule remembers."""
-        batch = buffers, x, y, {**context, "memory": memory} if memory else context
-        grads, aux, memory = self.over_models(partial(self.rule_of_one, is_kth_step, False))(self.params, *batch)
+        else:
+            for base in self.bases:
+                for group in base.param_groups:
+                    group["lr"] = lr
+        batch = self.buffers, in_format(x, self.channels_last), y
+        batch = *batch, {**context, "memory": self.memory} if self.memory else context
+        grads, aux, self.memory = self.over_models(partial(self.rule_of_one, is_kth_step, False))(self.params, *batch)
+        self.buffers = aux.buffers
         if self.recipe.optimizer.has_own_base:
             self.update_each(is_kth_step, grads, aux.loss, batch)
         else:
             self.update(grads)
-        return aux.loss, aux.accuracy, aux.buffers, memory
+        return aux.loss, aux.accuracy
 
     def rule_of_one(self, is_kth_step, alone, params, buffers, x, y, context):
         """(gradients, Pass, memory) of one model by the recipe's rule. alone: not within a map over the models."""
@@ -186,17 +172,14 @@ class Stack:
         """One step of the base optimizer on the stacked weights."""
         for name, weight in self.params.items():
             weight.grad = grads[name]
-        self.base.step()
+        self.bases[0].step()
 
     def update_each(self, is_kth_step, grads, losses, batch):
         """One step of a reader's own base for each model. Its step may call a closure, as that of L-BFGS does: the
         closure evaluates the rule anew, on the same batch, if the weights have moved."""
-        for k, (weights, base) in enumerate(zip(self.own, self.base, strict=True)):
-            known = [
-                {n: w.detach().clone() for n, w in weights.items()},
-                losses[k],
-                {n: g[k] for n, g in grads.items()},
-            ]
+        for k, (weights, base) in enumerate(zip(self.own, self.bases, strict=True)):
+            start, gradient = {n: w.detach().clone() for n, w in weights.items()}, {n: g[k] for n, g in grads.items()}
+            known = [start, losses[k], gradient]
 
             def closure(k=k, weights=weights, known=known):
                 now = {n: w.detach().clone() for n, w in weights.items()}
@@ -231,22 +214,18 @@ class Stack:
     @torch.no_grad()
     def refresh_batchnorm(self, batches):
         """BatchNorm's statistics anew, as their mean over these batches: averaged weights have others."""
-        norms = [m for m in self.net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        if not norms:
-            return
-        before = [module.momentum for module in norms]
+        net = networks.build(self.recipe.arch, self.shape, self.n_classes)
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
 
         def buffers_after(params, buffers, x):
             running = {name: b.clone() for name, b in buffers.items()}
-            functional_call(self.net, (params, running), (x,))
+            functional_call(net, (params, running), (x,))
             return running
 
-        for count, (x, _) in enumerate(batches, 1):
+        for count, (x, _) in enumerate(batches, 1) if norms else ():
             for module in norms:
                 module.momentum = 1 / count  # r <- r + (batch - r) / count
             self.buffers = self.over_models(buffers_after)(self.params, self.buffers, x)
-        for module, momentum in zip(norms, before, strict=True):
-            module.momentum = momentum
 
 
 class ThroughVmap(torch.autograd.Function):
@@ -330,11 +309,6 @@ def quiet_compiler():
     torch._dynamo.config.recompile_limit = 64
 
 
-def can_record(optimizer, device):
-    """A recorded CUDA graph is launched at once; the base must keep nothing on the host, as SGD keeps nothing."""
-    return device.type == "cuda" and optimizer.base_name in ("sgd", "nesterov")
-
-
 def wants_channels_last(net, n_stacked, device):
     """Tensor cores want the channels last. (On CPUs it gained nothing in training; under vmap it would not be seen.)"""
     return device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(net)
@@ -348,57 +322,3 @@ def n_stacked_for(net, device):
     # weights, gradients and momentum of all the models stay in the cache (CPU), or in 1 GB (GPU)
     budget, most = (4e6, 32) if device.type == "cpu" else (1e9, 128)
     return int(min(most, 2 ** np.floor(np.log2(max(1, budget / (12 * size))))))
-
-
-def optimizer_state(base):
-    """The tensors that a base optimizer remembers."""
-    return [value for value in tree_flatten(list(base.state.values()))[0] if torch.is_tensor(value)]
-
-
-def cuda_graph(work):
-    """(outputs, replay) of work as a CUDA graph, after three warm-ups on a stream of their own (PyTorch's manual)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work()
-    return outputs, graph.replay
-
-
-def recorded(step, inputs, state, record=cuda_graph):
-    """The step as a CUDA graph, if its replay was seen to give the same numbers; else, with a note, the step itself.
-
-    inputs: trees of tensors. state: the tensors that the step changes in place; they are left as they were.
-    record(work) -> (outputs of work, a function that does the work again, into the same outputs).
-    """
-    leaves, shape = tree_flatten(inputs)
-    fixed, before = [leaf.clone() for leaf in leaves], [tensor.clone() for tensor in state]
-
-    def results(function):
-        found = [t.clone() for t in tree_flatten(function(*inputs))[0]] + [t.clone() for t in state]
-        torch._foreach_copy_(state, before)
-        return found
-
-    try:
-        outputs, replay = record(lambda: step(*tree_unflatten(fixed, shape)))
-        torch._foreach_copy_(state, before)
-
-        def replayed(*inputs):
-            for kept, new in zip(fixed, tree_flatten(inputs)[0], strict=True):
-                kept.copy_(new)
-            replay()
-            return tree_map(torch.clone, outputs)
-
-        pairs = zip(results(step), results(replayed), strict=True)
-        if all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-3) for a, b in pairs):
-            return replayed
-        why = "its replay gives other numbers"
-    except RuntimeError as error:
-        torch._foreach_copy_(state, before)
-        why = str(error).partition("\n")[0]
-    print(f"the step is not recorded as a CUDA graph, which is slower: {why}", flush=True)
-    return step

@@ -66,8 +66,7 @@ SPREAD = [(signal, over) for over in ("examples", "models") for signal in ("conf
 CLAIMS = (
     Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),)),
     *(Claim(f"leaks_more_{n}", "01", f"{{a}} leaks more than {{b}} under {n}.", (Test("auc", 1, n),)) for n in NAMES),
-    Claim("more_so_when_strict", "01", "Under lira, {a} raises the TPR at the lowest FPR, and by a larger factor than "
-          "it raises the AUC above guessing.",
+    Claim("more_so_when_strict", "01", "Under lira, {a} leaks more at the lowest FPR, relatively more than in AUC.",
           (Test("tpr@strictest", 1, "lira", coordinate="tpr@"), Test("strict_excess", 1, "lira", coordinate="tpr@"))),
     Claim("at_every_length", "01", "{a} leaks more than {b} at every length of training.",
           (AUC._replace(experiment="length sweep", coordinate="epochs="),), OURS),
@@ -81,16 +80,15 @@ CLAIMS = (
           (Test("mean_memorization", **RARE),)),
     Claim("gains_on_atypical", "06", "{a} tests better than {b} on the rarest known sub-patterns.",
           (Test("test_accuracy", **RARE),)),
-    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few training examples "
-          "(bucket 1), and not on those that depend on many (bucket 5).",
+    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few examples, not on others.",
           (Test("gain_bucket_1", **BUCKETS), Test("gain_bucket_5", -1, rule="not less", **BUCKETS),
            Test("gain_bucket_1_minus_5", **BUCKETS))),
-    Claim("gains_without_ties", "03", "The same by influence on confidence, where no ties occur: bucket 1 gains more "
-          "than bucket 5.", (Test("gain_bucket_1_minus_5", **BY_CONFIDENCE),), OURS),
-    Claim("influence_makes_buckets", "03", "Influence explains the gain of bucket 1: it is smaller if membership is "
-          "shuffled.", (Test("gain_beyond_shuffled", **BY_CONFIDENCE),), OURS),
-    Claim("beyond_difficulty", "03", "Among test points of similar difficulty, too, those that depend on few examples "
-          "gain more.", (Test("gain_entropy_within_difficulty_1_minus_5", **BUCKETS),), OURS),
+    Claim("gains_without_ties", "03", "The same by influence on confidence, which has no ties: bucket 1 gains most.",
+          (Test("gain_bucket_1_minus_5", **BY_CONFIDENCE),), OURS),
+    Claim("influence_makes_buckets", "03", "Influence explains bucket 1's gain: shuffled membership gives less.",
+          (Test("gain_beyond_shuffled", **BY_CONFIDENCE),), OURS),
+    Claim("beyond_difficulty", "03", "At similar difficulty, too, test points that depend on few examples gain more.",
+          (Test("gain_entropy_within_difficulty_1_minus_5", **BUCKETS),), OURS),
     *(Claim(f"varies_less_{s}_{over}", "01", f"On non-members, {{a}}'s {s} varies less across {over} than {{b}}'s.",
             (Test(f"relative nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
     Claim("fewer_extreme_nonmembers", "04", "{a} has fewer non-members with a confidence above 0.99 than {b}.",
@@ -106,8 +104,8 @@ CLAIMS = (
           OURS),
     Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and {a} leaks more under lira.",
           (Test("relative hessian_top_eigenvalue", -1), AUC)),
-    Claim("smaller_gap_larger_advantage", "01", "{a} has a smaller generalization gap than {b}, and lira has a larger "
-          "advantage.", (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
+    Claim("smaller_gap_larger_advantage", "01", "{a} has a smaller generalization gap than {b}, and lira a larger advantage.",
+          (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
     Claim("other_optimizers_alike", "01", "Every sharpness-aware optimizer leaks more under lira.",
           (Test("auc", 1, "lira", "every optimizer", "optimizer=", EACH),)),
     Claim("other_architectures_alike", "01", "Sharpness-aware training leaks more under lira in every architecture.",

@@ -168,7 +168,8 @@ def test_the_same_command_gives_the_same_results_in_an_empty_store(run, tmp_path
 
 def test_notebook_04_contracts_where_it_should_and_nowhere_else(run):
     def largest(experiment, coordinate):
-        return numbers(run, "04_contraction", f"theorem: {experiment}", coordinate=coordinate)["eta=10", ""]
+        about = {"optimizer": "eta=10", "baseline": "", "coordinate": coordinate}
+        return recorded(run, "04_contraction", f"theorem: {experiment}", **about).set_index("metric").value
 
     power, isotropic = (
         largest("monte carlo", f"spectrum={kind}, n/d=0.5, label noise=0.5") for kind in ("power law", "isotropic")

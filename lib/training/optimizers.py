@@ -31,10 +31,11 @@ RULES = {**sharpness.RULES, "dpsgd": privacy.dpsgd, "dpsam": privacy.dpsam}
 class Optimizer:
     """A rule with its options, on a base with its options. Two optimizers are equal if their texts are."""
 
+    text: str  # in its canonical spelling
     rule_name: str  # "plain": the base alone
     rule: Callable
     options: dict  # as given, without rho
-    base_name: str  # with its options, as it would be written
+    base_name: str  # with its options
     base: Callable
     base_options: dict
     rho: float | None  # radius among the options, if one was given
@@ -46,14 +47,6 @@ class Optimizer:
             return _parse(str(text))
         except ValueError as error:
             raise ValueError(f"optimizers={str(text)!r} is not valid: {error}") from None
-
-    @cached_property
-    def text(self):
-        """The optimizer in its canonical spelling."""
-        rule = written(self.rule_name, self.options | ({} if self.rho is None else {"rho": self.rho}))
-        if self.rule_name == "plain":
-            return self.base_name
-        return rule if self.base_name == "sgd" else f"{rule}+{self.base_name}"
 
     def __str__(self):
         return self.text
@@ -114,18 +107,12 @@ class Optimizer:
         return {"options": self.all_options, "source": [networks.source_hash(name) for name in names]}
 
     def gradients_per_step(self):
-        """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third.
-
-        A reader's own rule is run once on two small tensors, and its passes are counted.
-        """
-        if ":" in self.rule_name:
+        """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third."""
+        if ":" in self.rule_name:  # counted, on two small tensors
             on, off = (dry_run(self, is_kth_step) for is_kth_step in (True, False))
             return (on + (self.k - 1) * off) / self.k
-        if self.rule_name == "looksam":
-            return 1 + 1 / self.k
-        if self.rule_name == "esam":
-            return 1 + 1 / 3 + self.all_options["gamma"]
-        return 1 if self.rule_name in ("plain", "swa", "dpsgd") else 2
+        known = {"plain": 1, "swa": 1, "dpsgd": 1, "looksam": 1 + 1 / self.k}
+        return 4 / 3 + self.all_options["gamma"] if self.rule_name == "esam" else known.get(self.rule_name, 2)
 
     def asks_again(self):
         """True if the base evaluates the loss more than once in a step, as L-BFGS does: tried on one weight."""
@@ -169,21 +156,16 @@ def _parse(text):
         tree = ast.parse(text.replace(":", "."), mode="eval").body
         nodes = [tree.left, tree.right] if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add) else [tree]
         calls = [node if isinstance(node, ast.Call) else ast.Call(node, [], []) for node in nodes]
-        parts = [
-            (
-                ast.get_source_segment(text, call.func),
-                {word.arg: ast.literal_eval(word.value) for word in call.keywords},
-            )
-            for call in calls
-        ]
-        if any(call.args for call in calls) or any(None in options for _, options in parts):
+        names = [ast.get_source_segment(text, call.func) for call in calls]
+        given = [{word.arg: ast.literal_eval(word.value) for word in call.keywords} for call in calls]
+        if any(call.args for call in calls) or any(None in options for options in given):
             raise ValueError
     except (SyntaxError, ValueError):
         form = "name, name(option=value, option=value), package.module:name, or two of these joined by +"
         raise ValueError(f"it is not written as {form}") from None
     known = {name: found for name, found in {**BASES, **RULES}.items() if name != "plain"}
     rule, base, kinds = ("plain", sharpness.plain, {}), ("sgd", BASES["sgd"], {}), []
-    for name, options in parts:
+    for name, options in zip(names, given, strict=True):
         if ":" not in name and name not in known:
             raise ValueError(f"{name!r} is unknown: choose from {', '.join(known)}, or package.module:name")
         found = known[name] if name in known else networks.resolve(name, "optimizers")
@@ -196,9 +178,17 @@ def _parse(text):
     if kinds not in (["base"], ["rule"], ["rule", "base"]):
         raise ValueError("a base, a rule, or rule+base is needed, as in sgd, sam or sam+adamw")
     options = _checked_options(*rule)
-    _check_base(*base)
     rho = options.pop("rho", None)
-    parsed = Optimizer(*rule[:2], options, written(base[0], base[2]), *base[1:], rho)
+    base_name = written(base[0], base[2])
+    written_rule = written(rule[0], options | ({} if rho is None else {"rho": rho}))
+    whole = base_name if rule[0] == "plain" else written_rule + (f"+{base_name}" if base_name != "sgd" else "")
+    parsed = Optimizer(whole, *rule[:2], options, base_name, *base[1:], rho)
+    try:  # what the base refuses is said before anything is trained
+        if "lr" in base[2]:
+            raise ValueError("lr is a parameter of its own")
+        parsed.build([torch.zeros(1, requires_grad=True)], 0.1, 0.9, 0.0)
+    except Exception as error:
+        raise ValueError(f"{base[0]} can't be built: {error}") from None
     if ":" in rule[0]:
         for is_kth_step in (True, False):
             dry_run(parsed, is_kth_step)
@@ -216,8 +206,9 @@ def _checked_options(name, rule, options):
         )
     own |= {"rho": 0.0} if "rho" in inspect.signature(rule).parameters else {}
     limits = sharpness.LIMITS if name in RULES else {"k": sharpness.LIMITS["k"]}
-    _check_names(name, options, own)
     for option, value in options.items():
+        if option not in own:
+            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(own) or 'none'}")
         kind = type(own[option])
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(f"{option}={value!r} of {name}: {kind.__name__} expected")
@@ -227,22 +218,6 @@ def _checked_options(name, rule, options):
         if kind is float and not np.isfinite(value):
             raise ValueError(f"{option}={value!r} of {name} must be finite")
     return {option: type(own[option])(value) for option, value in options.items()}
-
-
-def _check_names(name, options, valid):
-    for option in set(options) - set(valid):
-        raise ValueError(f"{name} has no option {option!r}; it has {', '.join(valid) or 'none'}")
-
-
-def _check_base(name, base, options):
-    """Build the base once on one weight, so that whatever it refuses is said before anything is trained."""
-    has = inspect.signature(base).parameters
-    _check_names(name, options, [n for n in has if n not in ("params", "lr")])
-    usual = {n: v for n, v in {"lr": 0.1, "momentum": 0.9}.items() if n in has}
-    try:
-        base([torch.zeros(1, requires_grad=True)], **{**usual, **options})
-    except Exception as error:
-        raise ValueError(f"{name} can't be built: {error}") from None
 
 
 def dry_run(optimizer, is_kth_step):

@@ -21,7 +21,7 @@ def dpsgd(gradient, params, per_example, noise, clip=1.0, sigma=1.0):
 
     clip: largest norm of one example's gradient; sigma: standard deviation of the noise on the sum, in units of clip.
     """
-    return _private(params, per_example, _nth(noise, 0), clip, sigma)
+    return _private(params, per_example, noise, 0, clip, sigma)
 
 
 def dpsam(gradient, params, rho, per_example, noise, clip=1.0, sigma=1.0):
@@ -30,27 +30,23 @@ def dpsam(gradient, params, rho, per_example, noise, clip=1.0, sigma=1.0):
     The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set their one-step
     DP-SAT against. Each step asks the batch two questions, and `epsilon` has to know (queries=2).
     """
-    first, aux = _private(params, per_example, _nth(noise, 0), clip, sigma)
-    second, _ = _private(ascend(params, first, rho), per_example, _nth(noise, 1), clip, sigma)
+    first, aux = _private(params, per_example, noise, 0, clip, sigma)
+    second, _ = _private(ascend(params, first, rho), per_example, noise, 1, clip, sigma)
     return second, aux
 
 
 dpsgd.queries, dpsam.queries = 1, 2
 
 
-def _nth(noise, k):
-    return {name: z[k] for name, z in noise.items()}
-
-
-def _private(params, per_example, noise, clip, sigma):
-    """(clipped and noised mean gradient, aux)."""
+def _private(params, per_example, noise, k, clip, sigma):
+    """(clipped mean gradient with the k-th noise, aux)."""
     _require("clip", clip, 0 < clip < inf, "finite and positive")
     _require("sigma", sigma, 0 <= sigma < inf, "finite, zero or positive")
     each, aux = per_example(params)
     # g_i <- g_i / max(1, |g_i| / C)
     weight = 1 / (vmap(norm)(each) / clip).clamp(min=1)
     # g = (sum_i g_i + sigma C N(0, 1)) / B
-    return {n: (torch.tensordot(weight, g, 1) + sigma * clip * noise[n]) / len(weight) for n, g in each.items()}, aux
+    return {n: (torch.tensordot(weight, g, 1) + sigma * clip * noise[n][k]) / len(weight) for n, g in each.items()}, aux
 
 
 def _require(name, value, fine, valid):

@@ -28,7 +28,9 @@ PATIENCE = 30  # seconds that a Ray cluster has to answer
 RETRIES = 5  # times that Ray trains a chunk again after its worker was lost
 
 
-def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, quiet=False, notify=None, wait=True):  # fmt: skip
+def train(
+    recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, quiet=False, notify=None, wait=True
+):
     """Models 0..n_models-1 of the recipe, trained where the store lacks them: an ensemble.Ensemble.
 
     engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,

@@ -389,7 +389,8 @@ equal_epochs = length_frame[(length_frame.baseline == baseline) & (length_frame.
 show_table(equal_epochs, across=["coordinate"])
 equal_loss = compare.at_equal_loss(length_sweep, treatment, baseline)
 results.add(equal_loss, experiment="equal train loss", n_models=n_swept)
-show_table(equal_loss, across=["coordinate"])
+if len(equal_loss):
+    show_table(equal_loss, across=["coordinate"])
 
 # %% [markdown]
 # The tables have differences of AUC, at equal epochs and at equal train loss. The figure shows two ways to move the train
@@ -533,16 +534,16 @@ display(ours.style.format(precision=2))
 lira = select(leak, metric="auc", attack="lira", **versus)
 top = select(flat, metric="hessian_top_eigenvalue", **versus)
 word = {1: "more", -1: "less", 0: "no difference"}
-lengths = text.joined(f"{word[text.sign(row)]} at {row.coordinate}" for row in equal_epochs.itertuples())
-losses = text.joined(f"{word[text.sign(row)]} at {row.coordinate.split(',')[0]}" for row in equal_loss.itertuples())
+lengths = text.joined(f"{word[text.sign(row)]} after {row.epochs}" for row in equal_epochs.itertuples())
+losses = text.joined(f"{word[text.sign(row)]} at {row.train_loss:.2g} nats" for row in equal_loss.itertuples())
 fits = text.joined(f"{select(accuracy, metric='train_accuracy', optimizer=n).value:.1%} ({n})" for n in run.names)
 flatter = describe_sign(top, "sharper than", "flatter than", "neither flatter nor sharper than")
 show_text(f"""
 - **Generalization.** {treatment} tests {better} {baseline} ({percentage_points(test)}). Train accuracies: {fits}.
 - **Leakage.** Under LiRA, {treatment} leaks {describe_sign(lira, *than)} {baseline} ({percentage_points(lira)} of AUC).
 - **Flatness.** By the largest Hessian eigenvalue, {treatment} ends {flatter} {baseline}.
-- **Equal epochs.** Leakage of {treatment} against {baseline}: {lengths}.
-- **Equal train loss.** Leakage of {treatment} against {baseline}: {losses} (nats).
+- **Equal epochs.** Leakage of {treatment} against {baseline}: {lengths} epochs.
+- **Equal train loss.** Leakage of {treatment} against {baseline}: {losses if len(equal_loss) else "nothing can be said"}.
 
 All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
 """)

@@ -141,8 +141,8 @@ else:
     show_text("The interval of the overall change contains zero, so a share of it would mean nothing.")
 never = (correct == correct[0]).all(0).mean()
 show_text(
-    f"All {len(member)} models of {baseline} agree on {never:.0%} of the test points: nothing influences these. They are "
-    f"in random order at the end, so only the first {n_buckets - int(n_buckets * never)} buckets hold any others."
+    f"All {len(member)} models of {baseline} agree on {never:.0%} of the test points. Nothing influences these, so their "
+    f"order is random. The others lie in the first {n_buckets - int(n_buckets * never)} of {n_buckets} buckets."
 )
 
 # %% [markdown]

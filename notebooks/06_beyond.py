@@ -144,7 +144,7 @@ figure.legend(*axes[0, 0].get_legend_handles_labels(), title="filled: Pareto-opt
 figures.save(figure, run, "frontier")
 
 # %%
-signs = interventions.signs(table[table.rho > 0])  # of the differences in accuracy and in AUC
+signs = {key: (sign(x), sign(y)) for key, (x, y) in points.items() if key[1] > 0}  # in accuracy and in AUC
 test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
 for kind in dict.fromkeys([(1, 1), *signs.values()]):  # the claim's first, then what else there is
     found = [label(*key) for key, both in signs.items() if both == kind]
@@ -279,7 +279,8 @@ results.add(costs, experiment="defences", rho="", n_models=len(defended["none"].
 # %%
 def show_prices(costs, undefended, name):
     """A picture of accuracy and leakage, and a table of the differences from the undefended baseline."""
-    rates = interventions.strict_rate(costs)
+    rates = sorted(float(metric[4:]) for metric in costs.metric.unique() if metric.startswith("tpr@"))
+    rates = [0.001] if 0.001 in rates else rates[:1]
     panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
     panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in rates}
     is_threshold, own = costs.attack == "confidence", costs.baseline == ""
@@ -427,7 +428,8 @@ else:
     for metric, rows in patterns.groupby("metric", sort=False):
         show_text(f"`{metric}`, by how many examples share a sub-pattern:")
         show_table(rows.assign(metric=rows["size"]))
-    atypical = interventions.most(patterns)
+    cells = patterns.groupby(["optimizer", "baseline", "metric"], sort=False)
+    atypical = {key: rows.loc[rows.value.idxmax(), ["size", "value"]] for key, rows in cells}
     for (name, other, metric), (size, value) in atypical.items():
         who = f"{name} − {other}" if other else name
         show_text(f"`{metric}` of {who} is largest on sub-patterns shared by {size} ({value:.3f}).")

@@ -242,9 +242,9 @@ def null_table(ensemble, seed, shuffles=5):
 def planted_table(scored, member, place, n_pairs=PLANTED // 2):
     """In what share of pairs an attack finds which of two partners trained on an example: a tidy frame.
 
-    scored: dict attack -> scores [M, N]; partners are the models (2k, 2k+1); place: the example's column. Only the
-    first n_pairs pairs count of which one model saw the example and the other did not. An attack finds a pair if the
-    model that saw it has the higher score; a tie counts half. Columns attack, metric, value, ci_low, ci_high, n_models.
+    scored: dict attack -> scores [M, N]; partners are the models (2k, 2k+1); place: the example's column. The first
+    n_pairs pairs count in which one model saw the example and the other did not. An attack finds a pair if the model
+    that saw it has the higher score; a tie counts half. Columns beside the usual ones: attack, n_models.
     """
     seen = member[:, place].reshape(-1, 2)
     pairs, rows = np.flatnonzero(seen[:, 0] != seen[:, 1])[:n_pairs], []
@@ -378,12 +378,15 @@ def at_equal(length_sweep, treatment, baseline, name, values_of, scale, back, di
     """
     if len({tuple(e.ids.tolist()) for e in length_sweep.values()}) > 1:
         raise ValueError("length_sweep: the ensembles hold different models; apply keep_common_models first")
-    base, runs = ([(k, e) for (k, label), e in length_sweep.items() if label == who] for who in (baseline, treatment))
-    points = [(values_of(e), lira_influence_values(e).astype(np.float32)) for _, e in base]
-    points = sorted(((scale(v.mean()), v, auc) for v, auc in points), key=lambda point: point[0])
-    places, values, aucs = zip(*points, strict=True)
-    rows = []
-    for epochs, e in runs:
+    points, rows = [], []
+    for (_, optimizer), e in length_sweep.items():
+        if optimizer == baseline:
+            values = values_of(e)
+            points.append((scale(values.mean()), values, lira_influence_values(e).astype(np.float32)))
+    places, values, aucs = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    for (epochs, optimizer), e in length_sweep.items():
+        if optimizer != treatment:
+            continue
         place, data = scale(values_of(e).mean()), e.dataset
         right = int(np.searchsorted(places, place))
         if not 0 < right < len(places):
@@ -398,13 +401,9 @@ def at_equal(length_sweep, treatment, baseline, name, values_of, scale, back, di
         hull = Estimate(np.mean([f.value for f in found]), min(f.low for f in found), max(f.high for f in found))
         at, *ends = (digits.format(back(x)) for x in (place, places[right - 1], places[right]))
         between = " and ".join(ends)
-        more = {
-            "epochs": epochs,
-            "coordinate": f"{name}={at}, between={between}",
-            name: back(place),
-            "between": between,
-        }
-        rows.append(intervals.row("auc", hull, optimizer=treatment, baseline=baseline, attack="lira", **more))
+        about = dict(optimizer=treatment, baseline=baseline, attack="lira", epochs=epochs, between=between)
+        coordinate = f"{name}={at}, between={between}"
+        rows.append(intervals.row("auc", hull, coordinate=coordinate, **{name: back(place)}, **about))
     return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "epochs", "coordinate", name, "between"])
 
 

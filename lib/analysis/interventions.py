@@ -26,17 +26,6 @@ def variant_table(found):
     return compare.split_labels(compare.contrast(found), "rho")
 
 
-def signs(table):
-    """Signs of a variant_table's differences in test accuracy and LiRA's AUC, 0 where the interval holds 0.
-
-    Returns a dict (optimizer, rho) -> (int, int).
-    """
-    rows = table[table.baseline != ""]
-    rows = rows.assign(sign=(rows.ci_low > 0).astype(int) - (rows.ci_high < 0))
-    wide = rows.pivot_table("sign", ["optimizer", "rho"], "metric", sort=False)
-    return {key: (int(of.test_accuracy), int(of.auc)) for key, of in wide.iterrows()}
-
-
 def dominated(found, level=0.95):
     """Which other ensembles beat each one: dict label -> list of labels, empty on the Pareto frontier.
 
@@ -119,12 +108,6 @@ def defence_table(found):
         table = intervals.table(scored, np.array(first.member), columns=first.dataset.groups)
         frames.append(table.assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
-
-
-def strict_rate(frame):
-    """[false positive rate to report]: 0.1%, or else the smallest whose TPR is in the frame; [] if there is none."""
-    rates = sorted({float(m[4:]) for m in frame.metric.unique() if m.startswith("tpr@")})
-    return [0.001] if 0.001 in rates else rates[:1]
 
 
 def private_table(found):
@@ -243,12 +226,3 @@ def pattern_table(ensembles, memorized):
         frames.append(means.assign(part=part))
     frame = pd.concat(frames, ignore_index=True).rename(columns={"part": "size"})
     return frame.assign(coordinate="shared by=" + frame["size"])
-
-
-def most(patterns):
-    """Where each metric of a pattern_table is largest: dict (optimizer, baseline, metric) -> (size, value)."""
-    found = {}
-    for key, rows in patterns.groupby(["optimizer", "baseline", "metric"], sort=False):
-        top = rows.loc[rows.value.idxmax()]
-        found[key] = top["size"], float(top.value)
-    return found

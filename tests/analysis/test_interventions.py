@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from lib.analysis import compare, interventions
@@ -25,14 +24,6 @@ def test_dominated_is_who_another_beats_in_one_respect_and_does_not_trail_in_the
 def test_nothing_dominates_its_equal():
     same = {name: simulated(1.0, 1.0) for name in "ab"}
     assert interventions.dominated(same) == {"a": [], "b": []}
-
-
-def test_signs_are_those_of_clear_intervals():
-    rows = [("auc", 0.1, 0.05, 0.15), ("test_accuracy", 0.1, -0.05, 0.15)]
-    table = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(
-        optimizer="sam", baseline="sgd", rho=0.3
-    )
-    assert interventions.signs(table) == {("sam", 0.3): (0, 1)}
 
 
 def test_mislabelled_changes_the_share_it_says_and_always_to_another_class(table):
@@ -121,13 +112,6 @@ def test_variants_are_compared_with_the_baseline_at_their_radius(pair):
     assert frame["sam", "sgd", 0.2, "auc"] == plain["sam", "sgd", "auc"] and frame["sam", "sgd", 0.4, "auc"] == 0
 
 
-def test_the_strictest_rate_is_a_tenth_of_a_percent_or_the_smallest_there_is():
-    frame = pd.DataFrame({"metric": ["auc", "tpr@0.01", "tpr@0.1"]})
-    more = pd.concat([frame, pd.DataFrame({"metric": ["tpr@0.001", "tpr@0.0001"]})])
-    assert interventions.strict_rate(frame[:1]) == [] and interventions.strict_rate(frame) == [0.01]
-    assert interventions.strict_rate(more) == [0.001]
-
-
 def test_agreement_is_high_with_the_same_exposed_and_low_with_others():
     def exposing(who, seed):
         found = simulated(0.0, 1.0, m=128, n=100, seed=3)
@@ -171,10 +155,3 @@ def test_pattern_table_finds_the_rare_ones(tmp_path):
         found = sam[sam.baseline == baseline].set_index("size").value
         assert found.to_dict() == pytest.approx({"1 to 2": rare, "30 to 99": common})
     assert {"auc", "mean_memorization"} <= set(frame.metric) and set(frame.baseline) == {"", "sgd"}
-
-
-def test_where_a_metric_is_largest():
-    rows = [("sgd", "", "auc", "1 to 2", 0.7), ("sgd", "", "auc", "3 to 9", 0.6), ("sam", "sgd", "auc", "3 to 9", 0.1)]
-    frame = pd.DataFrame(rows, columns=["optimizer", "baseline", "metric", "size", "value"])
-    largest = {("sgd", "", "auc"): ("1 to 2", 0.7), ("sam", "sgd", "auc"): ("3 to 9", 0.1)}
-    assert interventions.most(frame) == largest

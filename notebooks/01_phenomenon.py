@@ -101,7 +101,7 @@ axes[2].set(title="one model, many examples", xlabel=r"confidence $\phi$", ylabe
 figures.save(figure, run, "attack")
 
 # %% [markdown]
-# **How to read it.** Left: an example, one of the hundredth of the pool that training changes most. Middle: the
+# **How to read it.** Left: an example from the hundredth of the pool that training changes most. Middle: the
 # confidence in its label, of the models trained with it and of those trained without it. Where the two hills part,
 # membership is plain to see. Right: what an attacker without shadow models sees, one model and the hills of its members
 # and non-members. An easy example lies on the right of this picture whether it was a member or not. That is why a
@@ -236,8 +236,9 @@ for target in range(8):
     scores.append(log_density["in"] - log_density["out"])
 np.testing.assert_allclose(scores, shadow.lira(phi, member)[:8], rtol=1e-3, atol=1e-3)
 
-higher = np.mean([np.mean(s[m][:, None] > s[~m]) for s, m in zip(scores, member, strict=False)])
-show_text(f"A member's score is higher than a non-member's in {higher:.1%} of the pairs: this share is the AUC.")
+# the share of pairs of a member and a non-member in which the member scores higher
+auc = [np.searchsorted(np.sort(s[~m]), s[m]).mean() / (~m).sum() for s, m in zip(scores, member, strict=False)]
+show_text(f"LiRA's AUC against these models is {np.mean(auc):.3f}; a coin has 0.5.")
 
 # %% [markdown]
 # ## All attacks

@@ -70,8 +70,8 @@ show_text(run.describe())
 # resembles an example, models are right about it only if they saw it: its memorization is near 1.
 #
 # Every example is in some of the models and out of the others, so the estimate is a difference of two means, and it has
-# a standard error for each example. (Every example is in half of our models. Feldman and Zhang used subsets of 0.7: set
-# the parameter `subset`.)
+# a standard error for each example. (Every example is in half of our models. Feldman and Zhang used subsets of 0.7:
+# `make study SUBSET=0.7` does so.)
 
 # %%
 ensembles = run.ensembles("main")

@@ -104,7 +104,7 @@ CLAIMS = (
           OURS),
     Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and {a} leaks more under lira.",
           (Test("relative hessian_top_eigenvalue", -1), AUC)),
-    Claim("smaller_gap_larger_advantage", "01", "{a} narrows the generalization gap of {b}, yet lira's advantage grows.",
+    Claim("smaller_gap_larger_advantage", "01", "{a} narrows the generalization gap, yet lira's advantage grows.",
           (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
     Claim("other_optimizers_alike", "01", "Every sharpness-aware optimizer leaks more under lira.",
           (Test("auc", 1, "lira", "every optimizer", "optimizer=", EACH),)),

@@ -38,9 +38,8 @@ class Inputs:
         self.groups = dataset.groups
         if recipe.augment or recipe.queries > 1:
             self.border = max(1, self.shape[-1] // 8)
-            self.padded, self.padded_test = (
-                F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test)
-            )
+            padded = [F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test)]
+            self.padded, self.padded_test = padded
 
     def crop(self, index, shift, flip):
         """Shifted and flipped copies. index, flip [B], shift [B, 2] in 0..2 border -> [B, C, H, W], channels last."""
@@ -64,10 +63,9 @@ class Inputs:
 
 
 def train_chunk(recipe, inputs, ids, tick=lambda: None):
-    """Train models `ids` together. Returns what the store keeps of each: name -> array [len(ids), ...].
+    """Train models `ids` together: what the store keeps of each, name -> array [len(ids), ...].
 
-    `stuck` [len(ids)] marks the models whose loss was not finite, or ended no better than guessing. tick() is called
-    after every epoch.
+    `stuck` [len(ids)]: the loss was not finite, or ended no better than guessing. tick() is called after every epoch.
     """
     member = membership(recipe, len(inputs.y), ids, inputs.groups)
     examples = torch.from_numpy(np.stack([np.flatnonzero(row) for row in member])).to(inputs.device)  # [M, n]
@@ -178,14 +176,14 @@ def train_chunk_or_halves(recipe, inputs, ids, tick):
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words for it
             raise
         if len(ids) == 1:
-            raise ValueError(
-                f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one "
-                f"{recipe.arch}: choose a smaller batch_size or arch"
-            ) from error
+            what = (
+                f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one {recipe.arch}"
+            )
+            raise ValueError(f"{what}: choose a smaller batch_size or arch") from error
     step.STACKS.clear()
     torch.cuda.empty_cache()
-    few, many = len(ids) // 2, len(ids)
-    print(f"memory ran out on {inputs.device}: {few} models are trained at once instead of {many}", flush=True)
+    few = len(ids) // 2
+    print(f"memory ran out on {inputs.device}: {few} models are trained at once instead of {len(ids)}", flush=True)
     halves = [train_chunk_or_halves(recipe, inputs, half, tick) for half in (ids[:few], ids[few:])]
     return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
@@ -256,15 +254,11 @@ def layout(recipe, dataset):
     """What the store keeps of one model: array name -> (shape, dtype)."""
     net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
     n_weights = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
-    rows = recipe.queries, len(dataset.y), dataset.n_classes
-    kind = np.float16 if np.prod(rows) >= HALF else np.float32
-    return {
-        "logits": (rows, kind),
-        "test_logits": ((recipe.queries, len(dataset.y_test), dataset.n_classes), kind),
-        "member": ((len(dataset.y),), bool),
-        "history": ((recipe.epochs, 3), np.float32),
-        "weights": ((n_weights,), np.float32),
-    }
+    n, t, c = len(dataset.y), len(dataset.y_test), dataset.n_classes
+    kind = np.float16 if recipe.queries * n * c >= HALF else np.float32
+    logits = {"logits": ((recipe.queries, n, c), kind), "test_logits": ((recipe.queries, t, c), kind)}
+    history, weights = ((recipe.epochs, 3), np.float32), ((n_weights,), np.float32)
+    return {**logits, "member": ((n,), bool), "history": history, "weights": weights}
 
 
 def stored_bytes(recipe, dataset, ids):
@@ -300,10 +294,8 @@ def check(recipe, dataset, n_models):
     if "per_example" in optimizer.wants and networks.has_batchnorm(net):
         raise ValueError(f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
     if optimizer.is_private and optimizer.asks_again():
-        raise ValueError(
-            f"optimizer={optimizer.text!r}: {optimizer.base_name} evaluates the gradient again within a step, with the "
-            "same noise, which no accountant counts: choose another base"
-        )
+        why = f"{optimizer.base_name} evaluates the gradient again within a step, which no accountant counts"
+        raise ValueError(f"optimizer={optimizer.text!r}: {why}: choose another base")
     membership(recipe, n, [0], dataset.groups)
     if recipe.batch_size > size:
         raise ValueError(f"batch_size={recipe.batch_size!r} is larger than a model's {size} training examples")

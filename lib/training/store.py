@@ -58,11 +58,7 @@ class Rows:
     def header(self, rows):
         """NumPy's header; it has one length for any number of rows, so it can be rewritten in place."""
         out = BytesIO()
-        about = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (rows, *self.shape),
-        }
+        about = {"descr": self.dtype.str, "fortran_order": False, "shape": (rows, *self.shape)}
         np.lib.format.write_array_header_1_0(out, about)
         return out.getvalue()
 
@@ -100,11 +96,10 @@ class Rows:
 
 
 class Store:
-    """The arrays of one recipe.
+    """The arrays of one recipe, in a folder of `root` that is named by a prefix and the hash of a key (a JSON-able dict).
 
-    root: folder of all the stores. name: readable prefix. key: a JSON-able dict (recipe and data hash) whose hash names
-    the folder. layout: array name -> (shape of one row, dtype).
-    Raises ValueError naming `store` if the folder can't be written, or holds the same recipe in another version's form.
+    layout: array name -> (shape of one row, dtype). Raises ValueError naming `store` if the folder can't be written, or
+    if another version of the store wrote this recipe there.
     """
 
     def __init__(self, root, name, key, layout):
@@ -158,7 +153,8 @@ class Store:
             with self.writing:  # two processes must not rewrite a header at once
                 for name, row in arrays.items():
                     self.rows[name].write(model, row)
-            write_atomic(self.flag_path(model), json.dumps({**flag, "seal": seal(flag)}))
+            text = json.dumps({**flag, "seal": seal(flag)})
+            write_atomic(self.folder / "done" / f"{model:05d}.json", text)
         except OSError as error:
             kept = f"{len(list(self.folder.glob('done/*.json')))} finished models are kept"
             raise ValueError(f"store={str(self.folder.parent)!r} can't be written ({error}); {kept}") from error
@@ -166,25 +162,21 @@ class Store:
 
     def flag(self, model):
         """The model's flag (a dict); None if it is absent, or if its rows are damaged, which is said."""
-        path = self.flag_path(model)
+        path = self.folder / "done" / f"{model:05d}.json"
         if model in self.verified or not path.exists():
             return self.verified.get(model)
-        fault = self.fault(model)
+        fault = self.fault(model, path)
         if fault:
             with self.writing:  # not while another process rewrites a header
-                fault = self.fault(model)
+                fault = self.fault(model, path)
         if fault:
             warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
             path.unlink(missing_ok=True)
         return self.verified.get(model)
 
-    def flag_path(self, model):
-        """Where the model's flag is."""
-        return self.folder / "done" / f"{model:05d}.json"
-
-    def fault(self, model):
-        """What is wrong with a model's flag or rows; "" if nothing, and then its flag counts as verified."""
-        flag = read_json(self.flag_path(model))
+    def fault(self, model, path):
+        """What is wrong with the flag at `path` or the model's rows; "" if nothing: then the flag counts as verified."""
+        flag = read_json(path)
         if flag.pop("seal", None) != seal(flag):
             return "its flag is unreadable or was changed"
         for name, wanted in flag["checksums"].items():
@@ -211,7 +203,7 @@ def read_json(path):
 
 
 def place(root, name, key):
-    """(folder of a recipe's store, the text of recipe.json in it)."""
+    """(the folder of a recipe's store, the text of recipe.json in it)."""
     text = json.dumps({"store_version": VERSION, **key}, sort_keys=True, indent=1)
     digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     return Path(root) / f"{name}-{digest}", text

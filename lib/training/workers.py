@@ -59,18 +59,13 @@ def train(
     return ensemble.finished(recipe, dataset, n_models, kept) if wait else None
 
 
-def chunks(recipe, dataset, device, n_models=1):
-    """The chunks of models that train together: a list of ranges that covers models 0..n_models-1 and maybe more.
+def missing(recipe, dataset, n_models, kept, device):
+    """The chunks of models that train together and lack one of models 0..n_models-1: a list of ranges.
 
     They start at multiples of their size, so a resumed or a longer run trains model k beside the same others.
     """
     size = step.n_stacked_for(networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
-    return [range(start, start + size) for start in range(0, n_models, size)]
-
-
-def missing(recipe, dataset, n_models, kept, device):
-    """The chunks that lack one of models 0..n_models-1."""
-    whole = chunks(recipe, dataset, device, n_models)
+    whole = (range(start, start + size) for start in range(0, n_models, size))
     return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
 
 
@@ -84,14 +79,12 @@ def train_here(recipe, dataset, inputs, todo, kept, quiet=False, notify=None):
     with progress(recipe, todo, "here", quiet) as bar, futures.ThreadPoolExecutor(1) as writer:
         for ids in todo:
             lock = kept.claim(ids[0])
-            if lock is None:
+            if lock is None or all(kept.flag(k) for k in ids):  # another process trains it, or has just finished it
+                if lock:
+                    lock.release()
                 bar.update(recipe.run_epochs)
                 continue
             try:
-                if all(kept.flag(k) for k in ids):  # another process has just finished it
-                    lock.release()
-                    bar.update(recipe.run_epochs)
-                    continue
                 began = time.time()
                 arrays = ensemble.train_chunk_or_halves(recipe, inputs, list(ids), bar.update)
                 seconds = time.time() - began
@@ -163,10 +156,7 @@ def collect(recipe, dataset, waiting, where, n, quiet, notify):
 
 def n_processes(recipe, dataset, device):
     """How many processes train this recipe at once: on a CPU one for each of this process's threads, if a model takes
-    LONG steps and memory suffices; else 1, which is this process.
-
-    The step of a small network is over before several threads have shared it among them. Objects defined in `__main__`
-    cannot be sent to other processes.
+    LONG steps and memory suffices; else 1. Objects defined in `__main__` cannot be sent to other processes.
     """
     steps = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.run_epochs
     if device.type != "cpu" or steps < LONG or "__main__" in f"{recipe.optimizer} {recipe.arch}":

@@ -11,6 +11,11 @@ from lib.training.store import Rows, Store, write_atomic
 LAYOUT = {"a": ((2, 3), np.float32), "b": ((4,), bool)}
 
 
+def path_of(folder):
+    """The flag of model 0 in the only store of a folder."""
+    return next(folder.glob("*/done/00000.json"))
+
+
 def row(k):
     return {"a": np.full((2, 3), k, np.float32), "b": np.arange(4) == k}
 
@@ -56,7 +61,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         good = path.read_bytes()
         for at in range(store.rows[name].header_bytes, len(good)):
             path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-            assert Store(tmp_path, "x", {}, LAYOUT).fault(0) == f"{name}.npy has a wrong checksum"
+            assert Store(tmp_path, "x", {}, LAYOUT).fault(0, path_of(tmp_path)) == f"{name}.npy has a wrong checksum"
         path.write_bytes(good)
     assert Store(tmp_path, "x", {}, LAYOUT).flag(0)["status"] == "finished"
 
@@ -129,7 +134,7 @@ def test_a_flag_whose_notes_were_changed_is_noticed(tmp_path):
     good = path.read_text()
     for damaged in (good.replace('"status"', '"statvs"'), good.replace("finished", "diverged"), "[]", "{}", ""):
         path.write_text(damaged)
-        assert Store(tmp_path, "x", {}, LAYOUT).fault(0)
+        assert Store(tmp_path, "x", {}, LAYOUT).fault(0, path_of(tmp_path))
     path.write_text(good)
     assert Store(tmp_path, "x", {}, LAYOUT).flag(0) == {
         "model": 0, "checksums": json.loads(good)["checksums"], "status": "finished",

@@ -21,12 +21,10 @@ BANDS = ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
 
 
 class Memorization(NamedTuple):
-    """Arrays [N]: the estimate, its standard error, and the two means whose difference it is."""
+    """Arrays [N]: the estimate and its standard error."""
 
     value: np.ndarray
     se: np.ndarray
-    inside: np.ndarray
-    outside: np.ndarray
 
 
 def memorization(values, member) -> Memorization:
@@ -38,12 +36,12 @@ def memorization(values, member) -> Memorization:
     Raises ValueError for shapes that differ, NaN, or an example with fewer than two models in or out.
     """
     values, member = checked(values, member, same=True)
-    means, variance = [], 0.0
-    for group in (member, ~member):
+    value, variance = 0.0, 0.0
+    for sign, group in ((1, member), (-1, ~member)):
         n, exact = group.sum(0), {"dtype": np.float64, "casting": "unsafe"}
         total = np.einsum("mn,mn->n", group, values, **exact)
         # mem_i = sum_m v_mi 1{i in m} / n_in - sum_m v_mi 1{i not in m} / n_out
-        means.append(total / n)
+        value = value + sign * total / n
         if values.dtype == bool:
             # p = (hits + 1) / (n + 2),  variance p (1 - p) / (n + 2)
             p = (total + 1) / (n + 2)
@@ -52,7 +50,7 @@ def memorization(values, member) -> Memorization:
             # s^2 / n = (sum v^2 - (sum v)^2 / n) / (n - 1) / n
             squares = np.einsum("mn,mn,mn->n", group, values, values, **exact)
             variance = variance + np.maximum(squares - total**2 / n, 0) / (n - 1) / n
-    return Memorization(means[0] - means[1], np.sqrt(variance), *means)
+    return Memorization(value, np.sqrt(variance))
 
 
 def checked(values, member, same=False):

@@ -66,9 +66,9 @@ def histograms(axis, inside, outside, labels):
     axis.legend(fontsize=9)
 
 
-def forest(frame, xlabel, order=None):
+def forest(frame, xlabel):
     """Values with intervals, a row for each attack, a marker for each optimizer or difference; a line marks 0."""
-    order = list(order if order is not None else frame.attack.unique())
+    order = list(frame.attack.unique())
     figure, axis = plt.subplots(figsize=(7.5, 0.34 * len(order) + 1.2), layout="constrained")
     for index, (name, rows) in enumerate(frame.groupby(series(frame), sort=False)):
         rows = rows.set_index("attack").reindex(order)
@@ -105,9 +105,6 @@ def phi_of_members(phis, member):
     return figure
 
 
-# ---- memorization and influence -----------------------------------------------------------------------------
-
-
 def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
     """Values with intervals at 1, 2, ..., a panel for each title; the line at 0 is 'no difference'."""
     size = (min(3.6 * len(frames), 14), 3.4)
@@ -115,7 +112,7 @@ def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
     for index, (axis, (title, frame)) in enumerate(zip(axes[0], frames.items(), strict=True)):
         error_bars(axis, np.arange(1, len(frame) + 1), frame, index, linestyle="")
         axis.axhline(0, color="0.3", lw=1)
-        axis.set(title=title, xlabel=xlabel, xticks=range(1, len(frame) + 1))
+        axis.set(title=plain(title), xlabel=xlabel, xticks=range(1, len(frame) + 1))
         if ticks:
             axis.set_xticklabels(ticks, fontsize=9)
         axis.margins(x=0.12)
@@ -136,9 +133,6 @@ def captioned(rows, columns=8):
             axis.text(0.5, -0.06, plain(caption), transform=axis.transAxes, ha="center", va="top", fontsize=8)
         line[0].set_title(title, fontsize=10, loc="left")
     return figure
-
-
-# ---- notebook 04: variance contraction -------------------------------------------------------------------------
 
 
 def curves(frame, xlabel, ylabels, levels=False, **axes):
@@ -168,11 +162,6 @@ def curves(frame, xlabel, ylabels, levels=False, **axes):
         elif axis is panels[0, -1]:  # one for all
             axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-# ---- beyond the paper ---------------------------------------------------------------------------------------
-
-SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
 
 def side_by_side(frame, panels, baseline):

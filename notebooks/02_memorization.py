@@ -165,7 +165,7 @@ show_text(f"On random subsets the error falls as the number of models to the pow
 # for is at the bottom.
 #
 # **Method.** We train the baseline once more, on a pool with planted faults. Some examples get a wrong label, which only
-# memory can reproduce. Other examples get near-identical twins, which teach what the example teaches: some drawn at
+# memory can reproduce. Other examples get exact copies (twins), which teach what the example teaches: some drawn at
 # random, and some of the most memorized ones. We compare their ranks in the pool before and after. Both trainings are as
 # long as the longest of notebook 1, since a wrong label that is never fitted is not memorized.
 

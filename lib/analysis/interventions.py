@@ -11,9 +11,8 @@ import pandas as pd
 
 from lib.analysis import compare
 from lib.analysis.memorization import exposure, spearman
-from lib.analysis.privacy_audit import audited_epsilon
 from lib.attacks import intervals
-from lib.attacks.intervals import SHADOW_CORRECTION, Estimate, estimate, row
+from lib.attacks.intervals import SHADOW_CORRECTION, estimate, row
 
 # ---- variants: accuracy against leakage ---------------------------------------------------------------------
 
@@ -117,19 +116,6 @@ def private_table(found):
     """
     frame = compare.split_labels(defence_table(found), "epsilon")
     return frame.assign(coordinate=["" if np.isinf(e) else f"epsilon={e:g}" for e in frame.epsilon])
-
-
-def epsilon_table(found, delta):
-    """The epsilon that LiRA proves exceeded, beside the claimed one (column epsilon): a tidy frame without intervals.
-
-    found: dict (optimizer, epsilon) -> Ensemble. A bound above the claim is a fault of the accountant or of the noise.
-    """
-    rows = []
-    for (optimizer, epsilon), e in found.items():
-        bound = Estimate(audited_epsilon(compare.lira_scores(e), np.array(e.member), delta), np.nan, np.nan)
-        about = {"optimizer": optimizer, "baseline": "", "attack": "lira", "epsilon": epsilon}
-        rows.append(row("epsilon_lower_bound", bound, coordinate=f"epsilon={epsilon:g}, delta={delta:g}", **about))
-    return pd.DataFrame(rows)
 
 
 # ---- who pays -----------------------------------------------------------------------------------------------

@@ -168,26 +168,6 @@ def rule_context(recipe, rho, params, draws, number, lr):
     return {name: value for name, value in found.items() if name in wants}
 
 
-def train_chunk_or_halves(recipe, inputs, ids, tick):
-    """`train_chunk`; where memory runs out, half of the models at a time. Raises ValueError if one is too large."""
-    try:
-        return train_chunk(recipe, inputs, ids, tick)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words for it
-            raise
-        if len(ids) == 1:
-            what = (
-                f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one {recipe.arch}"
-            )
-            raise ValueError(f"{what}: choose a smaller batch_size or arch") from error
-    step.STACKS.clear()
-    torch.cuda.empty_cache()
-    few = len(ids) // 2
-    print(f"memory ran out on {inputs.device}: {few} models are trained at once instead of {len(ids)}", flush=True)
-    halves = [train_chunk_or_halves(recipe, inputs, half, tick) for half in (ids[:few], ids[few:])]
-    return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-
-
 # ---- finished models -----------------------------------------------------------------------------------------
 
 

@@ -106,51 +106,60 @@ class Stack:
 
         context: what the rule asks for as tensors [M, ...], see sharpness.CONTEXT.
         """
-        if torch.is_tensor(self.rate):
-            self.rate.fill_(lr)
-        else:
-            for base in self.bases:
-                for group in base.param_groups:
-                    group["lr"] = lr
-        batch = self.buffers, in_format(x, self.channels_last), y
-        batch = *batch, {**context, "memory": self.memory} if self.memory else context
-        grads, aux, self.memory = self.over_models(partial(self.rule_of_one, is_kth_step, False))(self.params, *batch)
-        self.buffers = aux.buffers
-        if self.recipe.optimizer.has_own_base:
-            self.update_each(is_kth_step, grads, aux.loss, batch)
-        else:
-            self.update(grads)
-        return aux.loss, aux.accuracy
-
-    def rule_of_one(self, is_kth_step, alone, params, buffers, x, y, context):
-        """(gradients, Pass, memory) of one model by the recipe's rule. alone: not within a map over the models."""
         optimizer = self.recipe.optimizer
         rule, wants, options = optimizer.rule, optimizer.wants, optimizer.options
         if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and not np.any(self.recipe.rho):
             rule, wants, options = sharpness.plain, (), {}  # at radius 0 every one of these rules is the base alone
 
-        def gradient(at, index=None):
-            batch = (x, y) if index is None else (x[index], y[index])
-            if alone or self.n_stacked == 1:
-                grads, (_, aux) = (self.gradient_of_one if alone else self.gradient)(at, buffers, *batch)
-            else:
-                grads, (_, aux) = through_vmap(self.gradient, at, buffers, *batch)
-            return grads, aux
+        def rule_of_one(params, buffers, x, y, context, alone=False):
+            """(gradients, Pass, memory) of one model by the rule. alone: outside of the map over the models."""
 
-        def losses(at):
-            return self.loss_of_one(at, buffers, x, y)[1].losses
+            def gradient(at, index=None):
+                batch = (x, y) if index is None else (x[index], y[index])
+                if alone:
+                    grads, (_, aux) = self.gradient_of_one(at, buffers, *batch)
+                elif self.n_stacked == 1:
+                    grads, (_, aux) = self.gradient(at, buffers, *batch)
+                else:
+                    grads, (_, aux) = through_vmap(self.gradient, at, buffers, *batch)
+                return grads, aux
 
-        def per_example(at):
-            def of_example(at, x, y):
-                loss, aux = self.loss_of_one(at, buffers, x[None], y[None])
-                return loss, aux.accuracy
+            def losses(at):
+                return self.loss_of_one(at, buffers, x, y)[1].losses
 
-            grads, (loss, hits) = vmap(grad_and_value(of_example, has_aux=True), (None, 0, 0))(at, x, y)
-            return grads, Pass(loss.mean(), hits.mean(), buffers, ())
+            def per_example(at):
+                def of_example(at, x, y):
+                    loss, aux = self.loss_of_one(at, buffers, x[None], y[None])
+                    return loss, aux.accuracy
 
-        offered = {"is_kth_step": is_kth_step, "size": len(y), "losses": losses, "per_example": per_example, **context}
-        found = rule(gradient, params, **{name: offered[name] for name in wants}, **options)
-        return found if "memory" in wants else (*found, {})
+                grads, (loss, hits) = vmap(grad_and_value(of_example, has_aux=True), (None, 0, 0))(at, x, y)
+                return grads, Pass(loss.mean(), hits.mean(), buffers, ())
+
+            offered = {"is_kth_step": is_kth_step, "size": len(y), "losses": losses, "per_example": per_example}
+            found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
+            return found if "memory" in wants else (*found, {})
+
+        batch = self.buffers, in_format(x, self.channels_last), y
+        batch = *batch, {**context, "memory": self.memory} if self.memory else context
+        grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
+        self.buffers = aux.buffers
+        self.set_rate(lr)
+        if optimizer.has_own_base:
+            self.update_each(
+                grads, aux.loss, lambda k, at: rule_of_one(at, *tree_map(lambda t: t[k], batch), alone=True)
+            )
+        else:
+            self.update(grads)
+        return aux.loss, aux.accuracy
+
+    def set_rate(self, lr):
+        """The learning rate of the next update."""
+        if torch.is_tensor(self.rate):
+            self.rate.fill_(lr)
+            return
+        for base in self.bases:
+            for group in base.param_groups:
+                group["lr"] = lr
 
     def loss_of_one(self, params, buffers, x, y):
         """(mean loss, Pass) of one model on one batch: x [B, ...], y [B]."""
@@ -174,9 +183,9 @@ class Stack:
             weight.grad = grads[name]
         self.bases[0].step()
 
-    def update_each(self, is_kth_step, grads, losses, batch):
-        """One step of a reader's own base for each model. Its step may call a closure, as that of L-BFGS does: the
-        closure evaluates the rule anew, on the same batch, if the weights have moved."""
+    def update_each(self, grads, losses, again):
+        """One step of a reader's own base for each model. Its step may call a closure, as that of L-BFGS does: if the
+        weights have moved, the closure evaluates the rule anew, again(k, weights) -> (gradients, Pass, memory)."""
         for k, (weights, base) in enumerate(zip(self.own, self.bases, strict=True)):
             start, gradient = {n: w.detach().clone() for n, w in weights.items()}, {n: g[k] for n, g in grads.items()}
             known = [start, losses[k], gradient]
@@ -184,8 +193,8 @@ class Stack:
             def closure(k=k, weights=weights, known=known):
                 now = {n: w.detach().clone() for n, w in weights.items()}
                 if any(not torch.equal(now[n], w) for n, w in known[0].items()):
-                    again, aux, _ = self.rule_of_one(is_kth_step, True, now, *tree_map(lambda t: t[k], batch))
-                    known[:] = now, aux.loss, again
+                    moved, aux, _ = again(k, now)
+                    known[:] = now, aux.loss, moved
                 for name, weight in weights.items():
                     weight.grad = known[2][name].clone()
                 return known[1]

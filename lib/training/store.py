@@ -96,7 +96,7 @@ class Rows:
 
 
 class Store:
-    """The arrays of one recipe, in a folder of `root` that is named by a prefix and the hash of a key (a JSON-able dict).
+    """The arrays of one recipe, in a folder of `root` named by a prefix and the hash of a key (a JSON-able dict).
 
     layout: array name -> (shape of one row, dtype). Raises ValueError naming `store` if the folder can't be written, or
     if another version of the store wrote this recipe there.
@@ -175,7 +175,7 @@ class Store:
         return self.verified.get(model)
 
     def fault(self, model, path):
-        """What is wrong with the flag at `path` or the model's rows; "" if nothing: then the flag counts as verified."""
+        """What is wrong with the flag at `path` or the rows; "" if nothing: then it counts as verified."""
         flag = read_json(path)
         if flag.pop("seal", None) != seal(flag):
             return "its flag is unreadable or was changed"

@@ -16,6 +16,7 @@ from concurrent import futures
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -85,8 +86,14 @@ def train_here(recipe, dataset, inputs, todo, kept, quiet=False, notify=None):
                 bar.update(recipe.run_epochs)
                 continue
             try:
-                began = time.time()
-                arrays = ensemble.train_chunk_or_halves(recipe, inputs, list(ids), bar.update)
+                began, parts, arrays = time.time(), [list(ids)], []
+                while parts:
+                    part = parts.pop(0)
+                    try:
+                        arrays.append(ensemble.train_chunk(recipe, inputs, part, bar.update))
+                    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                        parts[:0] = halves(part, recipe, inputs.device, error)
+                arrays = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
                 seconds = time.time() - began
                 [one.result() for one in saved[-1:]]  # raises what went wrong in the writer
             except BaseException:
@@ -97,6 +104,20 @@ def train_here(recipe, dataset, inputs, todo, kept, quiet=False, notify=None):
                 notify(recipe, len(inputs.y), len(ids), seconds)
     [one.result() for one in saved]
     return len(saved)
+
+
+def halves(ids, recipe, device, error):
+    """The two halves of a chunk for which memory ran out. Raises ValueError for a single model, and any other error."""
+    if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words for it
+        raise error
+    if len(ids) == 1:
+        what = f"batch_size={recipe.batch_size}: the memory of {device} does not suffice for one {recipe.arch}"
+        raise ValueError(f"{what}: choose a smaller batch_size or arch") from error
+    step.STACKS.clear()
+    torch.cuda.empty_cache()
+    few = len(ids) // 2
+    print(f"memory ran out on {device}: {few} models are trained at once instead of {len(ids)}", flush=True)
+    return ids[:few], ids[few:]
 
 
 def save(kept, ids, arrays, lock, seconds, device):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, grad_and_value
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._pytree import tree_map
 
 from lib.data.dataset import inputs
 from lib.training import Recipe, networks, recipe, sharpness, step, train
@@ -250,12 +251,14 @@ def test_batchnorm_moves_once_a_step_at_the_unperturbed_weights(images, optimize
     context = {"rho": torch.tensor(0.5), "rate": torch.ones(()), "step": torch.zeros(())}
     context |= {"uniform": torch.linspace(0, 1, len(params)), "memory": {n: 0 * p for n, p in params.items()}}
     settings = Recipe("cnn", optimizer, -0.5 if optimizer == "sharpreg" else 0.5)
-    stack = step.Stack(settings, tuple(x.shape[1:]), 3, 1, torch.device("cpu"), compiled=False)
-    _, found, _ = stack.rule_of_one(True, False, params, buffers, x, y, context)
+    stack = step.Stack(settings, tuple(x.shape[1:]), 3, 1, torch.device("cpu"), compiled=False).reset(settings, [0])
+    stack.load({n: p[None] for n, p in params.items()})
+    stack.buffers = {n: b[None] for n, b in buffers.items()}
+    stack.step(x[None], y[None], {n: tree_map(lambda t: t[None], c) for n, c in context.items()}, 0.1, True)
     net(x)
     for name, buffer in net.named_buffers():
-        assert torch.equal(found.buffers[name], buffer), name
-    assert not torch.equal(found.buffers["1.running_mean"], buffers["1.running_mean"])
+        assert torch.equal(stack.buffers[name][0], buffer), name
+    assert not torch.equal(stack.buffers["1.running_mean"][0], buffers["1.running_mean"])
 
 
 COSTS = {  # gradients of a batch and forward passes alone, a step
@@ -267,13 +270,13 @@ COSTS = {  # gradients of a batch and forward passes alone, a step
 
 @pytest.mark.parametrize("optimizer", COSTS)
 def test_a_step_takes_as_many_passes_as_it_should(images, tmp_path, monkeypatch, optimizer):
-    done, plain = {"gradient": 0.0, "losses": 0.0}, step.Stack.rule_of_one
+    done, plain = {"gradient": 0.0, "losses": 0.0}, step.Stack.step
 
-    def counted(self, is_kth_step, alone, params, buffers, x, y, context):
+    def counted(self, x, y, *args, **how):
         gradient_of, loss_of = self.gradient, self.loss_of_one
 
         def gradient(at, buffers, part, labels):
-            done["gradient"] += len(labels) / len(y)
+            done["gradient"] += len(labels) / y.shape[1]
             return gradient_of(at, buffers, part, labels)
 
         def losses(at, buffers, x, y):
@@ -283,9 +286,9 @@ def test_a_step_takes_as_many_passes_as_it_should(images, tmp_path, monkeypatch,
         with monkeypatch.context() as patch:
             patch.setattr(self, "gradient", gradient)
             patch.setattr(self, "loss_of_one", losses)
-            return plain(self, is_kth_step, alone, params, buffers, x, y, context)
+            return plain(self, x, y, *args, **how)
 
-    monkeypatch.setattr(step.Stack, "rule_of_one", counted)
+    monkeypatch.setattr(step.Stack, "step", counted)
     settings = Recipe("cnn", optimizer, rho=-0.1 if optimizer == "sharpreg" else 0.1, epochs=5, batch_size=8)
     train(settings, images, 2, tmp_path, "cpu", quiet=True)
     steps = 2 * 5 * 3  # two models, five epochs of three batches

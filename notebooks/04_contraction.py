@@ -186,7 +186,7 @@ for d in (20, 100, 400) if run.preset == "tiny" else (20, 200, 2000):
     root, grid = np.random.default_rng(d).normal(size=(d, d)) / np.sqrt(np.arange(1, d + 1)), (0, 0.1, 1, 10, 100)
     sigma = root @ root.T
     solved = [w @ sigma @ w for w in (interpolator(x, y, np.eye(d) + eta * sigma) for eta in grid)]
-    library = interpolation.contraction(interpolation.spectral(x, y, sigma), grid)[0]
+    library = interpolation.contraction(interpolation.spectral(x, y, sigma), grid)
     np.testing.assert_allclose(library, solved, rtol=1e-6)
     np.testing.assert_allclose(variance_formula(x, y, sigma, grid), solved, rtol=1e-6)
     show_text(f"d = {d}: the largest relative error is {np.abs(library / solved - 1).max():.1e}.")
@@ -224,12 +224,12 @@ for size in ((1, 2), (1, 3), (2, 3)):
 # %%
 path = interpolation.spectral(*interpolation.draw(25, values, seed=run.seed + 2), np.diag(values))
 grid = np.linspace(0, 20, 201)
-curve = interpolation.contraction(path, grid)[0]
+curve = interpolation.contraction(path, grid)
 
 
 def picture(eta=4.0):
     """V(eta), and the margins of non-members beside the members' 1."""
-    v = float(interpolation.contraction(path, eta)[0])
+    v = float(interpolation.contraction(path, eta))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     left.plot(grid, curve, lw=2)
     left.plot(eta, v, "o", ms=9)
@@ -328,7 +328,7 @@ display(sp.Eq(sp.Derivative(sp.Symbol("Adv"), v), slope))
 
 # %%
 delta, r = np.meshgrid(np.linspace(0.01, 4.5, 181), np.geomspace(0.25, 8, 180))
-slope = r * interpolation.advantage_slope(delta, 1, 0, r)
+slope = r * interpolation.likelihood_ratio_advantage(delta, 1, 0, r)[1]
 wider = r > 1
 m = (r * delta)[wider] / (r[wider] ** 2 - 1)
 h = np.sqrt(delta[wider] ** 2 + 2 * (r[wider] ** 2 - 1) * np.log(r[wider])) / (r[wider] ** 2 - 1)
@@ -492,23 +492,24 @@ show_text(f"LiRA's advantage over all settings and eta: from {sizes.min():.4f} t
 spread, noisy = 0.5, {}
 
 
-def theorem_3(margin, member, form=interpolation.likelihood_ratio_advantage):
-    """The advantage (or its slope) for each example, from the noiseless margins at one eta: [N]."""
+def theorem_3(margin, member):
+    """For each example, from the noiseless margins at one eta: the advantage [N] and its slope in OUT's spread [N]."""
     out = np.where(member, np.nan, margin)
     # OUT_i ~ N(mean_i, var_i + spread^2),  IN ~ N(1, spread^2)
-    return form(1.0, spread, np.nanmean(out, 0), np.sqrt(np.nanvar(out, 0, ddof=1) + spread**2))
+    sd_out = np.sqrt(np.nanvar(out, 0, ddof=1) + spread**2)
+    return interpolation.likelihood_ratio_advantage(1.0, spread, np.nanmean(out, 0), sd_out)
 
 
 for setting in varied["n/d"]:
     margins, member = worlds[setting][:2]
     noise = spread * np.random.default_rng(run.seed + 3).normal(size=member.shape)
-    theory = np.array([theorem_3(m, member).mean() for m in margins])
+    theory = np.array([theorem_3(m, member)[0].mean() for m in margins])
     lira = partial(shadow.lira, member=member)
     frame = advantages(margins + noise, member, lira, 0.0, "advantage_lira", theory)
     about = dict(coordinate=f"noise={spread:g}, {places[setting]}", n_examples=member.shape[1])
     record(frame, "advantage_lira", experiment="theorem: noisy release", **about)
     noisy[f"n/d = {setting[1]:g}"] = frame
-    helped = (theorem_3(margins[0], member, interpolation.advantage_slope) < 0).mean()
+    helped = (theorem_3(margins[0], member)[1] < 0).mean()
     change = select(frame, names[0], metric="advantage_lira", optimizer=last)
     measured = number(change.value, change.ci_low, change.ci_high)
     show_text(f"n/d = {setting[1]:g}: a smaller spread should help at {helped:.0%} of the examples.")
@@ -716,7 +717,7 @@ def tangent_path(ensemble, index):
     x, sigma, new = x[interpolation.independent_rows(x)], np.cov(behind, rowvar=False), np.cov(others, rowvar=False)
     path, scaled = interpolation.spectral(x, np.ones(len(x)), sigma), tangent_etas * len(sigma) / np.trace(sigma)
     on_others = [interpolation.variance(interpolation.weights(path, eta), new) for eta in scaled]
-    return interpolation.contraction(path, scaled)[0] / path.v0, np.array(on_others) / on_others[0]
+    return interpolation.contraction(path, scaled) / path.v0, np.array(on_others) / on_others[0]
 
 
 kept = [i for i, k in enumerate(ensembles[baseline].ids[:8]) if k < KEEP_WEIGHTS]

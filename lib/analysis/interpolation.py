@@ -2,7 +2,7 @@
 
 Shapes: n training examples with d > n features, x [n, d], y [n]; sigma and g [d, d], symmetric. The outputs on new
 examples have the variance V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
-sigma may be singular, because I + eta Σ never is. All functions raise ValueError naming an argument that is not valid.
+Functions raise a ValueError that names the argument that is not valid.
 """
 
 from typing import NamedTuple
@@ -11,25 +11,21 @@ import numpy as np
 from scipy.linalg import eigh, qr, solve_triangular
 from scipy.special import ndtr, owens_t
 
-SPECTRA = ("isotropic", "power law", "spiked")
 EPS, INF = np.finfo(float).eps, 1e300  # eta = INF gives the limit eta = inf to the last digit
 
 
 def minimum_norm(x, y, g=None) -> np.ndarray:
-    """w_G = argmin w'Gw subject to Xw = y: [d], or [d, k] for y [n, k]. g: positive definite, None for I."""
+    """w_G = argmin w'Gw subject to Xw = y: [d], or [d, k] for y [n, k]. g: positive definite; None: the identity."""
     x, y = _system(x, y)
-    if g is None:
-        q, r = qr(x.T, mode="economic")
-        return q @ solve_triangular(r, y, trans="T")
-    lower = _cholesky("g", g, x.shape[1])
+    lower = _cholesky("g", np.eye(x.shape[1]) if g is None else g, x.shape[1])
     # G = LL' and L^-1 X' = QR:  w = G^-1 X' (X G^-1 X')^-1 y = L^-T Q R^-T y
     q, r = qr(solve_triangular(lower, x.T, lower=True), mode="economic")
     return solve_triangular(lower, q @ solve_triangular(r, y, trans="T"), lower=True, trans="T")
 
 
 def penalty(sigma, eta) -> np.ndarray:
-    """G_eta = I + eta Σ: [d, d]. sigma: positive semi-definite; eta: a finite number >= 0."""
-    _cholesky("sigma", sigma, np.size(sigma, 0) if np.ndim(sigma) else 1, semi=True)
+    """G_eta = I + eta Σ: [d, d]. sigma: positive semi-definite (it may be singular); eta: a finite number >= 0."""
+    _cholesky("sigma", sigma, len(np.atleast_1d(sigma)), semi=True)
     return np.eye(len(sigma)) + _finite("eta", eta, 0) * np.asarray(sigma)
 
 
@@ -45,11 +41,8 @@ def independent_rows(x) -> np.ndarray:
     return np.sort(order[: np.sum(size > 1e-10 * size[0])])
 
 
-# ---- Theorem 1: contraction ----------------------------------------------------------------------------------
-
-
 class Path(NamedTuple):
-    """The interpolators w_eta = w_0 - B diag(eta / (1 + eta s)) b of G_eta = I + eta Σ, for every eta at once."""
+    """Theorem 1. The interpolators of G_eta for every eta at once: w_eta = w_0 - B diag(eta / (1 + eta s)) b."""
 
     w0: np.ndarray  # [d] the minimum 2-norm interpolator
     v0: float  # w_0'Σw_0
@@ -59,9 +52,9 @@ class Path(NamedTuple):
 
 
 def spectral(x, y, sigma) -> Path:
-    """All that w_eta and V(eta) depend on, by one eigendecomposition.
+    """The Path of x, y [n] and a positive semi-definite sigma, by one eigendecomposition.
 
-    Directions with s = 0 are left out: they have b = 0, because Σ is semi-definite. With Σ = X'X/n, none is left.
+    Directions with s = 0 are left out: they have b = 0. With Σ = X'X/n, none is left.
     """
     x, y = _system(x, y, outputs=False)
     _cholesky("sigma", sigma, x.shape[1], semi=True)
@@ -75,46 +68,30 @@ def spectral(x, y, sigma) -> Path:
     return Path(w0, float(variance(w0, sigma)), basis, s[positive], basis.T @ (sigma @ w0))
 
 
-def contraction(path, eta) -> tuple[np.ndarray, np.ndarray]:
-    """(V(eta), V'(eta)) for eta >= 0, including inf (the limit): two arrays of eta's shape."""
-    eta, t = _shrinkage(path, eta)
+def contraction(path, eta) -> np.ndarray:
+    """V(eta), for eta >= 0 (inf: the limit), in eta's shape."""
+    t = _shrinkage(path, eta)
     # V(eta) = w_0'Σw_0 - sum b^2 eta (2 + eta s) / (1 + eta s)^2 = w_0'Σw_0 - sum b^2 t (2 - s t)
-    v = path.v0 - np.sum(path.b**2 * t * (2 - path.s * t), axis=-1)
-    # V'(eta) = -2 sum b^2 / (1 + eta s)^3
-    return v, -2 * np.sum(path.b**2 * (1 / (1 + eta * path.s)) ** 3, axis=-1)
+    return path.v0 - np.sum(path.b**2 * t * (2 - path.s * t), axis=-1)
 
 
 def weights(path, eta) -> np.ndarray:
     """w_eta: [d], for one number eta >= 0 or inf."""
     # w_eta = w_0 - B diag(t) b
-    return path.w0 - path.basis @ (_shrinkage(path, eta)[1] * path.b)
+    return path.w0 - path.basis @ (_shrinkage(path, eta) * path.b)
 
 
 def _shrinkage(path, eta):
-    """(eta, t), t = eta / (1 + eta s), with its limits 0 at eta = 0 and 1/s at eta = inf. eta [...] -> [..., 1]."""
-    eta = _finite("eta", np.minimum(eta, INF), 0)[..., None]
+    """t = eta / (1 + eta s), which is 0 at eta = 0 and 1/s at eta = inf: [..., r] for eta [...]."""
     with np.errstate(divide="ignore"):
-        return eta, 1 / (1 / eta + path.s)
-
-
-# ---- Theorems 2 and 3: attackers -----------------------------------------------------------------------------
-
-
-def threshold_advantage(v, mean=0.0) -> np.ndarray:
-    """TPR - FPR of the best threshold, "member if margin >= 1", for members at 1 and non-members N(mean, v).
-
-    The limit v = 0 is 1, 1/2 or 0 for a mean below, at or above 1.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = (1 - np.asarray(mean, float)) / np.sqrt(_finite("v", v, 0))
-    # Adv = 1 - P(N(mean, V) >= 1) = Phi((1 - mean) / sqrt(V))
-    return ndtr(np.where(_finite("mean", mean) == 1, 0.0, z))
+        return 1 / (1 / _finite("eta", np.minimum(eta, INF), 0)[..., None] + path.s)
 
 
 def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
-    """The same for x ~ N(0, Σ) and labels sign(x'teacher), flipped with probability `noise`. w: [d] or [d, k].
+    """Theorem 2. TPR - FPR of the best threshold, "member if margin >= 1": members at 1, non-members x ~ N(0, Σ).
 
-    The margin is then skew-normal (Azzalini 1985, eq. 1 and 9). Noise 1/2 gives threshold_advantage(V).
+    Labels are sign(x'teacher), flipped with probability `noise`; w is [d] or [d, k]. The margin of a non-member is
+    skew-normal (Azzalini 1985, eq. 1 and 9), and N(0, V) with noise 1/2.
     """
     v, noise = variance(w, sigma), _finite("noise", noise, 0, 1)
     size = np.sqrt(v * variance(teacher, sigma))
@@ -126,68 +103,45 @@ def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
     return ndtr(h) - 2 * (1 - 2 * noise) * owens_t(h, slant)
 
 
-def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
-    """Largest TPR - FPR of any rule that tells N(mean_in, sd_in^2) from N(mean_out, sd_out^2): their total variation.
+def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> tuple[np.ndarray, np.ndarray]:
+    """Theorem 3. (Largest TPR - FPR of any rule that tells IN from OUT, its derivative in sd_out). Arrays broadcast.
 
-    With a standard deviation of 0 (a point mass) it is 1, or 0 if both are 0 and the means coincide. Arrays broadcast.
+    IN is N(mean_in, sd_in^2), OUT is N(mean_out, sd_out^2). Where the derivative is negative, a smaller OUT variance
+    raises the advantage. Where an sd is 0 the advantage is 1 and the derivative is given as 0; where IN and OUT
+    coincide both are 0.
     """
-    y, z, sd_in, sd_out, same = _crossings(mean_in, sd_in, mean_out, sd_out)
-    # Adv = P_in(A) - P_out(A),  A = {p_in > p_out}
-    value = ndtr(y[0]) - ndtr(y[1]) - ndtr(z[0]) + ndtr(z[1])
-    return np.where(same, 0.0, np.where((sd_in == 0) | (sd_out == 0), 1.0, value))
-
-
-def advantage_slope(mean_in, sd_in, mean_out, sd_out) -> np.ndarray:
-    """Its derivative in sd_out > 0. Where it is negative, a smaller OUT variance raises the advantage.
-
-    It is 0 where IN is a point mass (the advantage is 1) and where IN and OUT coincide (a kink at advantage 0).
-    """
-    _, z, sd_in, sd_out, same = _crossings(mean_in, sd_in, mean_out, sd_out)
-    if (sd_out == 0).any():
-        raise ValueError("sd_out=0; valid are positive numbers (there is no slope where OUT is a point mass)")
-    # -d/ds P_out(A) = (z_1 phi(z_1) - z_2 phi(z_2)) / s: where p_in = p_out, moving the ends of A changes nothing
-    first, second = (at * np.exp(-(at**2) / 2) for at in np.clip(z, -40, 40))
-    return np.where(same | (sd_in == 0), 0.0, (first - second) / np.sqrt(2 * np.pi) / sd_out)
-
-
-def _crossings(mean_in, sd_in, mean_out, sd_out):
-    """Where the densities cross, standardized by IN (y_1, y_2) and by OUT (z_1, z_2); both sds; where IN equals OUT.
-
-    IN is the likelier between the crossings if sd_out > sd_in, outside them if sd_out < sd_in, and beyond y_2 if the
-    two are equal (y_1 = z_1 = -inf). The crossings mean nothing where an sd is 0.
-    """
-    given = {"mean_in": mean_in, "mean_out": mean_out, "sd_in": sd_in, "sd_out": sd_out}
-    given = [_finite(name, value, 0 if name.startswith("sd") else -np.inf) for name, value in given.items()]
-    mean_in, mean_out, sd_in, sd_out = np.broadcast_arrays(*given)
-    same = (mean_in == mean_out) & (sd_in == sd_out)
-    safe = same | (sd_in == 0) | (sd_out == 0)  # here any numbers will do
-    r = np.where(safe, 1.0, sd_out) / np.where(safe, 1.0, sd_in)
-    delta = np.where(safe, 1.0, np.abs(mean_in - mean_out) / np.where(safe, 1.0, sd_in))
-    r, delta = np.clip(r, 1e-60, 1e60), np.minimum(delta, 1e60)  # beyond, the advantage stays and the squares overflow
-    # (1 - r^2) y^2 + 2 delta y + delta^2 + 2 r^2 log r = 0,  z = (y + delta) / r,  r = sd_out / sd_in
-    root = np.sqrt(delta**2 + 2 * (r**2 - 1) * np.log(r))
-    with np.errstate(divide="ignore"):
+    mean_in, mean_out = _finite("mean_in", mean_in), _finite("mean_out", mean_out)
+    sd_in, sd_out = _finite("sd_in", sd_in, 0), _finite("sd_out", sd_out, 0)
+    same, is_point = (mean_in == mean_out) & (sd_in == sd_out), (sd_in == 0) | (sd_out == 0)
+    with np.errstate(all="ignore"):  # where an sd is 0, and where IN equals OUT, the crossings are not used
+        r, delta = sd_out / sd_in, np.abs(mean_in - mean_out) / sd_in
+        r, delta = np.clip(r, 1e-60, 1e60), np.minimum(delta, 1e60)  # squares of more would overflow
+        # the densities cross at y_1, y_2, in units of IN, or at z = (y + delta) / r, in units of OUT:
+        # (1 - r^2) y^2 + 2 delta y + delta^2 + 2 r^2 log r = 0
+        root = np.sqrt(delta**2 + 2 * (r**2 - 1) * np.log(r))
         y1, z1 = -(delta + r * root) / (1 - r**2), -(r * delta + root) / (1 - r**2)
-    y2, z2 = -(delta**2 + 2 * r**2 * np.log(r)) / (delta + r * root), (delta**2 - 2 * np.log(r)) / (r * delta + root)
-    return np.stack([y1, y2]), np.stack([z1, z2]), sd_in, sd_out, same
-
-
-# ---- data and descent ----------------------------------------------------------------------------------------
+        y2 = -(delta**2 + 2 * r**2 * np.log(r)) / (delta + r * root)
+        z2 = (delta**2 - 2 * np.log(r)) / (r * delta + root)
+        # Adv = P_in(A) - P_out(A),  A = {p_in > p_out}: between the crossings for r > 1, outside them for r < 1
+        advantage = ndtr(y1) - ndtr(y2) - ndtr(z1) + ndtr(z2)
+        # -d/ds P_out(A) = (z_1 phi(z_1) - z_2 phi(z_2)) / s: where p_in = p_out, moving the ends of A changes nothing
+        first, second = (z * np.exp(-(z**2) / 2) for z in np.clip([z1, z2], -40, 40))
+        slope = (first - second) / np.sqrt(2 * np.pi) / sd_out
+    return np.where(same, 0.0, np.where(is_point, 1.0, advantage)), np.where(same | is_point, 0.0, slope)
 
 
 def spectrum(kind, d) -> np.ndarray:
     """Eigenvalues of Σ, largest first, [d] with sum d: isotropic, power law (1/i), spiked (a tenth hold 90%)."""
-    if kind not in SPECTRA:
-        raise ValueError(f"kind={kind!r}; valid are {', '.join(SPECTRA)}")
     rank = np.arange(1, d + 1)
     spikes = np.where(rank <= max(1, d // 10), 81.0, 1.0)
-    values = {"isotropic": np.ones(d), "power law": 1 / rank, "spiked": spikes}[kind]
-    return d * values / values.sum()
+    kinds = {"isotropic": np.ones(d), "power law": 1 / rank, "spiked": spikes}
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}; valid are {', '.join(kinds)}")
+    return d * kinds[kind] / kinds[kind].sum()
 
 
 def draw(n, values, teacher=None, noise=0.0, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """x [n, d] from N(0, diag(values)), and labels y [n] in {-1, 1}: sign(x'teacher), each flipped with probability
-    `noise`; random signs without a teacher."""
+    """x [n, d] from N(0, diag(values)) and labels y [n]: sign(x'teacher), flipped at the rate `noise`; or random."""
     rng, values, noise = np.random.default_rng(seed), _finite("values", values, 0), _finite("noise", noise, 0, 1)
     x = rng.normal(size=(n, len(values))) * np.sqrt(values)
     signs = np.where(rng.random(n) < (0.5 if teacher is None else noise), -1.0, 1.0)
@@ -208,15 +162,12 @@ def gradient_descent(x, y, rho=0.0, steps=4000) -> np.ndarray:
     return w
 
 
-# ---- checks of the input -------------------------------------------------------------------------------------
-
-
 def _finite(name, value, least=-np.inf, most=np.inf):
-    """value as floats, all finite and between `least` and `most`."""
+    """value as floats, all finite and from `least` to `most`."""
     value = np.asarray(value, float)
     bad = ~(np.isfinite(value) & (value >= least) & (value <= most))
     if bad.any():
-        raise ValueError(f"{name}={value[bad][0]}; valid are finite numbers from {least} to {most}")
+        raise ValueError(f"{name}={value[bad][0]}; valid are finite numbers from {least:g} to {most:g}")
     return value
 
 
@@ -238,4 +189,4 @@ def _cholesky(name, matrix, d, semi=False):
     try:
         return np.linalg.cholesky(matrix + semi * (1e-10 * np.linalg.norm(matrix) + 1e-300) * np.eye(d))
     except np.linalg.LinAlgError:
-        raise ValueError(f"{name}: smallest eigenvalue {np.linalg.eigvalsh(matrix)[0]:.3g}; {valid}") from None
+        raise ValueError(f"{name}: it has an eigenvalue that is too small; {valid}") from None

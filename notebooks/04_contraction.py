@@ -724,7 +724,7 @@ kept = [i for i, k in enumerate(ensembles[baseline].ids[:8]) if k < KEEP_WEIGHTS
 paths = np.array([tangent_path(ensembles[baseline], i) for i in kept])  # [models, 2, etas]
 
 # %%
-sides = ("closed form, non-members behind Σ", "predicted, other non-members")
+sides = ("behind Σ", "others")
 tangent = [
     dict(intervals.row("variance_ratio", flatness.t_interval(paths[:, side, j])), x=eta, series=name)
     for side, name in enumerate(sides)
@@ -740,15 +740,15 @@ for kind, frame, n in (("predicted", predicted, len(kept)), ("measured", measure
 
 # %%
 across = measured.merge(pd.DataFrame({"x": tangent_etas}), how="cross")
-across = across.assign(series=f"measured, {treatment} over {baseline}")
+across = across.assign(series="measured")
 drawn = pd.concat([tangent, across]).assign(panel="tangent features")
 panels = {"tangent features": "ratio of variances"}
 figures.save(figures.curves(drawn, r"$\eta$", panels, levels=True), run, "features")
 
 # %% [markdown]
-# **How to read it.** The two falling lines differ because $\Sigma$ itself is overfitted: a few non-members do not
-# determine so many directions. The measured ratio is one number, drawn across. It can meet the prediction for some
-# $\eta$, or for none.
+# **How to read it.** The falling lines are predictions, on the non-members behind $\Sigma$ and on others. They differ
+# because $\Sigma$ is overfitted: a few non-members do not determine so many directions. The measured ratio is one
+# number, drawn across. It can meet the prediction for some $\eta$, or for none.
 
 # %%
 nearest = predicted.loc[(predicted.value - real.value).abs().idxmin()]
@@ -774,17 +774,15 @@ show_text(f"{said} Measured {number(*real)}; lowest prediction {number(lowest.va
 
 # %%
 ratios = sorted((select(f, metric="variance_ratio", optimizer=last).value, places[s]) for s, f in tables.items())
-for which, (ratio, place) in (("most", ratios[0]), ("least", ratios[-1])):
-    show_text(
-        f"**The theorem, in its setting.** At {last} the variance contracts {which} at {place}: by {1 - ratio:.0%}."
-    )
+said = " and ".join(f"by {1 - ratio:.0%} ({place})" for ratio, place in (ratios[0], ratios[-1]))
+show_text(f"**The theorem, in its setting.** At {last} the variance contracts {said}: the most and the least.")
 said = ", ".join(f"{move:.1g} with the {name}" for name, move in moves.items())
 show_text(f"**Its premises.** The variance changes at most by {said}.")
 distance = select(descent, metric="distance_to_minimum_norm", optimizer="sam").value
 show_text(f"**SAM on a linear model** ends within {distance:.1g} of the minimum 2-norm, where gradient descent ends.")
 than = ("more than", "less than", "no differently from")
 for name in ("phi", "confidence"):
-    for who in ("nonmember", "member"):
-        row = select(found, baseline, metric=f"{who}_variance_{name}_across_examples", optimizer=treatment)
-        show_text(f"**Real networks, {name}.** On {who}s, {treatment} varies {describe_sign(row, *than)} {baseline}.")
+    metrics = [f"{who}_variance_{name}_across_examples" for who in ("nonmember", "member")]
+    out, inside = (describe_sign(select(found, baseline, metric=m, optimizer=treatment), *than) for m in metrics)
+    show_text(f"**Real networks, {name}.** On non-members {treatment} varies {out} {baseline}, on members {inside} it.")
 show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

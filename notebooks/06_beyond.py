@@ -127,7 +127,7 @@ names = list(dict.fromkeys(name for name, _ in points))
 for axis in axes[0]:
     for (name, rho), (x, y) in points.items():
         place, radii = names.index(name), [r for n, r in points if n == name]
-        look = dict(color=figures.COLOURS[place % 10], marker=figures.SHAPES[place % 12], ms=8 + 3 * radii.index(rho))
+        look = dict(color=figures.COLOURS[place % 10], marker="os^DvPX*<>ph"[place % 12], ms=8 + 3 * radii.index(rho))
         across, up = ([[row.value - row.ci_low], [row.ci_high - row.value]] for row in (x, y))
         marker = axis.errorbar(
             x.value, y.value, up, across, capsize=2, label=figures.plain(name) if rho == radii[0] else None, **look
@@ -414,9 +414,6 @@ else:
         show_table(rows.assign(metric=rows["size"]))
     cells = patterns.groupby(["optimizer", "baseline", "metric"], sort=False)
     atypical = {key: rows.loc[rows.value.idxmax(), ["size", "value"]] for key, rows in cells}
-    for (name, other, metric), (size, value) in atypical.items():
-        who = f"{name} − {other}" if other else name
-        show_text(f"`{metric}` of {who} is largest on sub-patterns shared by {size} ({value:.3f}).")
 
 # %% [markdown]
 # ## What this run shows
@@ -433,23 +430,19 @@ for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
     said = f"{treatment} leaks more in {found.count(1)} and less in {found.count(-1)} of {len(found)} comparisons."
     show_text(f"**At equal {name}** {said if found else 'nothing can be compared.'}")
-show_text(
-    f"**Causes.** The effect is switched off by {off}." if was else "**Causes.** There is no effect to switch off."
-)
+show_text(f"**Causes.** {f'The effect is switched off by {off}' if was else 'There is no effect to switch off'}.")
 
 lowered = costs[(costs.baseline == "none") & (costs.attack == "lira") & (costs.metric == "auc") & (costs.ci_high < 0)]
 lowered = lowered.sort_values("value")
 said = joined(f"{row.optimizer} ({percentage_points(row)})" for row in lowered.itertuples())
 show_text(f"**Defences.** Without a guarantee, these lower LiRA's AUC, most first: {said}.")
 if private:
-    cost = guard[(guard.baseline == baseline) & (guard.metric == "test_accuracy")].itertuples()
-    show_text(
-        f"**With a guarantee**: {joined(f'{row.optimizer} ({percentage_points(row)} of accuracy)' for row in cost)}."
-    )
-show_text(
-    f"**Who pays.** {change.count(1)} of {len(change)} classes leak more under {treatment}, {change.count(-1)} less."
-)
-for (name, other, metric), (size, _) in atypical.items():
+    rows = guard[(guard.baseline == baseline) & (guard.metric == "test_accuracy")].itertuples()
+    said = joined(f"{row.optimizer}, {row.coordinate} ({percentage_points(row)})" for row in rows)
+    show_text(f"**With a guarantee**, and what it costs in accuracy: {said}.")
+said = f"{change.count(1)} of {len(change)} classes leak more under {treatment}, {change.count(-1)} less"
+show_text(f"**Who pays.** {said}.")
+for (name, other, metric), (size, value) in atypical.items():
     who = f"{name} − {other}" if other else name
-    show_text(f"**Atypical sub-patterns.** The largest {metric} of {who} is that of patterns shared by {size}.")
+    show_text(f"**Atypical sub-patterns.** `{metric}` of {who} is largest where {size} share a pattern ({value:.3f}).")
 show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

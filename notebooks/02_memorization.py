@@ -109,7 +109,7 @@ for kind in outputs:
     middle, most = np.quantile(mem[kind][baseline].se, [0.5, 0.95])
     show_text(
         f"With {len(member)} models the standard error for `{kind}` under {baseline} is {middle:.3f} in the median and "
-        f"{most:.3f} at the 95th percentile; {memorization.models_needed(most, len(member), 0.02)} models would bring "
+        f"{most:.3f} at the 95th percentile; {len(member) * (most / 0.02) ** 2:.0f} models would bring "
         "the latter to 0.02."
     )
 
@@ -174,7 +174,7 @@ n_pool = len(run.dataset.y)
 n = max(2, n_pool // 200)
 top = np.argsort(-mem["confidence"][baseline].value)
 sources = np.concatenate([top[:n], rng.choice(top[n:], 3 * n, replace=False)])
-faulty, wrong, twins = memorization.plant(run.dataset, sources, 2 * n, min(4, max(1, n_pool // 24)), seed=run.seed)
+faulty, wrong, twins = memorization.plant(run.dataset, 2 * n, sources, min(4, max(1, n_pool // 24)), seed=run.seed)
 trained = run.ensembles("planted faults", dataset=faulty)  # "before" and "after"
 planted = {
     when: memorization.memorization(compare.signal(e, "confidence"), np.array(e.member)).value

@@ -3,7 +3,6 @@
 `found` and `ensembles` are dicts label -> Ensemble of the same models, the baseline first, as in lib.analysis.compare.
 """
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,16 +43,6 @@ def dominated(found, level=0.95):
 
 
 # ---- causes -------------------------------------------------------------------------------------------------
-
-
-def mislabelled(dataset, share, seed=0):
-    """The data set with a share of the pool's labels replaced by another class, drawn evenly: a Dataset."""
-    if not 0 <= share < 1:
-        raise ValueError(f"share={share!r} is not valid: it must be in [0, 1)")
-    rng, y = np.random.default_rng(seed), dataset.y.copy()
-    wrong = rng.permutation(len(y))[: round(share * len(y))]
-    y[wrong] = (y[wrong] + rng.integers(1, dataset.n_classes, len(wrong))) % dataset.n_classes
-    return replace(dataset, y=y)
 
 
 def effect_table(found):

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.analysis import compare, interventions
+from lib.analysis import compare
+from lib.analysis.memorization import plant
 from lib.data.dataset import Dataset
 from lib.training import Recipe, ensemble, networks, privacy, train, workers
 from lib.training.store import place, read_json
@@ -162,7 +163,8 @@ def levels(run):
         if epochs != run.epochs:
             found["epochs", f"{epochs}"] = {"epochs": epochs}
     for share in (0.1, 0.3):
-        found["label noise", f"{share:.0%}"] = {"dataset": interventions.mislabelled(run.dataset, share, run.seed)}
+        noisy = plant(run.dataset, round(share * len(run.dataset.y)), seed=run.seed)[0]
+        found["label noise", f"{share:.0%}"] = {"dataset": noisy}
     for decay in (0.0, 5e-3):
         if decay != run.weight_decay:
             found["weight decay", f"{decay:g}"] = {"weight_decay": decay}

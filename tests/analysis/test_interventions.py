@@ -25,15 +25,6 @@ def test_nothing_dominates_its_equal():
     assert interventions.dominated(same) == {"a": [], "b": []}
 
 
-def test_mislabelled_changes_the_share_it_says_and_always_to_another_class(table):
-    noisy = interventions.mislabelled(table, 0.25, seed=1)
-    assert (noisy.y != table.y).sum() == round(0.25 * len(table.y)) and noisy.hash != table.hash
-    assert set(noisy.y) <= set(range(table.n_classes)) and (noisy.y_test == table.y_test).all()
-    assert interventions.mislabelled(table, 0.0).hash == table.hash
-    with pytest.raises(ValueError, match="share=1.5"):
-        interventions.mislabelled(table, 1.5)
-
-
 def test_temperature_changes_neither_accuracy_nor_two_class_lira_but_the_confidence():
     plain = simulated(1.0, 1.0)
     warm = interventions.tempered(plain, 4)

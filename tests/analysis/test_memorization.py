@@ -91,11 +91,6 @@ def test_the_standard_error_of_a_proportion_is_agresti_and_caffos_and_never_zero
     assert one.se[0] == pytest.approx(np.sqrt(inside.var(ddof=1) / 4 + outside.var(ddof=1) / 4))
 
 
-def test_models_needed_scales_with_the_square():
-    assert memorization.models_needed(0.1, 64, 0.05) == 256
-    np.testing.assert_array_equal(memorization.models_needed(np.array([0.1, 0.2]), 10, 0.1), [10, 40])
-
-
 def test_bands_are_the_issues():
     shares = memorization.band_shares(np.array([-0.2, 0.0999, 0.1, 0.4, 0.6 - 1e-12, 0.7, 0.85, 1.0]))
     np.testing.assert_allclose(shares, np.array([2, 1, 1, 2, 2]) / 8)
@@ -108,7 +103,7 @@ def test_the_jackknife_covers_a_mean_over_models_and_examples():
         values = rng.normal(size=(40, 1)) / 3 + rng.normal(size=60) / 3 + rng.normal(size=(40, 60))
         member = np.zeros(values.shape, bool)
         member[::2] = True
-        found = memorization.jackknife(lambda r, c, v=values: v[np.ix_(r, c)].mean(), member)[0]
+        found = memorization.jackknife(lambda r, c, v=values: [v[np.ix_(r, c)].mean()], member)[0]
         hit += found.low <= 0 <= found.high
         widths.append(found.high - found.low)
     assert 0.9 <= hit / 150 <= 1 and np.mean(widths) < 0.6
@@ -145,21 +140,20 @@ def test_atypicality_singles_out_a_mislabelled_point():
     inside = np.sort(np.linalg.norm(x[1] - x[(y == 3) & (np.arange(40) != 1)], axis=1))[:5].mean()
     other = np.sort(np.linalg.norm(x[1] - x[y == 7], axis=1))[:5].mean()
     assert found[1] == pytest.approx(inside / other)
-    with pytest.raises(ValueError, match="k=30"):
-        memorization.atypicality(x, y, k=30)
 
 
 def test_planting_changes_what_it_says_and_nothing_else():
     dataset = blobs()
-    planted, wrong, copied = memorization.plant(dataset, [3, 5], 4, copies=2)
+    planted, wrong, copied = memorization.plant(dataset, 4, [3, 5], copies=2)
     assert (planted.y[wrong] != dataset.y[wrong]).all() and copied.shape == (2, 2)
     np.testing.assert_array_equal(planted.x[copied], dataset.x[[3, 5]][:, None].repeat(2, 1))
     same = np.setdiff1d(np.arange(len(dataset.y)), np.concatenate([wrong, copied.ravel()]))
     np.testing.assert_array_equal(planted.x[same], dataset.x[same])
     np.testing.assert_array_equal(planted.y[same], dataset.y[same])
     assert planted.hash != dataset.hash and not {3, 5} & {*wrong, *copied.ravel()}
-    with pytest.raises(ValueError, match="no room"):
-        memorization.plant(dataset, [3, 5], len(dataset.y))
+    wrong_only = memorization.plant(dataset, 20, seed=1)[0]
+    assert (wrong_only.y != dataset.y).sum() == 20 and (wrong_only.y_test == dataset.y_test).all()
+    assert (wrong_only.x == dataset.x).all() and set(wrong_only.y) <= set(range(dataset.n_classes))
 
 
 def test_a_leak_is_one_example_many_times_in_one_group_and_one_other_less():
@@ -187,13 +181,6 @@ def test_a_leaks_copies_join_the_examples_patient():
     assert (member[:, kin].sum(1) % 31 == 0).all()
 
 
-@pytest.mark.parametrize("times", [0, 1, 7, 80])
-def test_a_leak_that_no_half_can_hold_is_named(times):
-    with pytest.raises(ValueError, match=f"times={times}: valid are even numbers from 2 to 78 in a pool of 80"):
-        memorization.leak(blobs(), 3, times=times)
-    memorization.leak(blobs(), 3, times=78)
-
-
 def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
     whole = blobs()
     part = pool(pool(whole, 40, seed=1), 20, seed=2)
@@ -210,11 +197,9 @@ def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
         (lambda: memorization.memorization(np.ones((8, 5)), halves(8, 6)), "values: shape"),
         (lambda: memorization.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
         (lambda: memorization.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "member: int64"),
-        (lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)), "n_models=2 .* only 1;"),
-        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "n_models=8 .* only 0;"),
-        (lambda: memorization.models_needed(0.1, 16, 0), "wanted=0"),
-        (lambda: memorization.atypicality(np.eye(6), np.zeros(6, int)), "1 classes"),
-        (lambda: memorization.atypicality(np.eye(6), np.arange(6) % 2, k=0), "k=0"),
+        (lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)), "n_models=2: .* only 1;"),
+        (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "n_models=8: .* only 0;"),
+        (lambda: memorization.atypicality(np.eye(6), np.arange(6) % 2, k=3), "n_neighbors"),
     ],
 )
 def test_bad_input_is_one_error_that_names_it(call, message):

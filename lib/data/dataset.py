@@ -16,10 +16,7 @@ import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
 from lib.data import sources
-from lib.data.sources import DATASETS, ROOT, need, obtain
-
-__all__ = ["DATASETS", "Dataset", "duplicate_table", "duplicates", "inputs", "load", "obtain", "pattern_size", "pool"]
-__all__ += ["validate"]
+from lib.data.sources import DATASETS, ROOT, need
 
 SHARES = {"digits": 597 / 1797, "npz": 0.25}  # split off as the test part where none is given; others: 0.2
 NEAR = 0.5  # a near duplicate is this much nearer than a typical nearest neighbour: see `duplicates`
@@ -64,11 +61,12 @@ def load(name: str, data=None, cache=None) -> Dataset:
     """Load a data set of DATASETS; `data` is its path, `cache` the folder for decoded data (store/cache).
 
     `folder` reads images train/<class>/ and test/<class>/, also in an archive; `npz` reads x, y (or features, labels)
-    and groups; purchase100 and texas100 take the archives of Shokri et al. (2017), their text files or an .npz; eyepacs
-    takes Kaggle's layout. data=None looks in data/ (`obtain` says how to fill it). Where there is no test part, one is
-    split off, in whole groups. Raises FileNotFoundError for a missing path, ValueError for anything else that is wrong.
+    and groups; the other forms are those in which a data set is published. data=None looks in data/, which
+    sources.SOURCES says how to fill. Where there is no test part, one is split off, in whole groups. Raises
+    FileNotFoundError for a missing path, ValueError for anything else that is wrong.
     """
     try:
+        need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
         return validate(_dataset(name, **sources.read(name, data, Path(cache or ROOT / "store" / "cache"))))
     except ValueError as error:
         raise ValueError(f"data={data!r}: {error}") from error
@@ -77,8 +75,8 @@ def load(name: str, data=None, cache=None) -> Dataset:
 def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Dataset:
     """A stratified random subset of n_examples of the pool, two or more of each class; seed sets its order.
 
-    n_examples must be even, for complementary halves; None keeps all, or as many as possible. Groups stay whole, and
-    can be divided into two halves of n_examples / 2. n_test limits the test part; None keeps it all. Raises ValueError.
+    n_examples must be even, for complementary halves, into which whole groups can be divided; None keeps as many as
+    possible. n_test limits the test part; None keeps it all. Raises ValueError.
     """
     n, t, least = len(dataset.y), len(dataset.y_test), 2 * dataset.n_classes
     need(_whole(seed, 0), f"seed={seed!r}: needs a whole number, not negative")
@@ -87,10 +85,8 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
     need(n_test is None or _whole(n_test, 1, t), f"{n_test=}: needs a whole number from 1 to {t} (all there are)")
     if n_test is not None:
         dataset = _subset(dataset, _draw(dataset.y_test, n_test, seed), "x_test y_test groups_test pattern_test")
-    if dataset.groups is None:
-        keep = _draw(dataset.y, n_examples or n - n % 2, seed, least=2)
-    else:
-        keep = _draw_groups(dataset, n_examples, seed)
+    grouped = dataset.groups is not None
+    keep = _draw_groups(dataset, n_examples, seed) if grouped else _draw(dataset.y, n_examples or n - n % 2, seed, 2)
     if n_examples is not None or len(keep) < n:
         index = np.arange(n) if dataset.index is None else dataset.index
         dataset = _subset(replace(dataset, index=index), keep, "x y index groups pattern")
@@ -100,8 +96,8 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
 def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """float32 model inputs (x [N, ...], x_test [T, ...]); all statistics come from the pool.
 
-    Floats within [0, 1] stay as they are. uint8 is divided by 255. Everything but floats within [0, 1] is then
-    standardised, images by channel and features one by one; what is constant in the pool becomes 0.
+    Floats within [0, 1] stay as they are. Everything else is standardised, images by channel and features one by one;
+    what is constant in the pool becomes 0. uint8 is divided by 255 before.
     """
     full = 255 if dataset.x.dtype == np.uint8 else 1
     x, x_test = (np.divide(part, full, dtype=np.float32) for part in (dataset.x, dataset.x_test))
@@ -137,23 +133,17 @@ def validate(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def pattern_size(dataset: Dataset) -> np.ndarray:
-    """int64 [N] how many pool examples share an example's sub-pattern, itself included. Raises ValueError."""
-    need(dataset.pattern is not None, f"dataset={dataset.name!r} has no known sub-patterns; 'subclasses' has")
-    return np.bincount(dataset.pattern)[dataset.pattern]
-
-
 def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
     """Each pool example's nearest other pool example and nearest test example: a frame of N lines.
 
     Columns: `nearest` (index in the pool), `distance` (root mean square difference of the model inputs in units of
     their pooled standard deviation: sqrt(2) for two unrelated examples), `exact` (equal bytes), `near` (distance below
-    `near`, or exact), `other_label` (that of the nearest differs; among exact copies one with another label counts as
-    nearest) and `test_nearest`, `test_distance`, `test_exact`, `test_near`. `frame.attrs["near"]` is the threshold.
+    `near`, or exact), `other_label` (the nearest has another one; among exact copies such a one counts as nearest), and
+    test_nearest, test_distance, test_exact, test_near.
 
-    near=None: half the median nearest distance of the examples that are not exact copies. In d intrinsic dimensions, a
-    share of about 2^-d log 2 of independent draws would be so near by chance: 0.07% at d = 10. This is a screen, not a
-    proof: of such pairs in CIFAR-10 half are the same picture, the others two plain skies or seas. Raises ValueError.
+    near=None: half the median nearest distance of the examples that are not exact copies, in frame.attrs["near"]. In d
+    intrinsic dimensions, about 2^-d log 2 of independent draws are so near by chance: 0.07% at d = 10. It is a screen,
+    no proof: half of such pairs in CIFAR-10 are one picture, the others two plain skies or seas. Raises ValueError.
     """
     fine = near is None or isinstance(near, int | float | np.number) and 0 <= near < np.inf
     need(fine, f"{near=}: needs a number, not negative")
@@ -161,23 +151,22 @@ def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
     mean = z.mean(axis=0, dtype=np.float64)
     # distance^2 = mean_j (a_j - b_j)^2 / mean_j var_j = |a - b|^2 / unit^2
     unit = np.sqrt(np.mean([np.square(row - mean).sum() for row in z])) or 1
-    frame, search = pd.DataFrame(), NearestNeighbors(n_neighbors=1, algorithm="brute")
+    keys, keys_test = (pd.Series([blake2b(a.tobytes()).digest() for a in part]) for part in (dataset.x, dataset.x_test))
+    frame = pd.DataFrame({"exact": keys.duplicated(keep=False), "test_exact": keys.isin(keys_test)})
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute")
     for part, found in (("", search.fit(z).kneighbors()), ("test_", search.fit(z_test).kneighbors(z))):
-        frame[f"{part}distance"], frame[f"{part}nearest"] = found[0][:, 0] / unit, found[1][:, 0]
-
-    keys, keys_test = ([blake2b(row.tobytes()).digest() for row in part] for part in (dataset.x, dataset.x_test))
-    frame["exact"], frame["test_exact"] = pd.Series(keys).duplicated(keep=False), pd.Series(keys).isin(keys_test)
+        frame[f"{part}distance"] = np.where(frame[f"{part}exact"], 0, found[0][:, 0] / unit)
+        frame[f"{part}nearest"] = found[1][:, 0]
     for same in pd.Series(y).groupby(keys).indices.values():
         if len(same) > 1:
             low, high = same[np.argsort(y[same], kind="stable")[[0, -1]]]  # of the lowest and of the highest label
             other = np.where(y[same] == y[low], high, low)
             frame.loc[same, "nearest"] = np.where(other == same, low, other)
+    frame["other_label"] = y != y[frame.nearest]
     unique = frame.distance[~frame.exact]
     near = near if near is not None else NEAR * unique.median() if len(unique) else 0.0
-    for part in ("", "test_"):
-        frame.loc[frame[f"{part}exact"], f"{part}distance"] = 0  # exactly
-        frame[f"{part}near"] = frame[f"{part}exact"] | (frame[f"{part}distance"] < near)
-    frame["other_label"] = y != y[frame.nearest]
+    frame["near"] = frame.exact | (frame.distance < near)
+    frame["test_near"] = frame.test_exact | (frame.test_distance < near)
     frame.attrs["near"] = float(near)
     return frame
 
@@ -185,8 +174,8 @@ def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
 def duplicate_table(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
     """Tidy rows (metric, value, ci_low, ci_high): how many duplicates the pool has, and which share of it they are.
 
-    A non-member with a near-copy among the members is effectively a member, and an example whose copy has another label
-    can only be memorized.
+    A non-member with a near-copy among the members is effectively a member; an example whose copy has another label can
+    only be memorized.
     """
     frame = duplicates(dataset, near)
     rows = {"near_duplicate_distance": frame.attrs["near"], "median_nearest_distance": frame.distance.median()}
@@ -194,9 +183,8 @@ def duplicate_table(dataset: Dataset, near: float | None = None) -> pd.DataFrame
         twin, test = frame[kind], frame[f"test_{kind}"]
         counts = {"duplicates": twin, "duplicates_other_label": twin & frame.other_label, "test_twins": test}
         for what, found in counts.items():
-            rows |= {f"{kind}_{what}": found.sum(), f"{kind}_{what}_share": found.mean()}
-    values = np.array(list(rows.values()), float)
-    return pd.DataFrame({"metric": rows.keys(), "value": values, "ci_low": np.nan, "ci_high": np.nan})
+            rows |= {f"{kind}_{what}": float(found.sum()), f"{kind}_{what}_share": found.mean()}
+    return pd.DataFrame({"metric": rows.keys(), "value": rows.values(), "ci_low": np.nan, "ci_high": np.nan})
 
 
 def _whole(value, low: int, high: float = np.inf) -> bool:
@@ -232,16 +220,14 @@ def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
 
 
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:
-    """Indices of n_examples in whole groups, in random order; None: of as many as possible.
+    """Indices of n_examples (None: as many as possible) in whole groups that make two equal halves, in random order.
 
-    Groups are taken in a random order, first up to the share of their class, then as long as any fits. The result can
-    be cut into two equal halves of whole groups: if all groups are pairs, its size is a multiple of 4.
+    Groups are taken in a random order, first up to the share of their class, then as long as any fits.
     """
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)
-    # an order may end one example short, so several are tried; in the last, small groups of any class fill the gaps
-    tries = [(rng.permutation(len(sizes)), top) for _ in range(8)]
-    tries.append((np.argsort(-sizes, kind="stable"), np.zeros_like(top)))
+    # a random order may end one example short, so several are tried; in the last, small groups of any class fill gaps
+    tries = [*((rng.permutation(len(sizes)), top) for _ in range(8)), (np.argsort(-sizes, kind="stable"), 0 * top)]
     largest, slack = len(groups) // 2 * 2, 2 * sizes.max()
     targets = [n_examples] if n_examples else range(largest, max(largest - slack, 1), -2)
     for n, (order, stratum) in product(targets, tries):
@@ -270,7 +256,10 @@ def _grouped(d: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=None, pattern_test=None) -> Dataset:
-    """A Dataset of examples and labels in any of their forms; without a test part one is drawn from the pool."""
+    """A Dataset of examples and labels in any of their forms.
+
+    Without a test part, a share of the groups, stratified by their highest label, becomes it: always the same ones.
+    """
     x, (labels, y) = _examples("x", x), np.unique(_labels("y", y), return_inverse=True)
     if groups is not None:  # numbers or names
         groups = np.unique(groups, return_inverse=True)[1]
@@ -279,7 +268,12 @@ def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=Non
         found, form = f"{d.n_classes} classes, {list(x.shape[1:])}", f"{name[5:]} classes, [3, 32, 32]"
         need(found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
     if x_test is None:
-        d = _split(validate(d), SHARES.get(name, 0.2))
+        groups, top = _grouped(validate(d))
+        n = max(len(top) - round(SHARES.get(name, 0.2) * len(top)), 2 * d.n_classes)
+        need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
+        keep = np.isin(groups, _draw(top, n, seed=0, least=2))
+        test = _subset(d, ~keep, "x y groups")
+        d = _subset(replace(d, x_test=test.x, y_test=test.y, groups_test=test.groups), keep, "x y groups")
     else:
         y_test = _labels("y_test", y_test)
         extra = np.setdiff1d(y_test, labels)[:5].tolist()
@@ -288,19 +282,6 @@ def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=Non
     if d.x.ndim == 2:  # binary features come as uint8: floats take four times the memory
         d = replace(d, x=d.x.astype(np.float32, copy=False), x_test=d.x_test.astype(np.float32, copy=False))
     return d
-
-
-def _split(d: Dataset, share: float) -> Dataset:
-    """Move a share of the groups, stratified by their highest label, to the test part: always the same ones.
-
-    Two groups of each class, where there are, stay in the pool.
-    """
-    groups, top = _grouped(d)
-    n_pool = max(len(top) - round(share * len(top)), 2 * d.n_classes)
-    need(n_pool < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
-    keep = np.isin(groups, _draw(top, n_pool, seed=0, least=2))
-    own = None if d.groups is None else np.unique(groups[~keep], return_inverse=True)[1]
-    return _subset(replace(d, x_test=d.x[~keep], y_test=d.y[~keep], groups_test=own), keep, "x y groups pattern")
 
 
 def _examples(key: str, a: np.ndarray) -> np.ndarray:

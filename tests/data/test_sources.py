@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10 as CIFAR10_CLASS
 
 from lib.data import sources
-from lib.data.dataset import inputs, load, obtain, pattern_size, pool
+from lib.data.dataset import inputs, load, pool
 from tests.data.files import cifar_contents, cifar_folder, downloads, npz, packed, png, tree
 
 CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10.tar.xz"
@@ -70,11 +70,11 @@ def test_without_a_test_folder_a_fifth_is_split_off(tmp_path):
 
 
 def test_cache_is_used_rebuilt_when_damaged_and_not_used_for_other_files(tmp_path, monkeypatch):
-    folder, cache, decode = tree(tmp_path / "t"), tmp_path / "cache", sources._pixels
+    folder, cache, decode = tree(tmp_path / "t"), tmp_path / "cache", sources._decoded
     first = load("folder", folder, cache)
-    monkeypatch.setattr(sources, "_pixels", lambda *_: pytest.fail("decoded a second time"))
+    monkeypatch.setattr(sources, "_decoded", lambda *_: pytest.fail("decoded a second time"))
     assert load("folder", folder, cache).hash == first.hash
-    monkeypatch.setattr(sources, "_pixels", decode)
+    monkeypatch.setattr(sources, "_decoded", decode)
     (file,) = cache.iterdir()
     content = file.read_bytes()
     for damaged in (content[:-100], content[:300] + bytes([content[300] ^ 1]) + content[301:], b"", b"text"):
@@ -90,7 +90,7 @@ def test_cache_is_used_rebuilt_when_damaged_and_not_used_for_other_files(tmp_pat
     (lambda f: (f / "train/dog/7.png").write_bytes(png()[:60]), "train/dog/7.png"),
     (lambda f: (f / "train/dog/7.png").write_bytes(b"GIF89a"), "train/dog/7.png"),
     (lambda f: Image.new("I;16", (6, 4)).save(f / "train/dog/7.png"), "train/dog/7.png.*I;16"),
-    (lambda f: (f / "train").rename(f / "training"), "no training images.*train/<class>"),
+    (lambda f: (f / "train").rename(f / "training"), r"images of \['test'\].*train/<class>"),
     (lambda f: (f / "test/cat").rename(f / "test/cow"), r"test part has labels \['cow'\]"),
     (lambda f: [(f / f"train/cat/{i}.png").unlink() for i in range(5)], "class 'cat' has 1"),
 ])  # fmt: skip
@@ -115,11 +115,8 @@ def test_ambiguous_archives(tmp_path):
     packed(folder, file)
     with tarfile.open(file, "a") as tar:
         tar.add(folder / "train" / "cat" / "0.png", "more/train/cat/0.png")
-    with pytest.raises(ValueError, match=r"data=.*below \['.', 'more'\]; one leading folder"):
+    with pytest.raises(ValueError, match=r"data=.*below \['.', 'more'\].*below one folder"):
         load("folder", file, tmp_path / "cache")
-    packed(folder, tmp_path / "a.zip")
-    with pytest.raises(ValueError, match="data=.*could be any of a.tar, a.zip"):
-        load("folder", tmp_path / "a", tmp_path / "cache")
 
 
 def test_a_tar_cut_between_its_files_is_noticed(tmp_path):
@@ -221,7 +218,7 @@ def test_real_cifar10(tmp_path, monkeypatch):
     assert d.x.shape == (50_000, 3, 32, 32) and d.x_test.shape == (10_000, 3, 32, 32)
     assert set(np.bincount(d.y)) == {5000} and d.classes[:3] == ("airplane", "automobile", "bird")
     assert 0.44 < d.x.mean() / 255 < 0.51 and d.n_classes == 10
-    monkeypatch.setattr(sources, "_pixels", lambda *_: pytest.fail("decoded a second time"))
+    monkeypatch.setattr(sources, "_decoded", lambda *_: pytest.fail("decoded a second time"))
     assert load("cifar10", CIFAR10, tmp_path).hash == d.hash
 
 
@@ -233,8 +230,7 @@ def test_subclasses_have_known_sub_patterns():
         and (d.pattern_test // 12 == d.y_test).all()
         and load("subclasses").hash == d.hash
     )
-    size, kind = pattern_size(d), d.pattern % 12
-    assert all(size[i] == (d.pattern == d.pattern[i]).sum() for i in range(0, 2400, 60))
+    size, kind = np.bincount(d.pattern)[d.pattern], d.pattern % 12
     assert size[kind >= 3].max() < 15 and size[kind == 0].min() > 200 and 0.06 < (kind >= 3).mean() < 0.12
     p = pool(d, 2000, seed=1, n_test=100)
     assert (
@@ -245,8 +241,6 @@ def test_subclasses_have_known_sub_patterns():
     mean = np.array([d.x[d.pattern == 12 * c].mean(axis=0) for c in range(5)])  # of the common sub-patterns
     nearest = np.linalg.norm(d.x[:, None] - mean, axis=2).argmin(axis=1)
     assert (nearest == d.y)[kind == 0].mean() > 0.95 and (nearest == d.y)[kind >= 3].mean() < 0.1
-    with pytest.raises(ValueError, match="dataset='digits' has no known sub-patterns"):
-        pattern_size(load("digits"))
 
 
 def text(rows, labels=None):
@@ -317,7 +311,6 @@ def spoilt(row, column, value):
     (text(spoilt(7, 3, 2), LABELS), "2.*column 3"),
     (text(spoilt(9, 5, 0.5), LABELS), "0.5.*column 5"),
     (text(spoilt(9, 5, "a"), LABELS), "dataset_purchase"),
-    (text(BITS[:, :599], LABELS), "599 features; 600"),
     (text(BITS, LABELS)[:-300], "nan.*column"),
     (text(BITS, LABELS - 1), r"labels \[0.0, 100.0\].*1..100"),
     (text(BITS, np.where(LABELS == 57, 58, LABELS)), r"labels \[57.0\].*1..100"),
@@ -348,9 +341,12 @@ def test_bad_archives_of_tables(tmp_path):
         with pytest.raises(ValueError, match="data=.*a whole archive"):
             load("purchase100", tmp_path / "a.tgz", tmp_path / "cache")
     labels = text(LABELS[:150, None])
-    cases = [("'feats'.*'labels'", {"feats": text(TEXAS_BITS)}), ("'feats', 'labels'", {"notes": b"x"})]
-    cases += [("150 labels and 300 lines", {"feats": text(TEXAS_BITS), "labels": labels})]
-    cases += [("more than one 'labels'", {"labels": labels, "more__labels": labels})]
+    cases = [
+        (r"\['feats'\].*feats and labels", {"feats": text(TEXAS_BITS)}),
+        (r"\[\].*feats and labels", {"notes": b"x"}),
+    ]
+    cases += [(r"x is .*\[300, 6169\] and y .*\[150\]", {"feats": text(TEXAS_BITS), "labels": labels})]
+    cases += [("'labels', 'labels'.*each once", {"labels": labels, "more__labels": labels})]
     for match, files in cases:
         with pytest.raises(ValueError, match=f"data=.*{match}"):
             load("texas100", tgz(tmp_path / "t.tgz", **files), tmp_path / "cache")
@@ -378,9 +374,6 @@ def test_without_a_path_data_are_looked_for_and_the_error_says_how_to_obtain_the
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "purchase100.npz", features=BITS, labels=LABELS)
     assert load("purchase100", cache=tmp_path / "cache").n_classes == 100
-    with pytest.raises(ValueError, match="dataset='folder'"):
-        obtain("folder")
-    assert all("Terms" in obtain(name) for name in sources.DATASETS if name not in ("folder", "npz"))
 
 
 def retina(folder, patients=40, size=(64, 48), both=3):
@@ -434,15 +427,14 @@ def edit(folder, old, new):
 
 
 @pytest.mark.parametrize("spoil,match", [
-    (lambda f: [(f / f"train/{i}_left.jpeg").unlink() for i in (7, 8)], "'7_left', '8_left'.*no image"),
-    (lambda f: edit(f, "\n7_left,2\n8_left,3\n", "\n"), "'7_left', '8_left'.*no grade"),
+    (lambda f: [(f / f"train/{i}_left.jpeg").unlink() for i in (7, 8)], "'7_left', '2'.*'8_left', '3'.*once in train/"),
+    (lambda f: edit(f, "\n7_left,2\n8_left,3\n", "\n"), "'7_left', nan.*'8_left', nan.*once in trainLabels"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_left,5\n"), "'7_left'.*'5'.*0..4"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_left,\n"), "'7_left'.*''.*0..4"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_middle,2\n"), "'7_middle'.*<patient>_left"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_left,2\n7_left,2\n"), "'7_left'.*once"),
-    (lambda f: edit(f, "level", "grade"), "'grade'.*image, level"),
+    (lambda f: edit(f, "level", "grade"), "'grade'.*image and level"),
     (lambda f: (f / "trainLabels.csv").write_text(""), "trainLabels.csv"),
-    (lambda f: edit(f, ",4\n", ",3\n"), r"level \['4'\]"),
     (lambda f: (f / "trainLabels.csv").unlink(), "0 tables trainLabels.csv and 54 images"),
     (lambda f: (f / "train/7_left.jpeg").rename(f / "train/7.jpeg"), "'7'"),
     (lambda f: (f / "train/7_left.jpeg").write_bytes(b"text"), "train/7_left.jpeg"),
@@ -468,5 +460,5 @@ def test_real_eyepacs(tmp_path, monkeypatch):
     with tarfile.open(EYEPACS) as tar:
         names = [m.name.split("/")[-1].split("_")[0] for m in tar if m.name.endswith(".jpeg")]
     assert len(set(names)) - (d.groups.max() + 1) == round(0.2 * len(set(names)))  # whole patients were set aside
-    monkeypatch.setattr(sources, "_pixels", lambda *_: pytest.fail("decoded a second time"))
+    monkeypatch.setattr(sources, "_decoded", lambda *_: pytest.fail("decoded a second time"))
     assert load("eyepacs", EYEPACS, tmp_path).hash == d.hash and len(pool(d, 2000).y) == 2000

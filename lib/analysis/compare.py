@@ -123,10 +123,18 @@ def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, te
     values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. rate: the metric is a
     probability. shadow_correction: as in intervals.estimate. Examples of one group (a patient's eyes) count as one.
     """
-    dataset = next(iter(ensembles.values())).dataset
-    groups = dataset.groups_test if test else dataset.groups
-    values = {label: values_of(e) for label, e in ensembles.items()}
-    return intervals.paired(values, metric, rate, shadow_correction=shadow_correction, columns=groups)
+    first, values = next(iter(ensembles.values())), {label: values_of(e) for label, e in ensembles.items()}
+    return intervals.paired(values, metric, rate, shadow_correction=shadow_correction, **design(first, test))
+
+
+def design(ensemble, test=False):
+    """What `intervals.estimate` needs to know: which models and which examples belong together, and if both vary.
+
+    One or two models, as in an audit, say nothing about others: the interval is then about new examples only.
+    """
+    member, data = np.array(ensemble.member), ensemble.dataset
+    columns = data.groups_test if test else data.groups
+    return {"clusters": intervals.pairs(member), "columns": columns, "examples_only": len(member) < 3}
 
 
 def paired_t(values, metric):
@@ -139,17 +147,21 @@ def paired_t(values, metric):
 
 
 def accuracies(ensembles):
-    """Test accuracy, accuracy and loss on the training half, and accuracy in minus accuracy out: a tidy frame."""
+    """Test accuracy, accuracy and loss on the training half, and accuracy in minus accuracy out: a tidy frame.
+
+    Without a test part (an audit may have none), there is no test accuracy.
+    """
 
     def gap(e):
         return on_pool(e, "correct") - on_pool(e, "correct", members=False)
 
     frames = [
-        compared(ensembles, hits_on_test, "test_accuracy", rate=True, test=True),
         compared(ensembles, lambda e: on_pool(e, "correct"), "train_accuracy", rate=True),
         compared(ensembles, train_losses, "train_loss"),
         compared(ensembles, gap, "generalization_gap"),
     ]
+    if next(iter(ensembles.values())).test_logits is not None:
+        frames.insert(0, compared(ensembles, hits_on_test, "test_accuracy", rate=True, test=True))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -204,9 +216,15 @@ def extremes(ensembles):
 
 
 def scores(ensemble, member=None):
-    """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control."""
+    """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control.
+
+    LiRA and RMIA need three models with and three without each example. An audit of fewer has the other attacks only.
+    """
     member = np.array(ensemble.member if member is None else member)
-    data = ensemble.dataset
+    data, n_in = ensemble.dataset, member.sum(0)
+    if min(n_in.min(), len(member) - n_in.max()) < 3:
+        found = catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
+        return {name: found[name] for name in catalogue.NAMES if name in found}
     return catalogue.run(ensemble.logits, data.y, member, ensemble.test_logits, data.y_test, groups=data.groups)
 
 
@@ -216,11 +234,11 @@ def leakage(ensembles, scored):
     scored: dict optimizer -> dict attack -> scores [M, N].
     """
     first, frames = next(iter(ensembles.values())), []
-    member, groups = np.array(first.member), first.dataset.groups
-    for attack in tqdm(catalogue.NAMES, "scoring", delay=2, leave=False):
+    member, how = np.array(first.member), design(first)
+    for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
         threshold = 0.0 if attack in catalogue.FIXED else None
         found = {label: scored[label][attack] for label in ensembles}
-        frames.append(intervals.table(found, member, threshold=threshold, columns=groups).assign(attack=attack))
+        frames.append(intervals.table(found, member, threshold=threshold, **how).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -229,12 +247,12 @@ def null_table(ensemble, seed, shuffles=5):
 
     Without a fault it is 0.5. The frame has no column optimizer.
     """
-    values, groups = dict.fromkeys(catalogue.NAMES, 0.0), ensemble.dataset.groups
+    values = {}
     for shuffle in range(shuffles):
-        member = catalogue.null_member(np.array(ensemble.member), [seed, shuffle], groups)
+        member = catalogue.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)
         for attack, found in scores(ensemble, member).items():
-            values[attack] = values[attack] + intervals.auc_influence_values(found, member) / shuffles
-    how = {"rate": True, "shadow_correction": intervals.SHADOW_CORRECTION, "columns": groups}
+            values[attack] = values.get(attack, 0.0) + intervals.auc_influence_values(found, member) / shuffles
+    how = {"rate": True, "shadow_correction": intervals.SHADOW_CORRECTION, **design(ensemble)}
     rows = [intervals.row("auc", estimate(v, **how), attack=attack, baseline="") for attack, v in values.items()]
     return pd.DataFrame(rows)
 

@@ -126,6 +126,11 @@ def rendered(path):
     return title, page(title, body)
 
 
+def bullets(sentences):
+    """A list in HTML of plain sentences."""
+    return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>"
+
+
 def controls(rows):
     """A list in HTML: what the null control and the planted leaks of a run's rows (verdict.read) say."""
     leak = rows[rows.experiment == "planted leak"]

@@ -17,19 +17,23 @@ def number(value, low, high):
     return f"{value:.{digits}f}{interval}"
 
 
-def show_table(frame, across=("optimizer",)):
-    """Show values with their intervals: one row per metric (or attack), one column per `across`."""
-    if frame.empty:
-        return show_text("*Too few counts to report any.*")
-    cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
+def wide(frame, across):
+    """Values with their intervals as text: one row per attack, metric or optimizer, one column per `across`."""
     across = list(across)
     if "optimizer" in frame:
         frame = frame.assign(optimizer=series(frame))
     rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
     rows = rows or [c for c in ("metric", "attack", "optimizer") if c in frame and c not in across][:1]
     keys = frame[rows + across].apply(lambda column: pd.Categorical(column, column.unique()))
-    wide = keys.assign(cell=cells).pivot(index=rows, columns=across, values="cell")
-    display(wide.fillna("").style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
+    cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
+    return keys.assign(cell=cells).pivot(index=rows, columns=across, values="cell").fillna("")
+
+
+def show_table(frame, across=("optimizer",)):
+    """Show `wide`, or say that there is nothing to show."""
+    if frame.empty:
+        return show_text("*Too few counts to report any.*")
+    display(wide(frame, across).style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
 
 
 def select(frame, baseline="", **columns):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.analysis import compare
 from lib.attacks import catalogue, intervals, membership
 from lib.attacks.signals import signals
 from lib.study import own_logits
@@ -142,31 +143,31 @@ def variants(one):
 @pytest.mark.parametrize("name", ["one-hot", "integers", "probabilities", "queries", "population", "groups"])
 def test_other_spellings_of_the_same_are_read(name, tmp_path):
     one = given(n_models=6)
-    e, plain = own_logits.checked("x", variants(one)[name]), own_logits.checked("x", one)
-    found, expected = own_logits.scores(e, e.member), own_logits.scores(plain, plain.member)
+    e, plain = own_logits.models("x", variants(one)[name]), own_logits.models("x", one)
+    found, expected = compare.scores(e), compare.scores(plain)
     for attack in ("confidence", "entropy", "lira"):
         np.testing.assert_allclose(found[attack], expected[attack], atol=1e-3)
     for attack, other in (("rmia", "population"), ("entropy_classwise", "groups")):
         assert (np.abs(found[attack] - expected[attack]).max() > 0.01) == (name == other)
-    a, b = (own_logits.leakage({"x": {"loss": expected["loss"]}}, one, one.member) for one in (e, plain))
+    a, b = (compare.leakage({"x": one}, {"x": {"loss": expected["loss"]}}) for one in (e, plain))
     assert (a.ci_low[0] != b.ci_low[0]) == (name == "groups")
-    assert ("logarithms" in " ".join(own_logits.limits({"x": e}))) == (name == "probabilities")
-    assert ("40 groups" in " ".join(own_logits.limits({"x": e}))) == (name == "groups")
+    assert ("test_accuracy" in set(compare.accuracies({"x": e}).metric)) == (name == "population")
+    said = " ".join(own_logits.limits({"x": e}, True))
+    assert ("logarithms" in said) == (name == "probabilities") and ("40 groups" in said) == (name == "groups")
 
 
 def test_probabilities_of_zero_become_the_smallest_given():
     p = np.tile([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]], (1, 6, 1))
-    e = own_logits.checked("x", {"probabilities": p, "y": np.arange(12) % 3, "member": np.arange(12)[None] % 2})
+    e = own_logits.models("x", {"probabilities": p, "y": np.arange(12) % 3, "member": np.arange(12)[None] % 2})
     np.testing.assert_allclose(e.logits[0, 0, 0], np.log([0.75, 0.25, 0.25]))
-    assert "33.33%" in e.notes[0] and "0.25" in e.notes[0]
+    assert "33.33%" in e.notes[-1] and "0.25" in e.notes[-1]
 
 
 def test_a_class_that_thresholds_lack_is_said_and_an_absent_class_is_none():
     one = given(classes=6)
     one["y"] = np.where(np.arange(80) == 7, 4, one["y"] % 4)  # one example of class 4, none of 5
-    assert own_logits.classes_without(own_logits.checked("x", one)) == [4]
-    assert own_logits.classes_without(own_logits.checked("x", given())) == []
-    assert "Classes [4] lack" in " ".join(own_logits.limits({"x": own_logits.checked("x", one)}))
+    assert "Classes [4] lack" in " ".join(own_logits.limits({"x": own_logits.models("x", one)}, True))
+    assert "Classes" not in " ".join(own_logits.limits({"x": own_logits.models("x", given())}, True))
 
 
 def test_names_of_files_are_escaped_wherever_they_are_shown(tmp_path):
@@ -187,48 +188,57 @@ def at(array, index, value):
 
 
 ONE = given()
+LESS = {k: ONE[k] for k in ("y", "member")}
 NAN, OBJECTS = at(ONE["logits"], (3, 5, 1), np.nan), np.array([{}] * 80, object)
 FAULTS = {
     "x: logits: missing": {k: ONE[k] for k in ("y", "member")},
     "x: y: missing": {k: ONE[k] for k in ("logits", "member")},
-    "x: array 'group' is unknown": changed(group=np.zeros(80)),
+    "x: member: missing": {k: ONE[k] for k in ("logits", "y")},
+    "x: group: .*valid are the names logits": changed(group=np.zeros(80)),
     r"x: y: object of shape \(80,\)": changed(y=OBJECTS),
     r"x: y: int\d+ of shape \(79,\); valid are integers \[80\]": changed(y=ONE["y"][:79]),
     "x: y: float64 of shape": changed(y=ONE["y"] + 0.5),
-    "x: y: 4 at example 2; valid are 0 to 3": changed(y=at(ONE["y"], 2, 4)),
+    r"x: y: 4 at \[2\]; valid are 0 to 3": changed(y=at(ONE["y"], 2, 4)),
     r"x: y: .*\(80, 4\)": changed(y=np.zeros((80, 4))),
-    r"x: member: shape \(8, 79\); valid is \[M, N\] = \(8, 80\)": changed(member=ONE["member"][:, :79]),
-    "x: member: 2 at model 1, example 3; valid are 0 and 1": changed(member=at(ONE["member"].astype(int), (1, 3), 2)),
-    "x: member: nan at model 0, example 0": changed(member=at(ONE["member"].astype(float), (0, 0), np.nan)),
-    "x: member: model 4 has 80 members of 80": changed(member=at(ONE["member"], 4, True)),
-    "x: member: example 6 is in all of the 8": changed(member=at(ONE["member"], (slice(None), 6), True)),
-    "x: member: example 7 is in none of the 8": changed(member=at(ONE["member"], (slice(None), 7), False)),
-    "x: logits: nan at model 3, example 5": changed(logits=NAN),
-    "x: logits: inf at model 0, example 2": changed(logits=at(ONE["logits"], (0, 2, 0), np.inf)),
+    r"x: member: bool of shape \(8, 79\); valid are \[M, N\] = \(8, 80\)": changed(member=ONE["member"][:, :79]),
+    r"x: member: 2 at \[1, 3\]; valid are 0 and 1": changed(member=at(ONE["member"].astype(int), (1, 3), 2)),
+    r"x: member: nan at \[0, 0\]": changed(member=at(ONE["member"].astype(float), (0, 0), np.nan)),
+    r"x: member: 80 at \[4\]; valid are 4 members": changed(member=at(ONE["member"], 4, True)),
+    r"x: member: 8 at \[6\]; valid are 1 to 7": changed(member=at(ONE["member"], (slice(None), 6), True)),
+    r"x: member: 0 at \[7\]; valid are 1 to 7": changed(member=at(ONE["member"], (slice(None), 7), False)),
+    r"x: logits: nan at \[3, 5, 1\]": changed(logits=NAN),
+    r"x: logits: inf at \[0, 2, 0\]": changed(logits=at(ONE["logits"], (0, 2, 0), np.inf)),
     r"x: logits: int\d+ of shape": changed(logits=np.zeros((8, 80, 4), int)),
     r"x: logits: float32 of shape \(8, 80, 1\)": changed(logits=ONE["logits"][..., :1]),
-    "x: probabilities: beside logits": changed(probabilities=ONE["logits"]),
-    "x: probabilities: .* sum to 1": {k: ONE[k] for k in ("y", "member")} | {"probabilities": np.ones((8, 80, 4))},
-    "x: population_y: missing or without": changed(population_y=ONE["y"]),
-    r"x: population_logits: shape \(7, 80, 4\)": changed(population_logits=ONE["logits"][:7], population_y=ONE["y"]),
-    "x: population_logits: nan at model 3": changed(population_logits=NAN, population_y=ONE["y"]),
-    "x: population_y: 9 at": changed(population_logits=ONE["logits"], population_y=at(ONE["y"], 1, 9)),
-    r"x: groups: shape \(8,\)": changed(groups=np.arange(8)),
-    "x: groups: model 0 has . members of 1;": changed(groups=np.zeros(80)),
+    "x: probabilities: .*not both": changed(probabilities=ONE["logits"]),
+    r"x: probabilities: 4.0 at \[0, 0\].* sum to 1": {**LESS, "probabilities": np.ones((8, 80, 4))},
+    r"x: probabilities: -1.0 at \[0, 0, 0\].* 0 to 1": {**LESS, "probabilities": np.tile([-1.0, 2, 0, 0], (8, 80, 1))},
+    "x: population_logits: missing": changed(population_y=ONE["y"]),
+    "x: population_y: missing": changed(population_logits=ONE["logits"]),
+    r"x: population_logits: .*7, .*; valid are 8 models": changed(
+        population_logits=ONE["logits"][:7], population_y=ONE["y"]
+    ),
+    r"x: population_logits: nan at \[3": changed(population_logits=NAN, population_y=ONE["y"]),
+    r"x: population_y: 9 at \[1\]": changed(population_logits=ONE["logits"], population_y=at(ONE["y"], 1, 9)),
+    r"x: groups: .*shape \(8,\)": changed(groups=np.arange(8)),
+    r"x: groups: . at \[0\]; valid are 4 members": changed(groups=np.zeros(80)),
 }
 
 
 @pytest.mark.parametrize("words", FAULTS)
 def test_faults_are_named_before_any_attack(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_logits, "scores", lambda *_: pytest.fail("an attack ran"))
+    monkeypatch.setattr(compare, "scores", lambda *_: pytest.fail("an attack ran"))
     with pytest.raises(ValueError, match=words):
         own_logits.audit({"x": FAULTS[words]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("key", ["y", "member", "groups"])
+@pytest.mark.parametrize("key", ["y", "member", "groups", "population_y"])
 def test_files_that_cannot_be_paired_are_sent_to_separate_runs(key, tmp_path):
-    other = changed(**{key: {"y": ONE["y"][::-1], "member": ~ONE["member"], "groups": np.arange(80)}[key]})
+    values = {"y": ONE["y"][::-1], "member": ~ONE["member"], "groups": np.arange(80), "population_y": ONE["y"]}
+    other = changed(**{key: values[key]})
+    if key == "population_y":
+        other["population_logits"] = ONE["logits"]
     with pytest.raises(ValueError, match=f"sam: {key}: differs from that of sgd; .*one at a time"):
         own_logits.audit({"sgd": ONE, "sam": other}, tmp_path)
 

@@ -82,7 +82,7 @@ show_text(run.describe() + f" Here an ensemble has {few} models; a private one a
 
 # %%
 made = run.ensembles("variants")
-table = interventions.variant_table(made)
+table = compare.split_labels(compare.contrast(made), "rho")
 usual = np.array([rho == run.recipe(name).rho for name, rho in zip(table.optimizer, table.rho, strict=True)])
 place = np.where(usual, "", "radius=other")
 results.add(table, experiment="variants", coordinate=place, n_models=len(made[baseline, 0.0].ids))

@@ -13,16 +13,6 @@ from lib.analysis.memorization import exposure, spearman
 from lib.attacks import intervals
 from lib.attacks.intervals import SHADOW_CORRECTION, estimate, row
 
-# ---- variants: accuracy against leakage ---------------------------------------------------------------------
-
-
-def variant_table(found):
-    """`compare.contrast` of variants with the baseline: a tidy frame with the column rho.
-
-    found: dict (optimizer, rho) -> Ensemble, (baseline, 0.0) first.
-    """
-    return compare.split_labels(compare.contrast(found), "rho")
-
 
 def dominated(found, level=0.95):
     """Which other ensembles beat each one: dict label -> list of labels, empty on the Pareto frontier.
@@ -42,9 +32,6 @@ def dominated(found, level=0.95):
     return {a: [b for b in found if b != a and beats(b, a)] for a in found}
 
 
-# ---- causes -------------------------------------------------------------------------------------------------
-
-
 def effect_table(found):
     """The treatment's effect on LiRA's AUC at every level, and its change from the run as it is: a tidy frame.
 
@@ -58,13 +45,13 @@ def effect_table(found):
         base, treated = (found.get((factor, level, name)) for name in (baseline, treatment))
         if base is None or treated is None:
             continue
-        effect = compare.lira_influence_values(treated) - compare.lira_influence_values(base)
-        as_it_is = effect if as_it_is is None else as_it_is
-        about = {"optimizer": treatment, "baseline": baseline, "attack": "lira"}
-        about |= {"factor": factor, "level": level, "coordinate": f"{factor}={level}"}
+        about = dict(optimizer=treatment, baseline=baseline, attack="lira", factor=factor, level=level)
+        about["coordinate"] = f"{factor}={level}"
         about["train_accuracy"] = compare.on_pool(base, "correct").mean()
         about["train_accuracy_treatment"] = compare.on_pool(treated, "correct").mean()
         about["test_gain"] = test_accuracy(treated) - test_accuracy(base)
+        effect = compare.lira_influence_values(treated) - compare.lira_influence_values(base)
+        as_it_is = effect if as_it_is is None else as_it_is
         for metric, values in (("auc", effect), ("auc_change", effect - as_it_is)):
             rows.append(row(metric, compare.auc_estimate(values, base.dataset), **about))
     return pd.DataFrame(rows)
@@ -75,27 +62,19 @@ def test_accuracy(ensemble):
     return float(compare.hits_on_test(ensemble).mean())
 
 
-# ---- defences -----------------------------------------------------------------------------------------------
-
-
 def tempered(ensemble, temperature):
     """The ensemble as served with its logits divided by a temperature, which changes no prediction."""
     served = {n: getattr(ensemble, n) / np.float32(temperature) for n in ("logits", "test_logits")}
-    kept = {n: getattr(ensemble, n) for n in ("member", "dataset", "ids", "recipe")}
-    return SimpleNamespace(**served, **kept)
+    return SimpleNamespace(**served, member=ensemble.member, dataset=ensemble.dataset, ids=ensemble.ids)
 
 
 def defence_table(found):
-    """What each defence costs and what it buys: accuracies, and every metric of LiRA and of a confidence threshold.
+    """Accuracies, and every metric of LiRA and of a threshold on the confidence: a tidy frame.
 
-    found: dict label -> Ensemble, the undefended one first. A tidy frame with the labels as optimizer and baseline.
+    found: dict label -> Ensemble, the undefended one first.
     """
-    first, frames = next(iter(found.values())), [compare.accuracies(found)]
-    for attack, scores_of in (("lira", compare.lira_scores), ("confidence", lambda e: compare.signal(e, "phi"))):
-        scored = {label: scores_of(e) for label, e in found.items()}
-        table = intervals.table(scored, np.array(first.member), columns=first.dataset.groups)
-        frames.append(table.assign(attack=attack))
-    return pd.concat(frames, ignore_index=True)
+    scored = {k: {"lira": compare.lira_scores(e), "confidence": compare.signal(e, "phi")} for k, e in found.items()}
+    return pd.concat([compare.accuracies(found), compare.leakage(found, scored)], ignore_index=True)
 
 
 def private_table(found):
@@ -107,14 +86,11 @@ def private_table(found):
     return frame.assign(coordinate=["" if np.isinf(e) else f"epsilon={e:g}" for e in frame.epsilon])
 
 
-# ---- who pays -----------------------------------------------------------------------------------------------
-
-
 def within(ensembles, parts, accuracy):
     """LiRA's AUC and the test accuracy (the metric `accuracy`) within parts of the data: a tidy frame, column part.
 
-    parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool). A part that has no members or
-    no non-members in some model has no AUC; one without test examples has no accuracy.
+    parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool). A part without members or
+    non-members in some model has no AUC; one without test examples has no accuracy.
     """
     first = next(iter(ensembles.values()))
     data, member, frames = first.dataset, np.array(first.member), []
@@ -156,10 +132,10 @@ def class_table(ensembles):
 def agreement(ensembles, parts=8, seed=0):
     """Do two optimizers expose the same examples? Rank correlations of exposure between two halves of the pairs.
 
-    An example's exposure is how well phi tells the models trained with it from those trained without (AUC), without
-    shadow models, which the two halves would share. Judge the correlation across optimizers by those within each, which
-    noise keeps below 1. The corrected one is across / geometric mean of the two within (Spearman 1904), given if these
-    are positive in every split. A tidy frame; the intervals are the range over `parts` random splits.
+    An example's exposure is how well phi tells the models trained with it from those without (AUC; no shadow models,
+    which the two halves would share). Noise keeps even the correlation within an optimizer below 1. The corrected one
+    is across / geometric mean of the two within (Spearman 1904), given if these are positive in every split. A tidy
+    frame; the intervals are the range over `parts` random splits.
     """
     (a, first), (b, second) = ensembles.items()
     scores, member = {a: compare.signal(first, "phi"), b: compare.signal(second, "phi")}, np.array(first.member)

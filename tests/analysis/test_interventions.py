@@ -92,13 +92,6 @@ def test_a_defence_is_measured_by_lira_and_by_a_threshold(pair):
     assert auc["lira", "other", "none"] == pytest.approx(auc["lira", "other", ""] - auc["lira", "none", ""])
 
 
-def test_variants_are_compared_with_the_baseline_at_their_radius(pair):
-    found = {("sgd", 0.0): pair["sgd"], ("sam", 0.2): pair["sam"], ("sam", 0.4): pair["sgd"]}
-    frame = interventions.variant_table(found).set_index(["optimizer", "baseline", "rho", "metric"]).value
-    plain = compare.contrast(pair).set_index(["optimizer", "baseline", "metric"]).value
-    assert frame["sam", "sgd", 0.2, "auc"] == plain["sam", "sgd", "auc"] and frame["sam", "sgd", 0.4, "auc"] == 0
-
-
 def test_agreement_is_high_with_the_same_exposed_and_low_with_others():
     def exposing(who, seed):
         found = simulated(0.0, 1.0, m=128, n=100, seed=3)

@@ -3,3 +3,9 @@
 import os
 
 os.umask(os.umask(0o022) | 0o002)
+
+
+def need(fine, problem: str) -> None:
+    """Raise ValueError(problem) unless `fine`."""
+    if not fine:
+        raise ValueError(problem)

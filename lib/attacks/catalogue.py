@@ -2,29 +2,16 @@
 
 import numpy as np
 
+from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
 from lib.attacks.shadow import lira, rmia
 from lib.attacks.signals import TINY, signals
 from lib.attacks.thresholds import classwise, yeom
 
-NAMES = (
-    "gap",
-    "loss",
-    "confidence",
-    "confidence_classwise",
-    "entropy",
-    "entropy_classwise",
-    "m_entropy",
-    "m_entropy_classwise",
-    "neural",
-    "neural_classwise",
-    "lira",
-    "lira_pooled",
-    "lira_offline",
-    "lira_offline_pooled",
-    "rmia",
-    "rmia_offline",
+NAMES = tuple(
+    "gap loss confidence confidence_classwise entropy entropy_classwise m_entropy m_entropy_classwise neural "
+    "neural_classwise lira lira_pooled lira_offline lira_offline_pooled rmia rmia_offline".split()
 )
 # the attacks whose own decision is score > 0
 FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise", "neural_classwise")
@@ -35,20 +22,18 @@ def run(
 ):
     """All attacks in NAMES: a dict name -> scores [M, N] float32. learned=False leaves out the neural ones.
 
-    logits: [M, N, C], or [M, Q, N, C] with Q queries (augmentations), the first of which is the plain input. LiRA and
-    RMIA average over the queries; the others see the first. y: [N] labels; member: [M, N] bool.
-    population_logits [M, T, C] (or [M, Q, T, C]) and population_y [T]: examples that no model trained on, for RMIA;
-    without them RMIA compares with the pool itself. gamma, a: RMIA's. seed: of the halves on which thresholds and the
-    neural attack are learned; groups [N] (a patient's two eyes) stay together in them. Raises ValueError, naming
-    the argument, where they do not fit.
+    logits: [M, N, C], or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
+    the queries; the others see the first. y: [N] labels; member: [M, N] bool. population_logits [M, T, C] (or
+    [M, Q, T, C]) and population_y [T]: examples that no model trained on; without them RMIA compares with the pool.
+    gamma, a: RMIA's. seed: of the halves on which thresholds and the neural attack are learned; groups [N] (a patient's
+    two eyes) stay together in them. Raises ValueError, naming the argument, where they do not fit.
     """
     shape = np.shape(logits)
-    if len(shape) not in (3, 4):
-        raise ValueError(f"logits: shape {shape}; valid are [M, N, C] and [M, Q, N, C]")
-    if np.shape(member) != (shape[0], shape[-2]):
-        raise ValueError(f"member: shape {np.shape(member)}; valid is [M, N] = {(shape[0], shape[-2])}")
-    if (population_logits is None) != (population_y is None):
-        raise ValueError("population_y: missing or without population_logits; valid are both or neither")
+    need(len(shape) in (3, 4), f"logits: shape {shape}; valid are [M, N, C] and [M, Q, N, C]")
+    valid = (shape[0], shape[-2])
+    need(np.shape(member) == valid, f"member: shape {np.shape(member)}; valid is [M, N] = {valid}")
+    both = (population_logits is None) == (population_y is None)
+    need(both, "population_y: missing or without population_logits; valid are both or neither")
     out = single(logits if len(shape) == 3 else logits[:, 0], y, member, seed, learned, groups)
     shown, population = signals(logits, y, only=("phi", "confidence")), None
     if population_logits is not None:
@@ -89,17 +74,15 @@ def single(logits, y, member, seed=0, learned=True, groups=None):
 def null_member(member, seed=0, groups=None) -> np.ndarray:
     """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
-    Give it to an attack in the place of `member`, with the real logits: without a fault the AUC is 1/2.
+    Given to an attack in the place of `member`, with the real logits, it gives AUC 1/2 if there is no fault.
 
-    For complementary pairs, each pair's halves are drawn anew. Rows keep their sizes, pairs stay complementary, and
-    whether an example really was in a pair's first model is a coin flip, independent of what is alleged. So LiRA and
-    RMIA with leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2, up to O(1/N). With
-    leave="model" they do not: the number of IN models gives the target away. groups [N] (a patient's two eyes) stay
-    whole, as members if their first example is one: they trade places with groups of their size, and the two sides of
-    a pair with each other, at random.
+    For complementary pairs, each pair's halves are drawn anew, with the sizes that they had. So LiRA and RMIA with
+    leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2, up to O(1/N); with leave="model" the
+    number of IN models gives the target away. groups [N] (a patient's two eyes) stay whole, as members if their first
+    example is one: they trade places with groups of their size, and the two sides of a pair with each other, at random.
 
-    Without pairs, one permutation of the examples serves all models, whatever the groups. Every example stays in as
-    many models, but halves that really overlap more also do so in the null, and LiRA finds a trace of that.
+    Without pairs, one permutation of the examples serves all models, whatever the groups. Halves that really overlap
+    more then also do so in the null, and LiRA finds a trace of that.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:

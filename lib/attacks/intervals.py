@@ -2,30 +2,13 @@
 
 How it works. Every metric is written as a matrix of influence values [M, N], one number for each model and example.
 Their mean is the estimate. Their deviations from the mean say how much each model and each example moves it (to first
-order). `estimate` makes every interval from such a matrix. For the paired difference between two optimizers it gets the
-difference of their matrices. Models and examples are both random samples, so an interval is about new models *and*
-new examples.
+order). `estimate` makes every interval from such a matrix; the difference of two optimizers' matrices gives the paired
+difference. Models and examples are both random samples, so an interval is about new models *and* new examples.
 
-The shadow correction. Every model is also a shadow of all the others. A model whose outputs are spread more widely
-raises every other model's estimate of the spread, for example. Such an effect is common to all rows, so the variance
-between rows does not show it. In a simulation, plain intervals of a difference in LiRA's AUC held the truth in 86% (8
-models) and 89% (16 models) of cases. So `table` multiplies the variance between models, for AUC and accuracy, by
-1 + SHADOW_CORRECTION / (number of pairs of models). This number was fitted to that simulation; with it 93 and 94% held
-the truth. The correction fades as models are added. The TPR needs none: its intervals are wide for few models anyway.
-
-How often 95% intervals hold the truth in simulation (`python -m benchmarks.calibration`; LiRA with either variance, one
-optimizer and the difference of two):
-
-    examples  models  AUC         accuracy      TPR
-    300       8       95 to 100% for all three metrics
-    300       16      95 to 99%  for all three metrics
-    300       64      93 to 97%  for all three metrics
-    2,000     8       90 to 95%   92 to 97%     98% or more
-    2,000     16      93 to 95%   97 to 98%     97% or more
-
-So with 8 models on a large pool, an interval of the AUC holds the truth nearer 90 than 95% of the time: take 16 models
-or more where that matters. The interval of a realised FPR holds the rate that was asked for in 97% of cases or more,
-because each fold's threshold judges the other fold and the errors cancel in the mean.
+The shadow correction. Every model is also a shadow of all the others, and what it does to them is common to all rows,
+so the variance between rows does not show it. `table` therefore multiplies the variance between models, for AUC and
+accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitted in simulation. How often the intervals
+hold the truth is in docs/benchmarks.md: with 8 models on a large pool nearer 90 than 95%, with 16 or more about 95%.
 """
 
 from functools import partial
@@ -36,6 +19,7 @@ import pandas as pd
 from scipy import stats
 from scipy.special import expit, logit
 
+from lib import need
 from lib.attacks.membership import calibration_split, checked, folds, pairs
 from lib.attacks.signals import parallel
 from lib.attacks.thresholds import best_thresholds
@@ -61,28 +45,23 @@ def estimate(
 ) -> Estimate:
     """Mean of influence values [M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
-    clusters [M]: integers that say which models belong together, default the pairs (2k, 2k + 1). columns [N]: which
-    examples belong together (a patient's two eyes), default none do. The variance is that of Cameron, Gelbach & Miller
-    (2011, equation 2.10); see also Owen (2007) and, for readers and cases, Gallas (2006). The quantile is Student's
-    t, with Satterthwaite's degrees of freedom. rate: the mean is a probability, so the interval is made on the logit
-    scale and stays inside [0, 1]. shadow_correction: see the top of this file. examples_only: the models are taken as
-    given, and the interval is about new examples only; for one model's AUC it is DeLong's.
-    With one cluster, or one (group of) example(s), nothing is known about new ones: the interval is (nan, nan).
-    Raises ValueError unless the matrix is finite and clusters (columns) has an entry for each row (column).
+    clusters [M]: which models belong together, default the pairs (2k, 2k + 1). columns [N]: which examples belong
+    together (a patient's two eyes), default none do. The variance is that of Cameron, Gelbach & Miller (2011, equation
+    2.10); see also Owen (2007) and, for readers and cases, Gallas (2006). The quantile is Student's t, with
+    Satterthwaite's degrees of freedom. rate: the mean is a probability, so the interval is made on the logit scale.
+    shadow_correction: see the top of this file. examples_only: the interval is about new examples only; for one model's
+    AUC it is DeLong's. With one cluster, or one (group of) example(s), the interval is (nan, nan). Raises ValueError
+    unless the matrix is finite and clusters (columns) has an entry for each row (column).
     """
     x = np.asarray(influence_values)
-    if x.ndim != 2 or x.size == 0:
-        raise ValueError(f"influence_values: shape {x.shape}; valid is a matrix [M, N]")
-    clusters = np.arange(len(x)) // 2 if clusters is None else np.asarray(clusters)
-    if clusters.shape != (len(x),):
-        raise ValueError(f"clusters: shape {clusters.shape}; valid is ({len(x)},), one per row")
-    if columns is not None and np.shape(columns) != x.shape[1:]:
-        raise ValueError(f"columns: shape {np.shape(columns)}; valid is {x.shape[1:]}, one per column")
+    need(x.ndim == 2 and x.size, f"influence_values: shape {x.shape}; valid is a matrix [M, N]")
+    names, cluster = np.unique(np.arange(len(x)) // 2 if clusters is None else clusters, return_inverse=True)
+    need(cluster.shape == (len(x),), f"clusters: shape {cluster.shape}; valid is ({len(x)},), one per row")
+    fits = columns is None or np.shape(columns) == x.shape[1:]
+    need(fits, f"columns: shape {np.shape(columns)}; valid is {x.shape[1:]}, one per column")
     value = float(x.mean(dtype=np.float64))
-    if not np.isfinite(value):
-        raise ValueError(f"influence_values: mean {value}; valid are finite numbers")
+    need(np.isfinite(value), f"influence_values: mean {value}; valid are finite numbers")
     # sums of the deviations: one for each cluster of models and (group of) example(s)
-    names, cluster = np.unique(clusters, return_inverse=True)
     sums = np.zeros((len(names), x.shape[1]))
     for of_model, k in zip(x, cluster, strict=True):
         sums[k] += of_model - value
@@ -116,19 +95,16 @@ def estimate(
 
 def t_interval(values, level=0.95) -> Estimate:
     """Mean of independent values [n] with Student's t interval; (nan, nan) for a single value."""
-    values = np.asarray(values, float)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Estimate(mean, np.nan, np.nan)
-    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * stats.sem(values))
+    mean, half = float(np.mean(values)), np.nan
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half)
 
 
 def proportion(found, n, level=0.95) -> Estimate:
     """found of n independent trials, with the exact interval of Clopper & Pearson (1934).
 
-    A tie may count half; the bounds are then those of the whole numbers on either side. Fewer than 6 trials never
-    exclude 1/2 at 95%.
+    A tie may count half; the bounds are then those of the whole numbers on either side.
     """
     low, high, tail = np.floor(found), np.ceil(found), (1 - level) / 2
     below = stats.beta.ppf(tail, low, n - low + 1) if low > 0 else 0.0
@@ -147,10 +123,9 @@ def row(metric, found, **more) -> dict:
 def paired(values, metric, rate=False, **how) -> pd.DataFrame:
     """Each optimizer's estimate of a metric, and the paired differences from the first optimizer: a tidy frame.
 
-    values: dict optimizer -> influence values [M, N], with the same models and examples. rate: each optimizer's own
-    value is a probability (a difference is not). how: further arguments of `estimate`. Columns optimizer, baseline,
-    metric, value, ci_low, ci_high. The baseline is "" for an optimizer's own value and the first optimizer's name
-    for a difference (optimizer minus baseline).
+    values: dict optimizer -> influence values [M, N], of the same models and examples. rate: each optimizer's own value
+    is a probability (a difference is not). how: further arguments of `estimate`. Columns TIDY; the baseline is "" for
+    an optimizer's own value and the first optimizer's name for a difference (optimizer minus baseline).
     """
     first, *others = values
     rows = [row(metric, estimate(v, rate=rate, **how), optimizer=k, baseline="") for k, v in values.items()]
@@ -163,13 +138,12 @@ def paired(values, metric, rate=False, **how) -> pd.DataFrame:
 def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) -> pd.DataFrame:
     """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
-    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Columns as in
-    `paired`. Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), tpr@<fpr> and realised_fpr@<fpr>; an FPR is
-    reported only where each fold expects ten false positives or more. threshold: as in
-    balanced_accuracy_influence_values (0.0 for the attacks in catalogue.FIXED). how: columns and examples_only, as in
-    `estimate`. Groups in `columns` also stay together in the halves on which thresholds are learned. With
-    examples_only and one or two models, no other model can give a threshold at an FPR, so it comes from half of the
-    target's own non-members (tpr_influence_values_within).
+    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Columns TIDY.
+    Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), and, where an FPR is `reportable`, tpr@<fpr> and
+    realised_fpr@<fpr>. threshold: as in balanced_accuracy_influence_values (0.0 for catalogue.FIXED). how: columns and
+    examples_only, as in `estimate`; groups in `columns` also stay together in the halves on which thresholds are
+    learned. With examples_only and one or two models, no other model can give a threshold at an FPR, so it comes from
+    half of the target's own non-members (tpr_influence_values_within).
     """
     how |= {"clusters": pairs(checked(next(iter(scores.values())), member)[1]), "level": level}
     alone, learned = how.get("examples_only", False) and len(member) < 3, {"seed": seed, "groups": how.get("columns")}
@@ -213,10 +187,7 @@ def reportable(member, fprs=FPRS, within=False) -> list[float]:
 
 
 def ratio_influence_values(x, chosen) -> np.ndarray:
-    """Influence values of a mean over chosen examples: x and chosen (bool) [N] or [M, N] -> the same shape.
-
-    The mean of each row of the result is the mean of x over that row's chosen examples; the other x do not count.
-    """
+    """Influence values of a row's mean over its chosen examples: x and chosen (bool) [N] or [M, N] -> same shape."""
     n = chosen.sum(-1, keepdims=True)
     mean = np.sum(x, axis=-1, keepdims=True, where=chosen) / n
     # mean + N/n 1{chosen} (x - mean), a ratio of means to first order
@@ -226,8 +197,8 @@ def ratio_influence_values(x, chosen) -> np.ndarray:
 def auc_influence_values(scores, member) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of the AUC (DeLong, DeLong & Clarke-Pearson 1988).
 
-    scores: [M, N], higher = more likely a member; member: [M, N] bool. Ties count half.
-    Raises ValueError for shapes that differ, NaN scores, or a row without members or non-members.
+    scores: [M, N], higher = more likely a member; member: [M, N] bool. Ties count half. Raises ValueError for shapes
+    that differ, NaN scores, or a row without members or non-members.
     """
     scores, member = checked(scores, member)
 
@@ -251,9 +222,8 @@ def auc_influence_values(scores, member) -> np.ndarray:
 def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
 
-    threshold: a number, or None to learn it for each target on one half of its members and non-members, apply it
-    to the other half, and vice versa. So no example is judged by a threshold that it helped to choose. seed, groups:
-    as in calibration_split.
+    threshold: a number, or None to learn it for each target on one half of its members and non-members, apply it to the
+    other half, and vice versa. seed, groups: as in calibration_split.
     """
     scores, member = checked(scores, member)
     half = calibration_split(member, seed, groups=groups).astype(np.uint16) if threshold is None else None
@@ -271,17 +241,14 @@ def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, g
 def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
     """Influence values [M, N] of the TPR at a false positive rate, and of the FPR that is actually realised.
 
-    The threshold comes from other models, as an attacker would get it. The pairs of models are split in two folds; the
-    threshold that flags at most a share `fpr` of one fold's non-member scores is applied to the other fold, and vice
-    versa. The TPR's values include the sampling error of the threshold (Hsieh & Turnbull 1996; Pepe 2003, section
-    5.2); those of the realised FPR take the two thresholds as given. Raises ValueError with fewer than three models
-    (one pair), since no other model is left to learn from, and for an fpr outside (0, 1).
+    The threshold comes from other models: what flags at most a share `fpr` of one fold's non-member scores is applied
+    to the other fold of pairs, and vice versa. The TPR's values include the sampling error of the threshold (Hsieh &
+    Turnbull 1996; Pepe 2003, section 5.2); those of the realised FPR take the two thresholds as given. Raises
+    ValueError with fewer than three models (one pair), and for an fpr outside (0, 1).
     """
     scores, member = checked(scores, member)
-    if len(scores) < 3:
-        raise ValueError(f"scores: {len(scores)} models; valid are at least 3 (two folds of pairs)")
-    if not 0 < fpr < 1:
-        raise ValueError(f"fpr: {fpr}; valid are rates between 0 and 1")
+    need(len(scores) > 2, f"scores: {len(scores)} models; valid are at least 3 (two folds of pairs)")
+    need(0 < fpr < 1, f"fpr: {fpr}; valid are rates between 0 and 1")
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
     both = folds(member)
     nulls = [np.sort(scores[fold][~member[fold]]) for fold in both]
@@ -299,8 +266,8 @@ def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
 def tpr_influence_values_within(scores, member, fpr, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray]:
     """As `tpr_influence_values`, for an auditor who knows some non-members of the target: one model is enough.
 
-    The threshold comes from a random half of the target's own non-members and is applied to the other half of its
-    examples, and vice versa. seed, groups: as in calibration_split.
+    The threshold comes from the non-members in one random half of the target's examples and is applied to the other
+    half, and vice versa. seed, groups: as in calibration_split.
     """
     scores, member = checked(scores, member)
     half = calibration_split(member, seed, groups=groups).astype(int)

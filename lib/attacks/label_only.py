@@ -1,14 +1,13 @@
 """The label-only attack (Choquette-Choo et al. 2021): it sees a model's predicted labels and no confidences.
 
 A member tends to lie far from the decision boundary, so it keeps its label under many small changes of the input.
-Images are shifted and mirrored (their augmentation attack). Tables get noise (their random-noise attack): flipped bits,
-or Gaussian noise. The strength of the change is chosen on other models, and "no change at all" is one of the choices.
+Images are shifted and mirrored, tables get noise. The strength of the change is chosen on other models, and "no change
+at all" is one of the choices.
 
-The authors' code differs in three ways. It shifts along one diamond (|dx| + |dy| = d, repeated border) or rotates, and
-does not mirror. For each class it trains a network on the vector of hits of a shadow model, where we count hits and
-learn a threshold for each class. Its noise attack asks 2,500 to 10,000 times and gives 0 to an example that is wrong
-without noise. Our flip rates are theirs (1 to 10 expected flips) and two more. Their Gaussian noise is 0.02 to 0.1 of a
-pixel's range; ours is in units of each feature's standard deviation.
+The authors' code shifts along one diamond (|dx| + |dy| = d, repeated border) or rotates, and does not mirror. It trains
+a network on the hits of a shadow model, where we count hits and learn a threshold for each class. Its noise attack asks
+2,500 to 10,000 times, and gives 0 to an example that is wrong without noise. Our flip rates are theirs and two more;
+their Gaussian noise is 0.02 to 0.1 of a pixel's range, ours is in units of each feature's standard deviation.
 """
 
 from functools import partial
@@ -34,8 +33,7 @@ def answers(predict, x, y, is_image, seed=0, most=None, device="cpu") -> np.ndar
     x: [N, channels, H, W] images (is_image) or [N, D] features; y: [N] labels. The first of the S strengths is no
     change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels over a reflected border, each also
     mirrored (18, 50, 162 queries); `most` limits the shift (default an eighth of the side). For features they are
-    the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise. seed: of the noise,
-    which is the same for all models.
+    the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise. seed: of the noise.
     """
     x = torch.as_tensor(x)
     strengths = queries(x, is_image, seed, most)
@@ -53,10 +51,7 @@ def answers(predict, x, y, is_image, seed=0, most=None, device="cpu") -> np.ndar
 
 
 def scores(answered, member) -> np.ndarray:
-    """Scores [M, N] from answers [S, M, N]: each fold of models takes the strength of best AUC in the other fold.
-
-    member: [M, N] bool. The folds keep complementary pairs of models together (membership.folds).
-    """
+    """Scores [M, N] from answers [S, M, N] and member [M, N]: a fold takes the strength of best AUC in the other."""
     auc = np.array([intervals.auc_influence_values(s, member).mean(1) for s in answered])  # [S, M]
     out = np.empty(answered.shape[1:], np.float32)
     first, second = folds(member)
@@ -66,10 +61,7 @@ def scores(answered, member) -> np.ndarray:
 
 
 def queries(x, is_image, seed=0, most=None) -> list:
-    """One function for each strength of change; it maps a batch to the changed batches that the models are asked about.
-
-    x: all the inputs, from which the largest shift or each feature's spread is taken. See `answers`.
-    """
+    """For each strength a function from a batch to its changed batches; x: all inputs. See `answers`."""
     if is_image:
         most = max(1, min(x.shape[2:]) // 8) if most is None else most
         return [partial(shifted, most=2**power) for power in range(most.bit_length())]
@@ -98,9 +90,7 @@ def copied(x, change, random):
 
 def flipped(x, random, rate):
     """Bits x [B, D], each flipped with probability `rate`."""
-    flip = torch.rand(x.shape, generator=random) < rate
-    # x = 1 - x where flipped
-    return (x - flip.to(x)).abs()
+    return (x - (torch.rand(x.shape, generator=random) < rate).to(x)).abs()
 
 
 def jittered(x, random, spread):

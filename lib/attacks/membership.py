@@ -2,30 +2,26 @@
 
 import numpy as np
 
+from lib import need
 from lib.attacks.signals import parallel
 
 
 def checked(scores, member) -> tuple[np.ndarray, np.ndarray]:
     """scores [M, N] and member [M, N] as arrays, or a ValueError that says what is wrong."""
     scores, member = np.asarray(scores), np.asarray(member)
-    if scores.ndim != 2 or scores.shape != member.shape:
-        raise ValueError(f"scores: shape {scores.shape}; valid is the shape of member [M, N], {member.shape}")
-    if member.dtype != bool:
-        raise ValueError(f"member: dtype {member.dtype}; valid is bool")
+    fits = scores.ndim == 2 and scores.shape == member.shape
+    need(fits, f"scores: shape {scores.shape}; valid is the shape of member [M, N], {member.shape}")
+    need(member.dtype == bool, f"member: dtype {member.dtype}; valid is bool")
     inside, n = member.sum(1), member.shape[1]
     for m in np.flatnonzero((inside == 0) | (inside == n)):
         raise ValueError(f"member: row {m} has {inside[m]} members of {n}; valid are rows with members and non-members")
-    if np.isnan(scores).any():
-        m, i = np.argwhere(np.isnan(scores))[0]
+    for m, i in np.argwhere(np.isnan(scores)):
         raise ValueError(f"scores: NaN at model {m}, example {i}; valid are numbers")
     return scores, member
 
 
 def partners(member) -> np.ndarray | None:
-    """For each model, the index of the model that trained on exactly the other examples: [M].
-
-    None if some model has no such partner. Partners may stand in any order.
-    """
+    """For each model, the index of the one that trained on exactly the other examples: [M]; None if one has none."""
     found, waiting = np.full(len(member), -1), {}  # waiting: half -> models whose partner would have this half
     for k, row in enumerate(member):
         if waiting.get(row.tobytes()):
@@ -51,18 +47,17 @@ def folds(member) -> list[np.ndarray]:
 def calibration_split(member, seed=0, y=None, groups=None) -> np.ndarray:
     """A random half [M, N] (bool) of each model's members and of its non-members; with y [N], within each class.
 
-    An attacker who knows one half learns there, and judges the other half. Examples of one group (a patient's two
-    eyes, groups [N]) stay together; the group counts as a member if its first example is one. member may hold
-    integers: each kind is then split by itself. Raises ValueError if a half would lack one of the kinds.
+    An attacker learns on one half and judges the other. Examples of one group (a patient's two eyes, groups [N]) stay
+    together; the group counts as a member if its first example is one. member may hold integers: each kind is then
+    split by itself. Raises ValueError if a half would lack one of the kinds.
     """
     if groups is not None:
-        if np.shape(groups) != member.shape[1:]:
-            raise ValueError(f"groups: shape {np.shape(groups)}; valid is [N] = {member.shape[1:]}")
+        need(np.shape(groups) == member.shape[1:], f"groups: shape {np.shape(groups)}; valid is {member.shape[1:]}")
         _, first, own = np.unique(groups, return_index=True, return_inverse=True)
         half = calibration_split(member[:, first], seed, None if y is None else np.asarray(y)[first])[:, own]
         sides = [(member == kind) & (half == h) for kind in np.unique(member) for h in (False, True)]
-        if not all(side.any(1).all() for side in sides):
-            raise ValueError(f"groups: {len(first)} are too few for halves that have members and non-members each")
+        enough = all(side.any(1).all() for side in sides)
+        need(enough, f"groups: {len(first)} are too few for halves that have members and non-members each")
         return half
     order = np.random.default_rng(seed).permutation(member.shape[1])
     if y is not None:

@@ -1,17 +1,17 @@
 """The neural attack: a small network learns to tell members from non-members by a target's outputs.
 
 Shokri et al. (2017, section V); Salem et al. (2019, adversary 1); Nasr et al. (2019), whose black-box attack also
-learns from members that the attacker knows. Here the attacker knows one half of the target's pool and judges the other
-half, and vice versa, as learned thresholds do. Each half is cut in two quarters. Network q of a target learns on one
-quarter, and stops early by its loss on quarter q, the other quarter of the same half. So each half has two networks,
-and their mean judges the other half. No network sees an example that it judges, so a shuffled membership gives AUC and
-accuracy 1/2.
+learns from known members. Here the attacker knows one half of the target's pool and judges the other half, and vice
+versa. Each half is cut in two quarters. Network q of a target stops early by its loss on quarter q, and learns on the
+other quarter of the same half. The mean of a half's two networks judges the other half. No network sees an example that
+it judges, so a shuffled membership gives AUC and accuracy 1/2.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib import need
 from lib.attacks.membership import calibration_split, checked
 from lib.attacks.signals import signals
 
@@ -30,19 +30,18 @@ BLOCK = 1e7  # numbers in the hidden layers of the networks that train together:
 def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> tuple[np.ndarray, np.ndarray]:
     """(scores, own): log-odds of membership, each [M, N] float32. Members and non-members weigh alike: 0 is undecided.
 
-    scores come from the networks of the other half. own come from the network that stopped on the example's quarter;
-    they are for learning thresholds. A threshold learned from own scores in one half has the scale of the scores in
-    the other half, and owes nothing to the examples that it judges there.
+    scores come from the networks of the other half; own, for learning thresholds, from the network that stopped on the
+    example's quarter: a threshold learned from them in one half has the scale of the scores in the other half, and owes
+    nothing to the examples that it judges there.
 
     logits: [M, N, C] floats (or a memory map, read by blocks of models); y: [N] labels; member: [M, N] bool.
     half: [M, N] bool, default calibration_split(member, seed, groups=groups). It must not be drawn within classes: then
     both halves would have the same share of members in each class, and a network that reads the class off an output
-    would know something of the half it judges (AUC 0.501 on shuffled membership, 1,200 examples in 10 classes).
-    groups [N] (a patient's two eyes) stay together in halves and quarters. Raises ValueError for shapes that do not
-    fit, NaN logits, or fewer than 4 members or non-members (or groups of them).
+    would know something of the half it judges (AUC 0.501 on shuffled membership). groups [N] (a patient's two eyes)
+    stay together in halves and quarters. Raises ValueError for shapes that do not fit, NaN logits, or fewer than 4
+    members or non-members (or groups of them).
     """
-    if np.ndim(logits) != 3:
-        raise ValueError(f"logits: shape {np.shape(logits)}; valid is [M, N, C]")
+    need(np.ndim(logits) == 3, f"logits: shape {np.shape(logits)}; valid is [M, N, C]")
     seen = signals(logits, y, only=("phi", "log_confidence"))
     member = checked(seen["phi"], member)[1]
     counted = member if groups is None else member[:, np.unique(groups, return_index=True)[1]]
@@ -58,11 +57,11 @@ def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> t
         rows = slice(start, start + block)
         # a network sees the largest log-probabilities in descending order, phi and log p_y
         log_p = F.log_softmax(torch.from_numpy(np.array(logits[rows], np.float32)), -1)
-        top, more = (
+        features = [
             log_p.topk(min(TOP, log_p.shape[-1]))[0],
-            [torch.from_numpy(s[rows])[..., None] for s in seen.values()],
-        )
-        x = torch.cat([top, *more], -1).clamp(-GAP, GAP).to(device)  # [B, N, features]
+            *(torch.from_numpy(s[rows, :, None]) for s in seen.values()),
+        ]
+        x = torch.cat(features, -1).clamp(-GAP, GAP).to(device)  # [B, N, features]
         inside, part = (torch.as_tensor(a[rows], device=device) for a in (member, quarter))
         odds = log_odds_of_networks(x, inside, part, size, seed)  # [B, 4, N]
         judges = torch.where(part < 2, odds[:, 2:].mean(1), odds[:, :2].mean(1))
@@ -71,9 +70,10 @@ def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> t
 
 
 def log_odds_of_networks(x, member, quarter, size, seed):
-    """Train the four networks of each target, and return their log-odds of every example: [B, 4, N].
+    """Train the four networks of each target, all at once, and return their log-odds of every example: [B, 4, N].
 
-    x: [B, N, features]; member, quarter: [B, N]; size: examples taken from each quarter.
+    x: [B, N, features]; member, quarter: [B, N]; size: examples taken from each quarter. All networks start alike and
+    draw the same batches, on the CPU, so a network does not depend on those that train beside it.
     """
     targets = torch.arange(len(x), device=x.device)[:, None, None]
     inside = torch.stack([quarter == q for q in range(4)], 1).int()  # [B, 4, N]
@@ -81,35 +81,35 @@ def log_odds_of_networks(x, member, quarter, size, seed):
     learn = stop[:, [1, 0, 3, 2]]  # the other quarter of the same half
     std, mean = torch.std_mean(x[targets, learn], 2, correction=0, keepdim=True)  # [B, 4, 1, features]
 
+    def scaled(x):
+        return ((x - mean) / (std + 1e-6)).clamp(-CLIP, CLIP).flatten(0, 1)
+
     def prepared(chosen):
-        """Inputs, labels and weights of chosen examples, the networks of all targets in one row."""
+        """Inputs [L, n, features], labels and weights [L, n] of chosen examples, for the L = 4 B networks."""
         label = member[targets, chosen].float()
         share = label.mean(2, keepdim=True).clamp(1e-6, 1 - 1e-6)
         # members weigh as much as non-members: w = 1 / (2 share of the kind)
         weight = 0.5 * torch.where(label > 0, 1 / share, 1 / (1 - share))
-        scaled = ((x[targets, chosen] - mean) / (std + 1e-6)).clamp(-CLIP, CLIP)
-        return scaled.flatten(0, 1), label.flatten(0, 1), weight.flatten(0, 1)
+        return scaled(x[targets, chosen]), label.flatten(0, 1), weight.flatten(0, 1)
 
-    weights = train(prepared(learn), prepared(stop), seed)
-    scaled = ((x[:, None] - mean) / (std + 1e-6)).clamp(-CLIP, CLIP)
-    with torch.no_grad():
-        return log_odds(weights, scaled.flatten(0, 1)).unflatten(0, (len(x), 4))
+    def log_odds(weights, x):
+        first, bias, last, offset = weights
+        # s = w' relu(W x + b) + c
+        return torch.baddbmm(offset, torch.baddbmm(bias, x, first).relu(), last)[..., 0]
 
+    def loss(weights, x, label, weight):
+        # l = mean_i w_i (-label_i log sigma(s_i) - (1 - label_i) log(1 - sigma(s_i)))
+        return F.binary_cross_entropy_with_logits(log_odds(weights, x), label, weight, reduction="none").mean(1)
 
-def train(learned, stopped, seed):
-    """Train all L networks at once; each keeps the weights of its lowest stopping loss: a list of [L, ...] tensors.
-
-    learned, stopped: inputs [L, n, features], labels and weights [L, n]. All networks start alike and draw the same
-    batches, on the CPU, so a network does not depend on those that train beside it.
-    """
-    x, random = learned[0], torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62)))
+    learned, stopped = prepared(learn), prepared(stop)
+    random = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62)))
     # He et al. (2015); zeros at the output, so that a network starts undecided
     first = torch.randn(x.shape[-1], HIDDEN, generator=random) * (2 / x.shape[-1]) ** 0.5
     start = (first, torch.zeros(1, HIDDEN), torch.zeros(HIDDEN, 1), torch.zeros(1, 1))
-    weights = [w.to(x.device).repeat(len(x), 1, 1).requires_grad_() for w in start]
+    weights = [w.to(x.device).repeat(4 * len(x), 1, 1).requires_grad_() for w in start]
+    best = [w.detach().clone() for w in weights]  # the weights of the lowest stopping loss
     optimizer = torch.optim.Adam(weights, RATE, fused=True)
-    best = [w.detach().clone() for w in weights]
-    lowest, waited = torch.full_like(x[:, 0, 0], torch.inf), torch.zeros_like(x[:, 0, 0])
+    lowest, waited = torch.full((4 * len(x),), torch.inf, device=x.device), torch.zeros(4 * len(x), device=x.device)
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             with torch.no_grad():
@@ -119,21 +119,9 @@ def train(learned, stopped, seed):
             best = [torch.where(better[:, None, None], w.detach(), b) for w, b in zip(weights, best, strict=True)]
             if (waited >= PATIENCE).all():
                 break
-        batch = torch.randperm(x.shape[1], generator=random)[:BATCH].to(x.device)
+        batch = torch.randperm(size, generator=random)[:BATCH].to(x.device)
         optimizer.zero_grad()
         loss(weights, *(part[:, batch] for part in learned)).sum().backward()
         optimizer.step()
-    return best
-
-
-def loss(weights, x, label, weight) -> torch.Tensor:
-    """Mean weighted cross-entropy of each of L networks, [L]. x: [L, n, features]; label, weight: [L, n]."""
-    # l = mean_i w_i (-label_i log sigma(s_i) - (1 - label_i) log(1 - sigma(s_i)))
-    return F.binary_cross_entropy_with_logits(log_odds(weights, x), label, weight, reduction="none").mean(1)
-
-
-def log_odds(weights, x) -> torch.Tensor:
-    """L networks at their own x [L, n, features]: [L, n]."""
-    first, bias, last, offset = weights
-    # s = w' relu(W x + b) + c
-    return torch.baddbmm(offset, torch.baddbmm(bias, x, first).relu(), last)[..., 0]
+    with torch.no_grad():
+        return log_odds(best, scaled(x[:, None])).unflatten(0, (len(x), 4))

@@ -10,6 +10,7 @@ membership. With the pair left out, an attack on a model that leaks nothing has 
 
 import numpy as np
 
+from lib import need
 from lib.attacks.membership import checked, partners
 from lib.attacks.signals import TINY, parallel
 
@@ -35,8 +36,7 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
     """
     if np.ndim(phi) == 3:
         return sum(lira(phi[:, q], member, offline, variance, leave) for q in range(phi.shape[1])) / phi.shape[1]
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: {variance!r}; valid are {', '.join(map(repr, VARIANCES))}")
+    need(variance in VARIANCES, f"variance: {variance!r}; valid are {', '.join(map(repr, VARIANCES))}")
     phi, inside = checked(phi, member)
     outside, left_out = ~inside, to_leave_out(inside, leave)
     require_shadows(inside, 2, not offline)
@@ -61,8 +61,7 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
     return scores
 
 
-def log_normal(x, mean, variance):
-    """log N(x; mean, variance), up to a constant."""
+def log_normal(x, mean, variance):  # up to a constant
     return -((x - mean) ** 2 / variance + np.log(variance)) / 2
 
 
@@ -70,18 +69,16 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
     """The robust attack of Zarifzadeh, Liu & Shokri (2024, algorithm 1): scores [M, N] float32 in [0, 1].
 
     confidence: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; population: [M, T] or [M, Q, T],
-    confidences on examples that no model trained on. Without a population the pool's own examples take its place
-    (their membership in the target is not used). offline: use the OUT models only and estimate the mean of IN by
-    the line a mean_out + 1 - a. leave: as in `lira`. gamma: the ratio to exceed. The paper uses gamma = 2 with a
-    Taylor softmax. On plain confidences near 1, a gamma of 2 would leave a few dozen distinct scores, and ties would
-    decide who leaks more; 1, as in the authors' privacy_meter, keeps the order of the ratios. Scores are multiples
-    of 1/T (or 1/N), so they can tie. Raises ValueError if an example would have no OUT (or IN) shadow, and for
-    gamma <= 0 or a outside [0, 1].
+    confidences on examples that no model trained on; without it the pool's own examples take its place (their
+    membership in the target is not used). offline: use the OUT models only and estimate the mean of IN by the line
+    a mean_out + 1 - a. leave: as in `lira`. gamma: the ratio to exceed. The paper uses 2, with a Taylor softmax. On
+    plain confidences near 1, 2 would leave a few dozen distinct scores, and ties would decide who leaks more; 1, as in
+    the authors' privacy_meter, keeps the order of the ratios. Scores are multiples of 1/T (or 1/N), so they can tie.
+    Raises ValueError if an example would have no OUT (or IN) shadow, and for gamma <= 0 or a outside [0, 1].
     """
-    if gamma <= 0 or not 0 <= a <= 1:
-        raise ValueError(f"gamma, a: {gamma}, {a}; valid are gamma > 0 and 0 <= a <= 1")
-    if population is not None and population.shape[:-1] != confidence.shape[:-1]:
-        raise ValueError(f"population: shape {population.shape}; valid is {(*confidence.shape[:-1], 'T')}")
+    need(gamma > 0 and 0 <= a <= 1, f"gamma, a: {gamma}, {a}; valid are gamma > 0 and 0 <= a <= 1")
+    fits = population is None or population.shape[:-1] == confidence.shape[:-1]
+    need(fits, f"population: shape {np.shape(population)}; valid is {(*confidence.shape[:-1], 'T')}")
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
         return sum(rmia(confidence[:, q], member, z, offline, gamma, a, leave) for q, z in enumerate(each)) / len(each)
@@ -92,8 +89,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
     total_z = None if population is None else population.sum(0, dtype=np.float64)
     scores = np.empty(p.shape, np.float32)
 
-    def ratio(target, mean_out, mean_in):
-        # Pr(x | target) / Pr(x), with Pr(x) = (mean_in + mean_out) / 2
+    def ratio(target, mean_out, mean_in):  # Pr(x | target) / Pr(x), with Pr(x) = (mean_in + mean_out) / 2
         return target / np.maximum((mean_in + mean_out) / 2, TINY)
 
     def attack(m):
@@ -120,8 +116,8 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
 def to_leave_out(member, leave) -> np.ndarray:
     """Which models to leave out when model m is the target: [M, 1] (itself) or [M, 2] (itself and its partner)."""
     partner, own = partners(member), np.arange(len(member))
-    if leave not in (None, "pair", "model") or (leave == "pair" and partner is None):
-        raise ValueError(f"leave: {leave!r}; valid are None, 'model' and, for complementary models, 'pair'")
+    fine = leave in (None, "model") or leave == "pair" and partner is not None
+    need(fine, f"leave: {leave!r}; valid are None, 'model' and, for complementary models, 'pair'")
     return own[:, None] if partner is None or leave == "model" else np.stack([own, partner], 1)
 
 
@@ -131,10 +127,9 @@ def require_shadows(member, least, online=True):
     short = (n - n_in <= least) | (online & (n_in <= least))
     for i in np.flatnonzero(short)[:1]:
         where = {0: "none", n: "all"}.get(int(n_in[i]), str(n_in[i]))
-        raise ValueError(
-            f"member: example {i} is in {where} of n_models = {n}; valid are at least {least + 1} "
-            f"{'IN and OUT' if online else 'OUT'} models for every example (n_models >= {2 * least + 2} in halves)"
-        )
+        valid = f"at least {least + 1} {'IN and OUT' if online else 'OUT'} models for every example"
+        found = f"example {i} is in {where} of n_models = {n}"
+        raise ValueError(f"member: {found}; valid are {valid} (n_models >= {2 * least + 2} in halves)")
 
 
 def statistics(x, chosen):

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lib import need
+
 NAMES = ("phi", "log_confidence", "confidence", "entropy", "modified_entropy", "correct")
 GAP = 700.0  # logits further below the largest count as this far below; exp(-700) is still a normal float64
 TINY = 1e-40  # smallest loss, entropy or probability that is put into a logarithm or divided by
@@ -25,22 +27,22 @@ def parallel(function, items) -> list:
 def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
     """The signals of every model on every example, in one pass over the logits.
 
-    logits: [..., N, C] floats (or a memory map, which is read one [N, C] block at a time); y: [N] integers.
-    Returns a dict of [..., N] arrays, float32 (`correct`: bool), in natural logarithms:
-    phi = log p_y - log(1 - p_y) (Carlini et al. 2022, section IV), log_confidence = log p_y = -loss,
-    confidence = p_y, entropy, modified_entropy (Song & Mittal 2021, section 3.2) and correct.
-    `only` limits which. Raises ValueError for wrong shapes, labels out of range, NaN or +inf logits.
+    logits: [..., N, C] floats (or a memory map, read one [N, C] block at a time); y: [N] integers. Returns a dict of
+    [..., N] arrays, float32 (`correct`: bool), in natural logarithms: phi = log p_y - log(1 - p_y) (Carlini et al.
+    2022, section IV), log_confidence = log p_y = -loss, confidence = p_y, entropy, modified_entropy (Song & Mittal
+    2021, section 3.2) and correct. `only` limits which. Raises ValueError for wrong shapes, labels out of range, NaN or
+    +inf logits.
     """
     logits, y = np.asanyarray(logits), np.asarray(y)
-    if logits.ndim < 2 or logits.shape[-1] < 2 or not np.issubdtype(logits.dtype, np.floating):
-        raise ValueError(f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C >= 2]")
-    if y.shape != logits.shape[-2:-1] or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y: {y.dtype} of shape {y.shape}; valid are integers [{logits.shape[-2]}]")
-    if y.size == 0 or y.min() < 0 or y.max() >= logits.shape[-1]:
-        seen = f"values {y.min()} to {y.max()}" if y.size else "no values"
-        raise ValueError(f"y: {seen}; valid are 0 to {logits.shape[-1] - 1}, the classes of logits")
-    if unknown := set(only) - set(NAMES):
-        raise ValueError(f"only: unknown signals {sorted(unknown)}; valid are {NAMES}")
+    fine = logits.ndim > 1 and logits.shape[-1] > 1 and logits.dtype.kind == "f"
+    need(fine, f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C >= 2]")
+    fine = y.shape == logits.shape[-2:-1] and y.dtype.kind in "iu"
+    need(fine, f"y: {y.dtype} of shape {y.shape}; valid are integers [{logits.shape[-2]}]")
+    seen = f"values {y.min()} to {y.max()}" if y.size else "no values"
+    fine = y.size and y.min() >= 0 and y.max() < logits.shape[-1]
+    need(fine, f"y: {seen}; valid are 0 to {logits.shape[-1] - 1}, the classes of logits")
+    unknown = sorted(set(only) - set(NAMES))
+    need(not unknown, f"only: unknown signals {unknown}; valid are {NAMES}")
     out = {name: np.empty(logits.shape[:-1], bool if name == "correct" else np.float32) for name in only}
 
     def fill(index):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lib import need
 from lib.attacks.membership import calibration_split, checked
 from lib.attacks.signals import TINY, parallel
 
@@ -9,9 +10,9 @@ from lib.attacks.signals import TINY, parallel
 def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     """Yeom et al. (2018, adversary 2), "member if the loss is below the mean member loss": scores [M, N] float32.
 
-    The decision is score > 0. The mean over one half of the target's members judges the other half of the examples,
-    and vice versa. The score is log(mean loss) - log(loss) rather than mean - loss: the decision is the same, and
-    losses near zero stay distinct in float32. half: [M, N] bool, default calibration_split(member, seed).
+    The decision is score > 0. The mean over one half of the target's members judges the other half, and vice versa. As
+    log(mean loss) - log(loss), losses near zero stay distinct in float32. half: [M, N] bool, default
+    calibration_split(member, seed).
     """
     log_confidence, member = checked(log_confidence, member)
     half = calibration_split(member, seed) if half is None else half
@@ -30,16 +31,14 @@ def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
 def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
     """Scores minus a threshold for each class (Song & Mittal 2021, section 3.2): [M, N] float32.
 
-    The decision is score > 0. scores: [M, N]; y: [N] labels. In each half of a target's examples, the threshold with
-    the best balanced accuracy is found for each class; it is subtracted in the other half. A class without members or
-    non-members in a half takes the threshold of that whole half. half: [M, N] bool, default calibration_split(member,
-    seed, y). own: [M, N], the scores that the thresholds are learned from, default `scores`. It is needed where the
-    scores of one half were themselves learned on the other (neural.attack).
+    The decision is score > 0. scores: [M, N]; y: [N] labels. In each half of a target's examples, the threshold of best
+    balanced accuracy is found for each class, and subtracted in the other half. A class without members or non-members
+    in a half takes the threshold of that whole half. half: [M, N] bool, default calibration_split(member, seed, y).
+    own: [M, N], what the thresholds are learned from, default `scores`; neural.attack needs another.
     """
     scores, member = checked(scores, member)
     own = scores if own is None else checked(own, member)[0]
-    if np.shape(y) != scores.shape[1:]:
-        raise ValueError(f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
+    need(np.shape(y) == scores.shape[1:], f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
     half = calibration_split(member, seed, y) if half is None else half
     out = np.empty(member.shape, np.float32)

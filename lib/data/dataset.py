@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
+from lib import need
 from lib.data import sources
-from lib.data.sources import DATASETS, ROOT, need
+from lib.data.sources import DATASETS, ROOT
 
 SHARES = {"digits": 597 / 1797, "npz": 0.25}  # split off as the test part where none is given; others: 0.2
 NEAR = 0.5  # a near duplicate is this much nearer than a typical nearest neighbour: see `duplicates`

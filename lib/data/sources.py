@@ -24,6 +24,8 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
+from lib import need
+
 DATASETS = tuple("digits cifar10 cifar100 purchase100 texas100 eyepacs subclasses folder npz".split())
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
@@ -91,12 +93,6 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
         wanted = wanted if name == "texas100" else re.escape(path.name)
         path = path.parent
     return _cached(name, path, wanted, partial(_text, name), cache)
-
-
-def need(fine, problem: str) -> None:
-    """Raise ValueError(problem) unless `fine`."""
-    if not fine:
-        raise ValueError(problem)
 
 
 def _find(name: str, data) -> Path:

@@ -127,9 +127,13 @@ show_text(f"{judged} claims were judged. Nearly all use 95% intervals, of which 
 # **Method.** The same rule on every run beside this one, one column each.
 
 # %%
-everything = verdict.ledger(rows)
+everything, columns = verdict.ledger(rows), {}
+for group, part in everything.groupby(verdict.GROUP, sort=False):
+    for optimizer in filter(None, part.optimizer.unique()):
+        of_pair = part[part.optimizer.isin([optimizer, ""])].set_index("claim")  # "": claims that compare no optimizers
+        columns["\n".join(filter(None, dict.fromkeys((*group, optimizer))))] = of_pair.verdict
 statements = everything.drop_duplicates("claim").set_index("claim").statement
-tiles = verdict.wide(everything).rename(index=statements)
+tiles = pd.DataFrame(columns).rename(index=statements)
 n_rows, n_columns = tiles.shape
 figure, axis = plt.subplots(figsize=(1.8 * n_columns, 0.27 * n_rows))
 codes = tiles.map(list(verdict.SHADES).index)

@@ -14,6 +14,7 @@ chance (the limits of the theorem) is its own interval; any other number without
 
 import html
 import re
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,22 +22,21 @@ import numpy as np
 import pandas as pd
 
 from lib.attacks.catalogue import NAMES
-from lib.study.results import COLUMNS, COUNTS, NUMBERS, read
-from lib.study.text import series
+from lib.study.results import COLUMNS, NUMBERS, read
 
 GROUP = ["run", "dataset", "arch"]
 LEDGER = [*GROUP, *"optimizer baseline claim whose statement verdict effect evidence n_models differs notebook".split()]
 SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3", "not run": "#ffffff"}
 DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's own value; of a distance
+UNITS = {"relative": "%", "strict": "%", "distance": ""}  # by the first word of a metric; all others are rates
 IMAGE, TABLE = ("resnet18", "wrn28_2", "vgg16"), ("mlp",)
 PAPER = {"cifar10": IMAGE, "cifar100": IMAGE, "eyepacs": IMAGE, "purchase100": TABLE, "texas100": TABLE}
 
 
 class Test(NamedTuple):
-    """The numbers that a test needs, by the columns of results.csv or of `derived`; the rule must hold for all of them.
+    """Which rows of results.csv, or of `derived`, must follow the rule. The defaults are the main comparison.
 
-    sign: -1 if the claim expects a negative effect. coordinate: how it begins; "" asks for the rows without one.
-    optimizer: None is the pair that is judged, optimizer minus baseline.
+    sign: -1 if the claim expects a negative effect. coordinate: how it begins. optimizer: None is the pair judged.
     """
 
     metric: str
@@ -152,60 +152,62 @@ def derived(rows):
     lira's TPR at the lowest FPR recorded; "strict_excess": its relative growth minus that of the AUC. "relative
     variance" of "largest eta": the ratio of variances minus 1 under the strongest penalty, at each coordinate.
     """
-    key = ["optimizer", "baseline", "attack", "metric"]
-    main = rows[(rows.experiment == "main") & (rows.coordinate == "")].drop_duplicates(key)
-    pairs, own = main[main.baseline != ""], main[main.baseline == ""].set_index(["optimizer", "attack", "metric"])
-    base = own[NUMBERS].reindex(pd.MultiIndex.from_frame(pairs[["baseline", "attack", "metric"]])).set_axis(pairs.index)
-    start = base.value - 0.5 * (pairs.metric == "auc")
-    start = start.where(start > 0)
-    ratio = pairs.value / start
+    main = rows[(rows.experiment == "main") & (rows.coordinate == "")]
+    main = main.drop_duplicates(["optimizer", "baseline", "attack", "metric"])
+    own = main[main.baseline == ""].assign(baseline=main.optimizer)[["baseline", "attack", "metric", *NUMBERS]]
+    pairs = main[main.baseline != ""].merge(own, "left", ["baseline", "attack", "metric"], suffixes=("", "_own"))
+    start = pairs.value_own - 0.5 * (pairs.metric == "auc")
+    ratio = pairs.value / start.where(start > 0)
     # Var(d / b) = (Var d + (d / b)^2 Var b) / b^2, taking d and b as independent
-    half = np.hypot(pairs.ci_high - pairs.ci_low, ratio * (base.ci_high - base.ci_low).fillna(0)) / 2 / start
-    relative = pairs.assign(value=ratio, ci_low=ratio - half, ci_high=ratio + half)
+    own_width = (pairs.ci_high_own - pairs.ci_low_own).fillna(0)
+    half = np.hypot(pairs.ci_high - pairs.ci_low, ratio * own_width) / 2 / start
+    relative = pairs.assign(value=ratio, ci_low=ratio - half, ci_high=ratio + half, metric="relative " + pairs.metric)
 
-    strict = relative[(relative.attack == "lira") & relative.metric.str.startswith("tpr@")]
-    strict = strict.loc[strict.metric.str[4:].astype(float).groupby([strict.optimizer, strict.baseline]).idxmin()]
-    auc = relative[(relative.attack == "lira") & (relative.metric == "auc")].set_index(["optimizer", "baseline"])
-    auc = auc.reindex(pd.MultiIndex.from_frame(strict[["optimizer", "baseline"]])).set_axis(strict.index)
-    excess, half = strict.value - auc.value, np.hypot(strict.ci_high - strict.ci_low, auc.ci_high - auc.ci_low) / 2
-    about = dict(metric="strict_excess", coordinate=strict.metric + ", growth beyond the AUC's")
-    excess = strict.assign(**about, value=excess, ci_low=excess - half, ci_high=excess + half)
-    strict = strict.assign(coordinate=strict.metric, metric="tpr@strictest", **pairs.loc[strict.index, NUMBERS])
+    lira, rate = pairs.attack == "lira", pairs.metric.str.removeprefix("tpr@")
+    strictest = rate[lira & (rate != pairs.metric)].astype(float).min()
+    at = lira & (pairs.metric == f"tpr@{strictest}")
+    strict = pairs[at].assign(metric="tpr@strictest", coordinate=pairs.metric)
+    auc = relative[lira & (pairs.metric == "auc")][["optimizer", "baseline", *NUMBERS]]
+    both = relative[at].merge(auc, on=["optimizer", "baseline"], suffixes=("", "_auc"))
+    value = both.value - both.value_auc
+    half = np.hypot(both.ci_high - both.ci_low, both.ci_high_auc - both.ci_low_auc) / 2
+    about = dict(metric="strict_excess", coordinate=f"tpr@{strictest}, growth beyond the AUC's")
+    excess = both.assign(**about, value=value, ci_low=value - half, ci_high=value + half)
 
     eta = rows[(rows.metric == "variance_ratio") & rows.optimizer.str.startswith("eta=")]
     eta = eta.loc[eta.optimizer.str[4:].astype(float).groupby([eta.experiment, eta.coordinate]).idxmax()]
     eta = eta.assign(optimizer="largest eta", metric="relative variance", **(eta[NUMBERS] - 1))
-    return pd.concat([relative.assign(metric="relative " + relative.metric), strict, excess, eta])
+    return pd.concat([relative, strict, excess, eta])
 
 
 def tested(rows, test, optimizer, baseline, notebook):
     """A test on the rows of a group: a list of (verdict, effect, evidence, n_models), one for each coordinate."""
-    found = rows[(rows.metric == test.metric) & (rows.attack == test.attack) & (rows.experiment == test.experiment)]
+    wanted = dict(metric=test.metric, attack=test.attack, experiment=test.experiment)
+    wanted |= dict(optimizer=optimizer, baseline=baseline)
+    found = rows[(rows[list(wanted)] == pd.Series(wanted)).all(axis=1)].drop_duplicates("coordinate")
     at = found.coordinate.str.startswith(test.coordinate) if test.coordinate else found.coordinate == ""
     here = (found.notebook.str[:2] == notebook) | (test.experiment == "main")  # notebooks share the main comparison
-    about = (found.optimizer == optimizer) & (found.baseline == baseline)
-    kind = {"relative": "%", "strict": "%", "distance": ""}.get(re.split("[ _]", test.metric)[0], " points")
-    scale, what = 100 if kind else 1, test.metric + f" of {test.attack}" * bool(test.attack)
-    least = test.sign * DELTAS[kind] * scale * (-1 if test.rule == "not less" else 1)
+    unit = UNITS.get(re.split("[ _]", test.metric)[0], " points")
+    delta, scale, form = DELTAS[unit], 100 if unit else 1, "+.1f" if unit else ".2g"
+    what = test.metric + f" of {test.attack}" * bool(test.attack)
+    least = test.sign * delta * scale * (-1 if test.rule == "not less" else 1)
     who = f"{optimizer} − {baseline}" if baseline else optimizer
-    evidence = f"{who}: {what} {'≥' if test.sign > 0 else '≤'} {least:+g}{kind}"
+    evidence = f"{who}: {what} {'≥' if test.sign > 0 else '≤'} {least:+g}{unit}"
     out = []
-    for row in found[at & here & about].drop_duplicates("coordinate").itertuples():
+    for row in found[at & here].itertuples():
         low, high = sorted((test.sign * row.ci_low, test.sign * row.ci_high))
-        verdict, reason = judge(test.sign * row.value, low, high, DELTAS[kind], test.rule)
-        value = f"{scale * row.value:+.1f}{kind}" if kind else f"{row.value:.2g}"
-        interval = (
-            f" [{scale * row.ci_low:+.1f}, {scale * row.ci_high:+.1f}]" if kind and row.ci_low < row.ci_high else ""
-        )
-        out.append((verdict, f"{row.coordinate or what}: {value}{interval}, {reason}", evidence, row.n_models))
+        verdict, reason = judge(test.sign * row.value, low, high, delta, test.rule)
+        effect = f"{row.coordinate or what}: {scale * row.value:{form}}{unit}"
+        if row.ci_low < row.ci_high:
+            effect += f" [{scale * row.ci_low:{form}}, {scale * row.ci_high:{form}}]"
+        out.append((verdict, f"{effect}, {reason}", evidence, row.n_models))
     return out or [("not run", "", f"{evidence} (not recorded)", np.nan)]
 
 
 def setting(main, optimizer, baseline):
     """In words: what of a group's setting differs from the paper's, and how well its baseline fits."""
-    pair = main[(main.optimizer == optimizer) & (main.baseline == baseline)]
     said = []
-    for row in pair[:1].itertuples():
+    for row in main[(main.optimizer == optimizer) & (main.baseline == baseline)][:1].itertuples():
         said = [
             (row.dataset not in PAPER, f"data set {row.dataset}"),
             (row.arch not in PAPER.get(row.dataset, IMAGE), f"architecture {row.arch}"),
@@ -222,25 +224,6 @@ def sharp(rows):
     return rows[(rows.baseline != "") & (radius > 0) & ~rows.optimizer.str.startswith("dpsam")]
 
 
-def judged(rows, main, claim, pair):
-    """A claim on the rows of a group, for a pair (optimizer, baseline): a row of the ledger without the group."""
-    compares, parts = any(test.optimizer is None for test in claim.tests), []
-    for test in claim.tests:
-        parts += tested(rows, test, *((test.optimizer, "") if test.optimizer else pair), claim.notebook)
-    verdicts, effects, evidence, n_models = zip(*parts, strict=True)
-    return dict(zip(("optimizer", "baseline"), pair if compares else ("", ""), strict=True)) | {
-        "claim": claim.name,
-        "whose": claim.whose,
-        "statement": claim.statement.format(a=pair[0].upper(), b=pair[1].upper()),
-        "verdict": combine(verdicts),
-        "effect": "; ".join(filter(None, effects)),
-        "evidence": "; ".join(dict.fromkeys(evidence)),
-        "n_models": pd.Series(n_models).min(),
-        "differs": "a linear model on drawn data" if "theorem" in claim.tests[0].experiment else setting(main, *pair),
-        "notebook": claim.notebook,
-    }
-
-
 def ledger(results):
     """The verdicts on rows of `read` or `beside`, a frame with the columns LEDGER.
 
@@ -248,37 +231,42 @@ def ledger(results):
     sharpness-aware optimizer of the main comparison. Without any rows, every claim is not run.
     """
     rows = results.assign(run=results.get("run", "")).reset_index(drop=True)
-    if rows.empty:
-        rows = pd.DataFrame([dict.fromkeys(rows.columns, "") | dict.fromkeys([*NUMBERS, *COUNTS], np.nan)])
     exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them
     rows = rows.assign(ci_low=rows.ci_low.fillna(exact), ci_high=rows.ci_high.fillna(exact))
     lira = sharp(rows[(rows.metric == "auc") & (rows.attack == "lira") & (rows.coordinate == "")])
     lira = lira[lira.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")  # main first
     lira, out = lira.drop_duplicates([*GROUP, "optimizer"]), []
-    for group, part in rows.groupby(GROUP, sort=False):
+    for group, part in list(rows.groupby(GROUP, sort=False)) or [(("", "", ""), rows)]:
         main = part[(part.experiment == "main") & (part.coordinate == "")]
         known = [part, derived(part)]
-        optimizers = lira[(lira[GROUP] == pd.Series(group, GROUP)).all(axis=1)]
         archs = lira[(lira.dataset == group[1]) & (lira.experiment == "main")]
-        for names, found in ((["optimizer"], optimizers), (["arch", "optimizer", "run"], archs)):
+        for names, found in ((["optimizer"], lira[lira.index.isin(part.index)]), (["arch", "optimizer", "run"], archs)):
             if found[names[0]].nunique() > 1:
                 about = dict(experiment=f"every {names[0]}", optimizer=EACH, baseline="", notebook="01")
                 at = [", ".join(map("=".join, zip(names, row, strict=True))) for row in found[names].values]
                 known.append(found.assign(coordinate=at, **about))
         known = pd.concat(known)
-        for pair in sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]:
-            out += [dict(zip(GROUP, group, strict=True)) | judged(known, main, claim, pair) for claim in CLAIMS]
+        pairs = sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]
+        for pair, claim in product(pairs, CLAIMS):
+            parts, theorem = [], claim.tests[0].experiment.startswith("theorem")
+            for test in claim.tests:
+                parts += tested(known, test, *((test.optimizer, "") if test.optimizer else pair), claim.notebook)
+            verdicts, effects, evidence, n_models = zip(*parts, strict=True)
+            compares = any(test.optimizer is None for test in claim.tests)
+            out.append(dict(zip(GROUP, group, strict=True)) | {
+                "optimizer": pair[0] if compares else "",
+                "baseline": pair[1] if compares else "",
+                "claim": claim.name,
+                "whose": claim.whose,
+                "statement": claim.statement.format(a=pair[0].upper(), b=pair[1].upper()),
+                "verdict": combine(verdicts),
+                "effect": "; ".join(filter(None, effects)),
+                "evidence": "; ".join(dict.fromkeys(evidence)),
+                "n_models": pd.Series(n_models).min(),
+                "differs": "a linear model on drawn data" if theorem else setting(main, *pair),
+                "notebook": claim.notebook,
+            })  # fmt: skip
     return pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"], ignore_index=True)
-
-
-def wide(ledger):
-    """The verdicts as a table: a claim a row; a column for each group and pair, named by what differs."""
-    out = {}
-    for key, rows in ledger.groupby(GROUP, sort=False):
-        for pair in filter(None, series(rows).unique()):
-            name = "\n".join(filter(None, dict.fromkeys((*key, pair))))
-            out[name] = rows[series(rows).isin([pair, ""])].set_index("claim").verdict
-    return pd.DataFrame(out)
 
 
 def table(ledger):

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as Examples
 from benchmarks.cpu import in_turn, seconds
 from lib.data.dataset import Dataset, load, pool
 from lib.study import settings
-from lib.training import Recipe, networks, train
+from lib.training import Recipe, ensemble, networks, train
 from lib.training.recipe import learning_rate, membership
 
 # arch -> (models a GPU-minute that are wanted of SGD, of SAM; models timed)
@@ -44,7 +44,7 @@ def recipes_of(arch, device):
     """PRESET=fast for this network with SGD and with SAM, as the study trains it on this device."""
     given = settings.PRESETS["fast"]["image"]
     known = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
-    known |= {"arch": arch, "precision": settings.precision_of(arch, device)}
+    known |= {"arch": arch, "precision": ensemble.precision_of(arch, device)}
     return [Recipe(**{**known, "optimizer": optimizer}) for optimizer in ("sgd", "sam")]
 
 

@@ -56,11 +56,11 @@ def row(name, preset, folders):
     """One preset's row of the table."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # only the sizes of networks are needed
         run = preset_run(name, preset, folder)
-        planned = [(plan, range(low, high)) for _, plan, low, high in experiments.to_train(run)]
-        disk = sum(ensemble.stored_bytes(plan.recipe, plan.dataset, ids) for plan, ids in planned)
+        planned = [plan for _, plan in experiments.to_train(run)]
+        disk = sum(ensemble.stored_bytes(plan.recipe, plan.dataset, range(plan.n_models)) for plan in planned)
         work, _ = experiments.left(run)
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
-    models = f"{run.n_models} for each of {len(run.names)}, {sum(len(ids) for _, ids in planned):,} in all"
+    models = f"{run.n_models} for each of {len(run.names)}, {sum(plan.n_models for plan in planned):,} in all"
     size = f"{disk / 1e6:.0f} MB" if disk < 1e9 else f"{disk / 1e9:.1f} GB"
     seconds = measured(run, folders)
     time = NOT_MEASURED if seconds is None else experiments.duration(seconds)

@@ -1,20 +1,19 @@
 """What a run is: one model of its parameters for notebooks, command line and make, and the checked Run made of them.
 
-A preset fills in what is not given; what is given wins; anything unknown or invalid raises a ValueError that names the
-parameter, before anything is trained.
+A preset fills in what is not given. Whatever is invalid raises a ValueError that names the parameter, before training.
 """
 
 import argparse
 import ast
-import os
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.analysis import compare
@@ -28,24 +27,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What a preset gives, for tables and small pictures (an MLP) and for images (a convolutional network).
 # Its n_examples and batch_size are upper bounds: a smaller data set is used whole.
-COMMON = dict(optimizers="sgd,sam", subset=0.5, weight_decay=5e-4, lr=0.1, seed=0, device="auto", engine="local")
-COMMON |= dict(ema=0.0, augment=False, n_examples=2000, batch_size=64)
-TABLE, IMAGE = {**COMMON, "arch": "mlp", "rho": 0.3}, {**COMMON, "arch": "cnn", "rho": 0.1}
-LARGE = {**IMAGE, "n_examples": 50_000, "batch_size": 256}
+TABLE = dict(arch="mlp", optimizers="sgd,sam", rho=0.3, n_models=512, n_examples=2000, subset=0.5, epochs=40)
+TABLE |= dict(batch_size=64, lr=0.1, weight_decay=5e-4, augment=False, ema=0.0, seed=0, device="auto", engine="local")
+IMAGE = TABLE | dict(arch="cnn", rho=0.1, n_models=16, epochs=20)
+LARGE = IMAGE | dict(n_models=64, n_examples=50_000, batch_size=256)
 PRESETS = {
     "tiny": {
-        "table": {**TABLE, "n_models": 16, "n_examples": 300, "epochs": 8, "batch_size": 32},
-        "image": {**IMAGE, "n_models": 8, "n_examples": 200, "epochs": 2, "batch_size": 32},
+        "table": TABLE | dict(n_models=16, n_examples=300, epochs=8, batch_size=32),
+        "image": IMAGE | dict(n_models=8, n_examples=200, epochs=2, batch_size=32),
     },
-    "default": {"table": {**TABLE, "n_models": 512, "epochs": 40}, "image": {**IMAGE, "n_models": 16, "epochs": 20}},
-    "small": {"table": {**TABLE, "n_models": 64, "epochs": 40}, "image": {**IMAGE, "n_models": 16, "epochs": 20}},
-    "fast": {
-        "table": {**TABLE, "n_models": 512, "epochs": 40},
-        "image": {**LARGE, "arch": "resnet9", "n_models": 64, "epochs": 16},
-    },
+    "default": {"table": TABLE, "image": IMAGE},
+    "small": {"table": TABLE | dict(n_models=64), "image": IMAGE},
+    "fast": {"table": TABLE, "image": LARGE | dict(arch="resnet9", epochs=16)},
     "paper": {
-        "table": {**TABLE, "n_models": 512, "n_examples": 50_000, "epochs": 100},
-        "image": {**LARGE, "arch": "resnet18", "n_models": 256, "epochs": 100, "augment": True},
+        "table": TABLE | dict(n_examples=50_000, epochs=100),
+        "image": LARGE | dict(arch="resnet18", n_models=256, epochs=100, augment=True),
     },
 }
 
@@ -77,9 +73,7 @@ class Parameters(BaseModel):
     ema: float | None = parameter("decay of the moving average of the weights; 0: the last weights", ge=0, lt=1)
     seed: int | None = parameter("seed of everything", ge=0)
     device: str | None = parameter("auto, cpu, cuda, mps")
-    engine: Literal[workers.ENGINES] | None = parameter(
-        "local, or ray: a cluster at RAY_ADDRESS, or this machine's own"
-    )
+    engine: Literal[workers.ENGINES] | None = parameter("local, or ray (a cluster at RAY_ADDRESS, or this machine)")
     gpus: float | None = parameter("GPUs that a Ray task asks for, such as 0.25 (default 1 where there is one)", ge=0)
     store: str = parameter("folder of the trained ensembles (default: store)", str(ROOT / "store"))
     out: str | None = parameter("folder of this run's results (default: outputs/<dataset>)", validate_default=True)
@@ -91,21 +85,18 @@ class Parameters(BaseModel):
         if isinstance(value, bool) and info.field_name != "augment":
             raise ValueError("true and false are valid for augment only")
         if info.field_name == "out" and value is None and "dataset" in info.data:
-            return str(ROOT / "outputs" / info.data["dataset"])
+            value = ROOT / "outputs" / info.data["dataset"]
         return str(value) if isinstance(value, Path) else value
 
 
 def checked(given):
-    """The given parameters, a dict, as Parameters; None counts as not given.
-
-    Raises one ValueError that names the first bad parameter, its value and what is valid.
-    """
+    """The given parameters (a dict; None: not given) as Parameters. One ValueError names the first that is bad."""
     try:
-        return Parameters.model_validate({name: value for name, value in given.items() if value is not None})
+        return Parameters(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][0]
-        if first["type"] == "extra_forbidden":
+        if name not in Parameters.model_fields:
             known = ", ".join(Parameters.model_fields)
             raise ValueError(f"unknown parameter {name!r}: the parameters are {known}") from None
         about = Parameters.model_fields[name].description
@@ -113,39 +104,24 @@ def checked(given):
 
 
 def parse(arguments):
-    """(words, parameters, what to do: "run", "plan" or "work") of a command line. words: which notebooks.
-
-    A parameter is written --name value, or NAME=value as make has it; it is not checked here.
-    """
+    """(words, parameters, "run", "plan" or "work") of a command line: --name value, or NAME=value as make has it."""
     parser = argparse.ArgumentParser(
         prog="python -m lib.study",
-        description="Run the notebooks headlessly, in order, into one folder of results.",
+        description="Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too.",
         allow_abbrev=False,
-        epilog="A parameter may also be written as make writes it: DATASET=cifar10.",
+        argument_default=argparse.SUPPRESS,
     )
     for name, about in Parameters.model_fields.items():
         flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         parser.add_argument(*flags, dest=name, help=about.description)
-    parser.set_defaults(doing="run")
     doing = parser.add_mutually_exclusive_group()
-    for name, about in (("plan", "say what is left to train and what it costs"),
-                        ("work", "train what is left, beside other processes; no notebooks")):  # fmt: skip
-        doing.add_argument(f"--{name}", dest="doing", action="store_const", const=name, help=about)
+    for name, about in (("plan", "say what is left to train, and its cost"), ("work", "only train it, beside others")):
+        doing.add_argument(f"--{name}", dest="doing", action="store_const", const=name, default="run", help=about)
     parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
-    found = vars(parser.parse_intermixed_args(arguments))
-    words, doing = found.pop("words"), found.pop("doing")
-    found |= {w.split("=", 1)[0].lower(): w.split("=", 1)[1] for w in words if "=" in w}
-    return [w for w in words if "=" not in w], {n: v for n, v in found.items() if v is not None}, doing
-
-
-def precision_of(arch, device):
-    """bfloat16 where it is fast (convolutions, on a GPU or a CPU with bfloat16 instructions), else float32."""
-    if arch.startswith("mlp") or device.type == "mps":
-        return "float32"
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    given = vars(parser.parse_intermixed_args(arguments))
+    words, doing = given.pop("words", []), given.pop("doing")
+    given |= {word.split("=", 1)[0].lower(): word.split("=", 1)[1] for word in words if "=" in word}
+    return [word for word in words if "=" not in word], given, doing
 
 
 @dataclass(frozen=True)
@@ -158,6 +134,7 @@ class Run:
     parameters: Parameters
     dataset: Dataset
     began: float = field(default_factory=time.monotonic, compare=False)
+    trained: list = field(default_factory=list, compare=False)  # how many models each chunk had that was trained
 
     def __getattr__(self, name):
         if name in Parameters.model_fields:
@@ -188,44 +165,47 @@ class Run:
 
     def recipe(self, optimizer, **changes):
         """The run's Recipe for one optimizer (or its text), with some fields changed."""
-        shared = ("arch", "rho", "lr", "weight_decay", "epochs", "batch_size", "subset", "augment", "ema", "seed")
-        fields = {name: getattr(self.parameters, name) for name in shared}
+        shared = {"arch", "rho", "lr", "weight_decay", "epochs", "batch_size", "subset", "augment", "ema", "seed"}
+        fields = self.parameters.model_dump(include=shared)
         rule = Optimizer.parse(optimizer).rule_name
         fields["rho"] *= sharpness.RADIUS.get(rule, 1.0)
         fields["ema"] *= rule != "swa"  # which is an average already
-        fields["precision"] = precision_of(self.arch, ensemble.device_of(self.device))
+        fields["precision"] = ensemble.precision_of(self.arch, ensemble.device_of(self.device))
         return Recipe(optimizer=optimizer, **{**fields, "queries": 10 if self.augment else 1, **changes})
 
-    @cached_property
-    def forecast(self):
+    def forecast(self, recipe, n_examples, n_models, seconds):
         """Told of each trained chunk of models, it says once how long the run's training will take."""
-        return experiments.Forecast(self)
+        self.trained.append(n_models)
+        if len(self.trained) == 2:  # the first may have compiled its step, so its time says little
+            to_do, total = experiments.left(self)
+            words = experiments.duration(to_do / experiments.work(recipe, n_examples, n_models) * seconds)
+            done = 1 - to_do / total
+            print(f"Training for all the notebooks of this run: about {words} to go, {done:.0%} is done.", flush=True)
 
     def ensembles(self, name, dataset=None):
-        """The ensembles of one experiment, trained or read, on the models that all of them have: dict key -> Ensemble.
+        """The ensembles of one of experiments.EXPERIMENTS, trained or read: dict key -> Ensemble, of common models.
 
-        name: of experiments.EXPERIMENTS, which says what the keys are. dataset: the pool, where the experiment wants
-        one that is drawn from earlier results. Empty where the experiment does not apply to this run.
+        dataset: the pool, where a notebook draws it from results. Empty if the experiment does not suit this run.
         """
-        where = self.store, self.device, self.engine, self.gpus
-        found, planned = {}, experiments.plan(self, name, dataset)
-        experiment = experiments.EXPERIMENTS[name]
+        planned = experiments.plan(self, name, dataset)
         if any(one.is_drawn for one in planned.values()):
             raise ValueError(f"dataset=None: {name!r} needs the pool that its notebook draws from results")
+        found, experiment = {}, experiments.EXPERIMENTS[name]
         for key, (recipe, n_models, data, _) in planned.items():
+            where = self.store, self.device, self.engine, self.gpus
             found[key] = train(recipe, data, n_models, *where, notify=self.forecast)
-            if experiment.optional and len(found) == 1 and len(found[key].ids) < 8:
-                return {}
+            if experiment.is_private and len(found) == 1 and len(found[key].ids) < 8:
+                return {}  # not even the baseline, without noise, learns on this network
         essential = experiment.essential and experiment.essential(self)
         return compare.keep_common_models(found, essential) if found else {}
 
     def describe(self):
         """The run in one sentence."""
-        size, held = round(self.subset * self.n_examples), len(self.dataset.y_test)
+        data, size = self.dataset, round(self.subset * self.n_examples)
         return (
-            f"**{self.dataset.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, "
-            f"each on {size} of {self.n_examples} examples of {self.dataset.n_classes} classes, "
-            f"tested on {held}; {self.epochs} epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
+            f"**{data.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, each on {size} "
+            f"of {self.n_examples} examples of {data.n_classes} classes, tested on {len(data.y_test)}; {self.epochs} "
+            f"epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
         )
 
 
@@ -235,8 +215,12 @@ def open_run(given):
     Raises ValueError or FileNotFoundError that names the parameter, before anything is trained.
     """
     asked = checked(given)
-    writable("out", asked.out)
-    writable("store", asked.store)
+    for name, folder in (("out", asked.out), ("store", asked.store)):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"{name}={folder!r} can't be written ({error}): give a writable folder") from error
     whole = load(asked.dataset, asked.data, Path(asked.store) / "cache")
     preset = PRESETS[asked.preset]["table" if Run(asked, whole).is_small else "image"]
     values = {**preset, **asked.model_dump(exclude_none=True)}
@@ -258,62 +242,46 @@ def check(run):
     if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
         raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
     workers.check(run.engine, run.gpus)
-    ensemble.device_of(run.device)  # raises if it is not there
-    parsed = [Optimizer.parse(name) for name in run.names]
-    if parsed[0].rule_name != "plain":
+    recipes = [run.recipe(name) for name in run.names]  # raises what is wrong with the optimizers and the device
+    if recipes[0].optimizer.rule_name != "plain":
         bases = ", ".join(BASES)
         raise ValueError(f"optimizers={run.optimizers!r}: the first is the baseline, one of {bases}, or your own")
-    if any(optimizer.has_radius for optimizer in parsed) and run.rho <= 0:
+    if any(recipe.optimizer.has_radius for recipe in recipes) and run.rho <= 0:
         raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
-    for name in run.names:
-        ensemble.check(run.recipe(name), run.dataset, run.n_models)
-    member = membership(run.recipe(run.baseline), len(run.dataset.y), range(run.n_models), run.dataset.groups)
+    for recipe in recipes:
+        ensemble.check(recipe, run.dataset, run.n_models)
+    member = membership(recipes[0], run.n_examples, range(run.n_models), run.dataset.groups)
     taught = member @ np.eye(run.dataset.n_classes, dtype=int)[run.dataset.y]  # [M, C] examples of each class
     if not taught.all():
         k, c = np.argwhere(taught == 0)[0]
         raise ValueError(
-            f"n_examples={len(run.dataset.y)}: model {k} would train on none of class {run.dataset.classes[c]!r}: "
-            f"{np.bincount(run.dataset.y)[c]} are in the pool; take more examples, or leave the class out"
+            f"n_examples={run.n_examples}: model {k} would train on none of class {run.dataset.classes[c]!r}, which "
+            f"has {np.bincount(run.dataset.y)[c]} in the pool: take more examples, or leave the class out"
         )
-    inside, half = member.sum(0), np.arange(run.n_models) // 2 % 2 == 0
-    # 3: attacks leave one out; 2 in either half of the models: buckets are formed on one half and judged on the other
-    least = min(min(part.sum(0).min(), (~part).sum(0).min()) for part in (member[half], member[~half]))
-    if min(inside.min(), (run.n_models - inside).min()) < 3 or least < 2:
+    # attacks leave one model out, and need two more; buckets are formed on one half of the models, judged on the other
+    half = np.arange(run.n_models) // 2 % 2 == 0
+    counts = [np.minimum(part.sum(0), (~part).sum(0)) for part in (member, member[half], member[~half])]
+    if np.any(np.min(counts, axis=1) < [3, 2, 2]):
         raise ValueError(
-            f"subset={run.subset}: of n_models={run.n_models}, some example is in {inside.min()} and some is out of "
-            f"{(run.n_models - inside).min()}; both need 3, and 2 in either half of the models: train more models, or "
-            "choose a subset nearer to 0.5"
+            f"subset={run.subset}: of n_models={run.n_models}, only {counts[0].min()} train on some example, or not on "
+            "it; 3 must, and 2 in either half of the models: train more models, or choose a subset nearer to 0.5"
         )
-
-
-def writable(name, folder):
-    """Make the folder, and see that a file can be written there. Raises ValueError naming the parameter."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{name}={folder!r} can't be written ({error}): give a writable folder") from error
 
 
 def notebook_run(namespace):
     """The Run of a notebook. namespace: its globals().
 
-    Read are the known parameters and, within IPython, every name that was assigned between the last parameters cell
-    and this call: so a misspelt parameter is refused. A parameters cell begins with a comment "# Parameters", as does
-    the cell that papermill adds. Names that begin with PAPERMILL_ are papermill's own.
+    Known parameters are read and, within IPython, all names assigned from the last parameters cell to the cell of
+    this call, so a misspelt parameter is refused. A parameters cell begins with "# Parameters", as papermill's does.
+    Names that begin with PAPERMILL_ are papermill's own.
     """
-    cells = namespace.get("In", [])
+    cells, assigned = namespace.get("In", []), set()
     starts = [k for k, cell in enumerate(cells) if cell.lstrip().startswith("# Parameters")]
-    assigned = set()
     for cell in cells[starts[-1] :] if starts else ():
         if "notebook_run(" in cell:
             break
-        try:
-            nodes = ast.walk(ast.parse(cell))
-        except SyntaxError:  # such a cell was not run
-            continue
-        assigned |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    assigned = {name for name in assigned if name in namespace and not name.startswith(("_", "PAPERMILL_"))}
+        with suppress(SyntaxError):  # such a cell was not run
+            names = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
+            assigned |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    assigned = {name for name in assigned if not name.startswith(("_", "PAPERMILL_"))}
     return open_run({name: namespace[name] for name in namespace if name in assigned | set(Parameters.model_fields)})

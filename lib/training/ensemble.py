@@ -9,6 +9,7 @@ function of (seed, k) alone, so the ensembles of two optimizers are paired model
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -254,6 +255,16 @@ def device_of(name="auto"):
     if name not in ("auto", *there, *numbered):
         raise ValueError(f"device={name!r} is not available on this machine: choose auto, {', '.join(there)}")
     return torch.device(there[0] if name == "auto" else name)
+
+
+def precision_of(arch, device):
+    """bfloat16 where it is fast (convolutions, on a GPU or a CPU with bfloat16 instructions), else float32."""
+    if arch.startswith("mlp") or device.type == "mps":
+        return "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
 def check(recipe, dataset, n_models):

@@ -38,12 +38,12 @@ def trained(run, planned):
 # ---- the list -----------------------------------------------------------------------------------------------
 
 
-def two_rates(run, dataset, exact):
+def two_rates(run):
     return {lr: of(run, "sgd", 8, lr=lr) for lr in (0.05, 0.3)}
 
 
-def three_rates(run, dataset, exact):
-    return two_rates(run, dataset, exact) | {0.1: of(run, "sgd", 16)}
+def three_rates(run):
+    return two_rates(run) | {0.1: of(run, "sgd", 16)}
 
 
 @pytest.mark.parametrize("declare, models", [(two_rates, [8, 8]), (three_rates, [8, 8, 16])])
@@ -72,7 +72,7 @@ def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypat
     assert command_line.main(["--work", *words(tmp_path, "03")]) == 0
     assert experiments.left(run)[0] == 0
     found = run.ensembles("rates")
-    assert {lr: e.recipe.lr for lr, e in found.items()} == {lr: lr for lr in declare(run, None, None)}
+    assert {lr: e.recipe.lr for lr, e in found.items()} == {lr: lr for lr in declare(run)}
     with pytest.raises(ValueError, match="main.*rates"):
         run.ensembles("main")
 
@@ -189,8 +189,8 @@ def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
     done = experiments.work(leak.recipe, 100, compare.PLANTED)
     assert experiments.left(run, ["01"])[0] == pytest.approx(before - done)
     other = leak._replace(recipe=replace(leak.recipe, lr=0.05))
-    assert len(experiments.flags(run, leak, 0, 16)) == 16 and not experiments.flags(run, other, 0, 16)
-    assert not experiments.flags(run, leak._replace(dataset=run.dataset, is_drawn=False), 0, 16)
+    assert len(experiments.flags(run, leak)) == 16 and not experiments.flags(run, other)
+    assert not experiments.flags(run, leak._replace(dataset=run.dataset, is_drawn=False))
 
 
 def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
@@ -199,8 +199,8 @@ def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
     assert [(p.communicate(), p.returncode)[1] for p in pair] == [0, 0]
     run = small(tmp_path)
     assert experiments.left(run, ["03"])[0] == 0
-    rows = [row[1:] for row in experiments.to_train(run, ["01"]) if not row[1].is_drawn]
-    assert all(len(experiments.flags(run, *row)) == row[2] - row[1] for row in rows)
+    planned = [planned for _, planned in experiments.to_train(run, ["01"]) if not planned.is_drawn]
+    assert all(len(experiments.flags(run, one)) == one.n_models for one in planned)
     assert not (tmp_path / "out" / "results.csv").exists()
 
 

@@ -388,7 +388,7 @@ length_frame = compare.length_table(length_sweep)
 results.add(length_frame, experiment="length sweep", n_models=n_swept)
 equal_epochs = length_frame[(length_frame.baseline == baseline) & (length_frame.metric == "auc")]
 show_table(equal_epochs, across=["coordinate"])
-equal_loss = compare.at_equal_loss(length_sweep, treatment, baseline)
+equal_loss = compare.at_equal("train_loss", length_sweep, treatment, baseline)
 results.add(equal_loss, experiment="equal train loss", n_models=n_swept)
 if len(equal_loss):
     show_table(equal_loss, across=["coordinate"])

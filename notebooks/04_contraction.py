@@ -724,9 +724,9 @@ kept = [i for i, k in enumerate(ensembles[baseline].ids[:8]) if k < KEEP_WEIGHTS
 paths = np.array([tangent_path(ensembles[baseline], i) for i in kept])  # [models, 2, etas]
 
 # %%
-sides = ("behind Σ", "others")
+sides, of_pairs = ("behind Σ", "others"), paths.reshape(-1, 2, *paths.shape[1:]).mean(1)
 tangent = [
-    dict(intervals.row("variance_ratio", flatness.t_interval(paths[:, side, j])), x=eta, series=name)
+    intervals.row("variance_ratio", intervals.t_interval(of_pairs[:, side, j]), x=eta, series=name)
     for side, name in enumerate(sides)
     for j, eta in enumerate(tangent_etas)
 ]

@@ -176,7 +176,7 @@ show_text(f"What beats {baseline}: {joined(label(*key) for key in beaten[baselin
 # %%
 lengths = run.ensembles("length sweep, few models")
 base, sharp = ([e for (_, name), e in lengths.items() if name == kind] for kind in (baseline, treatment))
-accuracy, loss = (at(lengths, treatment, baseline) for at in (compare.at_equal_accuracy, compare.at_equal_loss))
+accuracy, loss = (compare.at_equal(c, lengths, treatment, baseline) for c in ("test_accuracy", "train_loss"))
 pairs = experiments.equal_compute(run).items()  # epochs of the treatment, and of the baseline
 pairs = {e: more for e, more in pairs if (e, treatment) in lengths and (more, baseline) in lengths}
 compute = [

@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from scipy.interpolate import KroghInterpolator
 from tqdm import tqdm
 
 from lib.attacks import catalogue, intervals, label_only, shadow, thresholds
-from lib.attacks.intervals import Estimate, estimate, ratio_influence_values
-from lib.attacks.membership import calibration_split
+from lib.attacks.intervals import SHADOW_CORRECTION, Estimate, estimate, ratio_influence_values
 from lib.attacks.signals import signals
 from lib.data.dataset import inputs
 from lib.training.ensemble import KEEP_WEIGHTS
@@ -29,20 +29,15 @@ def keep_common_models(ensembles, essential=None):
     While fewer than half of the models (or fewer than 8) are common, the ensemble with the fewest models is left out,
     and its label printed. Labels in `essential` (default: all) stay. ValueError if fewer than 8 models are common.
     """
-    kept, lost = dict(ensembles), []
-    enough = max(8, max(len(e.ids) for e in ensembles.values()) / 2)
+    kept, enough = dict(ensembles), max(8, max(len(e.ids) for e in ensembles.values()) / 2)
     spare = [label for label in ensembles if essential is not None and label not in essential]
     spare.sort(key=lambda label: len(ensembles[label].ids))
     while len(common := common_ids(kept.values())) < enough and spare:
-        lost.append(spare.pop(0))
-        del kept[lost[-1]]
-    if lost:
-        print(f"left out, because too many of their models diverged: {lost}")
+        print(f"left out, because too many of its models diverged: {spare[0]}")
+        del kept[spare.pop(0)]
     if len(common) < 8:
-        raise ValueError(
-            f"n_models: only {len(common)} models finished under all of {', '.join(map(str, kept))}; valid are 8 or "
-            "more: lower lr or rho, or train more models"
-        )
+        what = f"n_models: only {len(common)} models finished under all of {', '.join(map(str, kept))}"
+        raise ValueError(f"{what}; valid are 8 or more: lower lr or rho, or train more models")
     return {label: e.only(common) for label, e in kept.items()}
 
 
@@ -58,9 +53,6 @@ def on_the_same(*groups):
 def common_ids(ensembles):
     """The models that finished in all of a list of ensembles, in order."""
     return sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles)))
-
-
-# ---- one metric of one ensemble, as influence values --------------------------------------------------------
 
 
 def signal(ensemble, name, test=False):
@@ -97,7 +89,7 @@ def lira_influence_values(ensemble):
 
 def auc_estimate(values, dataset, level=0.95):
     """Estimate of a difference of LiRA's AUCs from its influence values [M, N]."""
-    return estimate(values, level=level, shadow_correction=intervals.SHADOW_CORRECTION, columns=dataset.groups)
+    return estimate(values, level=level, shadow_correction=SHADOW_CORRECTION, columns=dataset.groups)
 
 
 def variance_influence_values(ensemble, name, kind, members=False):
@@ -114,73 +106,49 @@ def variance_influence_values(ensemble, name, kind, members=False):
     return ratio_influence_values((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
 
 
-# ---- tables -------------------------------------------------------------------------------------------------
-
-
 def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, test=False):
     """One metric of every ensemble, and its paired differences from the first: a tidy frame.
 
     values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. rate: the metric is a
-    probability. shadow_correction: as in intervals.estimate. Examples of one group (a patient's eyes) count as one.
+    probability. shadow_correction: as in intervals.estimate.
     """
     first, values = next(iter(ensembles.values())), {label: values_of(e) for label, e in ensembles.items()}
     return intervals.paired(values, metric, rate, shadow_correction=shadow_correction, **design(first, test))
 
 
 def design(ensemble, test=False):
-    """What `intervals.estimate` needs to know: which models and which examples belong together, and if both vary.
-
-    One or two models, as in an audit, say nothing about others: the interval is then about new examples only.
-    """
+    """What `intervals.estimate` needs to know. One or two models, as in an audit, say nothing about other models."""
     member, data = np.array(ensemble.member), ensemble.dataset
     columns = data.groups_test if test else data.groups
     return {"clusters": intervals.pairs(member), "columns": columns, "examples_only": len(member) < 3}
 
 
-def paired_t(values, metric):
-    """Mean of independent values [n] of every label, and paired differences from the first: a tidy frame (Student)."""
-    first, *others = values
-    found = {(label, ""): v for label, v in values.items()}
-    found |= {(label, first): values[label] - values[first] for label in others}
-    rows = [intervals.row(metric, intervals.t_interval(v), optimizer=k, baseline=b) for (k, b), v in found.items()]
-    return pd.DataFrame(rows, columns=intervals.TIDY)
-
-
 def accuracies(ensembles):
-    """Test accuracy, accuracy and loss on the training half, and accuracy in minus accuracy out: a tidy frame.
-
-    Without a test part (an audit may have none), there is no test accuracy.
-    """
-
-    def gap(e):
-        return on_pool(e, "correct") - on_pool(e, "correct", members=False)
-
+    """Test accuracy, accuracy and loss on the training half, and accuracy in minus accuracy out: a tidy frame."""
     frames = [
         compared(ensembles, lambda e: on_pool(e, "correct"), "train_accuracy", rate=True),
         compared(ensembles, train_losses, "train_loss"),
-        compared(ensembles, gap, "generalization_gap"),
+        compared(ensembles, lambda e: on_pool(e, "correct") - on_pool(e, "correct", False), "generalization_gap"),
     ]
-    if next(iter(ensembles.values())).test_logits is not None:
+    if next(iter(ensembles.values())).test_logits is not None:  # an audit may have no test part
         frames.insert(0, compared(ensembles, hits_on_test, "test_accuracy", rate=True, test=True))
     return pd.concat(frames, ignore_index=True)
 
 
 def contrast(ensembles):
     """`accuracies` and LiRA's AUC: a tidy frame. Column train_loss: the optimizer's own, NaN beside differences."""
-    auc = compared(ensembles, lira_influence_values, "auc", True, intervals.SHADOW_CORRECTION).assign(attack="lira")
+    auc = compared(ensembles, lira_influence_values, "auc", True, SHADOW_CORRECTION).assign(attack="lira")
     frame = pd.concat([accuracies(ensembles), auc], ignore_index=True)
     own = frame[(frame.metric == "train_loss") & (frame.baseline == "")]
-    loss = dict(zip(own.optimizer, own.value, strict=True))
-    labels = frame[["optimizer", "baseline"]].itertuples(index=False)
-    return frame.assign(train_loss=[np.nan if baseline else loss[optimizer] for optimizer, baseline in labels])
+    loss = frame.optimizer.map(dict(zip(own.optimizer, own.value, strict=True)))
+    return frame.assign(train_loss=loss.where(frame.baseline == ""))
 
 
 def variances(ensembles, kinds=("across_examples", "across_models"), members=False):
     """Variance of phi and of p_y on non-members (or on members), in each of its meanings: a tidy frame.
 
-    across_examples: of one model's outputs over the examples that it did not see (as in the paper's theorem);
-    within_class: the same within each class, with the classes weighted by their size;
-    across_models: of one example's outputs over the models that did not see it (LiRA's denominator).
+    across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same within
+    each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator).
     """
     who, frames = "member" if members else "nonmember", []
     for name in ("phi", "confidence"):
@@ -208,131 +176,118 @@ def extremes(ensembles):
         median = np.nanmedian(np.where(member, phi, np.nan), axis=1, keepdims=True)
         return ratio_influence_values(phi > median, ~member)
 
-    kinds = {"nonmember_share_above_0.99": certain, "nonmember_share_above_member_median": above_median}
-    return pd.concat([compared(ensembles, of, metric, rate=True) for metric, of in kinds.items()], ignore_index=True)
-
-
-# ---- attacks ------------------------------------------------------------------------------------------------
+    first = compared(ensembles, certain, "nonmember_share_above_0.99", rate=True)
+    second = compared(ensembles, above_median, "nonmember_share_above_member_median", rate=True)
+    return pd.concat([first, second], ignore_index=True)
 
 
 def scores(ensemble, member=None):
     """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control.
 
-    LiRA and RMIA need three models with and three without each example. An audit of fewer has the other attacks only.
+    An audit with fewer than three models with or without an example has no LiRA and RMIA.
     """
     member = np.array(ensemble.member if member is None else member)
     data, n_in = ensemble.dataset, member.sum(0)
     if min(n_in.min(), len(member) - n_in.max()) < 3:
-        found = catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
-        return {name: found[name] for name in catalogue.NAMES if name in found}
+        return catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
     return catalogue.run(ensemble.logits, data.y, member, ensemble.test_logits, data.y_test, groups=data.groups)
 
 
-def leakage(ensembles, scored):
+def leakage(ensembles, scored, fixed=catalogue.FIXED):
     """Every metric of every attack: a tidy frame with the column attack.
 
-    scored: dict optimizer -> dict attack -> scores [M, N].
+    scored: dict optimizer -> dict attack -> scores [M, N]. fixed: the attacks whose own decision is score > 0.
     """
     first, frames = next(iter(ensembles.values())), []
-    member, how = np.array(first.member), design(first)
     for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
-        threshold = 0.0 if attack in catalogue.FIXED else None
+        how = design(first) | {"threshold": 0.0 if attack in fixed else None}
         found = {label: scored[label][attack] for label in ensembles}
-        frames.append(intervals.table(found, member, threshold=threshold, **how).assign(attack=attack))
+        frames.append(intervals.table(found, np.array(first.member), **how).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
 def null_table(ensemble, seed, shuffles=5):
-    """AUC of every attack on shuffled membership (catalogue.null_member), averaged over shuffles: a tidy frame.
+    """AUC of every attack on shuffled membership, averaged over shuffles: a frame as `leakage`'s, without optimizer.
 
-    Without a fault it is 0.5. The frame has no column optimizer.
+    Without a fault it is 0.5 (catalogue.null_member).
     """
     values = {}
     for shuffle in range(shuffles):
         member = catalogue.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)
         for attack, found in scores(ensemble, member).items():
             values[attack] = values.get(attack, 0.0) + intervals.auc_influence_values(found, member) / shuffles
-    how = {"rate": True, "shadow_correction": intervals.SHADOW_CORRECTION, **design(ensemble)}
+    how = {"rate": True, "shadow_correction": SHADOW_CORRECTION, **design(ensemble)}
     rows = [intervals.row("auc", estimate(v, **how), attack=attack, baseline="") for attack, v in values.items()]
     return pd.DataFrame(rows)
 
 
 def planted_table(scored, member, place, n_pairs=PLANTED // 2):
-    """In what share of pairs an attack finds which of two partners trained on an example: a tidy frame.
+    """In what share of pairs of partners (2k, 2k+1) an attack scores the one that saw an example higher: a tidy frame.
 
-    scored: dict attack -> scores [M, N]; partners are the models (2k, 2k+1); place: the example's column. The first
-    n_pairs pairs count in which one model saw the example and the other did not. An attack finds a pair if the model
-    that saw it has the higher score; a tie counts half. Columns beside the usual ones: attack, n_models.
+    scored: dict attack -> scores [M, N]; place: the example's column. The first n_pairs pairs count in which one model
+    saw it and the other did not; a tie counts half. Columns beside the usual ones: attack, n_models.
     """
-    seen = member[:, place].reshape(-1, 2)
-    pairs, rows = np.flatnonzero(seen[:, 0] != seen[:, 1])[:n_pairs], []
+    seen, rows = member[:, place].reshape(-1, 2), []
+    pairs = np.flatnonzero(seen[:, 0] != seen[:, 1])[:n_pairs]
+    signs = np.where(seen[pairs], 1, -1)
     for attack, found in scored.items() if len(pairs) else ():
-        own = found[:, place].reshape(-1, 2)[pairs]
-        inside, outside = own[seen[pairs]], own[~seen[pairs]]
-        hits = (inside > outside).sum() + (inside == outside).sum() / 2
+        ahead = (signs * found[:, place].reshape(-1, 2)[pairs]).sum(1)
+        hits = (1 + np.sign(ahead)).sum() / 2
         rows.append(intervals.row("planted_pairs_found", intervals.proportion(hits, len(pairs)), attack=attack))
     frame = pd.DataFrame(rows, columns=["attack", "metric", "value", "ci_low", "ci_high"])
     return frame.assign(baseline="", n_models=2 * len(pairs))
 
 
-# ---- labels only --------------------------------------------------------------------------------------------
-
-
 def label_only_table(ensembles, n_models=16, device="cpu"):
     """Every metric of the attacks that see predicted labels only, on models whose weights are kept: a tidy frame.
 
-    label_only (lib.attacks.label_only), label_only_classwise (with a threshold for each class) and label_once, which
-    asks for the unchanged example only and is the attack `gap`. null_auc is label_only's AUC on shuffled membership.
-    Column n_models: how many models were asked. ValueError: see `models_with_weights`.
+    label_only, label_only_classwise (with a threshold for each class) and label_once, which asks for the unchanged
+    example only. null_auc: label_only's AUC on shuffled membership. Column n_models: how many models were asked.
     """
-    first, ids = next(iter(ensembles.values())), models_with_weights(ensembles.values(), n_models)
-    member, y, groups = np.array(first.only(ids).member), first.dataset.y, first.dataset.groups
-    answered = {label: label_answers(e, ids, device) for label, e in ensembles.items()}
-    scored = {label: label_only.scores(a, member) for label, a in answered.items()}
-    half = calibration_split(member, 0, y, groups)
-    by_class = {label: thresholds.classwise(s, member, y, half=half) for label, s in scored.items()}
-    once = {label: signal(e.only(ids), "correct") for label, e in ensembles.items()}
-    kinds = (("label_only", scored, None), ("label_only_classwise", by_class, 0.0), ("label_once", once, 0.0))
-    frames = [intervals.table(s, member, threshold=t, columns=groups).assign(attack=attack) for attack, s, t in kinds]
+    ids = models_with_weights(ensembles.values(), n_models)
+    asked, scored, nulls = {label: e.only(ids) for label, e in ensembles.items()}, {}, []
+    first = next(iter(asked.values()))
+    member, y, groups = np.array(first.member), first.dataset.y, first.dataset.groups
+    half = intervals.calibration_split(member, 0, y, groups)
     shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
-    for label, a in answered.items():
-        values = [intervals.auc_influence_values(label_only.scores(a, alleged), alleged) for alleged in shuffled]
+    for label, e in asked.items():
+        answers = label_answers(e, device)
+        found = label_only.scores(answers, member)
+        by_class = thresholds.classwise(found, member, y, half=half)
+        once = signal(e, "correct")
+        scored[label] = {"label_only": found, "label_only_classwise": by_class, "label_once": once}
+        values = [intervals.auc_influence_values(label_only.scores(answers, alleged), alleged) for alleged in shuffled]
         null = intervals.paired({label: np.mean(values, axis=0)}, "null_auc", True, columns=groups)
-        frames.append(null.assign(attack="label_only"))
-    return pd.concat(frames, ignore_index=True).assign(n_models=len(ids))
+        nulls.append(null.assign(attack="label_only"))
+    table = leakage(asked, scored, fixed=("label_only_classwise", "label_once"))
+    return pd.concat([table, *nulls], ignore_index=True).assign(n_models=len(ids))
 
 
 def label_only_of_one(ensemble, place, n_models=16, device="cpu"):
     """Label-only scores [m, 1] of the example in column `place`, and the ids [m] of the models asked.
 
-    Images are asked about this example alone, with shifts of one pixel (the authors' smallest). For tables the
-    strength of the noise is chosen on the whole pool.
+    Images are asked about alone, with shifts of one pixel. For tables the noise is chosen on the whole pool.
     """
     ids = models_with_weights([ensemble], n_models)
+    asked = ensemble.only(ids)
     if ensemble.dataset.is_image:
-        return label_answers(ensemble, ids, device, [place], most=1)[-1], ids
-    member = np.array(ensemble.only(ids).member)
-    return label_only.scores(label_answers(ensemble, ids, device), member)[:, [place]], ids
+        return label_answers(asked, device, [place], most=1)[-1], ids
+    return label_only.scores(label_answers(asked, device), np.array(asked.member))[:, [place]], ids
 
 
 def models_with_weights(ensembles, n_models=16):
-    """The first n_models models, in whole pairs, whose weights are kept in all of the ensembles: ids [m].
-
-    Raises ValueError if n_models is not an even number from 8, or fewer than 8 are left.
-    """
-    if n_models % 2 or n_models < 8:
-        raise ValueError(f"n_models={n_models!r} is not valid: it must be an even number from 8")
+    """The first n_models models, in whole pairs, whose weights are kept in all of the ensembles: ids [8 or more]."""
     there = common_ids(ensembles)
-    ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][:n_models]
+    ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
     if len(ids) < 8:
-        raise ValueError(f"n_models: only {len(ids)} models finished and kept their weights; 8 are needed")
+        raise ValueError(f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
     return np.array(ids)
 
 
-def label_answers(ensemble, ids, device="cpu", rows=slice(None), most=None):
-    """label_only.answers [S, m, n] of the models `ids` about the pool's examples `rows`."""
+def label_answers(ensemble, device="cpu", rows=slice(None), most=None):
+    """label_only.answers [S, M, n] of the ensemble's models (ids < KEEP_WEIGHTS) about the pool's examples `rows`."""
     predict, dataset = [], ensemble.dataset
-    for k in ids:
+    for k in ensemble.ids:
         net, params, buffers = ensemble.weights(k)
         net.load_state_dict(params | buffers)
         net = net.to(device, memory_format=torch.channels_last).eval()  # the fastest layout for convolutions
@@ -341,14 +296,8 @@ def label_answers(ensemble, ids, device="cpu", rows=slice(None), most=None):
     return label_only.answers(predict, x, dataset.y[rows], dataset.is_image, most=most, device=device)
 
 
-# ---- along a sweep ------------------------------------------------------------------------------------------
-
-
 def split_labels(frame, column):
-    """A frame whose labels are pairs (optimizer, x), with x in a column of its own.
-
-    Beside a difference stands the x of the optimizer, not of the baseline.
-    """
+    """A frame whose labels are pairs (optimizer, x), with the optimizer's x in a column of its own."""
     names, x = zip(*frame.optimizer, strict=True)
     return frame.assign(optimizer=names, baseline=[b[0] if b else "" for b in frame.baseline], **{column: x})
 
@@ -364,7 +313,7 @@ def radius_table(radius_sweep, treatment, baseline, table=contrast):
 def length_table(length_sweep):
     """`contrast` at every number of epochs: a tidy frame with the columns epochs and coordinate.
 
-    length_sweep: dict (epochs, optimizer) -> Ensemble, where the baseline precedes the other at each number of epochs.
+    length_sweep: dict (epochs, optimizer) -> Ensemble, at each number of epochs the baseline first.
     """
     frames = []
     for epochs in tqdm(sorted({e for e, _ in length_sweep}), "lengths", delay=2, leave=False):
@@ -373,68 +322,38 @@ def length_table(length_sweep):
     return pd.concat(frames, ignore_index=True)
 
 
-def at_equal_loss(length_sweep, treatment, baseline):
-    """Difference in LiRA's AUC at equal train loss (interpolated in log loss): a tidy frame, see `at_equal`."""
-    return at_equal(length_sweep, treatment, baseline, "train_loss", train_losses, np.log, np.exp, "{:.3g}")
+def at_equal(name, length_sweep, treatment, baseline):
+    """LiRA's AUC, treatment minus baseline, at every train_loss or test_accuracy (the name) that the treatment reached.
 
-
-def at_equal_accuracy(length_sweep, treatment, baseline):
-    """Difference in LiRA's AUC at equal test accuracy: a tidy frame, see `at_equal`."""
-    return at_equal(length_sweep, treatment, baseline, "test_accuracy", hits_on_test, float, float, "{:.4f}")
-
-
-def at_equal(length_sweep, treatment, baseline, name, values_of, scale, back, digits):
-    """LiRA's AUC, treatment minus baseline, at every train loss (or test accuracy) that the treatment reached.
-
-    length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. values_of: Ensemble -> influence values
-    of the coordinate `name`; scale, back: to the scale of the interpolation, and back. digits: a format.
-
-    The baseline's AUC is interpolated between its two neighbouring runs by several `curves`. The value is the mean of
-    the differences from them, and the interval spans the 95% intervals of all. The coordinate is taken as known: so
-    nothing is said where no two runs enclose it, or where those that do differ by no more than noise.
+    length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. The baseline's AUC is interpolated by
+    the straight line (in log loss) through its two neighbouring runs, and by the parabolas through them and the next
+    run on either side. The value is the mean of the differences; the interval spans the 95% intervals of all. Nothing
+    is said where no two runs enclose the treatment's, or where those that do differ by no more than noise.
     Columns beside the usual ones: epochs (of the treatment), coordinate, its value, and between (the baseline's two).
     """
-    if len({tuple(e.ids.tolist()) for e in length_sweep.values()}) > 1:
-        raise ValueError("length_sweep: the ensembles hold different models; apply keep_common_models first")
-    points, rows = [], []
-    for (_, optimizer), e in length_sweep.items():
-        if optimizer == baseline:
-            values = values_of(e)
-            points.append((scale(values.mean()), values, lira_influence_values(e).astype(np.float32)))
-    places, values, aucs = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    values_of, test, scale, back, digits = {
+        "train_loss": (train_losses, False, np.log, np.exp, ".3g"),
+        "test_accuracy": (hits_on_test, True, float, float, ".4f"),
+    }[name]
+    runs = [e for (_, optimizer), e in length_sweep.items() if optimizer == baseline]
+    runs.sort(key=lambda e: scale(values_of(e).mean()))
+    places = np.array([scale(values_of(e).mean()) for e in runs])
+    aucs, rows = np.array([lira_influence_values(e) for e in runs], np.float32), []
     for (epochs, optimizer), e in length_sweep.items():
-        if optimizer != treatment:
-            continue
-        place, data = scale(values_of(e).mean()), e.dataset
+        place = scale(values_of(e).mean())
         right = int(np.searchsorted(places, place))
-        if not 0 < right < len(places):
+        if optimizer != treatment or not 0 < right < len(places):
             continue
-        groups = data.groups_test if name == "test_accuracy" else data.groups
-        apart = estimate(values[right] - values[right - 1], columns=groups)
+        ends = [right - 1, right]
+        apart = estimate(values_of(runs[right]) - values_of(runs[right - 1]), **design(e, test))
         if apart.low <= 0 <= apart.high:
             continue
+        curves = [ends, *([*ends, k] for k in (right - 2, right + 1) if 0 <= k < len(places))]
         own = lira_influence_values(e)
-        interpolated = [sum(w * aucs[k] for k, w in weights.items()) for weights in curves(places, place, right)]
-        found = [auc_estimate(own - auc, data) for auc in interpolated]
+        found = [auc_estimate(own - KroghInterpolator(places[k], aucs[k])(place), e.dataset) for k in curves]
         hull = Estimate(np.mean([f.value for f in found]), min(f.low for f in found), max(f.high for f in found))
-        at, *ends = (digits.format(back(x)) for x in (place, places[right - 1], places[right]))
-        between = " and ".join(ends)
-        about = dict(optimizer=treatment, baseline=baseline, attack="lira", epochs=epochs, between=between)
-        coordinate = f"{name}={at}, between={between}"
-        rows.append(intervals.row("auc", hull, coordinate=coordinate, **{name: back(place)}, **about))
+        at, low, high = (format(back(x), digits) for x in (place, *places[ends]))
+        about = dict(optimizer=treatment, baseline=baseline, attack="lira", epochs=epochs, between=f"{low} and {high}")
+        about |= {name: back(place), "coordinate": f"{name}={at}, between={low} and {high}"}
+        rows.append(intervals.row("auc", hull, **about))
     return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "epochs", "coordinate", name, "between"])
-
-
-def curves(places, at, right):
-    """Interpolation weights at `at`, between the runs right - 1 and right of the rising `places`: dicts run -> weight.
-
-    There is the straight line through the two runs, and the parabola through them and the next run on either side, if
-    there is one. How far they differ shows how much the bend between the two runs leaves open.
-    """
-    ends = [right - 1, right]
-    sets = [ends, *([*ends, k] for k in (right - 2, right + 1) if 0 <= k < len(places))]
-    # Lagrange: w_k = prod_{j != k} (at - x_j) / (x_k - x_j)
-    return [
-        {k: float(np.prod([(at - places[j]) / (places[k] - places[j]) for j in nodes if j != k])) for k in nodes}
-        for nodes in sets
-    ]

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from lib.analysis import compare
 from lib.attacks import intervals
 from lib.data.dataset import inputs
 from lib.training import sharpness
@@ -37,15 +36,11 @@ def flatness(ensemble, rho, n_models=8, n_examples=512):
 
 def flatness_table(ensembles, rho):
     """Mean `flatness` of each optimizer's minima and the paired differences, over pairs of models: a tidy frame."""
-    found = {label: flatness(e, rho).reshape(-1, 2, 2).mean(1) for label, e in ensembles.items()}
-    metrics = ("hessian_top_eigenvalue", "loss_rise_in_ball")
-    frames = [compare.paired_t({k: v[:, i] for k, v in found.items()}, metric) for i, metric in enumerate(metrics)]
+    found, frames = {label: flatness(e, rho).reshape(-1, 2, 2).mean(1) for label, e in ensembles.items()}, []
+    for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
+        values = {label: v[None, :, column] for label, v in found.items()}
+        frames.append(intervals.paired(values, metric, examples_only=True))  # here Student's t, over pairs
     return pd.concat(frames, ignore_index=True)
-
-
-def t_interval(values, level=0.95):
-    """Mean of one value per model [n], partners side by side, with Student's t interval over the means of pairs."""
-    return intervals.t_interval(values.reshape(-1, 2).mean(1), level)
 
 
 def tangent_features(ensemble, k, chosen, most=100_000):

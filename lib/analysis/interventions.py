@@ -173,7 +173,8 @@ def pattern_table(ensembles, memorized):
             parts[label] = own, seen & (seen.sum() >= 10)
     frames = [within(ensembles, parts, "test_accuracy")]
     for part, (own, _) in parts.items():
-        means = compare.paired_t({label: m[own] for label, m in memorized.items()}, "mean_memorization")
+        values = {label: m[None, own] for label, m in memorized.items()}
+        means = intervals.paired(values, "mean_memorization", examples_only=True)
         frames.append(means.assign(part=part))
     frame = pd.concat(frames, ignore_index=True).rename(columns={"part": "size"})
     return frame.assign(coordinate="shared by=" + frame["size"])

@@ -189,7 +189,8 @@ def scores(ensemble, member=None):
     member = np.array(ensemble.member if member is None else member)
     data, n_in = ensemble.dataset, member.sum(0)
     if min(n_in.min(), len(member) - n_in.max()) < 3:
-        return catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
+        found = catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
+        return {name: found[name] for name in catalogue.NAMES if name in found}
     return catalogue.run(ensemble.logits, data.y, member, ensemble.test_logits, data.y_test, groups=data.groups)
 
 

@@ -35,14 +35,14 @@ def shortest(path):
 
 
 def execute(book, given, out):
-    """Run one notebook with papermill: what its kernel prints is printed here, progress bars are kept from the copy."""
+    """Run one notebook with papermill. What its kernel prints is printed here; the copy has no progress bars."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel python3 of this interpreter, not another's of that name
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     print(f"{book.stem} -> {out}", flush=True)
-    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
-    done = papermill.execute_notebook(book, out / book.name, parameters=given, kernel_name="python3", **streams)
+    how = {"kernel_name": "python3", "stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    done = papermill.execute_notebook(book, out / book.name, given, **how)
     for cell in done.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):  # 256 colours look the same and take half the bytes
@@ -51,8 +51,7 @@ def execute(book, given, out):
                 output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
-    for path in ("input_path", "output_path"):
-        done.metadata.papermill.pop(path, None)  # the copy may travel
+    del done.metadata.papermill["input_path"], done.metadata.papermill["output_path"]  # the copy may travel
     papermill.iorw.write_ipynb(done, str(out / book.name))
 
 
@@ -82,10 +81,10 @@ def main(arguments=None):
             said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
             print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
             return 1
+    took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
+    took["trained"] = to_do / (total or 1)  # the share of the training that the store did not have
     try:
-        # what this took, and which share of its training the store did not have
-        took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
-        write_atomic(out / "run.json", json.dumps({**took, "trained": to_do / (total or 1)}))
+        write_atomic(out / "run.json", json.dumps(took))
         page = shortest(report.build(out))
     except OSError as error:
         print(f"error: out={run.out!r} can't be written ({error}): give a writable folder", file=sys.stderr)

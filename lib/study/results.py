@@ -1,18 +1,15 @@
 """Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows.
 
-A row whose `baseline` is filled in is a paired difference: the optimizer's value minus the baseline's. `coordinate`
-says where along an experiment the row lies, as name=value pairs: "epochs=40".
+baseline: "", or what the value is a paired difference from. coordinate: where along an experiment, as "epochs=40".
 """
 
 import hashlib
 import json
 import platform
-import re
 import time
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
@@ -20,25 +17,24 @@ from filelock import FileLock
 from lib.training import ensemble
 from lib.training.store import VERSION, read_json, write_atomic
 
-IDENTITY = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split()
 NUMBERS = "value ci_low ci_high".split()
 COUNTS = "n_models n_examples".split()
-COLUMNS = [*IDENTITY, *NUMBERS, *COUNTS]
+COLUMNS = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split() + NUMBERS + COUNTS
 PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
-
 PLACES = "data store out device engine gpus".split()  # parameters that say where a run is made, not what it is
 SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment ema seed".split()
 
 
 def read(path):
-    """The rows of a results.csv but for audits of own logits, with COLUMNS; numbers and counts as floats.
+    """The rows of a results.csv but for audits of own logits: COLUMNS, with numbers and counts as floats.
 
     An empty file has no rows. Raises ValueError naming the file if it can't be read or lacks a column.
     """
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS]
-        numbers = {name: frame[name].replace("", "nan").astype(float) for name in [*NUMBERS, *COUNTS]}
-        return frame.assign(**numbers)[frame.notebook != "own_logits"].dropna(subset="value")
+        for name in NUMBERS + COUNTS:
+            frame[name] = frame[name].replace("", "nan").astype(float)
+        return frame[frame.notebook != "own_logits"].dropna(subset="value")
     except pd.errors.EmptyDataError:
         return pd.DataFrame(columns=COLUMNS)
     except (OSError, ValueError, KeyError) as error:
@@ -47,11 +43,13 @@ def read(path):
 
 
 def differing(out):
-    """Sentences on the settings in which the notebooks behind a results.csv differ: one each; none if all agree."""
-    made = read_json(Path(out) / "settings.json")
-    values = {name: {book: of[name] for book, of in made.items() if name in of} for name in SETTINGS if made}
-    mixed = {name: of for name, of in values.items() if len(set(map(str, of.values()))) > 1}
-    return [f"{name} differs: " + ", ".join(f"{v} in {b}" for b, v in sorted(of.items())) for name, of in mixed.items()]
+    """A list of sentences: one for each setting in which the notebooks behind a results.csv differ."""
+    made, found = read_json(Path(out) / "settings.json"), []
+    for name in SETTINGS:
+        values = {book: of[name] for book, of in sorted(made.items()) if name in of}
+        if len(set(map(str, values.values()))) > 1:
+            found.append(f"{name} differs: " + ", ".join(f"{value} in {book}" for book, value in values.items()))
+    return found
 
 
 def recipe_digest(run):
@@ -62,20 +60,13 @@ def recipe_digest(run):
 
 
 def versions():
-    """'flat-is-not-private 0.1.0 python 3.11.7 torch 2.15.0 numpy 2.3.1'."""
-    project = Path(__file__).resolve().parents[2] / "pyproject.toml"  # absent where the library was installed
-    found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.M) if project.exists() else None
-    used = {"flat-is-not-private": found[1] if found else metadata.version("flat-is-not-private")}
-    used |= {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return " ".join(f"{name} {version}" for name, version in used.items())
+    """'flat-is-not-private 0.1.0 torch 2.15.0 numpy 2.3.1 python 3.11.7'."""
+    packages = [f"{name} {metadata.version(name)}" for name in ("flat-is-not-private", "torch", "numpy")]
+    return " ".join([*packages, f"python {platform.python_version()}"])
 
 
 class Results:
-    """The rows of one notebook. notebook: its name; run: the Run; n_models: how many models are compared.
-
-    Nothing is written before the first `add`. Each row also has PROVENANCE: seed, recipe (recipe_digest), versions,
-    device (a GPU's own name, else cpu or mps), and seconds, the wall-clock time since the run was opened.
-    """
+    """The rows of one notebook, given its name, its run, and how many models it compares (default: the run's)."""
 
     def __init__(self, notebook, run, n_models=None):
         self.run, self.rows, self.path = run, [], Path(run.out) / "results.csv"
@@ -86,14 +77,13 @@ class Results:
         self.about |= dict(seed=run.seed, recipe=recipe_digest(run), versions=versions(), device=name)
 
     def add(self, frame, experiment="main", **fields):
-        """Record a tidy frame: optimizer, metric, value, ci_low, ci_high and more of COLUMNS, or these from `fields`.
+        """Write a tidy frame, with some of COLUMNS, beside what is there; `fields` gives other columns.
 
-        rho, if absent, is the run's own for each optimizer. Columns beyond the schema are dropped. Writes the file
-        anew, atomically: other notebooks' rows as they were, then this one's. Raises ValueError for an unknown field.
+        rho, if absent, is the run's own for each optimizer. Columns beyond the schema are dropped. Raises ValueError
+        for an unknown field, or naming `out` if the disk refuses.
         """
-        unknown = [name for name in fields if name not in COLUMNS]
-        if unknown:
-            raise ValueError(f"{unknown[0]}={fields[unknown[0]]!r} is no column of results: {', '.join(COLUMNS)}")
+        for name in set(fields) - set(COLUMNS):
+            raise ValueError(f"{name}={fields[name]!r} is no column of results: {', '.join(COLUMNS)}")
         seconds = f"{time.monotonic() - self.run.began:.1f}"
         absent = {name: value for name, value in self.about.items() if name not in frame}
         frame = frame.assign(**{**absent, "experiment": experiment, "seconds": seconds, **fields})
@@ -103,23 +93,18 @@ class Results:
         for column in NUMBERS:
             frame[column] = [f"{v:.6g}" if v == v else "" for v in frame[column]]  # NaN: no interval
         self.rows.append(frame)
-        self._write(pd.concat(self.rows))
-
-    def count(self):
-        """How many numbers this notebook has recorded."""
-        return sum(map(len, self.rows))
-
-    def _write(self, own):
-        """Replace this notebook's rows in the file. Raises ValueError naming `out` if the disk refuses."""
-        notebook, path = self.about["notebook"], self.path.with_name("settings.json")
+        own, notebook, settings = pd.concat(self.rows), self.about["notebook"], self.path.with_name("settings.json")
         try:
             with FileLock(self.path.with_name(".results.lock")):
                 if self.path.exists():
                     others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
                     own = pd.concat([others[others.notebook != notebook], own])
-                made = read_json(path)
-                made[notebook] = {name: getattr(self.run, name) for name in SETTINGS}
-                write_atomic(path, json.dumps(made, indent=1))
+                made = read_json(settings) | {notebook: {name: getattr(self.run, name) for name in SETTINGS}}
+                write_atomic(settings, json.dumps(made, indent=1))
                 write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))
         except OSError as error:
             raise ValueError(f"out={str(self.run.out)!r} can't be written ({error}): give a writable folder") from error
+
+    def count(self):
+        """How many numbers this notebook has recorded."""
+        return sum(map(len, self.rows))

@@ -285,7 +285,11 @@ show_table(strict, across=["attack", "optimizer"])
 differences = leak[leak.baseline == baseline]
 for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")):
     frame = differences[differences.metric == metric]
-    display(figures.save(figures.forest(frame, f"difference in {label} from {baseline}"), run, f"difference_{metric}"))
+    display(
+        figures.save(
+            figures.forest(frame, {metric: f"difference in {label} from {baseline}"}), run, f"difference_{metric}"
+        )
+    )
     show_text(text.summary(frame[frame.optimizer == treatment], f"In {label}, {treatment} leaks", baseline))
 
 # %% [markdown]

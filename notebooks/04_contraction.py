@@ -440,7 +440,29 @@ for setting, frame in tables.items():
     about = dict(coordinate=places[setting], n_examples=worlds[setting][1].shape[1])
     record(frame, "advantage_confidence", experiment="theorem: monte carlo", **about)
 
+
 # %%
+def draw(frame, xlabel, ylabels, even=True, **axes):
+    """Values with intervals against x, a panel and a line per series; where `predicted` is given, it is the line."""
+    same = len(set(ylabels.values())) == 1
+    size = (4.4 * len(ylabels) + 1, 4.2)
+    figure, panels = plt.subplots(1, len(ylabels), figsize=size, squeeze=False, sharey=same, layout="constrained")
+    for axis, (panel, label) in zip(panels[0], ylabels.items(), strict=True):
+        rows = frame[frame.panel == panel]
+        ticks = np.unique(rows.x)
+        for index, (name, part) in enumerate(rows.groupby("series", sort=False)):
+            x = np.searchsorted(ticks, part.x) + 0.14 * (index - 1) if even else part.x
+            is_point = "predicted" in part and part.predicted.notna().all()
+            figures.error_bars(axis, x, part, index, name, **({"linestyle": ""} if is_point else {}))
+            if is_point:
+                axis.plot(x, part.predicted, color=figures.COLOURS[index])
+        if even:
+            axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+        axis.set(title=panel, xlabel=xlabel, ylabel=label, **axes)
+        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3 if even else 2)
+    return figure
+
+
 series = [
     tables[setting].assign(panel=panel, series=str(setting[place]))
     for place, (panel, settings) in enumerate(varied.items())
@@ -448,7 +470,7 @@ series = [
 ]
 drawn = pd.concat(series).query("metric == 'advantage_confidence' and baseline == ''")
 panels = dict.fromkeys(varied, "advantage of a threshold")
-display(figures.save(figures.curves(drawn, r"$\eta$", panels, levels=True), run, "monte_carlo"))
+display(figures.save(draw(drawn, r"$\eta$", panels), run, "monte_carlo"))
 
 every = pd.concat(tables.values())
 every = every[every.predicted.notna()]
@@ -518,7 +540,7 @@ for setting in varied["n/d"]:
 # %%
 drawn = pd.concat(frame.assign(series=name, panel="released with noise") for name, frame in noisy.items())
 panels = {"released with noise": "advantage of LiRA"}
-figures.save(figures.curves(drawn[drawn.baseline == ""], r"$\eta$", panels, levels=True), run, "released")
+figures.save(draw(drawn[drawn.baseline == ""], r"$\eta$", panels), run, "released")
 
 # %% [markdown]
 # **How to read it.** This is the same contraction in the same model. Where a line rises, it helps LiRA; where it
@@ -678,7 +700,7 @@ parts = levels.metric.str.extract(r"^(member|nonmember)_variance_(phi|confidence
 series = parts[0].str.replace("non", "non-") + "s, " + parts[2].str.replace("_", " ")
 drawn = levels.assign(x=levels.rho, series=series, panel=parts[1]).dropna(subset="panel")
 panels = {"phi": r"variance of $\phi$", "confidence": "variance of $p_y$"}
-figures.save(figures.curves(drawn, r"$\rho$", panels, yscale="log"), run, "variance_and_radius")
+figures.save(draw(drawn, r"$\rho$", panels, even=False, yscale="log"), run, "variance_and_radius")
 
 # %%
 for metric, rows in steps[steps.metric.str.endswith("across_examples")].groupby("metric", sort=False):
@@ -743,7 +765,7 @@ across = measured.merge(pd.DataFrame({"x": tangent_etas}), how="cross")
 across = across.assign(series="measured")
 drawn = pd.concat([tangent, across]).assign(panel="tangent features")
 panels = {"tangent features": "ratio of variances"}
-figures.save(figures.curves(drawn, r"$\eta$", panels, levels=True), run, "features")
+figures.save(draw(drawn, r"$\eta$", panels), run, "features")
 
 # %% [markdown]
 # **How to read it.** The falling lines are predictions, on the non-members behind $\Sigma$ and on others. They differ

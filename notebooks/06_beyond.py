@@ -284,7 +284,8 @@ def show_prices(costs, undefended, name):
     panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
     panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in rates}
     is_threshold, own = costs.attack == "confidence", costs.baseline == ""
-    display(figures.save(figures.side_by_side(costs[own & ~is_threshold], panels, undefended), run, name))
+    drawn = costs[own & ~is_threshold].assign(optimizer="")  # one marker for all
+    display(figures.save(figures.forest(drawn, panels, "label", undefended), run, name))
     what = costs.metric.map(panels).mask(is_threshold, costs.metric.map({"auc": "AUC of a threshold"}))
     steps = costs.assign(what=what, optimizer=costs.label, attack="", metric="", baseline="")[~own]
     show_table(steps.dropna(subset="what"), across=["what"])

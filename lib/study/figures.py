@@ -37,7 +37,7 @@ def plain(name):
 def look(index, name=None):
     """Colour, line and marker of the index-th series, and its name as the label, if one is given."""
     shape = dict(color=COLOURS[index % 10], linestyle=LINES[index % 4], marker=MARKERS[index % 4])
-    return shape if name is None else shape | {"label": plain(name)}
+    return shape | ({"label": plain(name)} if name else {})
 
 
 def error_bars(axis, x, frame, index, label=None, **more):
@@ -66,19 +66,27 @@ def histograms(axis, inside, outside, labels):
     axis.legend(fontsize=9)
 
 
-def forest(frame, xlabel):
-    """Values with intervals, a row for each attack, a marker for each optimizer or difference; a line marks 0."""
-    order = list(frame.attack.unique())
-    figure, axis = plt.subplots(figsize=(7.5, 0.34 * len(order) + 1.2), layout="constrained")
-    for index, (name, rows) in enumerate(frame.groupby(series(frame), sort=False)):
-        rows = rows.set_index("attack").reindex(order)
-        places = np.arange(len(order)) + 0.15 * index
-        spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
-        axis.errorbar(rows.value, places, xerr=spread, capsize=3, **(look(index, name) | {"linestyle": ""}))
-    axis.axvline(0, color="0.3", lw=1)
-    axis.set(yticks=range(len(order)), yticklabels=order, xlabel=xlabel)
-    axis.invert_yaxis()
-    axis.legend(fontsize=9)
+def forest(frame, panels, rows="attack", reference=None):
+    """Values with intervals, a row for each value of a column, a marker for each optimizer or difference.
+
+    panels: dict metric -> label of the x axis. reference: the row whose value a grey line marks; None marks 0.
+    """
+    order = list(frame[rows].unique())
+    size = (3.4 * len(panels) + 2.6, 0.34 * len(order) + 1.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (metric, xlabel) in zip(axes[0], panels.items(), strict=True):
+        part = frame[frame.metric == metric]
+        for index, (name, found) in enumerate(part.groupby(series(part), sort=False)):
+            found = found.set_index(rows).reindex(order)
+            spread = [found.value - found.ci_low, found.ci_high - found.value]
+            look_of = look(index, name) | {"linestyle": ""}
+            axis.errorbar(found.value, np.arange(len(order)) + 0.15 * index, xerr=spread, capsize=3, **look_of)
+        axis.axvline(found.value[reference] if reference else 0, color="0.5", lw=1)
+        axis.set(yticks=range(len(order)), yticklabels=map(plain, order), xlabel=xlabel)
+        axis.locator_params(axis="x", nbins=5)
+    axes[0, 0].invert_yaxis()
+    if any(series(frame)):
+        axes[0, 0].legend(fontsize=9)
     return figure
 
 
@@ -96,10 +104,9 @@ def roc(scored, member, attack="lira"):
 
 def phi_of_members(phis, member):
     """Densities of phi of members and non-members, an optimizer a panel, on shared axes."""
-    figure, axes = plt.subplots(
-        1, len(phis), figsize=(5.2 * len(phis), 3.4), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, phi) in zip(axes[0], phis.items(), strict=True):
+    n = len(phis)
+    figure, axes = plt.subplots(1, n, figsize=(5.2 * n, 3.4), sharex=True, sharey=True, layout="constrained")
+    for axis, (name, phi) in zip(np.ravel(axes), phis.items(), strict=True):
         histograms(axis, phi[member], phi[~member], ("members", "non-members"))
         axis.set(title=plain(name), xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
     return figure
@@ -107,14 +114,14 @@ def phi_of_members(phis, member):
 
 def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
     """Values with intervals at 1, 2, ..., a panel for each title; the line at 0 is 'no difference'."""
-    size = (min(3.6 * len(frames), 14), 3.4)
-    figure, axes = plt.subplots(1, len(frames), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    n = len(frames)
+    figure, axes = plt.subplots(1, n, figsize=(min(3.6 * n, 14), 3.4), sharey=True, squeeze=False, layout="constrained")
     for index, (axis, (title, frame)) in enumerate(zip(axes[0], frames.items(), strict=True)):
-        error_bars(axis, np.arange(1, len(frame) + 1), frame, index, linestyle="")
+        places = np.arange(1, len(frame) + 1)
+        error_bars(axis, places, frame, index, linestyle="")
         axis.axhline(0, color="0.3", lw=1)
-        axis.set(title=plain(title), xlabel=xlabel, xticks=range(1, len(frame) + 1))
-        if ticks:
-            axis.set_xticklabels(ticks, fontsize=9)
+        axis.set_xticks(places, ticks or places, fontsize=9)
+        axis.set(title=plain(title), xlabel=xlabel)
         axis.margins(x=0.12)
     axes[0, 0].set_ylabel(ylabel)
     return figure
@@ -122,9 +129,8 @@ def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
 
 def captioned(rows, columns=8):
     """Rows of pictures with captions. rows: dict title -> list of (image, caption), at most `columns` each."""
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.35 * columns, 2.05 * len(rows)), squeeze=False, layout="constrained"
-    )
+    size = (1.35 * columns, 2.05 * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (title, items) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
@@ -132,52 +138,4 @@ def captioned(rows, columns=8):
             picture(axis, image)
             axis.text(0.5, -0.06, plain(caption), transform=axis.transAxes, ha="center", va="top", fontsize=8)
         line[0].set_title(title, fontsize=10, loc="left")
-    return figure
-
-
-def curves(frame, xlabel, ylabels, levels=False, **axes):
-    """Values with intervals against x, a line per series. frame: panel, series, x, value, ci_low, ci_high.
-
-    ylabels: panel -> label. levels: the x stand side by side, evenly. Where a column `predicted` is given, it is the
-    line and the values are points.
-    """
-    n, same = len(ylabels), len(set(ylabels.values())) == 1
-    figure, panels = plt.subplots(
-        1, n, figsize=(4.4 * n + 2 * (n < 3), 4), squeeze=False, sharey=same, layout="constrained"
-    )
-    for axis, (panel, label) in zip(panels[0], ylabels.items(), strict=True):
-        rows, ticks = frame[frame.panel == panel], np.unique(frame.x)
-        for index, (name, part) in enumerate(rows.groupby("series", sort=False)):
-            x = np.searchsorted(ticks, part.x) + 0.14 * (index - 1) if levels else part.x
-            points = "predicted" in part and part.predicted.notna().all()
-            error_bars(axis, x, part, index, label=name, **({"linestyle": ""} if points else {}))
-            if points:
-                axis.plot(x, part.predicted, color=COLOURS[index], linestyle=LINES[index % 4])
-        if levels:
-            axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
-        axis.set(title=panel, xlabel=xlabel, ylabel=label, **axes)
-        short = max(map(len, axis.get_legend_handles_labels()[1]), default=0) < 13
-        if short:
-            axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-        elif axis is panels[0, -1]:  # one for all
-            axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def side_by_side(frame, panels, baseline):
-    """Rows (defences) down the left, a panel for each metric; the baseline's value is the grey line.
-
-    panels: dict metric -> axis label; frame: label, metric, value, ci_low, ci_high.
-    """
-    order = list(frame.label.unique())
-    size = (3.4 * len(panels) + 1.6, 0.34 * len(order) + 1.1)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for index, (axis, (metric, xlabel)) in enumerate(zip(axes[0], panels.items(), strict=True)):
-        rows = frame[frame.metric == metric].set_index("label").reindex(order)
-        spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
-        axis.errorbar(rows.value, range(len(order)), xerr=spread, capsize=3, **(look(index) | {"linestyle": ""}))
-        axis.axvline(rows.value[baseline], color="0.5", lw=1)
-        axis.locator_params(axis="x", nbins=4)
-        axis.set(xlabel=xlabel, yticks=range(len(order)), yticklabels=order)
-    axes[0, 0].invert_yaxis()
     return figure

@@ -178,9 +178,9 @@ def page(out, ensembles, scored, frame):
 
     figures.style()
     above = auc[auc.baseline == ""].assign(**(auc[["value", "ci_low", "ci_high"]] - 0.5))
-    drawn = {"auc": figures.forest(above, "AUC minus 1/2, which is guessing")}
+    drawn = {"auc": figures.forest(above, {"auc": "AUC minus 1/2, which is guessing"})}
     if len(ensembles) > 1:
-        drawn["difference"] = figures.forest(auc[auc.baseline != ""], "difference in AUC")
+        drawn["difference"] = figures.forest(auc[auc.baseline != ""], {"auc": "difference in AUC"})
     drawn["roc"] = figures.roc(scored, e.member, "lira" if shadows else "confidence")
     phis = {name: compare.signal(one, "phi") for name, one in ensembles.items()}
     drawn["phi"] = figures.phi_of_members(phis, e.member)

@@ -36,7 +36,7 @@ from lib.analysis import compare, interventions, memorization
 from lib.attacks import intervals
 from lib.study import experiments, figures, settings
 from lib.study.results import Results
-from lib.study.text import describe_sign, joined, label, number, percentage_points, select, show_table, show_text, sign
+from lib.study.text import describe_sign, joined, number, percentage_points, select, show_table, show_text, sign
 
 # %% tags=["parameters"]
 # Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
@@ -143,7 +143,13 @@ if panels == 2:
 figure.legend(*axes[0, 0].get_legend_handles_labels(), title="filled: Pareto-optimal", loc="outside right center")
 figures.save(figure, run, "frontier")
 
+
 # %%
+def label(name, rho):
+    """An optimizer and its radius, if it has one."""
+    return f"{name} {rho:.2g}" if rho else name
+
+
 signs = {key: (sign(x), sign(y)) for key, (x, y) in points.items() if key[1] > 0}  # in accuracy and in AUC
 test, leak = {1: "better", 0: "no differently", -1: "worse"}, {1: "more", 0: "no differently", -1: "less"}
 for kind in dict.fromkeys([(1, 1), *signs.values()]):  # the claim's first, then what else there is

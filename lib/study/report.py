@@ -7,6 +7,7 @@ It opens from disk, without a server, a script or the network: figures are embed
 import html
 import re
 import sys
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -27,24 +28,24 @@ from lib.training.store import write_atomic
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MATH = "math menclose mfrac mi mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle msub msubsup msup mtable mtd"
 TAGS = nh3.ALLOWED_TAGS | set(f"{MATH} mtext mtr munder munderover style".split())
-ATTRIBUTES = "alt class colspan columnalign columnspacing display displaystyle fence form height id lang largeop"
-ATTRIBUTES += " linethickness lspace mathvariant maxsize minsize movablelimits notation open rowspacing rowspan rspace"
-ATTRIBUTES += " scope scriptlevel separator start stretchy title type width xmlns"
+EVERYWHERE = "alt class colspan columnalign columnspacing display displaystyle fence form height id lang largeop"
+EVERYWHERE += " linethickness lspace mathvariant maxsize minsize movablelimits notation open rowspacing rowspan rspace"
+EVERYWHERE += " scope scriptlevel separator start stretchy title type width xmlns"
+ATTRIBUTES = {"*": set(EVERYWHERE.split()), "a": {"href"}, "img": {"src"}}
 SETUP = {"setup", "parameters", "injected-parameters"}  # tags of cells that a page folds
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*$")
 LOADS = re.compile(r"<|url\s*\(|@import|expression\s*\(|\\", re.I)  # in a style sheet; a backslash can spell the others
 CSS = """
-:root { color-scheme: light dark; --back: #fff; --text: #1f2328; --line: #d0d7de; --code: #f6f8fa; --link: #0550ae }
-@media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #dfe3e8; --line: #3b4048; --code: #21252b;
-  --link: #79b8ff } }
-body { background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif; margin: auto; padding: 1.5em;
-  max-width: 62em } body.wide { max-width: 90em } a { color: var(--link) }
+:root { color-scheme: light dark }
+body { background: Canvas; color: CanvasText; font: 16px/1.55 system-ui, sans-serif; margin: auto; padding: 1.5em;
+  max-width: 62em }
+body.wide { max-width: 90em }
 table { border-collapse: collapse; font-size: 0.85em; margin: 1em 0; display: block; overflow-x: auto }
-th, td { border: 1px solid var(--line); padding: 0.3em 0.6em; text-align: left }
+th, td { border: 1px solid #8886; padding: 0.3em 0.6em; text-align: left }
 .wide td:first-child { white-space: nowrap }
-pre { background: var(--code); padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
-summary { color: var(--link); cursor: pointer }
-img { max-width: 100%; background: #fff } math { font-size: 1.08em } .anchor-link { visibility: hidden }
+pre { background: #8881; padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
+img { max-width: 100%; background: #fff }
+.anchor-link { visibility: hidden }
 """
 SPELLINGS = {r"\operatorname*": r"\operatorname", r"arg\,min": "argmin", r"\arg\min": r"\operatorname{argmin}",
              "{aligned}": "{align*}", r"\!": ""}  # fmt: skip
@@ -66,11 +67,8 @@ def mathml(tex, display="inline"):
 class Renderer(IPythonRenderer):
     """Markdown as nbconvert renders it, but for the mathematics."""
 
-    def inline_math(self, body):
-        return mathml(body)
-
-    def block_math(self, body):
-        return mathml(body, "block")
+    inline_math = staticmethod(mathml)
+    block_math = staticmethod(partial(mathml, display="block"))
 
     def latex_environment(self, name, body):
         return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
@@ -83,15 +81,8 @@ def clean(body):
         data = re.sub(r"[\x00-\x20]", "", value).lower().startswith("data:")  # browsers ignore these characters
         return None if (name == "src" and not PICTURE.match(value)) or (name == "href" and data) else value
 
-    cleaned = nh3.clean(
-        body,
-        tags=TAGS,
-        clean_content_tags={"script"},
-        attributes={"*": set(ATTRIBUTES.split()), "a": {"href"}, "img": {"src"}},
-        attribute_filter=link,
-        url_schemes={"http", "https", "mailto", "data"},
-        link_rel=None,
-    )
+    schemes, cut = {"http", "https", "mailto", "data"}, {"script"}
+    cleaned = nh3.clean(body, TAGS, cut, ATTRIBUTES, link, link_rel=None, url_schemes=schemes)
     return re.sub(r"<style[^>]*>(.*?)</style>", lambda m: "" if LOADS.search(m[1]) else m[0], cleaned, flags=re.S)
 
 
@@ -121,8 +112,8 @@ def rendered(path):
     for folded, cells in groupby(book.cells, lambda cell: bool(SETUP & set(cell.metadata.get("tags", [])))):
         part, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=list(cells)))
         body += f"<details><summary>Set-up and parameters</summary>{part}</details>" if folded else part
-    headings = re.findall(r"^# (.+)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"), flags=re.M)
-    title = (headings or [path.stem])[0]
+    found = re.search(r"^# (.+)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"), flags=re.M)
+    title = found[1] if found else path.stem
     return title, page(title, body)
 
 
@@ -132,63 +123,58 @@ def bullets(sentences):
 
 
 def controls(rows):
-    """A list in HTML: what the null control and the planted leaks of a run's rows (verdict.read) say."""
-    leak = rows[rows.experiment == "planted leak"]
-    times, once = leak.coordinate.str.removeprefix("times="), leak.coordinate == "times=1"
-    said = []
-    for title, found, words in (
-        ("Null control, membership shuffled", rows[rows.experiment == "null control"], null_control),
-        (f"Planted leak, one example trained {', '.join(times[~once].unique())} times", leak[~once], planted_leak),
-        ("The same example trained once", leak[once], planted_leak),
-    ):
-        said.append(f"{title}: {words(found)}" if len(found) else f"{title.partition(',')[0]}: not run.")
-    return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in said)}</ul>"
+    """What the null control and the planted leaks of a run's rows (verdict.read) say: three sentences."""
+    null, leak = rows[rows.experiment == "null control"], rows[rows.experiment == "planted leak"]
+    once, often = leak[leak.coordinate == "times=1"], leak[leak.coordinate != "times=1"]
+    times = ", ".join(often.coordinate.unique()).removeprefix("times=") or "many"
+    return [
+        f"Null control, membership shuffled: {null_control(null)}",
+        f"Planted leak, one example trained {times} times: {planted_leak(often)}",
+        f"The same example trained once: {planted_leak(once)}",
+    ]
 
 
-def index(ledger, titles, differing=(), checked=""):
+def index(rows, titles, differing):
     """The first page: the verdicts, the controls, a link to every page.
 
-    titles: file name -> title; differing: sentences on settings that differ; checked: HTML of `controls`.
+    rows: of results.csv; titles: file name -> title; differing: sentences on settings that differ.
     """
+    ledger = verdict.ledger(rows)
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
-    groups = ledger[verdict.GROUP].drop_duplicates().agg(lambda row: ", ".join(filter(None, row)), axis=1)
+    groups = [", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values]
     title = f"Flat Is Not Private: {'; '.join(filter(None, groups)) or 'no results yet'}"
-    settings = ledger[["dataset", "arch", "optimizer", "differs"]].drop_duplicates()
-    settings = settings[(settings.optimizer != "") & (settings.differs != "")]
-    lines = [f"{', '.join(about)}: {differs}" for *about, differs in settings.values]
-    lines = lines or ["nothing was run yet"]
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in [*lines, *differing])
+    settings = ledger[(ledger.optimizer != "") & (ledger.differs != "")][["dataset", "arch", "optimizer", "differs"]]
+    lines = [f"{', '.join(about)}: {differs}" for *about, differs in settings.drop_duplicates().values]
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     body = f"""<h1>{html.escape(title)}</h1>
 <p>The paper's claims, and checks of ours: {counted}.
 An effect is a difference from the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
-<ul>{items}</ul>
+{bullets([*(lines or ["nothing was run yet"]), *differing])}
 {verdict.table(ledger).to_html()}
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
 <h2>Controls</h2><p>No attack should find anything in shuffled membership; every attack should find a planted leak.</p>
-{checked}
+{bullets(controls(rows))}
 <h2>The evidence</h2><ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return page(title, body, "wide")
 
 
 def build(out):
     """Write the report of the run in folder `out`: the path of its index. Raises ValueError if nothing is there."""
-    out, results = Path(out), Path(out) / "results.csv"
+    out, results, titles = Path(out), Path(out) / "results.csv", {}
     books = sorted(out.glob("[0-9][0-9]_*.ipynb"))
     if not books and not results.exists():
         raise ValueError(f"out={str(out)!r} has neither results.csv nor an executed notebook: `make study` makes them")
     rows = verdict.read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
-    ledger = verdict.ledger(rows)
     (out / "report").mkdir(exist_ok=True)
-    titles = {}
     for book in books:
         name = f"{book.stem}.html"
         titles[name], text = rendered(book)
         write_atomic(out / "report" / name, text)
-    write_atomic(out / "report" / "index.html", index(ledger, titles, differing(out), controls(rows)))
-    return out / "report" / "index.html"
+    path = out / "report" / "index.html"
+    write_atomic(path, index(rows, titles, differing(out)))
+    return path
 
 
 def main(arguments=None):

@@ -1,5 +1,6 @@
 """Sentences and tables computed from results, never typed. Frames: optimizer, metric, value, ci_low, ci_high."""
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
@@ -11,8 +12,7 @@ def show_text(text):
 
 def number(value, low, high):
     """'0.634 [0.620, 0.648]' with digits to suit the size."""
-    size = max(abs(value), abs(low - high) if pd.notna(low) else 0)
-    digits = 5 if 0 < size < 0.005 else 3
+    digits = 5 if 0 < np.nanmax([abs(value), high - low]) < 0.005 else 3
     interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if pd.notna(low) else ""
     return f"{value:.{digits}f}{interval}"
 
@@ -37,18 +37,14 @@ def show_table(frame, across=("optimizer",)):
 
 
 def select(frame, baseline="", **columns):
-    """The one row of a tidy frame whose columns have these values; baseline "" is an optimizer's own value.
+    """The one row of a tidy frame whose columns have these values; ValueError with them if not exactly one has.
 
-    select(frame, metric="auc", optimizer="sam", baseline="sgd") is SAM's AUC minus SGD's. Raises ValueError that names
-    what was sought if no row or several rows have it.
+    select(frame, metric="auc", optimizer="sam", baseline="sgd") is SAM's AUC minus SGD's; baseline "" is its own AUC.
     """
     wanted = columns | ({"baseline": baseline} if baseline or "baseline" in frame else {})
-    found = frame
-    for column, value in wanted.items():
-        found = found[found[column] == value]
+    found = frame[(frame[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     if len(found) != 1:
-        sought = ", ".join(f"{column}={value!r}" for column, value in wanted.items())
-        raise ValueError(f"{len(found)} rows have {sought}; valid is what exactly one row has")
+        raise ValueError(f"{len(found)} rows have {wanted}; valid is what exactly one row has")
     return found.iloc[0]
 
 
@@ -79,11 +75,6 @@ def joined(names):
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
 
 
-def label(name, rho):
-    """An optimizer and its radius, if it has one."""
-    return f"{name} {rho:.2g}" if rho else name
-
-
 def summary(rows, subject, baseline):
     """'sam leaks more than sgd under 9 attacks (...), less under 1 (gap), ...'. rows: differences, one an attack."""
     more, less, neither = (rows.attack[rows.apply(sign, axis=1) == s] for s in (1, -1, 0))
@@ -95,22 +86,25 @@ def summary(rows, subject, baseline):
 
 def null_control(rows):
     """What the null control's rows say: how many attacks hold 0.5, and which lies furthest from it."""
-    inside = (rows.ci_low <= 0.5) & (rows.ci_high >= 0.5)
+    if rows.empty:
+        return "not run."
+    outside = rows.attack[(rows.ci_low > 0.5) | (rows.ci_high < 0.5)]
     furthest = rows.loc[(rows.value - 0.5).abs().idxmax()]
     return (
-        f"{inside.sum()} of {len(rows)} attacks have 0.5 within their 95% interval; the furthest is {furthest.attack} "
-        f"with {furthest.value:.3f}." + (f" Outside: {joined(rows.attack[~inside])}." if not inside.all() else "")
+        f"{len(rows) - len(outside)} of {len(rows)} attacks have 0.5 within their 95% interval; outside: "
+        f"{joined(outside)}. The furthest is {furthest.attack} with {furthest.value:.3f}."
     )
 
 
 def planted_leak(rows):
     """What the rows of a planted leak say: how many attacks find it, and which do not."""
-    pairs = int(rows.n_models.max()) // 2 if len(rows) else 0
+    if rows.empty:
+        return "not run."
+    pairs = int(rows.n_models.max()) // 2
     if pairs < 6:
         return f"{pairs} pairs are too few to say: with every one found, the interval would still hold 0.5."
     missed = rows.attack[rows.ci_low <= 0.5]
-    said = (
+    return (
         f"{len(rows) - len(missed)} of {len(rows)} attacks find, of two models, the one that was trained on it, "
-        f"in more of {pairs} pairs than chance allows"
+        f"in more of {pairs} pairs than chance allows; not: {joined(missed)}."
     )
-    return said + (f"; {joined(missed)} do not." if 0 < len(missed) < len(rows) else ".")

@@ -18,7 +18,7 @@ def test_select_finds_the_one_row_and_names_what_it_sought():
     assert text.select(FRAME.drop(columns="baseline"), value=0.6).optimizer == "sgd"
     for wanted, rows in ((dict(optimizer="adam"), "0 rows"), (dict(metric="auc"), "2 rows")):
         ((name, value),) = wanted.items()
-        with pytest.raises(ValueError, match=f"{rows}.*{name}='{value}'.*baseline=''"):
+        with pytest.raises(ValueError, match=f"{rows}.*'{name}': '{value}'.*'baseline': ''"):
             text.select(FRAME, **wanted)
 
 

@@ -16,12 +16,10 @@ from lib.attacks.membership import folds
 def influence_blocks(member, values, block=1000):
     """infl[i, j] on `block` test examples at a time: yields (slice of columns, [N, <= block] float32).
 
-    infl[i, j]: mean output on test example j of the models trained with i, minus that of the models trained without i
-    (Feldman & Zhang 2020, equation 2), as one matrix product. member: [M, N] bool; values: [M, T].
+    infl[i, j]: mean output on test example j of the models trained with example i, minus that of the models trained
+    without it (Feldman & Zhang 2020, equation 2). member: [M, N] bool; values: [M, T].
     """
     values, member = checked(values, member)
-    if block < 1:
-        raise ValueError(f"block={block!r}; valid are whole numbers from 1")
     n_in = member.sum(0)
     # infl = W'V with W_mi = 1{i in m} / n_in - 1{i not in m} / n_out
     weights = np.where(member, (1 / n_in).astype(np.float32), (-1 / (len(member) - n_in)).astype(np.float32))
@@ -40,16 +38,13 @@ def influence(member, values, block=1000):
 def influence_entropy(member, values, y, y_test, part="positive", same_class=True, block=1000):
     """I_ent [T]: entropy (nats) of each test example's distribution of influence over the training examples.
 
-    part: "positive" keeps the positive influences, "absolute" the sizes of all; same_class: only training examples of
-    the test example's class. Low: it depends on few training examples. A test example that nothing influences gets the
-    largest possible entropy, log of the number of candidates (of the largest class). Divide by the log of the class's
-    size to compare classes. ValueError if nothing influences anything, or for a test class without training examples.
+    part: "positive" keeps the positive influences, "absolute" the sizes of all. same_class: only training examples of
+    the test example's class; divide by the log of its size to compare classes. Low: it depends on few examples. A test
+    example that nothing influences gets the log of the number of candidates (of the largest class).
     """
     if part not in ("positive", "absolute"):
         raise ValueError(f"part={part!r}; valid are 'positive' and 'absolute'")
     values, y, y_test = np.asarray(values), np.asarray(y), np.asarray(y_test)
-    if len(values) and (values == values[0]).all():
-        raise ValueError("values: every model gives the same outputs, so nothing has any influence")
     if same_class and (lost := set(y_test.tolist()) - set(y.tolist())):
         raise ValueError(f"y_test: class {min(lost)} has no training example; valid are the classes of y")
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
@@ -69,39 +64,32 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
 def buckets(score, n=5, within=None, seed=0):
     """Equal buckets 0..n-1 by rising score [T], with ties in random order: [T]. within: [T] groups, each cut by itself.
 
-    Raises ValueError for NaN, and unless 2 <= n <= the size of the test set (of its smallest group).
+    Raises ValueError for NaN, and unless 2 <= n <= the size of the smallest group.
     """
-    score = np.asarray(score)
-    if np.isnan(score).any():
+    frame = pd.DataFrame({"score": score, "group": 0 if within is None else within})
+    order = np.random.default_rng(seed).permutation(len(frame))
+    own = frame.iloc[order].groupby("group").score
+    smallest, out = own.size().min(), np.empty(len(frame), int)
+    if frame.score.isna().any():
         raise ValueError("score: NaN; valid are numbers")
-    group = np.zeros(len(score), int) if within is None else np.asarray(within)
-    smallest = np.unique(group, return_counts=True)[1].min()
     if not 2 <= n <= smallest:
-        raise ValueError(
-            f"n={n} buckets; valid are 2 to {smallest}, the number of test examples (in the smallest group)"
-        )
-    out, order = np.empty(len(score), int), np.random.default_rng(seed).permutation(len(score))
-    for g in np.unique(group):
-        own = order[group[order] == g]
-        own = own[np.argsort(score[own], kind="stable")]
-        out[own] = np.arange(len(own)) * n // len(own)
+        raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (of its smallest group)")
+    out[order] = (own.rank(method="first") - 1) * n // own.transform("size")
     return out
 
 
 def cross_fitted(form, member):
     """Labels [M, T], where each model's are formed on the *other* half of the models: form(rows) -> [T]."""
-    halves = folds(member)
-    formed = [form(other) for other in reversed(halves)]
-    labels = np.empty((len(member), len(formed[0])), int)
-    for own, label in zip(halves, formed, strict=True):
-        labels[own] = label
+    first, second = folds(member)
+    by_second, by_first = form(second), form(first)
+    labels = np.empty((len(member), len(by_first)), int)
+    labels[first], labels[second] = by_second, by_first
     return labels
 
 
 def step_influence_values(difference, label):
     """Influence values [M, T] of the mean difference [M, T] in the first bucket of label [M, T] minus the last."""
-    first, last = (ratio_influence_values(difference, label == b) for b in (0, label.max()))
-    return first - last
+    return ratio_influence_values(difference, label == 0) - ratio_influence_values(difference, label == label.max())
 
 
 def gains(difference, label, name, total=False):
@@ -113,12 +101,12 @@ def gains(difference, label, name, total=False):
     n = label.max() + 1
     each = [ratio_influence_values(difference, label == b) for b in range(n)]
     found = {f"gain_{name}_{b + 1}": values for b, values in enumerate(each)}
-    found[f"gain_{name}_1_minus_{n}"] = step_influence_values(difference, label)
+    found[f"gain_{name}_1_minus_{n}"] = each[0] - each[-1]
     if total:
         found["gain"] = difference
     if total and (whole := difference.mean()):
-        weight = (label == 0).mean()
-        share = weight * each[0].mean() / whole
+        part = (label == 0).mean() * each[0]
+        share = part.mean() / whole
         # d(a/b) = (da - (a/b) db) / b
-        found[f"gain_share_{name}_1"] = share + (weight * each[0] - share * difference) / whole
+        found[f"gain_share_{name}_1"] = share + (part - share * difference) / whole
     return pd.DataFrame([intervals.row(metric, intervals.estimate(values)) for metric, values in found.items()])

@@ -102,10 +102,7 @@ def t_interval(values, level=0.95) -> Estimate:
 
 
 def proportion(found, n, level=0.95) -> Estimate:
-    """found of n independent trials, with the exact interval of Clopper & Pearson (1934).
-
-    A tie may count half; the bounds are then those of the whole numbers on either side.
-    """
+    """found of n independent trials, with the interval of Clopper & Pearson (1934); a tie may count half."""
     low, high, tail = np.floor(found), np.ceil(found), (1 - level) / 2
     below = stats.beta.ppf(tail, low, n - low + 1) if low > 0 else 0.0
     above = stats.beta.ppf(1 - tail, high + 1, n - high) if high < n else 1.0

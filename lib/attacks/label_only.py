@@ -88,11 +88,9 @@ def copied(x, change, random):
     yield from (change(x, random) for _ in range(COPIES))
 
 
-def flipped(x, random, rate):
-    """Bits x [B, D], each flipped with probability `rate`."""
+def flipped(x, random, rate):  # bits x [B, D], each flipped with probability `rate`
     return (x - (torch.rand(x.shape, generator=random) < rate).to(x)).abs()
 
 
-def jittered(x, random, spread):
-    """x [B, D] plus Gaussian noise of standard deviation spread [D]."""
+def jittered(x, random, spread):  # x [B, D] plus Gaussian noise of standard deviation spread [D]
     return x + spread.to(x) * torch.randn(x.shape, generator=random).to(x)

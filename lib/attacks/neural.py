@@ -30,9 +30,8 @@ BLOCK = 1e7  # numbers in the hidden layers of the networks that train together:
 def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> tuple[np.ndarray, np.ndarray]:
     """(scores, own): log-odds of membership, each [M, N] float32. Members and non-members weigh alike: 0 is undecided.
 
-    scores come from the networks of the other half; own, for learning thresholds, from the network that stopped on the
-    example's quarter: a threshold learned from them in one half has the scale of the scores in the other half, and owes
-    nothing to the examples that it judges there.
+    scores come from the networks of the other half. own, from the network that stopped on the example's quarter, are
+    for learning thresholds: they have the scale of the other half's scores, and owe those examples nothing.
 
     logits: [M, N, C] floats (or a memory map, read by blocks of models); y: [N] labels; member: [M, N] bool.
     half: [M, N] bool, default calibration_split(member, seed, groups=groups). It must not be drawn within classes: then
@@ -57,11 +56,9 @@ def attack(logits, y, member, half=None, seed=0, device="cpu", groups=None) -> t
         rows = slice(start, start + block)
         # a network sees the largest log-probabilities in descending order, phi and log p_y
         log_p = F.log_softmax(torch.from_numpy(np.array(logits[rows], np.float32)), -1)
-        features = [
-            log_p.topk(min(TOP, log_p.shape[-1]))[0],
-            *(torch.from_numpy(s[rows, :, None]) for s in seen.values()),
-        ]
-        x = torch.cat(features, -1).clamp(-GAP, GAP).to(device)  # [B, N, features]
+        top = log_p.topk(min(TOP, log_p.shape[-1]))[0]
+        more = [torch.from_numpy(s[rows, :, None]) for s in seen.values()]
+        x = torch.cat([top, *more], -1).clamp(-GAP, GAP).to(device)  # [B, N, features]
         inside, part = (torch.as_tensor(a[rows], device=device) for a in (member, quarter))
         odds = log_odds_of_networks(x, inside, part, size, seed)  # [B, 4, N]
         judges = torch.where(part < 2, odds[:, 2:].mean(1), odds[:, :2].mean(1))

@@ -3,9 +3,8 @@
 Each model is in turn the target, and all the others are its shadows. For every example, the shadows that trained on it
 (IN) and those that did not (OUT) show what the target's output would look like in either case.
 
-Where models are complementary pairs, the target's partner is left out as well. Every example is in exactly half of all
-models, so if only the target were left out, the number of IN models among the rest would give away the target's own
-membership. With the pair left out, an attack on a model that leaks nothing has AUC 1/2 exactly.
+Where models are complementary pairs, the target's partner is left out as well: otherwise the number of IN models among
+the rest would give away the target's own membership. So an attack on a model that leaks nothing has AUC 1/2 exactly.
 """
 
 import numpy as np
@@ -41,7 +40,6 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
     outside, left_out = ~inside, to_leave_out(inside, leave)
     require_shadows(inside, 2, not offline)
     all_in, all_out = statistics(phi, inside), statistics(phi, outside)
-    scores = np.empty(phi.shape, np.float32)
 
     def gaussian(side, chosen, m):
         n, mean, squares = without(side, phi, chosen, left_out[m])
@@ -51,14 +49,12 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
         mean_out, var_out = gaussian(all_out, outside, m)
         if offline:
             # z = (phi - mu_out) / sigma_out
-            scores[m] = (phi[m] - mean_out) / np.sqrt(var_out)
-        else:
-            mean_in, var_in = gaussian(all_in, inside, m)
-            # log Lambda = log N(phi; mu_in, sigma_in^2) - log N(phi; mu_out, sigma_out^2)
-            scores[m] = log_normal(phi[m], mean_in, var_in) - log_normal(phi[m], mean_out, var_out)
+            return ((phi[m] - mean_out) / np.sqrt(var_out)).astype(np.float32)
+        mean_in, var_in = gaussian(all_in, inside, m)
+        # log Lambda = log N(phi; mu_in, sigma_in^2) - log N(phi; mu_out, sigma_out^2)
+        return (log_normal(phi[m], mean_in, var_in) - log_normal(phi[m], mean_out, var_out)).astype(np.float32)
 
-    parallel(attack, range(len(phi)))
-    return scores
+    return np.stack(parallel(attack, range(len(phi))))
 
 
 def log_normal(x, mean, variance):  # up to a constant
@@ -110,9 +106,6 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
     return scores
 
 
-# ---- statistics of the shadows, the target left out ------------------------------------------------------
-
-
 def to_leave_out(member, leave) -> np.ndarray:
     """Which models to leave out when model m is the target: [M, 1] (itself) or [M, 2] (itself and its partner)."""
     partner, own = partners(member), np.arange(len(member))
@@ -126,9 +119,8 @@ def require_shadows(member, least, online=True):
     n_in, n = member.sum(0), len(member)
     short = (n - n_in <= least) | (online & (n_in <= least))
     for i in np.flatnonzero(short)[:1]:
-        where = {0: "none", n: "all"}.get(int(n_in[i]), str(n_in[i]))
         valid = f"at least {least + 1} {'IN and OUT' if online else 'OUT'} models for every example"
-        found = f"example {i} is in {where} of n_models = {n}"
+        found = f"example {i} is in {n_in[i]} of n_models = {n}"
         raise ValueError(f"member: {found}; valid are {valid} (n_models >= {2 * least + 2} in halves)")
 
 

@@ -16,16 +16,14 @@ def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     """
     log_confidence, member = checked(log_confidence, member)
     half = calibration_split(member, seed) if half is None else half
-    scores = np.empty(member.shape, np.float32)
 
     def attack(m):
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
         mean = np.array([loss[member[m] & (half[m] == h)].mean() for h in (False, True)])
         # score = log(mean loss of the members in the other half) - log(loss)
-        scores[m] = np.log(mean)[1 - half[m].astype(int)] - np.log(loss)
+        return (np.log(mean)[1 - half[m].astype(int)] - np.log(loss)).astype(np.float32)
 
-    parallel(attack, range(len(member)))
-    return scores
+    return np.stack(parallel(attack, range(len(member))))
 
 
 def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
@@ -41,7 +39,6 @@ def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
     need(np.shape(y) == scores.shape[1:], f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
     half = calibration_split(member, seed, y) if half is None else half
-    out = np.empty(member.shape, np.float32)
 
     def attack(m):
         side = half[m].astype(np.uint16)
@@ -50,10 +47,9 @@ def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
             everyone = np.tile(best_thresholds(own[m], member[m], side, 2), y.max() + 1)
             best = np.where(np.isnan(best), everyone, best)
         # score - threshold of its class in the other half
-        out[m] = scores[m] - best[2 * y + 1 - side]
+        return (scores[m] - best[2 * y + 1 - side]).astype(np.float32)
 
-    parallel(attack, range(len(member)))
-    return out
+    return np.stack(parallel(attack, range(len(member))))
 
 
 def best_thresholds(s, member, group, n_groups) -> np.ndarray:

@@ -76,13 +76,12 @@ def null_member(member, seed=0, groups=None) -> np.ndarray:
 
     Given to an attack in the place of `member`, with the real logits, it gives AUC 1/2 if there is no fault.
 
-    For complementary pairs, each pair's halves are drawn anew, with the sizes that they had. So LiRA and RMIA with
-    leave="pair" have AUC 1/2 in expectation, and learned thresholds accuracy 1/2, up to O(1/N); with leave="model" the
-    number of IN models gives the target away. groups [N] (a patient's two eyes) stay whole, as members if their first
-    example is one: they trade places with groups of their size, and the two sides of a pair with each other, at random.
-
-    Without pairs, one permutation of the examples serves all models, whatever the groups. Halves that really overlap
-    more then also do so in the null, and LiRA finds a trace of that.
+    Each complementary pair's halves are drawn anew, with the sizes that they had. So LiRA and RMIA with leave="pair"
+    have AUC 1/2 in expectation, and learned thresholds accuracy 1/2, up to O(1/N); with leave="model" the number of IN
+    models gives the target away. groups [N] (a patient's two eyes) stay whole, as members if their first example is
+    one: they trade places with groups of their size, and the two sides of a pair with each other, at random. Without
+    pairs, one permutation of the examples serves all models, whatever the groups: halves that really overlap more then
+    also do so in the null, and LiRA finds a trace of that.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:

@@ -171,10 +171,7 @@ def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
 
 
 def reportable(member, fprs=FPRS, within=False) -> list[float]:
-    """The rates at which each fold of models expects ten false positives or more; none with one pair of models.
-
-    within: each half of every model's examples instead, as in tpr_influence_values_within.
-    """
+    """The rates at which each fold of models (within: each half of a model's examples) expects ten false positives."""
     member = np.asarray(member)
     counts = (~member).sum(1) // 2 if within else [(~member[fold]).sum() for fold in folds(member)]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
@@ -263,8 +260,7 @@ def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
 def tpr_influence_values_within(scores, member, fpr, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray]:
     """As `tpr_influence_values`, for an auditor who knows some non-members of the target: one model is enough.
 
-    The threshold comes from the non-members in one random half of the target's examples and is applied to the other
-    half, and vice versa. seed, groups: as in calibration_split.
+    The threshold comes from the non-members in one half of its examples (calibration_split) and judges the other half.
     """
     scores, member = checked(scores, member)
     half = calibration_split(member, seed, groups=groups).astype(int)

@@ -1,9 +1,8 @@
 """From logits to what a membership attack looks at: one number for each model and example.
 
 Everything is computed in float64 from differences to the largest logit, so that no digits cancel when a model is nearly
-certain, and returned in float32. phi, the loss and the entropies reach their limits at zero or infinity, where float32
-keeps seven digits. Only `confidence` saturates: it ties at 1.0 from phi = 17 on. The attacks therefore rank by phi,
-which has the same order and no ties.
+certain, and returned in float32. Only `confidence` saturates: it ties at 1.0 from phi = 17 on. The attacks therefore
+rank by phi, which has the same order and no ties.
 """
 
 import os

@@ -10,9 +10,8 @@ from lib.attacks.signals import TINY, parallel
 def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     """Yeom et al. (2018, adversary 2), "member if the loss is below the mean member loss": scores [M, N] float32.
 
-    The decision is score > 0. The mean over one half of the target's members judges the other half, and vice versa. As
-    log(mean loss) - log(loss), losses near zero stay distinct in float32. half: [M, N] bool, default
-    calibration_split(member, seed).
+    The decision is score > 0. The mean over one half of the target's members judges the other half, and vice versa. In
+    logarithms, losses near zero stay distinct. half: [M, N] bool, default calibration_split(member, seed).
     """
     log_confidence, member = checked(log_confidence, member)
     half = calibration_split(member, seed) if half is None else half

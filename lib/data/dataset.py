@@ -19,9 +19,6 @@ from lib import need
 from lib.data import sources
 from lib.data.sources import DATASETS, ROOT
 
-SHARES = {"digits": 597 / 1797, "npz": 0.25}  # split off as the test part where none is given; others: 0.2
-NEAR = 0.5  # a near duplicate is this much nearer than a typical nearest neighbour: see `duplicates`
-
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -61,10 +58,9 @@ class Dataset:
 def load(name: str, data=None, cache=None) -> Dataset:
     """Load a data set of DATASETS; `data` is its path, `cache` the folder for decoded data (store/cache).
 
-    `folder` reads images train/<class>/ and test/<class>/, also in an archive; `npz` reads x, y (or features, labels)
-    and groups; the other forms are those in which a data set is published. data=None looks in data/, which
-    sources.SOURCES says how to fill. Where there is no test part, one is split off, in whole groups. Raises
-    FileNotFoundError for a missing path, ValueError for anything else that is wrong.
+    `folder` reads images train/<class>/ and test/<class>/, also in an archive; an .npz holds x, y (or features, labels)
+    and groups; other forms are those in which a data set is published. data=None looks in data/. Without a test part,
+    one is split off, in whole groups. Raises FileNotFoundError for a missing path, ValueError for anything else.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -80,10 +76,10 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
     possible. n_test limits the test part; None keeps it all. Raises ValueError.
     """
     n, t, least = len(dataset.y), len(dataset.y_test), 2 * dataset.n_classes
-    need(_whole(seed, 0), f"seed={seed!r}: needs a whole number, not negative")
-    even = n_examples is None or _whole(n_examples, least, n) and n_examples % 2 == 0
+    need(isinstance(seed, int | np.integer) and seed >= 0, f"{seed=}: needs a whole number, not negative")
+    even = n_examples in (None, *range(least, n + 1, 2))
     need(even, f"{n_examples=}: needs an even number from {least} (two of each class) to {n} (all there are)")
-    need(n_test is None or _whole(n_test, 1, t), f"{n_test=}: needs a whole number from 1 to {t} (all there are)")
+    need(n_test in (None, *range(1, t + 1)), f"{n_test=}: needs a whole number from 1 to {t} (all there are)")
     if n_test is not None:
         dataset = _subset(dataset, _draw(dataset.y_test, n_test, seed), "x_test y_test groups_test pattern_test")
     grouped = dataset.groups is not None
@@ -137,14 +133,12 @@ def validate(dataset: Dataset) -> Dataset:
 def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
     """Each pool example's nearest other pool example and nearest test example: a frame of N lines.
 
-    Columns: `nearest` (index in the pool), `distance` (root mean square difference of the model inputs in units of
-    their pooled standard deviation: sqrt(2) for two unrelated examples), `exact` (equal bytes), `near` (distance below
-    `near`, or exact), `other_label` (the nearest has another one; among exact copies such a one counts as nearest), and
-    test_nearest, test_distance, test_exact, test_near.
-
-    near=None: half the median nearest distance of the examples that are not exact copies, in frame.attrs["near"]. In d
-    intrinsic dimensions, about 2^-d log 2 of independent draws are so near by chance: 0.07% at d = 10. It is a screen,
-    no proof: half of such pairs in CIFAR-10 are one picture, the others two plain skies or seas. Raises ValueError.
+    Columns: nearest (index in the pool), distance (root mean square difference of the model inputs, in pooled standard
+    deviations: sqrt(2) for unrelated examples), exact (equal bytes), near (distance below `near`, or exact),
+    other_label (of the nearest; among exact copies one with another label counts as nearest), and test_nearest,
+    test_distance, test_exact, test_near. near=None: half the median nearest distance of those without an exact copy, in
+    frame.attrs["near"]. In d dimensions, about 2^-d log 2 of independent draws are so near by chance: 0.07% at d = 10.
+    Half of such pairs in CIFAR-10 are one picture, the others two plain skies or seas. Raises ValueError.
     """
     fine = near is None or isinstance(near, int | float | np.number) and 0 <= near < np.inf
     need(fine, f"{near=}: needs a number, not negative")
@@ -165,7 +159,7 @@ def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
             frame.loc[same, "nearest"] = np.where(other == same, low, other)
     frame["other_label"] = y != y[frame.nearest]
     unique = frame.distance[~frame.exact]
-    near = near if near is not None else NEAR * unique.median() if len(unique) else 0.0
+    near = near if near is not None else unique.median() / 2 if len(unique) else 0.0
     frame["near"] = frame.exact | (frame.distance < near)
     frame["test_near"] = frame.test_exact | (frame.test_distance < near)
     frame.attrs["near"] = float(near)
@@ -173,11 +167,7 @@ def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
 
 
 def duplicate_table(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
-    """Tidy rows (metric, value, ci_low, ci_high): how many duplicates the pool has, and which share of it they are.
-
-    A non-member with a near-copy among the members is effectively a member; an example whose copy has another label can
-    only be memorized.
-    """
+    """Tidy rows (metric, value, ci_low, ci_high): how many duplicates the pool has, and which share of it they are."""
     frame = duplicates(dataset, near)
     rows = {"near_duplicate_distance": frame.attrs["near"], "median_nearest_distance": frame.distance.median()}
     for kind in ("exact", "near"):
@@ -186,10 +176,6 @@ def duplicate_table(dataset: Dataset, near: float | None = None) -> pd.DataFrame
         for what, found in counts.items():
             rows |= {f"{kind}_{what}": float(found.sum()), f"{kind}_{what}_share": found.mean()}
     return pd.DataFrame({"metric": rows.keys(), "value": rows.values(), "ci_low": np.nan, "ci_high": np.nan})
-
-
-def _whole(value, low: int, high: float = np.inf) -> bool:
-    return isinstance(value, int | np.integer) and low <= value <= high
 
 
 def _subset(dataset: Dataset, keep: np.ndarray, fields: str) -> Dataset:
@@ -270,7 +256,8 @@ def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=Non
         need(found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
     if x_test is None:
         groups, top = _grouped(validate(d))
-        n = max(len(top) - round(SHARES.get(name, 0.2) * len(top)), 2 * d.n_classes)
+        share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
+        n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
         need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
         keep = np.isin(groups, _draw(top, n, seed=0, least=2))
         test = _subset(d, ~keep, "x y groups")

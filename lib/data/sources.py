@@ -82,8 +82,8 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     path = _find(name, data)
     if name in ("cifar10", "cifar100") and path.name in FILES[name]:
         return _cifar(name, path, download=data is None)
-    if name == "npz" or name in TEXTS and path.suffix == ".npz":
-        return _npz(path, binary=name in TEXTS)
+    if name == "npz" or path.suffix == ".npz":
+        return _npz(path)
     if name == "eyepacs":
         return _cached(name, path, RETINA, _retina, cache)
     if name not in TEXTS:
@@ -113,9 +113,8 @@ def _find(name: str, data) -> Path:
         raise FileNotFoundError(f"data={data!r}: {what}. {name}: {SOURCES.get(name, '')}")
     path, beside = found[0], found[0].with_name(f"{found[0].name}.sha256")
     if path.is_file() and beside.is_file():
-        digest = sha256(np.memmap(path, mode="r")).hexdigest()
-        same = digest == beside.read_text().lower()[:64]
-        need(same, f"the sha256 of {path.name} is {digest}, not the one in {beside.name}; obtain the file again")
+        digest, known = sha256(np.memmap(path, mode="r")).hexdigest(), beside.read_text().lower()[:64]
+        need(digest == known, f"the sha256 of {path.name} is {digest}, in {beside.name} {known}; obtain the file again")
     return path
 
 
@@ -164,7 +163,7 @@ def _cifar(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
     return {"x": train.data, "y": names[train.targets], "x_test": test.data, "y_test": names[test.targets]}
 
 
-def _npz(path: Path, binary: bool) -> dict[str, np.ndarray]:
+def _npz(path: Path) -> dict[str, np.ndarray]:
     """x, y and perhaps x_test, y_test and groups; in the file they may have any of NAMES."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -178,7 +177,7 @@ def _npz(path: Path, binary: bool) -> dict[str, np.ndarray]:
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     forms = "; or ".join(", ".join(names) for names in NAMES)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (the test part and groups are optional)")
-    return {key: _binary(a) if binary and key[0] == "x" else a for key, a in arrays.items()}
+    return arrays
 
 
 def fits(file: np.lib.npyio.NpzFile) -> None:
@@ -291,15 +290,9 @@ def _text(name: str, files) -> dict[str, np.ndarray]:
     x, labels = (tables["feats"], tables["labels"]) if name == "texas100" else (held[0][1][:, 1:], held[0][1])
     odd = np.setxor1d(labels[:, 0], np.arange(1, 101))[:5].tolist()
     need(not odd, f"labels {odd} are not in 1..100, or have no example; all of 1..100 and no others are needed")
-    return {"x": _binary(x), "y": labels[:, 0] - 1}
-
-
-def _binary(x: np.ndarray) -> np.ndarray:
-    """x [N, D] as uint8. Raises ValueError unless all of it is 0 or 1."""
-    need(x.ndim == 2, f"x is {list(x.shape)}; binary features [N, D] are needed")
     wrong = ~np.isin(x, (0, 1))
     need(not wrong.any(), f"x holds {x[wrong][:1]} in column {wrong.any(axis=0).argmax()}; only 0 and 1 are valid")
-    return x.astype(np.uint8)
+    return {"x": x.astype(np.uint8), "y": labels[:, 0] - 1}
 
 
 def _retina(files) -> dict[str, np.ndarray]:

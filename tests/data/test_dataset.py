@@ -110,7 +110,7 @@ def test_pool_is_stratified_even_and_set_by_its_seed():
     assert np.bincount(pool(d, n_test=15).y_test).tolist() == [5, 5, 5] and len(pool(d, n_test=15).y) == 40
 
 
-@pytest.mark.parametrize("name,value", [("n_examples", v) for v in (7, 42, 4, 2, 0, -2, 8.0, True)]
+@pytest.mark.parametrize("name,value", [("n_examples", v) for v in (7, 42, 4, 2, 0, -2, 8.5, True)]
                          + [("n_test", v) for v in (0, 31)] + [("seed", -1)])  # fmt: skip
 def test_bad_pools(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: needs"):

@@ -323,17 +323,6 @@ def test_bad_purchase100(tmp_path, content, match):
         load("purchase100", tmp_path / "dataset_purchase", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("arrays,match", [
-    ({"x": X, "y": Y}, "column 0.*0 and 1"),
-    ({"x": np.where(np.arange(5) == 4, np.nan, BITS[:40, :5]), "y": Y}, "nan.*column 4"),
-    ({"x": BITS[:40], "y": Y, "x_test": BITS[:4] * 2, "y_test": Y[:4]}, "2.*0 and 1"),
-    ({"x": BITS[:40, :, None], "y": Y}, r"binary features \[N, D\]"),
-])  # fmt: skip
-def test_bad_binary_npz(tmp_path, arrays, match):
-    with pytest.raises(ValueError, match=f"data=.*{match}"):
-        load("texas100", npz(tmp_path, **arrays))
-
-
 def test_bad_archives_of_tables(tmp_path):
     whole = tgz(tmp_path / "a.tgz", dataset_purchase=text(BITS, LABELS)).read_bytes()
     for damaged in (whole[:-2000], whole[: len(whole) // 2], b"", gzip.compress(b"no tar")):

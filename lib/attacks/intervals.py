@@ -37,9 +37,6 @@ class Estimate(NamedTuple):
     high: float
 
 
-# ---- intervals -------------------------------------------------------------------------------------------
-
-
 def estimate(
     influence_values, clusters=None, level=0.95, rate=False, shadow_correction=0.0, columns=None, examples_only=False
 ) -> Estimate:

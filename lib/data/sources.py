@@ -110,7 +110,7 @@ def _find(name: str, data) -> Path:
         found = places  # torchvision downloads what is missing
     if not found:
         what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
-        raise FileNotFoundError(f"data={data!r}: {what}. {name}: {SOURCES.get(name, '')}")
+        raise FileNotFoundError(f"data={data!r}: {what}. {SOURCES.get(name, '')}")
     path, beside = found[0], found[0].with_name(f"{found[0].name}.sha256")
     if path.is_file() and beside.is_file():
         digest, known = sha256(np.memmap(path, mode="r")).hexdigest(), beside.read_text().lower()[:64]

@@ -336,17 +336,17 @@ def at_equal(name, length_sweep, treatment, baseline):
         "train_loss": (train_losses, False, np.log, np.exp, ".3g"),
         "test_accuracy": (hits_on_test, True, float, float, ".4f"),
     }[name]
-    runs = [e for (_, optimizer), e in length_sweep.items() if optimizer == baseline]
-    runs.sort(key=lambda e: scale(values_of(e).mean()))
-    places = np.array([scale(values_of(e).mean()) for e in runs])
-    aucs, rows = np.array([lira_influence_values(e) for e in runs], np.float32), []
+    runs = {scale(values_of(e).mean()): e for (_, optimizer), e in length_sweep.items() if optimizer == baseline}
+    places, rows = np.array(sorted(runs)), []
+    aucs = np.array([lira_influence_values(runs[k]) for k in places], np.float32)
     for (epochs, optimizer), e in length_sweep.items():
         place = scale(values_of(e).mean())
         right = int(np.searchsorted(places, place))
         if optimizer != treatment or not 0 < right < len(places):
             continue
         ends = [right - 1, right]
-        apart = estimate(values_of(runs[right]) - values_of(runs[right - 1]), **design(e, test))
+        before, after = (values_of(runs[k]) for k in places[ends])
+        apart = estimate(after - before, **design(e, test))
         if apart.low <= 0 <= apart.high:
             continue
         curves = [ends, *([*ends, k] for k in (right - 2, right + 1) if 0 <= k < len(places))]

@@ -72,7 +72,7 @@ def forest(frame, panels, rows="attack", reference=None):
     panels: dict metric -> label of the x axis. reference: the row whose value a grey line marks; None marks 0.
     """
     order = list(frame[rows].unique())
-    size = (3.4 * len(panels) + 2.6, 0.34 * len(order) + 1.2)
+    size = (3.6 * len(panels) + 3.4, 0.34 * len(order) + 1.2)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (metric, xlabel) in zip(axes[0], panels.items(), strict=True):
         part = frame[frame.metric == metric]

@@ -43,7 +43,7 @@ body.wide { max-width: 90em }
 table { border-collapse: collapse; font-size: 0.85em; margin: 1em 0; display: block; overflow-x: auto }
 th, td { border: 1px solid #8886; padding: 0.3em 0.6em; text-align: left }
 .wide td:first-child { white-space: nowrap }
-pre { background: #8881; padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
+pre { background: #8888880c; padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
 img { max-width: 100%; background: #fff }
 .anchor-link { visibility: hidden }
 """

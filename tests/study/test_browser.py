@@ -235,4 +235,4 @@ def test_a_report_fits_a_small_screen_and_can_be_read_in_light_and_dark(page, pa
         ratio, text = page.contrast("body *")
         assert ratio > 4.5, f"{url}: {text!r} is hard to read in {scheme} ({ratio:.1f})"
     assert len(pages) == 7 and page.js("getComputedStyle(document.body).backgroundColor") in {
-        "light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 28)"}[scheme]  # fmt: skip
+        "light": "rgb(255, 255, 255)", "dark": "rgb(18, 18, 18)"}[scheme]  # fmt: skip

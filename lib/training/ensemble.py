@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib import need
 from lib.data.dataset import Dataset, inputs
 from lib.training import networks, step
 from lib.training.recipe import Recipe, generator, learning_rate, membership
@@ -252,8 +253,8 @@ def device_of(name="auto"):
     """torch.device of auto, cpu, cuda, cuda:1 or mps. Raises ValueError naming `device` if it is not there."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     numbered = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name not in ("auto", *there, *numbered):
-        raise ValueError(f"device={name!r} is not available on this machine: choose auto, {', '.join(there)}")
+    known = "auto", *there, *numbered
+    need(name in known, f"device={name!r} is not available on this machine: choose auto, {', '.join(there)}")
     return torch.device(there[0] if name == "auto" else name)
 
 
@@ -271,22 +272,19 @@ def check(recipe, dataset, n_models):
     """Raise ValueError naming the parameter if this ensemble can't be trained: called before any training."""
     n, shape = len(dataset.y), dataset.x.shape[1:]
     size, optimizer = round(n * recipe.subset), recipe.optimizer
-    if n_models < 2 or n_models % 2:
-        raise ValueError(f"n_models={n_models!r} is not valid: models come in pairs, so an even number from 2")
-    if n % 2 and recipe.subset == 0.5:
-        raise ValueError(f"n_examples={n} is odd: complementary halves need an even number")
-    if not 1 <= size < n:
-        raise ValueError(f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
-    if (recipe.augment or recipe.queries > 1) and not dataset.is_image:
-        raise ValueError(f"augment={recipe.augment!r} needs images; an example here has shape {shape}")
+    even = n_models >= 2 and n_models % 2 == 0
+    need(even, f"n_models={n_models!r} is not valid: models come in pairs, so an even number from 2")
+    need(n % 2 == 0 or recipe.subset != 0.5, f"n_examples={n} is odd: complementary halves need an even number")
+    need(1 <= size < n, f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
+    fine = dataset.is_image or not (recipe.augment or recipe.queries > 1)
+    need(fine, f"augment={recipe.augment!r} needs images; an example here has shape {shape}")
     net = networks.build(recipe.arch, shape, dataset.n_classes)
     if recipe.arch not in networks.MODELS:
         networks.check_repeatable(net, recipe.arch, shape)
-    if "per_example" in optimizer.wants and networks.has_batchnorm(net):
-        raise ValueError(f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
-    if optimizer.is_private and optimizer.asks_again():
-        why = f"{optimizer.base_name} evaluates the gradient again within a step, which no accountant counts"
-        raise ValueError(f"optimizer={optimizer.text!r}: {why}: choose another base")
+    mixes = "per_example" in optimizer.wants and networks.has_batchnorm(net)
+    need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
+    why = f"{optimizer.base_name} evaluates the gradient again within a step, which no accountant counts"
+    counted = not (optimizer.is_private and optimizer.asks_again())
+    need(counted, f"optimizer={optimizer.text!r}: {why}: choose another base")
     membership(recipe, n, [0], dataset.groups)
-    if recipe.batch_size > size:
-        raise ValueError(f"batch_size={recipe.batch_size!r} is larger than a model's {size} training examples")
+    need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.models import vgg
 
+from lib import need
+
 
 def mlp(shape, n_classes, hidden=(256,), activation=nn.ReLU, norm=False):
     """Fully connected layers on the flattened input, by default one of 256 ReLUs; norm: BatchNorm before each.
@@ -111,8 +113,8 @@ def wrn28_2(shape, n_classes, blocks=4, widen=2):
 
 def vgg16_bn(shape, n_classes):
     """torchvision's VGG-16 features with BatchNorm, then one linear layer, without the original head's dropout."""
-    if min(shape[1:]) < 32:
-        raise ValueError(f"arch='vgg16_bn' needs images of 32x32 or more, but an example has shape {tuple(shape)}")
+    fine = min(shape[1:]) >= 32
+    need(fine, f"arch='vgg16_bn' needs images of 32x32 or more, but an example has shape {tuple(shape)}")
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
     features[0] = nn.Conv2d(shape[0], 64, 3, 1, 1)
     return he_normal(nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, n_classes)))
@@ -150,11 +152,10 @@ def build(arch, shape, n_classes):
     nn.Module. shape: of one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if that can't be made.
     """
     if arch in MODELS:
-        if not arch.startswith("mlp") and len(shape) != 3:
-            raise ValueError(f"arch={arch!r} needs images, but an example has shape {tuple(shape)}: use arch='mlp'")
+        fine = arch.startswith("mlp") or len(shape) == 3
+        need(fine, f"arch={arch!r} needs images, but an example has shape {tuple(shape)}: use arch='mlp'")
         return MODELS[arch](shape, n_classes)
-    if ":" not in arch:
-        raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
+    need(":" in arch, f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
     own = resolve(arch, "arch")
     try:
         net = own(shape, n_classes)
@@ -164,8 +165,8 @@ def build(arch, shape, n_classes):
     except Exception as error:
         wanted = f"a callable (shape, n_classes) that makes an nn.Module for examples of shape {tuple(shape)} is needed"
         raise ValueError(f"arch={arch!r} fails: {error!r}; {wanted}") from error
-    if found != (2, n_classes):
-        raise ValueError(f"arch={arch!r} maps 2 examples to {found}: logits of shape {(2, n_classes)} are needed")
+    wanted = 2, n_classes
+    need(found == wanted, f"arch={arch!r} maps 2 examples to {found}: logits of shape {wanted} are needed")
     for module, training in modes.items():
         module.training = training
     return net
@@ -176,14 +177,14 @@ def check_repeatable(net, arch, shape):
     twin, x = copy.deepcopy(net).train(), torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         first, second = (torch.manual_seed(seed) and twin(x) for seed in (0, 1))
-    if not torch.equal(first, second):
-        raise ValueError(f"arch={arch!r} draws random numbers in training, as dropout does: take that out, or p=0")
+    what = f"arch={arch!r} draws random numbers in training, as dropout does"
+    need(torch.equal(first, second), f"{what}: take that out, or p=0")
 
 
 def resolve(path, parameter):
     """The object at package.module:name, also of a module in the current directory. ValueError naming `parameter`."""
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", path):
-        raise ValueError(f"{parameter}={path!r} is not an import path: it is written package.module:name")
+    fine = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", path)
+    need(fine, f"{parameter}={path!r} is not an import path: it is written package.module:name")
     module, name = path.split(":")
     here = os.getcwd()
     sys.path.insert(0, here)

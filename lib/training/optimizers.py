@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from lib import need
 from lib.training import networks, privacy, sharpness
 
 BASES = {
@@ -166,8 +167,8 @@ def _parse(text):
     known = {name: found for name, found in {**BASES, **RULES}.items() if name != "plain"}
     rule, base, kinds = ("plain", sharpness.plain, {}), ("sgd", BASES["sgd"], {}), []
     for name, options in zip(names, given, strict=True):
-        if ":" not in name and name not in known:
-            raise ValueError(f"{name!r} is unknown: choose from {', '.join(known)}, or package.module:name")
+        fine = ":" in name or name in known
+        need(fine, f"{name!r} is unknown: choose from {', '.join(known)}, or package.module:name")
         found = known[name] if name in known else networks.resolve(name, "optimizers")
         if name in BASES or (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
             base, kinds = (name, found, options), [*kinds, "base"]
@@ -175,8 +176,8 @@ def _parse(text):
             rule, kinds = (name, found, options), [*kinds, "rule"]
         else:
             raise ValueError(f"{name} is {type(found).__name__}: an Optimizer class of torch or a function is needed")
-    if kinds not in (["base"], ["rule"], ["rule", "base"]):
-        raise ValueError("a base, a rule, or rule+base is needed, as in sgd, sam or sam+adamw")
+    fine = kinds in (["base"], ["rule"], ["rule", "base"])
+    need(fine, "a base, a rule, or rule+base is needed, as in sgd, sam or sam+adamw")
     options = _checked_options(*rule)
     rho = options.pop("rho", None)
     base_name = written(base[0], base[2])
@@ -184,8 +185,7 @@ def _parse(text):
     whole = base_name if rule[0] == "plain" else written_rule + (f"+{base_name}" if base_name != "sgd" else "")
     parsed = Optimizer(whole, *rule[:2], options, base_name, *base[1:], rho)
     try:  # what the base refuses is said before anything is trained
-        if "lr" in base[2]:
-            raise ValueError("lr is a parameter of its own")
+        need("lr" not in base[2], "lr is a parameter of its own")
         parsed.build([torch.zeros(1, requires_grad=True)], 0.1, 0.9, 0.0)
     except Exception as error:
         raise ValueError(f"{base[0]} can't be built: {error}") from None
@@ -199,24 +199,19 @@ def _checked_options(name, rule, options):
     """The given options of a rule in their types; ValueError for a function that is no rule, or for a bad option."""
     arguments = list(inspect.signature(rule).parameters.values())
     own = {a.name: a.default for a in arguments[2:] if a.name not in sharpness.CONTEXT}
-    if len(arguments) < 2 or inspect.Parameter.empty in own.values():
-        raise ValueError(
-            f"{name}{inspect.signature(rule)} is no rule: it must take gradient and params, then any of "
-            f"{', '.join(sharpness.CONTEXT)}, and options with defaults"
-        )
+    form = f"gradient and params, then any of {', '.join(sharpness.CONTEXT)}, and options with defaults"
+    fine = len(arguments) >= 2 and inspect.Parameter.empty not in own.values()
+    need(fine, f"{name}{inspect.signature(rule)} is no rule: it must take {form}")
     own |= {"rho": 0.0} if "rho" in inspect.signature(rule).parameters else {}
     limits = sharpness.LIMITS if name in RULES else {"k": sharpness.LIMITS["k"]}
     for option, value in options.items():
-        if option not in own:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(own) or 'none'}")
+        need(option in own, f"{name} has no option {option!r}; it has {', '.join(own) or 'none'}")
         kind = type(own[option])
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"{option}={value!r} of {name}: {kind.__name__} expected")
+        fine = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        need(fine, f"{option}={value!r} of {name}: {kind.__name__} expected")
         low, high = limits.get(option, (value, value))
-        if not low <= value <= high:
-            raise ValueError(f"{option}={value!r} of {name} must lie between {low} and {high}")
-        if kind is float and not np.isfinite(value):
-            raise ValueError(f"{option}={value!r} of {name} must be finite")
+        need(low <= value <= high, f"{option}={value!r} of {name} must lie between {low} and {high}")
+        need(kind is not float or np.isfinite(value), f"{option}={value!r} of {name} must be finite")
     return {option: type(own[option])(value) for option, value in options.items()}
 
 
@@ -246,7 +241,7 @@ def dry_run(optimizer, is_kth_step):
         fine = {n: g.shape for n, g in grads.items()} == {n: p.shape for n, p in params.items()}
     except Exception as error:
         raise ValueError(f"{optimizer.rule_name} is no rule: on two small tensors it fails with {error!r}") from None
-    if not fine or len(memory) != ("memory" in optimizer.wants):
-        form = "(grads, aux), or (grads, aux, memory) if it asks for memory, with grads a dict of tensors like params"
-        raise ValueError(f"{optimizer.rule_name} is no rule: it must return {form}")
+    form = "(grads, aux), or (grads, aux, memory) if it asks for memory, with grads a dict of tensors like params"
+    fine = fine and len(memory) == ("memory" in optimizer.wants)
+    need(fine, f"{optimizer.rule_name} is no rule: it must return {form}")
     return sum(passes)

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import brentq
 from torch.func import vmap
 
+from lib import need
 from lib.training.sharpness import ascend, norm
 
 # ---- rules, as those of sharpness.py ------------------------------------------------------------------------
@@ -50,8 +51,7 @@ def _private(params, per_example, noise, k, clip, sigma):
 
 
 def _require(name, value, fine, valid):
-    if not fine:
-        raise ValueError(f"{name}={value!r} is not valid: {valid}")
+    need(fine, f"{name}={value!r} is not valid: {valid}")
 
 
 # ---- the accountant ----------------------------------------------------------------------------------------

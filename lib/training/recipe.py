@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from lib import need
 from lib.training import networks
 from lib.training.optimizers import Optimizer
 
@@ -73,8 +74,7 @@ class Recipe:
             ("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("seed", self.seed >= 0, "zero or positive"),
         ):
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: it must be {valid}")
+            need(holds, f"{name}={getattr(self, name)!r} is not valid: it must be {valid}")
 
     @property
     def run_epochs(self):

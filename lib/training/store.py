@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from lib import need
+
 VERSION = 4  # raise it when the same recipe would give other arrays, or another key
 
 
@@ -85,8 +87,7 @@ class Rows:
     def write(self, index, row):
         """Put one row in place, then the header; rows before it that are not there yet read as zeros."""
         row = np.ascontiguousarray(row, self.dtype)
-        if row.shape != self.shape:
-            raise ValueError(f"{self.path.name}: a row has shape {row.shape}, expected {self.shape}")
+        need(row.shape == self.shape, f"{self.path.name}: a row has shape {row.shape}, expected {self.shape}")
         rows = max(len(self), index + 1)
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             file.seek(self.header_bytes + index * self.row_bytes)
@@ -107,11 +108,9 @@ class Store:
         for path in Path(root).glob(f"{name}-*/recipe.json"):
             said = read_json(path)
             version = said.pop("store_version", None)
-            if version != VERSION and said == json.loads(json.dumps(key)):
-                raise ValueError(
-                    f"store={str(root)!r}: {path.parent.name} was written by version {version} of the store, this is "
-                    f"{VERSION}: give another folder, or remove that one to train its models anew"
-                )
+            what = f"{path.parent.name} was written by version {version} of the store, this is {VERSION}"
+            fine = version == VERSION or said != json.loads(json.dumps(key))
+            need(fine, f"store={str(root)!r}: {what}: give another folder, or remove that one to train its models anew")
         self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
         self.verified = {}  # model -> its flag, once its checksums have been seen to match
         self.writing = FileLock(self.folder / ".lock")
@@ -136,11 +135,8 @@ class Store:
     def check_disk(self, needed):
         """Raise ValueError naming `store` if `needed` bytes more do not fit."""
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ValueError(
-                f"store={str(self.folder.parent)!r}: the disk has {free / 1e6:.0f} MB free, these models need "
-                f"{needed / 1e6:.0f} MB: free some, or train fewer models"
-            )
+        what = f"the disk has {free / 1e6:.0f} MB free, these models need {needed / 1e6:.0f} MB"
+        need(needed <= free, f"store={str(self.folder.parent)!r}: {what}: free some, or train fewer models")
 
     def save(self, model, arrays, **notes):
         """Write the model's row of each array (name -> row), then its flag with their checksums and the notes.

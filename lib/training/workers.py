@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib import need
 from lib.training import ensemble, networks, step
 
 ENGINES = ("local", "ray")
@@ -224,14 +225,12 @@ def alone(parent):
 
 def check(engine, gpus=0.0):
     """Raise ValueError naming the parameter if the engine is unknown, not installed, or does not answer in time."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
-    if not 0 <= gpus <= 64 or gpus > 1 and gpus % 1:
-        raise ValueError(f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
+    need(engine in ENGINES, f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
+    fine = 0 <= gpus <= 64 and (gpus <= 1 or gpus % 1 == 0)
+    need(fine, f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
     if engine == "local":
         return
-    if find_spec("ray") is None:
-        raise ValueError("engine='ray' is not installed: pip install ray, or use engine='local'")
+    need(find_spec("ray"), "engine='ray' is not installed: pip install ray, or use engine='local'")
     address, is_joined = os.environ.get("RAY_ADDRESS", ""), "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if address in ("", "auto", "local") or is_joined:
         return

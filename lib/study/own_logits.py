@@ -135,17 +135,14 @@ def audit(given, out) -> pd.DataFrame:
     which every AUC should be 1/2). Raises ValueError before any attack runs.
     """
     named = {str(k): v for k, v in given.items()} if hasattr(given, "items") else {Path(p).stem: p for p in given}
-    problem = f"data: {list(map(str, given))}; valid are one or more .npz files of different names"
-    need(0 < len(named) == len(given), problem)
+    need(0 < len(named) == len(given), f"data: {[*map(str, given)]}; valid are one or more .npz of different names")
     ensembles = {name: models(name, value) for name, value in named.items()}
     first, e = next(iter(ensembles.items()))
     for name, other in ensembles.items():
         for key, array in e.shared.items():
-            problem = (
-                f"{name}: {key}: differs from that of {first}; valid is the same in all files, so that models are "
-                "compared pair by pair: audit files that differ one at a time"
-            )
-            need(np.array_equal(array, other.shared[key]), problem)
+            same = np.array_equal(array, other.shared[key])
+            problem = f"{name}: {key}: differs from that of {first}; valid is the same in all files, which are compared"
+            need(same, f"{problem} model by model: audit files that differ one at a time")
     path = Path(out) / "results.csv"
     free = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
     need(free, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")

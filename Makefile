@@ -29,7 +29,7 @@ audit: .venv/.ready
 	@$(BIN)/python -m lib.study.own_logits $(PARAMETERS)
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)

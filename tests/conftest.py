@@ -13,6 +13,10 @@ import torch
 from lib.data.dataset import Dataset
 from lib.training import Recipe
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, in the processes they start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 def blobs(n=80, t=40, shape=(6,), classes=4, seed=0):
     """Gaussian classes that overlap: float32, n pool and t test examples."""

@@ -14,6 +14,7 @@ import torch
 from scipy.interpolate import KroghInterpolator
 from tqdm import tqdm
 
+from lib import need
 from lib.attacks import catalogue, intervals, label_only, shadow, thresholds
 from lib.attacks.intervals import SHADOW_CORRECTION, Estimate, estimate, ratio_influence_values
 from lib.attacks.signals import signals
@@ -329,13 +330,16 @@ def at_equal(name, length_sweep, treatment, baseline):
     length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. The baseline's AUC is interpolated by
     the straight line (in log loss) through its two neighbouring runs, and by the parabolas through them and the next
     run on either side. The value is the mean of the differences; the interval spans the 95% intervals of all. Nothing
-    is said where no two runs enclose the treatment's, or where those that do differ by no more than noise.
+    is said where no two runs enclose the treatment's, or where those that do differ by no more than noise. Raises
+    ValueError for ensembles of different models.
     Columns beside the usual ones: epochs (of the treatment), coordinate, its value, and between (the baseline's two).
     """
     values_of, test, scale, back, digits = {
         "train_loss": (train_losses, False, np.log, np.exp, ".3g"),
         "test_accuracy": (hits_on_test, True, float, float, ".4f"),
     }[name]
+    paired = len({tuple(e.ids) for e in length_sweep.values()}) == 1
+    need(paired, "length_sweep: its ensembles hold different models; keep_common_models first")
     runs = {scale(values_of(e).mean()): e for (_, optimizer), e in length_sweep.items() if optimizer == baseline}
     places, rows = np.array(sorted(runs)), []
     aucs = np.array([lira_influence_values(runs[k]) for k in places], np.float32)

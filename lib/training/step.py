@@ -60,7 +60,8 @@ class Stack:
         self.shape, self.n_classes = shape, n_classes
         self.net, self.eval_net = (networks.build(recipe.arch, shape, n_classes) for _ in range(2))
         self.eval_net.eval()
-        self.channels_last = wants_channels_last(self.net, n_stacked, device)
+        # tensor cores want the channels last; on CPUs it gained nothing in training, and vmap would not see it
+        self.channels_last = device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(self.net)
         params, self.buffers = initial_state(recipe, shape, n_classes, range(n_stacked), device)
         self.params = {name: in_format(p, self.channels_last) for name, p in params.items()}
         self.keep_losses = "losses" in recipe.optimizer.wants
@@ -143,7 +144,11 @@ class Stack:
         batch = *batch, {**context, "memory": self.memory} if self.memory else context
         grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
         self.buffers = aux.buffers
-        self.set_rate(lr)
+        if torch.is_tensor(self.rate):
+            self.rate.fill_(lr)
+        else:
+            for group in (group for base in self.bases for group in base.param_groups):
+                group["lr"] = lr
         if optimizer.has_own_base:
             self.update_each(
                 grads, aux.loss, lambda k, at: rule_of_one(at, *tree_map(lambda t: t[k], batch), alone=True)
@@ -151,15 +156,6 @@ class Stack:
         else:
             self.update(grads)
         return aux.loss, aux.accuracy
-
-    def set_rate(self, lr):
-        """The learning rate of the next update."""
-        if torch.is_tensor(self.rate):
-            self.rate.fill_(lr)
-            return
-        for base in self.bases:
-            for group in base.param_groups:
-                group["lr"] = lr
 
     def loss_of_one(self, params, buffers, x, y):
         """(mean loss, Pass) of one model on one batch: x [B, ...], y [B]."""
@@ -316,11 +312,6 @@ def quiet_compiler():
     for name in ("torch._dynamo", "torch._inductor", "torch._logging", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = 64
-
-
-def wants_channels_last(net, n_stacked, device):
-    """Tensor cores want the channels last. (On CPUs it gained nothing in training; under vmap it would not be seen.)"""
-    return device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(net)
 
 
 def n_stacked_for(net, device):

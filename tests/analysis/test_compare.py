@@ -65,7 +65,7 @@ def sweep(base, treated):
     data, runs, member = SimpleNamespace(groups=None, groups_test=None), {}, np.arange(8)[:, None] % 2 == 0
     for optimizer, names in (("sgd", base), ("sam", treated)):
         for epochs, name in enumerate(names, 1):
-            runs[epochs, optimizer] = SimpleNamespace(name=name, member=member, dataset=data)
+            runs[epochs, optimizer] = SimpleNamespace(name=name, ids=np.arange(8), member=member, dataset=data)
     return runs
 
 
@@ -92,6 +92,12 @@ def made_up(monkeypatch, runs, noise=0.0):
     own = {n: np.random.default_rng(k).normal(loss, noise, (8, 40)) for k, (n, (loss, _)) in enumerate(runs.items())}
     monkeypatch.setattr(compare, "train_losses", lambda e: own[e.name] if noise else np.full((8, 40), runs[e.name][0]))
     monkeypatch.setattr(compare, "lira_influence_values", lambda e: runs[e.name][1])
+
+
+def test_equal_loss_refuses_ensembles_of_different_models(pair):
+    few = {(3, "sgd"): pair["sgd"], (3, "sam"): pair["sam"].only(pair["sam"].ids[:-2])}
+    with pytest.raises(ValueError, match="length_sweep"):
+        compare.at_equal("train_loss", few, "sam", "sgd")
 
 
 def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):

@@ -28,7 +28,15 @@ def test_notebooks_are_chosen_by_their_numbers_and_the_verdict_comes_last():
 
 
 def test_make_passes_an_unknown_knob_on_so_that_it_fails():
-    command = ["make", "-n", "study", "N_MODEL=16", "OPTIMIZERS=sgd,looksam(k=5, alpha=0.7)", "PYTHON=x"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "study",
+        "N_MODEL=16",
+        "OPTIMIZERS=sgd,looksam(k=5, alpha=0.7)",
+        "PYTHON=x",
+    ]
     said = subprocess.run(command, cwd=settings.ROOT, capture_output=True, text=True)
     words = shlex.split(said.stdout.partition("-m lib.study")[2])
     assert sorted(words) == ["N_MODEL=16", "OPTIMIZERS=sgd,looksam(k=5, alpha=0.7)"]

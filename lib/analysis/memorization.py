@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
+from lib import need
 from lib.attacks import intervals
 from lib.attacks.membership import pairs
 
@@ -154,10 +155,14 @@ def leak(dataset, index, times=50, seed=0):
     """The data set with example `index` in it `times` times (an even number): (Dataset, its place there).
 
     All copies are in the example's own group, so a half holds all of them or none. One example of another group is
-    dropped, so an even pool stays even; it is of the same class if two of these stay.
+    dropped, so an even pool stays even; it is of the same class if two of these stay. Raises ValueError if that group
+    would not fit into half of the pool.
     """
     n, y = len(dataset.y), dataset.y
     groups = np.arange(n) if dataset.groups is None else dataset.groups
+    kin = int((groups == groups[index]).sum())
+    fits = times >= 2 and times % 2 == 0 and times - 1 + kin <= (n + times - 2) // 2
+    need(fits, f"times={times}: valid are even numbers from 2 to {(n - 2 * kin) // 2 * 2} in a pool of {n}")
     spare = (groups != groups[index]) & (np.bincount(y)[y] > 2)
     alike = spare & (y == y[index])
     dropped = np.random.default_rng(seed).choice(np.flatnonzero(alike if alike.sum() > 2 else spare))

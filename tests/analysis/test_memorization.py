@@ -181,6 +181,13 @@ def test_a_leaks_copies_join_the_examples_patient():
     assert (member[:, kin].sum(1) % 31 == 0).all()
 
 
+@pytest.mark.parametrize("times", [1, 3, 0, 80, 200])
+def test_a_leak_that_does_not_fit_into_half_of_the_pool_is_refused(times):
+    with pytest.raises(ValueError, match=f"times={times}.* 78 "):
+        memorization.leak(blobs(), 7, times)
+    assert len(memorization.leak(blobs(), 7, 78)[0].y) == 156
+
+
 def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
     whole = blobs()
     part = pool(pool(whole, 40, seed=1), 20, seed=2)

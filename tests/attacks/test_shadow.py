@@ -41,7 +41,7 @@ def global_variance(n, mean, squares):
     return ((squares + n * (mean - np.average(mean, weights=n)) ** 2).sum()) / n.sum()
 
 
-def equals_the_original(fast, phi, member, gone, centre, variance, offline):
+def assert_equals_the_original(fast, phi, member, gone, centre, variance, offline):
     cube = np.moveaxis(phi, 1, 2) if phi.ndim == 3 else phi[:, :, None]
     for m in range(len(phi)):
         others = np.delete(np.arange(len(phi)), gone(m))
@@ -60,7 +60,7 @@ def test_lira_equals_the_authors_algorithm(design, variance, offline, monkeypatc
     leave = None if design in ("subsets", "queries") else design
     fast = shadow.lira(phi, member, offline, variance, leave)
     gone = (lambda m: [m, m ^ 1]) if design in ("pair", "queries") else (lambda m: [m])
-    equals_the_original(fast, phi, member, gone, np.mean, variance, offline)
+    assert_equals_the_original(fast, phi, member, gone, np.mean, variance, offline)
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -70,7 +70,7 @@ def test_lira_equals_the_original_code_where_its_medians_are_means(variance, off
     monkeypatch.setitem(shadow.VARIANCES, "global", global_variance)
     phi, member = leaky(n_models=6, n=30)
     fast = shadow.lira(phi, member, offline, variance)
-    equals_the_original(fast, phi, member, lambda m: [m, m ^ 1], np.median, variance, offline)
+    assert_equals_the_original(fast, phi, member, lambda m: [m, m ^ 1], np.median, variance, offline)
 
 
 def test_lira_survives_constant_examples_and_a_large_common_offset():

@@ -17,8 +17,6 @@ from math import prod
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from torchvision.models import vgg
 
 from lib import need
 
@@ -52,7 +50,9 @@ def cnn(shape, n_classes, width=32, norm=True):
 
 def resnet18(shape, n_classes):
     """torchvision's ResNet-18 with the 3x3 stem, stride 1 and no pooling that 32x32 images call for."""
-    net = torchvision.models.resnet18(num_classes=n_classes)
+    from torchvision import models  # here: it takes a second, and every process that trains imports this module
+
+    net = models.resnet18(num_classes=n_classes)
     net.conv1, net.maxpool = nn.Conv2d(shape[0], 64, 3, 1, 1, bias=False), nn.Identity()
     return net
 
@@ -115,6 +115,8 @@ def vgg16_bn(shape, n_classes):
     """torchvision's VGG-16 features with BatchNorm, then one linear layer, without the original head's dropout."""
     fine = min(shape[1:]) >= 32
     need(fine, f"arch='vgg16_bn' needs images of 32x32 or more, but an example has shape {tuple(shape)}")
+    from torchvision.models import vgg  # here, as in resnet18
+
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
     features[0] = nn.Conv2d(shape[0], 64, 3, 1, 1)
     return he_normal(nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, n_classes)))

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from base64 import b64decode
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 
 from lib.study import report
 from lib.study.settings import ROOT
+from tests.processes import until
 
 websocket = pytest.importorskip("websocket")  # comes with JupyterLab's server
 CHROMIUM = shutil.which("chromium")
@@ -42,16 +42,6 @@ CONTRAST = """(() => {
     && getComputedStyle(e).visibility === 'visible').map(e => [ratio(e), own(e).slice(0, 60)])
     .sort((a, b) => a[0] - b[0])[0];
 })()"""
-
-
-def until(condition, seconds, what):
-    """The first true value of condition(), asked five times a second; fails after so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    pytest.fail(f"{what}: not within {seconds} s")
 
 
 @contextmanager

@@ -136,7 +136,8 @@ def test_every_claim_can_be_supported_and_turns_with_the_data():
 
 
 @pytest.mark.parametrize("claim", ONE_RUN, ids=lambda c: c.name)
-def test_a_claim_without_one_of_its_rows_is_not_run(claim):
+def test_a_claim_without_one_of_its_rows_is_not_run(claim, monkeypatch):
+    monkeypatch.setattr(verdict, "CLAIMS", (claim,))  # judging all the others takes forty times as long
     results, test = everything(), claim.tests[0]
     metric = test.metric.removeprefix("relative ").replace(
         "variance", "variance_ratio" if test.optimizer else "variance"

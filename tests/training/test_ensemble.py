@@ -1,9 +1,6 @@
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -13,6 +10,8 @@ import torch
 
 from lib.data.dataset import inputs
 from lib.training import Recipe, ensemble, recipe, step, store, train, workers
+from tests.conftest import blobs
+from tests.processes import ended, start, until
 
 
 def arrays(found):
@@ -154,57 +153,53 @@ def test_damage_is_named_and_recomputed(table, quick, tmp_path, damage):
         np.testing.assert_array_equal(array, after[name])
 
 
-SCRIPT = """
-import sys, torch; from tests.conftest import blobs; from lib.training import Recipe, train
-torch.set_num_threads(1)
-data = blobs(48, 16, (3, 16, 16), 3)
-train(Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8), data, 24, sys.argv[1], "cpu", quiet=True)
-"""
+SHARED = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
 
 
-def start(folder):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, text=True)
+def train_images(folder):
+    """What several processes train into one store: 24 models, each a chunk of its own."""
+    train(SHARED, blobs(48, 16, (3, 16, 16), 3), 24, folder, "cpu", quiet=True)
 
 
-def killed(process):
-    """Kill -9; True if that is what ended it."""
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The arrays that one undisturbed process makes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert ended(start(train_images, folder)) == 0
+    return train(SHARED, blobs(48, 16, (3, 16, 16), 3), 24, folder, "cpu", quiet=True)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_arrays(images, tmp_path, one_thread):
-    recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
-    kills, flags = 0, tmp_path / "killed"
+def n_finished(folder):
+    return len(list(folder.glob("*/done/*.json")))
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_arrays(images, tmp_path, undisturbed):
+    kills = 0
     for wanted in (0, 1, 4, 7, 11, 15):
-        process = start(tmp_path / "killed")
-        while process.poll() is None and len(list(flags.glob("*/done/*.json"))) < wanted:
+        process = start(train_images, tmp_path)
+        while process.is_alive() and n_finished(tmp_path) < wanted:
             time.sleep(0.005)
-        kills += killed(process)
-    assert kills >= 4 and 0 < len(list(flags.glob("*/done/*.json"))) < 24
-    resumed = train(recipe, images, 24, tmp_path / "killed", "cpu", quiet=True)
-    assert_same(resumed, train(recipe, images, 24, tmp_path / "undisturbed", "cpu", quiet=True))
+        process.kill()
+        kills += ended(process) == -signal.SIGKILL
+    assert kills >= 4 and 0 < n_finished(tmp_path) < 24
+    assert ended(start(train_images, tmp_path)) == 0
+    assert_same(undisturbed, train(SHARED, images, 24, tmp_path, "cpu", quiet=True))
 
 
 def test_a_run_waits_for_the_chunk_that_another_trains_and_takes_the_others(images, tmp_path):
-    recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
-    claim = ensemble.open_store(recipe, images, tmp_path).claim(5)
-    second = start(tmp_path)
-    assert "another run is training" in second.stdout.readline()
-    assert second.poll() is None and len(list(tmp_path.glob("*/done/*.json"))) == 23
+    claim = ensemble.open_store(SHARED, images, tmp_path).claim(5)
+    said = tmp_path / "said"
+    second = start(train_images, tmp_path, said=said)
+    until(lambda: said.exists() and "another run is training" in said.read_text(), 60)
+    assert second.is_alive() and n_finished(tmp_path) == 23
     claim.release()  # as the system does when its holder dies
-    second.communicate()
-    assert second.returncode == 0 and len(list(tmp_path.glob("*/done/*.json"))) == 24
+    assert ended(second) == 0 and n_finished(tmp_path) == 24
 
 
-def test_runs_that_share_a_store_share_the_work_and_change_nothing(images, tmp_path, one_thread):
-    recipe = Recipe("cnn", "sam", 0.1, epochs=2, batch_size=8)
-    runs = [start(tmp_path / "shared") for _ in range(2)]
-    assert [(run.communicate(), run.returncode)[1] for run in runs] == [0, 0]
-    times = [json.loads(f.read_text())["seconds"] for f in (tmp_path / "shared").glob("*/done/*.json")]
-    assert len(times) == 24
-    shared = train(recipe, images, 24, tmp_path / "shared", "cpu", quiet=True)
-    assert_same(shared, train(recipe, images, 24, tmp_path / "alone", "cpu", quiet=True))
+def test_runs_that_share_a_store_share_the_work_and_change_nothing(images, tmp_path, undisturbed):
+    runs = [start(train_images, tmp_path) for _ in range(2)]
+    assert [ended(run) for run in runs] == [0, 0] and n_finished(tmp_path) == 24
+    assert_same(undisturbed, train(SHARED, images, 24, tmp_path, "cpu", quiet=True))
 
 
 def test_what_another_run_finished_meanwhile_is_not_trained_again(table, quick, tmp_path, monkeypatch):

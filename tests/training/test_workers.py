@@ -18,6 +18,7 @@ import torch
 
 from lib.training import Recipe, ensemble, train, workers
 from tests.conftest import killing_one, same
+from tests.processes import until
 
 CPU = torch.device("cpu")
 
@@ -115,13 +116,6 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def until(done, seconds):
-    end = time.time() + seconds
-    while not done():
-        assert time.time() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # ---- Ray --------------------------------------------------------------------------------------------------

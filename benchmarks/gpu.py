@@ -1,29 +1,52 @@
-"""The bench's sections on a GPU: networks for images on halves of 50,000, by PRESET=fast, beside the usual loop.
+"""What a GPU is for: is it right, how fast is it, and ensembles on all of CIFAR-10.
 
-A section yields rows (name, value, unit, baseline, ratio, goal). Without a GPU each row says "not measured". The same
-functions take any device: tests/benchmarks/test_bench.py runs them on the processor at toy size.
+    python -m benchmarks.gpu checks speed fit --data cifar10.tar.xz --out folder     about 5 minutes
+    python -m benchmarks.gpu paper --minutes 8 --data cifar10.tar.xz --out folder
+    python -m benchmarks.gpu audit --data cifar10.tar.xz --out folder                later, and on any machine
+
+checks: the same recipe on CPU and GPU: eager, compiled and recorded as a CUDA graph. speed: images a second, beside the
+loop that most shadow-model code runs. fit: whether one model of SGD and one of SAM fit their half. paper: ensembles of
+ResNet-9 on halves of 50,000 images, as many pairs of models as the time allows; logits come back in half precision.
+audit: the page and the tables of what came back. Rows are printed, and appended to <out>/rows.jsonl, as they come.
+
+A bare machine suffices but for audit: torch, torchvision, numpy, pandas, scipy, scikit-learn and tqdm.
 """
 
+import argparse
+import json
+import multiprocessing
 import tempfile
-from dataclasses import fields, replace
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Examples
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cpu import in_turn, seconds
-from lib.data.dataset import Dataset, load, pool
-from lib.study import settings
-from lib.training import Recipe, ensemble, networks, train
+from lib.attacks.signals import signals
+from lib.data.dataset import Dataset, inputs, load, pool
+from lib.training import Recipe, ensemble, networks, sharpness, step, workers
 from lib.training.recipe import learning_rate, membership
 
-# arch -> (models a GPU-minute that are wanted of SGD, of SAM; models timed)
-WANTED = {"resnet9": (10, 5, 4), "resnet18": (1, 0.5, 2)}
-PEERS = {"float32": False, "autocast": True}  # how the usual loop computes -> whether by autocast
+# a batch of 256 at rate 0.2 is the usual batch of 128 at rate 0.1
+PAPER = Recipe(arch="resnet9", lr=0.2, batch_size=256, epochs=24, precision="bfloat16")
+RHO = 0.05  # SAM's radius on CIFAR-10: Foret et al. 2021
+WHOLE = ("sgd", "sam")  # the ensembles that come back with all their logits
+
+
+def say(*words):
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} ", *words, flush=True)
 
 
 def photographs(n=50_000, t=10_000, side=32, classes=10):
@@ -35,51 +58,110 @@ def photographs(n=50_000, t=10_000, side=32, classes=10):
     return Dataset("synthetic", x, y, x_test, y_test, tuple(str(label) for label in range(classes)))
 
 
-def images(path):
-    """CIFAR-10 from a path; without one, made-up images."""
-    return load("cifar10", path) if path else photographs()
+# ---- is the GPU right? --------------------------------------------------------------------------------------
 
 
-def recipes_of(arch, device):
-    """PRESET=fast for this network with SGD and with SAM, as the study trains it on this device."""
-    given = settings.PRESETS["fast"]["image"]
-    known = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
-    known |= {"arch": arch, "precision": ensemble.precision_of(arch, device)}
-    return [Recipe(**{**known, "optimizer": optimizer}) for optimizer in ("sgd", "sam")]
+def recorded(compiler, function, **how):
+    """torch.compile, with the function's kernels recorded as a CUDA graph; its outputs live in one place, so copy."""
+    made = compiler(function, mode="reduce-overhead", **how)
+
+    def run(*args):
+        torch.compiler.cudagraph_mark_step_begin()
+        copied = partial(tree_map, lambda t: t.clone() if torch.is_tensor(t) else t)
+        return copied(made(*args))
+
+    return run
 
 
-# ---- this library's way -------------------------------------------------------------------------------------
+@contextmanager
+def way(name):
+    """Steps run in one of three ways: eager, compiled, or compiled and recorded as a graph."""
+    fakes = {"worth_compiling": lambda *_: name != "eager"}
+    if name == "graph":
+        fakes["torch"] = Graphs(torch, compile=partial(recorded, torch.compile))
+        step.STACKS.clear()
+    with mock.patch.multiple(step, **fakes):
+        yield
+    if name == "graph":
+        step.STACKS.clear()
 
 
-def wait(device):
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Graphs:
+    """A module with some of its names replaced."""
+
+    def __init__(self, module, **names):
+        self.__dict__.update(names)
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
 
 
-def trained(recipe, dataset, n_models, device):
-    """(seconds a model, lowest train accuracy, peak GB on the device) of a whole training into a new store.
+def checks(device="cuda", ways=("eager", "compiled", "graph"), n=512, epochs=2):
+    """Rows: the largest difference in logits from the CPU's eager training, as a share of their spread."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    images = photographs(n, 64, side=16)
+    table = replace(images, x=images.x.reshape(n, -1)[:, :64], x_test=images.x_test.reshape(64, -1)[:, :64])
+    base = Recipe(epochs=epochs, batch_size=32, rho=RHO)
+    cases = [
+        ("mlp, 8 models at once", replace(base, arch="mlp"), table, range(8), ways[:2]),
+        ("cnn", replace(base, arch="cnn", augment=True), images, [0], ways),
+        # two steps: rounding grows fast in a network of many BatchNorms
+        ("resnet9", replace(base, arch="resnet9", epochs=1, batch_size=n // 4), images, [0], ways[:1]),
+    ]
+    for name, recipe, dataset, ids, ways_of in cases:
+        for optimizer in ("sgd", "sam"):
+            recipe = replace(recipe, optimizer=optimizer)
+            with way("eager"):
+                known = ensemble.train_chunk(recipe, ensemble.Inputs(dataset, recipe, torch.device("cpu")), ids)
+            inputs = ensemble.Inputs(dataset, recipe, torch.device(device))
+            for how in ways_of:
+                what = f"{name}, {optimizer}: {how} on {device} against eager on the CPU"
+                try:
+                    with way(how):
+                        found = [ensemble.train_chunk(recipe, inputs, ids)["logits"] for _ in range(2)]
+                except Exception as error:  # the other checks still run
+                    yield what, f"failed: {type(error).__name__}: {str(error)[:300]}", "", "", "", "<= 0.01", ""
+                    continue
+                far = np.abs(found[0] - known["logits"]).max() / known["logits"].std()
+                yield what, float(far), "of the spread", "", "", "<= 0.01", "0: the same arithmetic"
+                same = float(np.array_equal(*found))
+                yield f"{name}, {optimizer}: {how} twice, share of equal runs", same, "", "", "", "", "1"
+    step.STACKS.clear()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
 
-    The step is compiled beforehand, by one epoch of another seed.
-    """
-    on_gpu = device.type == "cuda"
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as another:
-        warm = replace(recipe, seed=recipe.seed + 1, stop=1 / recipe.epochs)
-        train(warm, dataset, 2, another, str(device), quiet=True)
-        wait(device)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        found = []
-        taken = seconds(lambda: found.append(train(recipe, dataset, n_models, folder, str(device), quiet=True)))
-        made = found[0]
-        hits = np.asarray(made.logits[:, 0]).argmax(-1) == dataset.y
-        in_all = len(list(Path(folder).glob("*/done/*.json")))  # a whole stack, where that is larger
-        fits = [hits[k][made.member[k]].mean() for k in range(len(made.ids))]
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else "not measured"
-    return taken / in_all, float(min(fits, default=np.nan)), peak
+
+# ---- how fast is it? ----------------------------------------------------------------------------------------
 
 
-# ---- the peers' way -----------------------------------------------------------------------------------------
+def rate(recipe, dataset, device, how="compiled", epochs=4):
+    """Images a second of one model's training, the first epoch (which compiles) left out."""
+    few = replace(dataset, x_test=dataset.x_test[:1], y_test=dataset.y_test[:1])
+    recipe, ends = replace(recipe, epochs=100, stop=epochs / 100), []
+    inputs = ensemble.Inputs(few, recipe, torch.device(device))
+    with way(how):
+        ensemble.train_chunk(recipe, inputs, [0], lambda: ends.append(time.perf_counter()))
+    size = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.batch_size
+    return size / np.median(np.diff(ends))
+
+
+def matrix_rate(device, size=8192):
+    """The device's bfloat16 matrix products, in operations a second."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def operations(arch, shape, n_classes):
+    """Operations in the matrix products and convolutions of one image's gradient."""
+    net, x = networks.build(arch, shape, n_classes), torch.zeros(2, *shape)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(net(x), torch.zeros(2, dtype=int)).backward()
+    return counter.get_total_flops() / 2
 
 
 class Pictures(Examples):
@@ -103,51 +185,233 @@ class Pictures(Examples):
         return self.transform(Image.fromarray(self.x[k])), int(self.y[k])
 
 
-def peers_epoch(recipe, dataset, device, workers, autocast):
-    """One epoch as most shadow-model code runs it (a DataLoader, a step, .item()), warm, without arguments."""
-    pinned = device.type == "cuda"
-    how = dict(shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0)
+def peers_rate(recipe, dataset, device, n_workers, epochs=2):
+    """Images a second of the usual loop: a DataLoader, autocast, a step, .item(). The first epoch is left out."""
+    device, on_gpu = torch.device(device), device != "cpu"
+    how = dict(shuffle=True, drop_last=True, num_workers=n_workers, pin_memory=on_gpu, persistent_workers=n_workers > 0)
     loader = DataLoader(Pictures(dataset, recipe), recipe.batch_size, **how)
     net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes).to(device)
     settings = learning_rate(recipe, 0, 100), recipe.momentum, recipe.weight_decay
-    optimizer = recipe.optimizer.build(list(net.parameters()), *settings)
-
-    def epoch():
-        net.train()
-        total = 0.0
+    optimizer, total = recipe.optimizer.build(list(net.parameters()), *settings), 0.0
+    for _ in range(epochs):
+        began = time.perf_counter()
         for x, y in loader:
-            x, y = x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
+            x, y = x.to(device, non_blocking=on_gpu), y.to(device, non_blocking=on_gpu)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, torch.bfloat16):
                 loss = F.cross_entropy(net(x), y)
             loss.backward()
             optimizer.step()
             total += loss.item()
-        wait(device)
-
-    epoch()
-    return epoch
+    return len(loader) * recipe.batch_size / (time.perf_counter() - began)
 
 
-# ---- the rows -----------------------------------------------------------------------------------------------
+def speed(dataset, device="cuda", archs=("resnet9", "resnet18"), recipe=PAPER, n_workers=16):
+    """Rows: images a second of each network with SGD and SAM, against the usual loop and against the matrix units."""
+    best = matrix_rate(device)
+    yield "bfloat16 matrix products of 8192 x 8192", best / 1e12, "TFLOP/s", "", "", "", ""
+    for arch in archs:
+        one = replace(recipe, arch=arch)
+        needed = operations(arch, dataset.x.shape[1:], dataset.n_classes)
+        limit = f"{best / needed:.3g} images/s: {needed / 1e9:.2f} GFLOP an image at the matrix rate"
+        sgd = rate(one, dataset, device)
+        usual = peers_rate(one, dataset, device, n_workers)
+        yield f"{arch}, sgd", sgd, "images/s", f"DataLoader loop, {n_workers} workers", sgd / usual, ">= 10", limit
+        sam = rate(replace(one, optimizer="sam", rho=RHO), dataset, device)
+        yield f"{arch}, sam: time of a step", sam, "images/s", "sgd", sgd / sam, "<= 2.05", "2: two gradients"
+        for how in ("eager", "graph") if arch == archs[0] else ():
+            for optimizer in ("sgd", "sam"):
+                try:
+                    found = rate(replace(one, optimizer=optimizer, rho=RHO), dataset, device, how)
+                    base = sgd if optimizer == "sgd" else sam
+                    yield f"{arch}, {optimizer}, {how}", found, "images/s", "compiled", found / base, "", limit
+                except Exception as error:
+                    said = f"failed: {type(error).__name__}: {str(error)[:300]}"
+                    yield f"{arch}, {optimizer}, {how}", said, "", "", "", "", ""
+        step.STACKS.clear()
 
 
-def gpu(arch, path=None, device="cuda", workers=4, rounds=3):
-    """The rows of one network; a single row "not measured" where there is no GPU."""
-    *goals, n_models = WANTED[arch]
-    if device == "cuda" and not torch.cuda.is_available():
-        yield f"{arch}, on a GPU", "not measured", "", "", "", ""
+def fit(dataset, device="cuda", recipe=PAPER):
+    """Rows: how well one model of SGD and one of SAM fit their half after the whole training."""
+    for name, one in ensembles(recipe).items():
+        if name in ("sgd", "sam"):
+            began = time.perf_counter()
+            made = ensemble.train_chunk(one, ensemble.Inputs(dataset, one, torch.device(device)), [0])
+            taken = time.perf_counter() - began
+            hits = made["logits"][0, 0].argmax(-1) == dataset.y
+            what = f"{one.arch}, {name}, {one.epochs} epochs"
+            yield f"{what}: train accuracy", hits[made["member"][0]].mean(), "", "", "", ">= 0.99", "1"
+            yield f"{what}: test accuracy", float(made["history"][0, -1, 2]), "", "", "", "", ""
+            yield f"{what}: a model, from weights to logits", taken, "s", "", "", "", ""
+
+
+def rows(data="50000"):
+    """The rows of `make bench`: a single "not measured" without a GPU."""
+    if not torch.cuda.is_available():
+        yield "training on a GPU", "not measured", "", "", "", "", ""
         return
-    device, dataset, model = torch.device(device), pool(images(path)), {}
-    sgd, sam = recipes_of(arch, device)
-    note = f"(halves of {len(dataset.y)}, {dataset.name})"
-    for name, recipe, goal in zip(("sgd", "sam"), (sgd, sam), goals, strict=True):
-        model[name], fits, most = trained(recipe, dataset, n_models, device)
-        yield f"{arch}, {name}, trained to the end {note}", 60 / model[name], "models a minute", "", "", f">= {goal:g}"
-        yield f"{arch}, {name}: train accuracy, the lowest of the models {note}", fits, "", "", "", ">= 0.99"
-        yield f"{arch}, {name}: peak GPU memory {note}", most, "GB", "", "", ""
-    yield f"{arch}, sam: a model {note}", model["sam"], "s", "sgd", model["sam"] / model["sgd"], "<= 2.05"
-    epoch = in_turn({kind: peers_epoch(sgd, dataset, device, workers, cast) for kind, cast in PEERS.items()}, rounds)
-    for kind, taken in epoch.items():
-        against, ratio = f"DataLoader loop, {kind}, as many steps", taken * sgd.run_epochs / model["sgd"]
-        yield f"{arch}, sgd: a model {note}", model["sgd"], "s", against, ratio, ">= 10"
+    yield from checks()
+    yield from speed(pool_of(data))
+
+
+# ---- the paper's regime -------------------------------------------------------------------------------------
+
+
+def ensembles(recipe=PAPER):
+    """What is trained: dict name -> Recipe. The first two come back whole, the others as phi and predictions."""
+    sam = replace(recipe, optimizer="sam", rho=RHO)
+    return {
+        "sgd": recipe,
+        "sam": sam,
+        "sgd, half as long": replace(recipe, epochs=max(1, recipe.epochs // 2)),
+        "sgd, twice the rate": replace(recipe, lr=2 * recipe.lr),
+        "sam, twice the rate": replace(sam, lr=2 * recipe.lr),
+        "sam, twice the radius": replace(sam, rho=2 * RHO),
+    }
+
+
+def queue(recipe=PAPER, most=16):
+    """(name, model) in the order of training: half of the main models, half of the others, the rest."""
+    names, half = list(ensembles(recipe)), most // 2
+    order = [(name, k) for k in range(half) for name in names[:2]]
+    order += [(name, k) for name in names[2:4] for k in range(half)]
+    order += [(name, k) for k in range(half, most) for name in names[:2]]
+    return order + [(name, k) for name in names[4:] for k in range(half)]
+
+
+def train_until(deadline, recipe, data, store, device, most):
+    """Train what no other process has claimed, in the order of the queue, while a model fits into the time left."""
+    dataset, kinds = pool_of(data), ensembles(recipe)
+    inputs = ensemble.Inputs(dataset, recipe, torch.device(device))
+    cost = None  # seconds a gradient of one example
+    for name, k in queue(recipe, most):
+        one = kinds[name]
+        work = one.epochs * one.optimizer.gradients_per_step()
+        if cost and time.time() + cost * work > deadline:
+            continue
+        began = time.time()
+        kept = ensemble.open_store(one, dataset, store)
+        if workers.train_here(one, dataset, inputs, [range(k, k + 1)], kept, quiet=True):
+            # the first model compiles: its time says little
+            cost = (time.time() - began) / work if cost is not None else 0
+            say(f"{name}: model {k}, {time.time() - began:.1f} s")
+
+
+def pool_of(data):
+    """All of CIFAR-10's training images as the pool, or made-up ones for a trial (data: an even number)."""
+    return pool(photographs(int(data), 64, side=16), None) if str(data).isdigit() else pool(load("cifar10", data))
+
+
+def paper(data, out, minutes, recipe=PAPER, device="cuda", processes=3, most=16):
+    """Train for so many minutes in several processes beside each other, and leave what was trained in `out`."""
+    deadline = time.time() + 60 * minutes
+    dataset = pool_of(data)  # decoded once; the processes find it in the cache
+    with tempfile.TemporaryDirectory() as store:
+        args = deadline, recipe, data, store, device, most
+        beside = [multiprocessing.get_context("spawn").Process(target=train_until, args=args) for _ in range(processes)]
+        for process in beside:
+            process.start()
+        for process in beside:
+            process.join()
+        pack(recipe, dataset, store, Path(out), device, most)
+
+
+def pack(recipe, dataset, store, out, device, most):
+    """Write what was trained: <name>.npy float16 [M, N, C] of the first two, others.npz, summary.json."""
+    summary, arrays, kept = {"data": dataset.hash, "models": {}, "flatness": {}}, {}, {}
+    for name, one in ensembles(recipe).items():
+        rows = ensemble.open_store(one, dataset, store)
+        done = {k for k in range(most) if (rows.flag(k) or {}).get("status") == "finished"}
+        ids = np.array(sorted(k for k in done if k ^ 1 in done), int)
+        summary["models"][name] = {"ids": ids.tolist(), "recipe": one.key()["recipe"]}
+        if not len(ids):
+            continue
+        kept[name] = e = ensemble.Ensemble(one, dataset, rows, ids)
+        key = name.replace(", ", "_").replace(" ", "_")
+        arrays[f"{key}_history"] = e.history
+        if name in WHOLE:
+            np.save(out / f"{key}.npy", e.logits[:, 0].astype(np.float16))
+            arrays[f"{key}_test_logits"] = e.test_logits[:, 0].astype(np.float16)
+            continue
+        for part, z, y in (("", e.logits[:, 0], dataset.y), ("_test", e.test_logits[:, 0], dataset.y_test)):
+            arrays[f"{key}_phi{part}"] = signals(z, y, only=("phi",))["phi"].astype(np.float16)
+            arrays[f"{key}_prediction{part}"] = z.argmax(-1).astype(np.uint8)
+    np.savez_compressed(out / "others.npz", **arrays)
+    say("packed:", {name: len(about["ids"]) for name, about in summary["models"].items()})
+    for name in set(WHOLE) & set(kept):
+        summary["flatness"][name] = [flatness_on(device, kept[name], k) for k in kept[name].ids[:4]]
+        say(f"{name}: (largest eigenvalue, rise of the loss within {RHO}):", summary["flatness"][name])
+    (out / "summary.json").write_text(json.dumps(summary, default=str))
+
+
+def flatness_on(device, e, k, n=512):
+    """The two measures of lib.analysis.flatness of model k, on a GPU."""
+    net, *parts = e.weights(k)
+    chosen = np.flatnonzero(membership(e.recipe, len(e.dataset.y), [k])[0])[:n]
+    x, y = (torch.from_numpy(a[chosen]).to(device) for a in (inputs(e.dataset)[0], e.dataset.y))
+    params, buffers = ({n: t.detach().to(device) for n, t in part.items()} for part in parts)
+
+    def loss(params):
+        return F.cross_entropy(functional_call(net, (params, buffers), (x,)), y)
+
+    pair = sharpness.top_eigenvalue(loss, params, steps=50), sharpness.loss_rise_in_ball(loss, params, RHO)
+    return [float(value) for value in pair]
+
+
+def audit(data, out):
+    """Audit what `paper` left in `out`, as logits from elsewhere: <out>/audit/results.csv, figures and a page."""
+    from lib.study import own_logits  # needs what a bare machine lacks
+
+    dataset, others = pool_of(data), np.load(out / "others.npz")
+    models = json.loads((out / "summary.json").read_text())["models"]
+    ids = np.intersect1d(*(models[name]["ids"] for name in WHOLE))
+    recipe = Recipe(**models["sgd"]["recipe"])
+    shared = {"y": dataset.y, "population_y": dataset.y_test, "member": membership(recipe, len(dataset.y), ids)}
+    given = {}
+    for name in WHOLE:
+        rows = np.searchsorted(models[name]["ids"], ids)
+        z, test = np.load(out / f"{name}.npy")[rows], others[f"{name}_test_logits"][rows]
+        given[name] = {**shared, "logits": z, "population_logits": test}
+    own_logits.audit(given, out / "audit")
+
+
+def main(argv=None):
+    """Run the sections asked for; every row is printed, and appended to <out>/rows.jsonl, as it comes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    sections = "checks", "speed", "fit", "paper", "audit"
+    parser.add_argument("sections", nargs="+", choices=sections)
+    parser.add_argument("--data", default="50000", help="path of CIFAR-10, or an even number of made-up images")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training, in the section paper")
+    parser.add_argument("--processes", type=int, default=3, help="that train beside each other, in the section paper")
+    parser.add_argument("--models", type=int, default=16, help="of an ensemble at most, in the section paper")
+    parser.add_argument("--speed-of", nargs="+", default=["resnet9", "resnet18"], help="networks of the section speed")
+    parser.add_argument("--augment", action="store_true", help="train with flips and shifts")
+    for name, kind in (("arch", str), ("epochs", int), ("lr", float), ("batch_size", int)):
+        default = getattr(PAPER, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{default} if not given")
+    given = parser.parse_args(argv)
+    changed = {name: getattr(given, name) for name in ("arch", "epochs", "lr", "batch_size", "augment")}
+    recipe, data, out, device = replace(PAPER, **changed), given.data, given.out, given.device
+    out.mkdir(parents=True, exist_ok=True)
+    for section in given.sections:
+        say(section)
+        if section == "paper":
+            paper(data, out, given.minutes, recipe, device, given.processes, given.models)
+        elif section == "audit":
+            audit(data, out)
+        else:
+            rows = {
+                "checks": lambda: checks(device),
+                "speed": lambda: speed(pool_of(data), device, given.speed_of, recipe),
+                "fit": lambda: fit(pool_of(data), device, recipe),
+            }
+            for row in rows[section]():
+                say(*row)
+                with open(out / "rows.jsonl", "a") as file:
+                    file.write(json.dumps([section, *row], default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()

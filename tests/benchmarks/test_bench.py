@@ -5,10 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from benchmarks import bench, cpu, gpu, scaling
-from lib.study.settings import PRESETS
+from benchmarks import bench, cpu, scaling
 from tools import readme
 
 TOY = replace(cpu.RECIPE, epochs=2, batch_size=32)
@@ -143,43 +141,6 @@ def test_the_figure_names_every_slope():
     made = scaling.figure(pd.DataFrame(points, columns=["series", "axis", "size", "seconds"]))
     titles = [panel.get_title() for panel in made.axes]
     assert [title.count("^1.25 (± 0.00)") for title in titles] == [2, 2, 1] and "time ~ P^1.25" in titles[2]
-
-
-def test_the_gpu_sections_run_on_any_device(monkeypatch):
-    dataset = gpu.photographs(64, 32, side=16, classes=3)
-    recipes = [replace(TOY, arch="cnn", optimizer=name, rho=0.1, batch_size=16) for name in ("sgd", "sam")]
-    monkeypatch.setattr(gpu, "images", lambda path: dataset)
-    monkeypatch.setattr(gpu, "recipes_of", lambda arch, device: recipes)
-    rows = list(gpu.gpu("resnet18", device="cpu", workers=0, rounds=1))
-    assert len(rows) == 9 and all("(halves of 64, synthetic)" in made[0] for made in rows)
-    value = {made[0].split(" (")[0]: made[1] for made in rows}
-    assert value["resnet18, sgd, trained to the end"] > 0
-    assert 0 <= value["resnet18, sam: train accuracy, the lowest of the models"] <= 1
-    assert value["resnet18, sam: peak GPU memory"] == "not measured"
-    assert [made[4] > 0 for made in rows[-3:]] == [True] * 3
-
-
-def test_the_networks_are_trained_by_the_preset():
-    sgd, sam = gpu.recipes_of("resnet18", torch.device("cpu"))
-    given = PRESETS["fast"]["image"]
-    assert (str(sgd.optimizer), str(sam.optimizer), sam.rho) == ("sgd", "sam", given["rho"])
-    assert sgd.epochs == sam.epochs == given["epochs"] and sgd.batch_size == given["batch_size"]
-
-
-def test_the_peers_see_the_same_half_in_the_same_form():
-    dataset = gpu.photographs(64, 32, side=16, classes=3)
-    pictures = gpu.Pictures(dataset, replace(TOY, arch="cnn"))
-    image, label = pictures[5]
-    k = pictures.index[5]
-    assert len(pictures) == 32 and label == dataset.y[k]
-    np.testing.assert_allclose(image, (dataset.x[k] / 255 - 0.5) / 0.25, atol=1e-6)
-
-
-@pytest.mark.parametrize("arch", gpu.WANTED)
-def test_without_a_gpu_the_row_says_not_measured(arch, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ((_, value, _, _, ratio, goal),) = gpu.gpu(arch)
-    assert value == "not measured" and bench.met(value, ratio, goal) == ""
 
 
 def test_the_table_marks_missed_goals_and_says_when_where_and_how(tmp_path, monkeypatch):

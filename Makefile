@@ -19,11 +19,8 @@ PARAMETERS = $(foreach name,$(NAMES),$(if $(filter command,$(origin $(name))),$(
 study: .venv/.ready
 	@$(BIN)/python -m lib.study $(PARAMETERS)
 
-plan work: .venv/.ready
+plan work report: .venv/.ready
 	@$(BIN)/python -m lib.study --$@ $(PARAMETERS)
-
-report: .venv/.ready
-	@$(BIN)/python -m lib.study.report $(PARAMETERS)
 
 audit: .venv/.ready
 	@$(BIN)/python -m lib.study.own_logits $(PARAMETERS)

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p
 
 
 def parse(arguments):
-    """(notebooks, parameters, what to do: "run", "plan" or "work") of a command line."""
+    """(notebooks, parameters, what to do: "run", "plan", "work" or "report") of a command line."""
     words, given, doing = settings.parse(arguments)
     for word in words:
         if not any(book.name.startswith(word) for book in NOTEBOOKS):
@@ -59,8 +59,11 @@ def main(arguments=None):
     """Command line. Returns the exit status: 2 for bad input, 1 for a notebook that failed."""
     try:
         books, given, doing = parse(arguments)
-        asked, run = settings.checked(given), settings.open_run(given)
-        numbers = [book.name[:2] for book in books]
+        asked = settings.checked(given)
+        if doing == "report":
+            print(f"Look at {report.build(asked.out)}")
+            return 0
+        run, numbers = settings.open_run(given), [book.name[:2] for book in books]
         if doing == "plan":
             print(experiments.describe(run, numbers))
             return 0

@@ -1,12 +1,11 @@
 """The report of a run, outputs/<run>/report/index.html: the verdicts first, behind them every executed notebook.
 
 It opens from disk, without a server, a script or the network: figures are embedded and mathematics is MathML.
-`python -m lib.study.report DATASET=digits` (or OUT=folder) makes it anew from what is there.
+`make report DATASET=digits` (or OUT=folder) makes it anew from what is there.
 """
 
 import html
 import re
-import sys
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +18,8 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from lib.study import settings, verdict
-from lib.study.results import COLUMNS, differing
+from lib.study import verdict
+from lib.study.results import COLUMNS, differing, read
 from lib.study.text import null_control, planted_leak
 from lib.training.store import write_atomic
 
@@ -28,10 +27,9 @@ from lib.training.store import write_atomic
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MATH = "math menclose mfrac mi mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle msub msubsup msup mtable mtd"
 TAGS = nh3.ALLOWED_TAGS | set(f"{MATH} mtext mtr munder munderover style".split())
-EVERYWHERE = "alt class colspan columnalign columnspacing display displaystyle fence form height id lang largeop"
-EVERYWHERE += " linethickness lspace mathvariant maxsize minsize movablelimits notation open rowspacing rowspan rspace"
-EVERYWHERE += " scope scriptlevel separator start stretchy title type width xmlns"
-ATTRIBUTES = {"*": set(EVERYWHERE.split()), "a": {"href"}, "img": {"src"}}
+EVERYWHERE = "class columnalign columnspacing display displaystyle fence form height id lang largeop linethickness"
+EVERYWHERE += " lspace mathvariant maxsize minsize movablelimits notation open rowspacing rspace scriptlevel separator"
+ATTRIBUTES = nh3.ALLOWED_ATTRIBUTES | {"*": set(f"{EVERYWHERE} stretchy title type width xmlns".split())}
 SETUP = {"setup", "parameters", "injected-parameters"}  # tags of cells that a page folds
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*$")
 LOADS = re.compile(r"<|url\s*\(|@import|expression\s*\(|\\", re.I)  # in a style sheet; a backslash can spell the others
@@ -112,8 +110,8 @@ def rendered(path):
     for folded, cells in groupby(book.cells, lambda cell: bool(SETUP & set(cell.metadata.get("tags", [])))):
         part, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=list(cells)))
         body += f"<details><summary>Set-up and parameters</summary>{part}</details>" if folded else part
-    found = re.search(r"^# (.+)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"), flags=re.M)
-    title = found[1] if found else path.stem
+    titles = re.findall(r"^# (.+)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"), flags=re.M)
+    title = [*titles, path.stem][0]
     return title, page(title, body)
 
 
@@ -122,70 +120,51 @@ def bullets(sentences):
     return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
-def controls(rows):
-    """What the null control and the planted leaks of a run's rows (verdict.read) say: three sentences."""
-    null, leak = rows[rows.experiment == "null control"], rows[rows.experiment == "planted leak"]
-    once, often = leak[leak.coordinate == "times=1"], leak[leak.coordinate != "times=1"]
-    times = ", ".join(often.coordinate.unique()).removeprefix("times=") or "many"
-    return [
-        f"Null control, membership shuffled: {null_control(null)}",
-        f"Planted leak, one example trained {times} times: {planted_leak(often)}",
-        f"The same example trained once: {planted_leak(once)}",
-    ]
+def index(out, rows, titles):
+    """The first page of the run in folder `out`: the verdicts, the controls, a link to every page.
 
-
-def index(rows, titles, differing):
-    """The first page: the verdicts, the controls, a link to every page.
-
-    rows: of results.csv; titles: file name -> title; differing: sentences on settings that differ.
+    rows: of results.csv (results.read); titles: file name -> title.
     """
     ledger = verdict.ledger(rows)
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
-    groups = [", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values]
-    title = f"Flat Is Not Private: {'; '.join(filter(None, groups)) or 'no results yet'}"
+    groups = filter(None, (", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values))
+    title = f"Flat Is Not Private: {'; '.join(groups) or 'no results yet'}"
     settings = ledger[(ledger.optimizer != "") & (ledger.differs != "")][["dataset", "arch", "optimizer", "differs"]]
     lines = [f"{', '.join(about)}: {differs}" for *about, differs in settings.drop_duplicates().values]
+    leak = rows[rows.experiment == "planted leak"]
+    once, often = leak[leak.coordinate == "times=1"], leak[leak.coordinate != "times=1"]
+    times = ", ".join(often.coordinate.unique()).removeprefix("times=") or "many"
+    controls = [
+        f"Null control, membership shuffled: {null_control(rows[rows.experiment == 'null control'])}",
+        f"Planted leak, one example trained {times} times: {planted_leak(often)}",
+        f"The same example trained once: {planted_leak(once)}",
+    ]
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     body = f"""<h1>{html.escape(title)}</h1>
 <p>The paper's claims, and checks of ours: {counted}.
 An effect is a difference from the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
-{bullets([*(lines or ["nothing was run yet"]), *differing])}
+{bullets([*(lines or ["nothing was run yet"]), *differing(out)])}
 {verdict.table(ledger).to_html()}
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
 <h2>Controls</h2><p>No attack should find anything in shuffled membership; every attack should find a planted leak.</p>
-{bullets(controls(rows))}
+{bullets(controls)}
 <h2>The evidence</h2><ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return page(title, body, "wide")
 
 
 def build(out):
     """Write the report of the run in folder `out`: the path of its index. Raises ValueError if nothing is there."""
-    out, results, titles = Path(out), Path(out) / "results.csv", {}
-    books = sorted(out.glob("[0-9][0-9]_*.ipynb"))
+    out, titles = Path(out), {}
+    books, results = sorted(out.glob("[0-9][0-9]_*.ipynb")), out / "results.csv"
     if not books and not results.exists():
         raise ValueError(f"out={str(out)!r} has neither results.csv nor an executed notebook: `make study` makes them")
-    rows = verdict.read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
+    rows = read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
     (out / "report").mkdir(exist_ok=True)
     for book in books:
-        name = f"{book.stem}.html"
-        titles[name], text = rendered(book)
-        write_atomic(out / "report" / name, text)
+        titles[f"{book.stem}.html"], text = rendered(book)
+        write_atomic(out / "report" / f"{book.stem}.html", text)
     path = out / "report" / "index.html"
-    write_atomic(path, index(rows, titles, differing(out)))
+    write_atomic(path, index(out, rows, titles))
     return path
-
-
-def main(arguments=None):
-    """Command line: the words of `python -m lib.study`. Returns the exit status, 2 for bad input."""
-    try:
-        print(f"Look at {build(settings.checked(settings.parse(arguments)[1]).out)}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib.study import own_logits, report, verdict
+from lib.study import command_line, own_logits, report, verdict
 from lib.study.results import COLUMNS
 from lib.study.settings import ROOT
 
@@ -155,7 +155,7 @@ def test_nothing_there_is_one_clear_error(tmp_path, capsys):
         report.build(tmp_path)
     assert not (tmp_path / "report").exists()
     for words in ([f"OUT={tmp_path}"], ["DATASETT=x"]):
-        assert report.main(words) == 2
+        assert command_line.main(["--report", *words]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1
 
@@ -189,13 +189,13 @@ def test_set_up_is_folded(tmp_path):
 
 def test_a_bad_results_file_is_named(tmp_path, capsys):
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    assert report.main([f"OUT={tmp_path}"]) == 2
+    assert command_line.main(["--report", f"OUT={tmp_path}"]) == 2
     assert "results.csv" in capsys.readouterr().err and not (tmp_path / "report").exists()
 
 
 def test_the_command_line_names_the_page(tmp_path, capsys):
     shutil.copy(RUN / "results.csv", tmp_path)
-    assert report.main([f"OUT={tmp_path}"]) == 0
+    assert command_line.main(["--report", f"OUT={tmp_path}"]) == 0
     assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out
 
 

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +16,15 @@ import pytest
 import torch
 
 from lib.training import Recipe, ensemble, train, workers
-from tests.conftest import killing_one, same
-from tests.processes import until
+from tests.conftest import blobs, killing_one, same
+from tests.processes import start, until
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def ended():
+    """The processes are kept from test to test: each takes seconds to start."""
     yield
     loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
@@ -38,7 +38,9 @@ def here(*args, **how):
 
 def children():
     """Process numbers of the processes that train."""
-    return [p.pid for p in psutil.Process().children(recursive=True) if "LokyProcess" in " ".join(p.cmdline())]
+    found = psutil.process_iter(["ppid", "cmdline"])
+    ours = [p for p in found if p.info["ppid"] == os.getpid()]
+    return [p.pid for p in ours if "LokyProcess" in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.fixture
@@ -57,6 +59,13 @@ def test_two_processes_make_what_one_thread_makes(images, tmp_path, two, one_thr
     assert len(told) == 8 and all(chunk[1:3] == (48, 1) for chunk in told)  # all but the first two of each
 
 
+def test_what_a_process_raises_is_raised_here(images, tmp_path, two):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    (ensemble.open_store(recipe, images, tmp_path).folder / "logits.npy").mkdir()  # can't be written
+    with pytest.raises(ValueError, match="store=.*can't be written"):
+        train(recipe, images, 2, tmp_path, "cpu", quiet=True)
+
+
 def test_what_is_worth_processes(images, monkeypatch):
     long = Recipe("cnn", epochs=100, batch_size=8)  # 3 steps an epoch
     monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 4)
@@ -71,7 +80,7 @@ def test_what_is_worth_processes(images, monkeypatch):
 
 
 def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path, two, one_thread, capfd):
-    recipe = Recipe("cnn", "sam", 0.1, epochs=60, batch_size=8)
+    recipe = Recipe("cnn", "sam", 0.1, epochs=20, batch_size=8)
     kept = ensemble.open_store(recipe, images, tmp_path / "two")
     with killing_one(kept, children) as killed:
         made = train(recipe, images, 4, tmp_path / "two", "cpu", quiet=True)
@@ -79,35 +88,21 @@ def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path
     same(made, here(recipe, images, 4, tmp_path / "one", "cpu", quiet=True))
 
 
-def test_what_a_process_raises_is_raised_here(images, tmp_path, two):
-    recipe = Recipe("cnn", epochs=1, batch_size=8)
-    (ensemble.open_store(recipe, images, tmp_path).folder / "logits.npy").mkdir()  # can't be written
-    with pytest.raises(ValueError, match="store=.*can't be written"):
-        train(recipe, images, 2, tmp_path, "cpu", quiet=True)
+def train_for_hours(store):
+    """By two processes of this one's own."""
+    images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
+    workers.train_by_processes(recipe, images, [[0], [1]], store, 2, quiet=True)
 
 
 def test_they_end_with_the_process_that_started_them(tmp_path):
-    script = """
-        import sys
-        sys.path.insert(0, {here!r})
-        from tests.conftest import blobs
-        from lib.training import Recipe, workers
-        images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
-        if __name__ == "__main__":
-            workers.train_by_processes(recipe, images, [[0], [1]], {store!r}, 2, quiet=True)
-    """
-    store, path = str(tmp_path / "s"), tmp_path / "run.py"
-    path.write_text(textwrap.dedent(script).format(here=str(Path(__file__).parents[2]), store=store))
-    process = subprocess.Popen([sys.executable, str(path)], start_new_session=True)
+    process = start(train_for_hours, tmp_path, daemon=False)
     try:
-        until(lambda: len(list(Path(store).glob("*/claims/*.lock"))) == 2, 60)
+        until(lambda: len(list(tmp_path.glob("*/claims/*.lock"))) == 2, 60)
         started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         assert len(started) >= 2
-        process.kill()
-        process.wait()
-        until(lambda: not any(alive(pid) for pid in started), 20)
     finally:
-        process.poll() is None and process.kill()
+        process.kill()
+    until(lambda: not any(alive(pid) for pid in started), 20)
 
 
 def alive(pid):
@@ -153,8 +148,18 @@ def test_two_workers_make_what_one_process_makes(images, tmp_path, two_workers, 
 
 @with_ray
 @quiet
+def test_what_a_task_raises_is_raised_here(images, tmp_path, two_workers):
+    recipe = Recipe("cnn", epochs=1, batch_size=8)
+    kept = ensemble.open_store(recipe, images, tmp_path)
+    (kept.folder / "logits.npy").mkdir()  # can't be written
+    with pytest.raises(ValueError, match="store=.*can't be written"):
+        train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
+
+
+@with_ray
+@quiet
 def test_a_chunk_whose_worker_is_killed_is_trained_anew(images, tmp_path, two_workers, one_thread):
-    recipe = Recipe("cnn", "sam", 0.1, epochs=40, batch_size=8)
+    recipe = Recipe("cnn", "sam", 0.1, epochs=20, batch_size=8)
     kept = ensemble.open_store(recipe, images, tmp_path / "ray")
     with killing_one(kept, lambda: [pid for pid in ray_workers() if holds_a_claim(pid, kept.folder)]) as killed:
         by_ray = train(recipe, images, 4, tmp_path / "ray", "cpu", "ray", quiet=True)
@@ -179,16 +184,6 @@ def holds_a_claim(pid, folder):
     except OSError:
         return False
     return any(path.startswith(str(folder / "claims")) for path in opened)
-
-
-@with_ray
-@quiet
-def test_what_a_task_raises_is_raised_here(images, tmp_path, two_workers):
-    recipe = Recipe("cnn", epochs=1, batch_size=8)
-    kept = ensemble.open_store(recipe, images, tmp_path)
-    (kept.folder / "logits.npy").mkdir()  # can't be written
-    with pytest.raises(ValueError, match="store=.*can't be written"):
-        train(recipe, images, 2, tmp_path, "cpu", "ray", quiet=True)
 
 
 def test_an_unknown_engine_never_trains_here_instead(table, quick, tmp_path):
@@ -235,11 +230,11 @@ def test_an_address_that_is_none_is_said(monkeypatch, address):
 def test_a_cluster_that_listens_but_never_speaks_is_given_up(monkeypatch):
     """A port may be open and no Ray behind it: joining it has a time limit too."""
     pytest.importorskip("ray")
-    monkeypatch.setattr(workers, "PATIENCE", 3)
+    monkeypatch.setattr(workers, "PATIENCE", 1)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{deaf.getsockname()[1]}")
         not_connected(monkeypatch)
-        with pytest.raises(ValueError, match="does not answer within 3 s"):
+        with pytest.raises(ValueError, match="does not answer within 1 s"):
             workers.check("ray")

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 FORK = get_context("forkserver")
-FORK.set_forkserver_preload(["benchmarks.faults", "lib.study.experiments", "sklearn.datasets"])
+FORK.set_forkserver_preload(
+    [*"benchmarks.faults lib.study.experiments lib.study.figures sklearn.datasets sympy".split()]
+)
 
 
 def start(task, *args, said=os.devnull, daemon=True):

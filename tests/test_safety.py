@@ -1,21 +1,23 @@
 """Nothing unpickles, evaluates or downloads by itself, and no file is world-writable. More in each room's tests."""
 
 import ast
+import importlib
+import os
 import re
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import jupytext
 import numpy as np
 import pytest
 
+import lib
+from benchmarks import faults
 from lib.data.dataset import load
 from lib.study import own_logits, report
 from lib.study.settings import ROOT
 from lib.training.store import Rows
 from tests.data.files import Evil, evil_npz, tree
+from tests.processes import ended, start
 from tests.study.test_report import audit_of_hostile_names, hostile_notebook
 
 OURS = [*sorted((ROOT / "lib").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
@@ -64,10 +66,9 @@ def test_logits_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
 
 
 def everything(folder):
-    """Write one of everything: stores, results, figures, reports, caches, a download, an audit."""
-    from benchmarks import faults
-
-    folder = Path(folder)
+    """Where the user allows all, write one of everything: stores, results, figures, reports, caches, an audit."""
+    os.umask(0)
+    importlib.reload(lib)  # as if it were imported only now
     faults.small(folder)
     hostile_notebook(folder / "out" / "01_a.ipynb")
     report.build(folder / "out")
@@ -76,9 +77,7 @@ def everything(folder):
 
 
 def test_no_file_is_world_writable_even_where_the_user_allows_it(tmp_path):
-    code = "import os, sys; os.umask(0); from tests.test_safety import everything; everything(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert ended(start(everything, tmp_path / "run", said=tmp_path / "said")) == 0, (tmp_path / "said").read_text()
     written = [p for p in (tmp_path / "run").rglob("*") if not p.is_symlink()]
     suffixes = {p.suffix for p in written}
     assert {".npy", ".npz", ".json", ".csv", ".png", ".html", ".lock"} <= suffixes and len(written) > 50

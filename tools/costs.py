@@ -58,7 +58,7 @@ def row(name, preset, folders):
         run = preset_run(name, preset, folder)
         planned = [plan for _, plan in experiments.to_train(run)]
         disk = sum(ensemble.stored_bytes(plan.recipe, plan.dataset, range(plan.n_models)) for plan in planned)
-        work, _ = experiments.left(run)
+        work = sum(experiments.work(plan.recipe, len(plan.dataset.y), plan.n_models) for plan in planned)
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"
     models = f"{run.n_models} for each of {len(run.names)}, {sum(plan.n_models for plan in planned):,} in all"
     size = f"{disk / 1e6:.0f} MB" if disk < 1e9 else f"{disk / 1e9:.1f} GB"

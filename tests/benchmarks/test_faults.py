@@ -65,12 +65,6 @@ def test_two_writers_and_a_lost_one(whole, tmp_path):
     assert outcomes(faults.lost_workers(tmp_path, whole[1], whole[2], 1)) == ["same_result"]
 
 
-def test_a_kernel_that_dies_ends_the_command_with_one_clear_error(tmp_path):
-    status, said, phase = faults.kill_command(tmp_path, 1, 0, kernel=True)
-    case = faults.judged("kernel dies", tmp_path, {}, status, said, phase)
-    assert status == 1 and case.outcome == "clear_error", case
-
-
 ERROR = "error: store='x' can't be written (full): give a writable folder\n"
 
 

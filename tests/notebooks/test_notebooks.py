@@ -12,6 +12,8 @@ from lib.attacks import catalogue
 from lib.study import verdict
 from lib.study.command_line import NOTEBOOKS
 from lib.study.settings import ROOT, Parameters
+from tests.notebooks.test_cells import run_cells
+from tests.processes import ended, start
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -20,25 +22,15 @@ def cells(notebook):
     return [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in notebook.cells]
 
 
-def papermill(folder, book, out, *parameters):
-    command = [sys.executable, "-m", "papermill", book, str(out), *parameters, "--no-progress-bar"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
-def study(folder, *notebooks):
-    """Run a tiny study on digits by the command line, with its store and its results in `folder`."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a tiny study of digits, by the command that a reader types: its store and its results."""
+    folder = tmp_path_factory.mktemp("study")
     words = ["PRESET=tiny", f"STORE={folder / 'store'}", f"OUT={folder / 'out'}"]
-    command = [sys.executable, "-m", "lib.study", *notebooks, *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "lib.study", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Look at" in done.stdout.splitlines()[-1]
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of the one tiny study that these tests judge."""
-    return study(tmp_path_factory.mktemp("study"))
 
 
 def test_every_source_has_a_twin_with_the_same_cells_and_no_outputs():
@@ -157,14 +149,6 @@ def test_the_buckets_of_notebook_03_share_out_the_gain_of_notebook_01(run):
         assert sum(each) / 5 == pytest.approx(whole, abs=1e-5)
 
 
-def test_the_same_command_gives_the_same_results_in_an_empty_store(run, tmp_path):
-    again = rows(study(tmp_path, "03") / "out" / "results.csv")
-    first = rows(run / "out" / "results.csv")
-    assert (again.seconds.astype(float) >= 0).all()
-    first = first[first.notebook == "03_influence"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
-
-
 def test_notebook_04_contracts_where_it_should_and_nowhere_else(run):
     def largest(experiment, coordinate):
         about = {"optimizer": "eta=10", "baseline": "", "coordinate": coordinate}
@@ -245,33 +229,23 @@ def test_figures_and_a_clean_copy_are_left(run):
         assert not any(o.get("name") == "stderr" for o in outputs), "warnings or progress bars in the executed copy"
 
 
-def test_papermill_by_hand_works_in_the_notebooks_folder_and_trains_nothing_twice(run, tmp_path):
-    flags = {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
-    done = papermill(ROOT / "notebooks", "03_influence.ipynb", tmp_path / "out.ipynb", "-p", "preset", "tiny",
-                     "-p", "store", str(run / "store"), "-p", "out", str(tmp_path))  # fmt: skip
+def test_papermill_by_hand_and_an_empty_store_give_the_same_results(run, tmp_path):
+    words = ["-p", "preset", "tiny", "-p", "store", str(tmp_path / "store"), "-p", "out", str(tmp_path)]
+    command = [sys.executable, "-m", "papermill", "03_influence.ipynb", str(tmp_path / "out.ipynb"), *words]
+    done = subprocess.run(command, cwd=ROOT / "notebooks", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, again = (rows(f / "results.csv").drop(columns="seconds") for f in (run / "out", tmp_path))
-    pd.testing.assert_frame_equal(first[first.notebook == "03_influence"].reset_index(drop=True), again)
+    assert_same_numbers(run, tmp_path, "03_influence")
+
+
+def test_a_notebook_run_again_trains_nothing_and_gives_the_same_results(run, tmp_path):
+    flags = {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
+    given = {"preset": "tiny", "store": str(run / "store"), "out": str(tmp_path)}
+    assert ended(start(run_cells, ROOT / "notebooks" / "03_influence.py", given)) == 0
+    assert_same_numbers(run, tmp_path, "03_influence")
     assert flags == {p: p.stat().st_mtime_ns for p in (run / "store").glob("*/done/*.json")}
 
 
-@pytest.fixture(scope="module")
-def odd_store(tmp_path_factory):
-    """What one notebook has trained with the odd parameters, the next one need not train again."""
-    return tmp_path_factory.mktemp("odd")
-
-
-@pytest.mark.parametrize("book", NOTEBOOKS[::-1], ids=lambda b: b.stem)
-def test_each_notebook_runs_by_itself_with_odd_parameters(odd_store, tmp_path, book):
-    odd = {"preset": "tiny", "n_models": 40, "n_examples": 90, "epochs": 3, "subset": 0.6, "batch_size": 7, "seed": 3,
-           "optimizers": "adam,sam+adam,sam", "lr": 0.01, "store": odd_store, "out": tmp_path}  # fmt: skip
-    parameters = [word for name, value in odd.items() for word in ("-p", name, str(value))]
-    done = papermill(ROOT, f"notebooks/{book.name}", tmp_path / "out.ipynb", *parameters)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_papermill_with_a_misspelt_parameter_fails_before_training(tmp_path):
-    words = ["-p", "n_model", "16", "-p", "store", str(tmp_path / "store")]
-    done = papermill(ROOT, "notebooks/03_influence.ipynb", tmp_path / "out.ipynb", *words)
-    assert done.returncode != 0 and "ValueError" in done.stderr and "n_model" in done.stderr
-    assert not (tmp_path / "store").exists()
+def assert_same_numbers(run, out, notebook):
+    """All that a notebook recorded in the folder `out` is what it recorded in the study, to the last digit."""
+    first, again = (rows(folder / "results.csv").drop(columns="seconds") for folder in (run / "out", out))
+    pd.testing.assert_frame_equal(first[first.notebook == notebook].reset_index(drop=True), again)

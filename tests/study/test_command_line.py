@@ -86,9 +86,13 @@ def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch
     assert "input_path" not in made.metadata.papermill
 
 
-def test_a_notebook_that_fails_is_named_and_ends_the_run(tmp_path, monkeypatch, capsys):
-    books = [notebook(tmp_path, "07_a.ipynb", "raise ValueError('lr=9: too large')"), notebook(tmp_path, "08_b.ipynb")]
+@pytest.mark.parametrize(
+    "source, said",
+    [("raise ValueError('lr=9: too large')", "lr=9"), ("import os\nos.kill(os.getpid(), 9)", "DeadKernelError")],
+)
+def test_a_notebook_that_fails_or_dies_is_named_and_ends_the_run(tmp_path, monkeypatch, capsys, source, said):
+    books = [notebook(tmp_path, "07_a.ipynb", source), notebook(tmp_path, "08_b.ipynb")]
     monkeypatch.setattr(command_line, "NOTEBOOKS", books)
     assert command_line.main(words(tmp_path)) == 1
-    said = capsys.readouterr().err
-    assert "07_a failed" in said and "lr=9" in said and not (tmp_path / "out" / "08_b.ipynb").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "07_a failed" in line and said in line and not (tmp_path / "out" / "08_b.ipynb").exists()

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,9 +12,16 @@ import torch
 from lib.analysis import compare, memorization
 from lib.study import command_line, experiments, settings
 from lib.study.experiments import Experiment, of
-from lib.training import Recipe, ensemble, train, workers
+from lib.training import Recipe, ensemble, privacy, train, workers
+from tests.processes import ended, start
 
 SMALL = {"preset": "tiny", "n_models": "8", "n_examples": "100", "epochs": "2"}
+
+
+@pytest.fixture(autouse=True)
+def quick_accountant(monkeypatch):
+    """Finding the noise for an epsilon takes seconds, and test_privacy.py tests it."""
+    monkeypatch.setattr(privacy, "noise_for", lambda epsilon, *run: 100 / epsilon)
 
 
 def small(tmp_path, **given):
@@ -194,9 +199,8 @@ def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
 
 
 def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
-    command = [sys.executable, "-m", "lib.study", "--work", *words(tmp_path, "01", "03")]
-    pair = [subprocess.Popen(command, cwd=settings.ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [(p.communicate(), p.returncode)[1] for p in pair] == [0, 0]
+    pair = [start(command_line.main, ["--work", *words(tmp_path, "01", "03")]) for _ in range(2)]
+    assert [ended(process) for process in pair] == [0, 0]
     run = small(tmp_path)
     assert experiments.left(run, ["03"])[0] == 0
     planned = [planned for _, planned in experiments.to_train(run, ["01"]) if not planned.is_drawn]

@@ -92,7 +92,7 @@ def test_no_score_and_no_decision_depends_on_the_membership_it_judges():
 def test_null_is_one_half_where_a_look_at_the_judged_would_show():
     found = {name: [] for name in ("auc", "accuracy", "classwise", "seen")}
     for seed in range(5):
-        logits, y, member = problem(seed, n_models=200, n=60, leak=0.0)
+        logits, y, member = problem(seed, n_models=100, n=40, leak=0.0)
         half = calibration_split(member, seed, y)
         scores, own = neural.attack(logits, y, member, half, seed)
         found["auc"].append(auc_influence_values(scores, member))
@@ -109,9 +109,9 @@ def test_null_is_one_half_where_a_look_at_the_judged_would_show():
 
 def test_knows_nothing_of_how_many_of_a_class_are_members():
     rng, found = np.random.default_rng(0), {"default": [], "within classes": []}
-    for seed in range(4):
-        _, y, member = problem(seed, n_models=200, n=100, n_classes=5, leak=0.0)
-        logits = np.eye(5)[y] * (1.0 + y[:, None]) + 0.01 * rng.normal(size=(200, 100, 5))  # the class is plain to see
+    for seed in range(10):
+        _, y, member = problem(seed, n_models=20, n=60, n_classes=5, leak=0.0)
+        logits = np.eye(5)[y] * (1.0 + y[:, None]) + 0.01 * rng.normal(size=(20, 60, 5))  # the class is plain to see
         for name, half in (("default", None), ("within classes", calibration_split(member, seed, y))):
             found[name].append(auc_influence_values(neural.attack(logits, y, member, half, seed)[0], member))
     for name, influence_values in found.items():

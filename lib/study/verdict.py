@@ -14,6 +14,7 @@ chance (the limits of the theorem) is its own interval; any other number without
 
 import html
 import re
+from contextlib import nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -116,13 +117,10 @@ ALIKE = ("other_optimizers_alike", "other_architectures_alike")  # these need mo
 
 def beside(out):
     """The rows of the run in folder `out`, then of readable runs in the folders beside it, with a column run."""
-    out, found = Path(out).resolve(), [pd.DataFrame(columns=[*COLUMNS, "run"])]
-    for path in sorted(out.parent.glob("*/results.csv"), key=lambda p: (p.parent != out, p)):
-        try:
+    own, found = Path(out).resolve() / "results.csv", [pd.DataFrame(columns=[*COLUMNS, "run"])]
+    for path in sorted(own.parents[1].glob("*/results.csv"), key=lambda path: (path != own, path)):
+        with nullcontext() if path == own else suppress(ValueError):
             found.append(read(path).assign(run=path.parent.name))
-        except ValueError:
-            if path.parent == out:
-                raise
     return pd.concat([frame for frame in found if len(frame)] or found[:1], ignore_index=True)
 
 
@@ -248,24 +246,17 @@ def ledger(results):
         known = pd.concat(known)
         pairs = sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]
         for pair, claim in product(pairs, CLAIMS):
-            parts, theorem = [], claim.tests[0].experiment.startswith("theorem")
+            parts = []
             for test in claim.tests:
                 parts += tested(known, test, *((test.optimizer, "") if test.optimizer else pair), claim.notebook)
             verdicts, effects, evidence, n_models = zip(*parts, strict=True)
-            compares = any(test.optimizer is None for test in claim.tests)
-            out.append(dict(zip(GROUP, group, strict=True)) | {
-                "optimizer": pair[0] if compares else "",
-                "baseline": pair[1] if compares else "",
-                "claim": claim.name,
-                "whose": claim.whose,
-                "statement": claim.statement.format(a=pair[0].upper(), b=pair[1].upper()),
-                "verdict": combine(verdicts),
-                "effect": "; ".join(filter(None, effects)),
-                "evidence": "; ".join(dict.fromkeys(evidence)),
-                "n_models": pd.Series(n_models).min(),
-                "differs": "a linear model on drawn data" if theorem else setting(main, *pair),
-                "notebook": claim.notebook,
-            })  # fmt: skip
+            who = pair if any(test.optimizer is None for test in claim.tests) else ("", "")
+            statement = claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
+            found = combine(verdicts), "; ".join(filter(None, effects)), "; ".join(dict.fromkeys(evidence))
+            theorem = claim.tests[0].experiment.startswith("theorem")
+            differs = "a linear model on drawn data" if theorem else setting(main, *pair)
+            about = claim.name, claim.whose, statement
+            out.append([*group, *who, *about, *found, pd.Series(n_models).min(), differs, claim.notebook])
     return pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"], ignore_index=True)
 
 

@@ -40,7 +40,7 @@ from torch.func import functional_call, grad
 
 from lib.analysis import compare, flatness, memorization
 from lib.attacks import membership, shadow
-from lib.data.dataset import duplicate_table, inputs
+from lib.data.dataset import duplicates, inputs
 from lib.study import figures, settings, text
 from lib.study.results import Results
 from lib.study.text import describe_sign, percentage_points, select, show_table, show_text
@@ -130,13 +130,13 @@ figures.save(figure, run, "data")
 # neighbours; plain skies and dark pictures can be that close without being copies.
 
 # %%
-copies = duplicate_table(run.dataset)
-results.add(copies, experiment="duplicates", optimizer="")
-count = copies.set_index("metric").value
+copies = duplicates(run.dataset)
+count = copies.select_dtypes(bool).sum()
+results.add(pd.DataFrame({"metric": count.index, "value": count}), experiment="duplicates", optimizer="")
 for kind in ("exact", "near"):
     twins, other, test = (count[f"{kind}_{what}"] for what in ("duplicates", "duplicates_other_label", "test_twins"))
     show_text(
-        f"Examples with {kind} copies in the pool: {twins:.0f} ({other:.0f} have another label); in the test part: {test:.0f}."
+        f"Examples with {kind} copies in the pool: {twins} ({other} have another label); in the test part: {test}."
     )
 
 # %% [markdown]

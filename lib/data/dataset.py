@@ -81,12 +81,12 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
     need(even, f"{n_examples=}: needs an even number from {least} (two of each class) to {n} (all there are)")
     need(n_test in (None, *range(1, t + 1)), f"{n_test=}: needs a whole number from 1 to {t} (all there are)")
     if n_test is not None:
-        dataset = _subset(dataset, _draw(dataset.y_test, n_test, seed), "x_test y_test groups_test pattern_test")
+        dataset = _subset(dataset, _draw(dataset.y_test, n_test, seed), "_test")
     grouped = dataset.groups is not None
     keep = _draw_groups(dataset, n_examples, seed) if grouped else _draw(dataset.y, n_examples or n - n % 2, seed, 2)
     if n_examples is not None or len(keep) < n:
         index = np.arange(n) if dataset.index is None else dataset.index
-        dataset = _subset(replace(dataset, index=index), keep, "x y index groups pattern")
+        dataset = _subset(replace(dataset, index=index), keep)
     return validate(dataset)
 
 
@@ -130,60 +130,43 @@ def validate(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def duplicates(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
+def duplicates(dataset: Dataset) -> pd.DataFrame:
     """Each pool example's nearest other pool example and nearest test example: a frame of N lines.
 
-    Columns: nearest (index in the pool), distance (root mean square difference of the model inputs, in pooled standard
-    deviations: sqrt(2) for unrelated examples), exact (equal bytes), near (distance below `near`, or exact),
-    other_label (of the nearest; among exact copies one with another label counts as nearest), and test_nearest,
-    test_distance, test_exact, test_near. near=None: half the median nearest distance of those without an exact copy, in
-    frame.attrs["near"]. In d dimensions, about 2^-d log 2 of independent draws are so near by chance: 0.07% at d = 10.
-    Half of such pairs in CIFAR-10 are one picture, the others two plain skies or seas. Raises ValueError.
+    Columns: nearest (index in the pool); distance, test_distance (root mean square difference of the model inputs, in
+    pooled standard deviations: sqrt(2) for unrelated examples); and whether there are copies, which are exact (equal
+    bytes) or near (exact, or below half the median distance of those without an exact copy): exact_duplicates,
+    exact_duplicates_other_label, exact_test_twins, and near_ likewise. In d dimensions, about 2^-d log 2 of independent
+    draws are so near by chance: 0.07% at d = 10. Half of such pairs in CIFAR-10 are one picture, the others two plain
+    skies or seas.
     """
-    fine = near is None or isinstance(near, int | float | np.number) and 0 <= near < np.inf
-    need(fine, f"{near=}: needs a number, not negative")
     y, (z, z_test) = dataset.y, (part.reshape(len(part), -1) for part in inputs(dataset))
     mean = z.mean(axis=0, dtype=np.float64)
     # distance^2 = mean_j (a_j - b_j)^2 / mean_j var_j = |a - b|^2 / unit^2
     unit = np.sqrt(np.mean([np.square(row - mean).sum() for row in z])) or 1
-    keys, keys_test = (pd.Series([blake2b(a.tobytes()).digest() for a in part]) for part in (dataset.x, dataset.x_test))
-    frame = pd.DataFrame({"exact": keys.duplicated(keep=False), "test_exact": keys.isin(keys_test)})
     search = NearestNeighbors(n_neighbors=1, algorithm="brute")
-    for part, found in (("", search.fit(z).kneighbors()), ("test_", search.fit(z_test).kneighbors(z))):
-        frame[f"{part}distance"] = np.where(frame[f"{part}exact"], 0, found[0][:, 0] / unit)
-        frame[f"{part}nearest"] = found[1][:, 0]
-    for same in pd.Series(y).groupby(keys).indices.values():
-        if len(same) > 1:
-            low, high = same[np.argsort(y[same], kind="stable")[[0, -1]]]  # of the lowest and of the highest label
-            other = np.where(y[same] == y[low], high, low)
-            frame.loc[same, "nearest"] = np.where(other == same, low, other)
-    frame["other_label"] = y != y[frame.nearest]
-    unique = frame.distance[~frame.exact]
-    near = near if near is not None else unique.median() / 2 if len(unique) else 0.0
-    frame["near"] = frame.exact | (frame.distance < near)
-    frame["test_near"] = frame.test_exact | (frame.test_distance < near)
-    frame.attrs["near"] = float(near)
+    distance, nearest = (found[:, 0] for found in search.fit(z).kneighbors())
+    test_distance = search.fit(z_test).kneighbors(z)[0][:, 0]
+    keys, keys_test = (pd.Series([blake2b(a.tobytes()).digest() for a in part]) for part in (dataset.x, dataset.x_test))
+    exact, test_exact = keys.duplicated(keep=False), keys.isin(keys_test)
+    frame = pd.DataFrame({"nearest": nearest, "distance": np.where(exact, 0, distance / unit)})
+    frame["test_distance"] = np.where(test_exact, 0, test_distance / unit)
+    near = frame.distance[~exact].median() / 2  # NaN, which no distance is below, if all have copies
+    other = np.where(exact, pd.Series(y).groupby(keys).transform("nunique") > 1, y != y[nearest])
+    for kind, below in (("exact", 0), ("near", near)):
+        twin, test = exact | (frame.distance < below), test_exact | (frame.test_distance < below)
+        counted = {"duplicates": twin, "duplicates_other_label": twin & other, "test_twins": test}
+        frame = frame.assign(**{f"{kind}_{name}": holds for name, holds in counted.items()})
     return frame
 
 
-def duplicate_table(dataset: Dataset, near: float | None = None) -> pd.DataFrame:
-    """Tidy rows (metric, value, ci_low, ci_high): how many duplicates the pool has, and which share of it they are."""
-    frame = duplicates(dataset, near)
-    rows = {"near_duplicate_distance": frame.attrs["near"], "median_nearest_distance": frame.distance.median()}
-    for kind in ("exact", "near"):
-        twin, test = frame[kind], frame[f"test_{kind}"]
-        counts = {"duplicates": twin, "duplicates_other_label": twin & frame.other_label, "test_twins": test}
-        for what, found in counts.items():
-            rows |= {f"{kind}_{what}": float(found.sum()), f"{kind}_{what}_share": found.mean()}
-    return pd.DataFrame({"metric": rows.keys(), "value": rows.values(), "ci_low": np.nan, "ci_high": np.nan})
-
-
-def _subset(dataset: Dataset, keep: np.ndarray, fields: str) -> Dataset:
-    """The examples `keep` in those of the fields that are not None; groups are numbered anew."""
-    parts = {field: a[keep] for field in fields.split() if (a := getattr(dataset, field)) is not None}
-    for field in {"groups", "groups_test"} & set(parts):
-        parts[field] = np.unique(parts[field], return_inverse=True)[1]
-    return replace(dataset, **parts)
+def _subset(dataset: Dataset, keep: np.ndarray, part: str = "") -> Dataset:
+    """The examples `keep` of the pool, or of the part "_test"; groups are numbered anew."""
+    fields = (f"{key}{part}" for key in ("x", "y", "index", "groups", "pattern"))
+    kept = {field: a[keep] for field in fields if (a := getattr(dataset, field, None)) is not None}
+    if f"groups{part}" in kept:
+        kept[f"groups{part}"] = np.unique(kept[f"groups{part}"], return_inverse=True)[1]
+    return replace(dataset, **kept)
 
 
 def _quota(counts: np.ndarray, n: int, least: int) -> np.ndarray:
@@ -213,23 +196,26 @@ def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndar
     """
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)
+    large_first, any_class = np.argsort(-sizes, kind="stable"), 0 * top
+
+    def fill(order, room, kind):
+        """Whether each group is taken, in this order, where it fits into what is left of the room of its kind."""
+        taken = np.zeros(len(sizes), bool)
+        for group in order:
+            taken[group] = sizes[group] <= room[kind[group]]
+            room[kind[group]] -= sizes[group] * taken[group]
+        return taken
+
     # a random order may end one example short, so several are tried; in the last, small groups of any class fill gaps
-    tries = [*((rng.permutation(len(sizes)), top) for _ in range(8)), (np.argsort(-sizes, kind="stable"), 0 * top)]
+    tries = [*((rng.permutation(len(sizes)), top) for _ in range(8)), (large_first, any_class)]
     largest, slack = len(groups) // 2 * 2, 2 * sizes.max()
     targets = [n_examples] if n_examples else range(largest, max(largest - slack, 1), -2)
     for n, (order, stratum) in product(targets, tries):
         room = _quota(np.bincount(stratum, weights=sizes).astype(int), n, least=2)
-        chosen = np.zeros(len(sizes), bool)
-        for group in order:
-            chosen[group] = sizes[group] <= room[stratum[group]]
-            room[stratum[group]] -= sizes[group] * chosen[group]
-        left, half = room.sum(), n // 2
-        for group in order[~chosen[order]]:
-            chosen[group] = sizes[group] <= left
-            left -= sizes[group] * chosen[group]
-        for size in -np.sort(-sizes[chosen]):  # fill one half, large groups first
-            half -= size * (size <= half)
-        if left == half == 0:
+        chosen = fill(order, room, stratum)
+        chosen |= fill(order[~chosen[order]], [room.sum()], any_class)
+        half = fill(large_first[chosen[large_first]], [n // 2], any_class)
+        if sizes[chosen].sum() == n == 2 * sizes[half].sum():
             shuffled = rng.permutation(len(groups))
             return shuffled[chosen[groups[shuffled]]]
     kinds = np.unique(sizes)[:5].tolist()
@@ -254,33 +240,29 @@ def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=Non
     if name.startswith("cifar"):
         found, form = f"{d.n_classes} classes, {list(x.shape[1:])}", f"{name[5:]} classes, [3, 32, 32]"
         need(found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
-    if x_test is None:
-        groups, top = _grouped(validate(d))
-        share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
-        n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
-        need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
-        keep = np.isin(groups, _draw(top, n, seed=0, least=2))
-        test = _subset(d, ~keep, "x y groups")
-        d = _subset(replace(d, x_test=test.x, y_test=test.y, groups_test=test.groups), keep, "x y groups")
-    else:
+    if x_test is not None:
         y_test = _labels("y_test", y_test)
         extra = np.setdiff1d(y_test, labels)[:5].tolist()
         need(not extra, f"the test part has labels {extra}; only those of the pool are valid")
-        d = replace(d, x_test=_examples("x_test", x_test), y_test=np.searchsorted(labels, y_test))
-    if d.x.ndim == 2:  # binary features come as uint8: floats take four times the memory
-        d = replace(d, x=d.x.astype(np.float32, copy=False), x_test=d.x_test.astype(np.float32, copy=False))
-    return d
+        return replace(d, x_test=_examples("x_test", x_test), y_test=np.searchsorted(labels, y_test))
+    groups, top = _grouped(validate(d))
+    share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
+    n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
+    need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
+    keep = np.isin(groups, _draw(top, n, seed=0, least=2))
+    test = _subset(d, ~keep)
+    return replace(_subset(d, keep), x_test=test.x, y_test=test.y, groups_test=test.groups)
 
 
 def _examples(key: str, a: np.ndarray) -> np.ndarray:
-    """uint8 or float32 [N, channels, H, W] or [N, D]."""
+    """uint8 or float32 images [N, channels, H, W], or float32 features [N, D]."""
     what, a = f"{key} is {a.dtype} {list(a.shape)}", a[:, None] if a.ndim == 3 else a
     if a.ndim == 4 and a.shape[1] not in (1, 3):  # if both axes could be the channels, the first one is
         a = np.moveaxis(a, 3, 1)
     fine = a.dtype.kind in "biuf" and (a.ndim == 2 or a.ndim == 4 and a.shape[1] in (1, 3))
     need(fine, f"{what}; numbers [N, D], [N, H, W] or 4-D with 1 or 3 channels in axis 1 or 3 are needed")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused by validate
-        return np.ascontiguousarray(a, dtype=np.uint8 if a.dtype == np.uint8 else np.float32)
+        return np.ascontiguousarray(a, dtype=np.uint8 if a.dtype == np.uint8 and a.ndim == 4 else np.float32)
 
 
 def _labels(key: str, a: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import tempfile
 import warnings
@@ -30,8 +31,7 @@ DATASETS = tuple("digits cifar10 cifar100 purchase100 texas100 eyepacs subclasse
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 ROOT = Path(__file__).resolve().parents[2]
-# limits: bytes of an image file, of another file and of everything in an archive, unpacked; pixels of an image
-MOST_IMAGE, MOST_FILE, MOST_ARCHIVE, MOST_PIXELS = 1 << 26, 1 << 31, 1 << 38, 1 << 26
+MOST_IMAGE, MOST_FILE, MOST_PIXELS = 1 << 26, 1 << 31, 1 << 26  # bytes of an image file, of another; pixels
 
 # files that are read, in a folder or an archive; no hidden file, absolute path or ".." matches
 _IN = r"(?:\./)?(?:([^./][^/]*)/)?"  # perhaps in a leading folder
@@ -85,14 +85,13 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     if name == "npz" or path.suffix == ".npz":
         return _npz(path)
     if name == "eyepacs":
-        return _cached(name, path, RETINA, _retina, cache)
+        return _cached(path, RETINA, _retina, cache, SIDE)
     if name not in TEXTS:
-        return _cached("images", path, PLACE, _images, cache)
+        return _cached(path, PLACE, _images, cache)
     wanted = TEXTS[name]
     if path.is_file() and not path.name.endswith(ARCHIVES):  # a text file itself; purchase100's under any name
-        wanted = wanted if name == "texas100" else re.escape(path.name)
-        path = path.parent
-    return _cached(name, path, wanted, partial(_text, name), cache)
+        wanted, path = wanted if name == "texas100" else re.escape(path.name), path.parent
+    return _cached(path, wanted, partial(_text, name), cache)
 
 
 def _find(name: str, data) -> Path:
@@ -146,59 +145,62 @@ def _cifar(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
     """
     from torchvision import datasets  # here: it takes two seconds, and every worker process imports this module
 
-    kind = getattr(datasets, name.upper())
-    if path.is_file():
-        need(datasets.utils.check_integrity(path, kind.tgz_md5), f"{path.name} fails its checksum: obtain it again")
-        with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as tar:
-            tar.extractall(folder, filter="data")
-            return _cifar(name, Path(folder, kind.base_folder), download=False)
-    try:
-        with warnings.catch_warnings():  # NumPy 2.4 deprecates how these old files spell their dtype
-            warnings.simplefilter("ignore")
-            train, test = (kind(path.parent, train=part, download=download) for part in (True, False))
-    except (OSError, RuntimeError) as error:
-        give = f"data= may be the path of {' or '.join(FILES[name])}, or of images {LAYOUT}"
-        raise ValueError(f"{name} could not be downloaded, or fails its checksum: {error}; {give}") from error
+    kind, root = getattr(datasets, name.upper()), path.parent
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy 2.4 deprecates how these old files spell their dtype
+        if path.is_file():
+            need(datasets.utils.check_integrity(path, kind.tgz_md5), f"{path.name} fails its checksum: obtain it again")
+            shutil.unpack_archive(path, root := folder, filter="data")
+        try:
+            train, test = (kind(root, train=part, download=download) for part in (True, False))
+        except (OSError, RuntimeError) as error:
+            give = f"data= may be the path of {' or '.join(FILES[name])}, or of images {LAYOUT}"
+            raise ValueError(f"{name} could not be downloaded, or fails its checksum: {error}; {give}") from error
     names = np.array(train.classes)
     return {"x": train.data, "y": names[train.targets], "x_test": test.data, "y_test": names[test.targets]}
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     """x, y and perhaps x_test, y_test and groups; in the file they may have any of NAMES."""
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            fits(file)
-            held = set(file.files)
-            names = next((names for names in NAMES if {*names[:2]} <= held), NAMES[0])
-            keys = zip((*NAMES[0], "groups"), (*names, "groups"), strict=True)
-            arrays = {key: file[name] for key, name in keys if name in held}
-    except Exception as error:  # NumPy and zipfile raise many kinds
-        raise ValueError(f"not a readable .npz of numbers ({error}); make one by numpy.savez(path, x=, y=)") from error
+    held = read_npz(path, {"groups"}.union(*NAMES))
+    names = next((names for names in NAMES if {*names[:2]} <= set(held)), NAMES[0])
+    keys = zip((*NAMES[0], "groups"), (*names, "groups"), strict=True)
+    arrays = {key: held[name] for key, name in keys if name in held}
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     forms = "; or ".join(", ".join(names) for names in NAMES)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (the test part and groups are optional)")
     return arrays
 
 
-def fits(file: np.lib.npyio.NpzFile) -> None:
-    """Raise ValueError unless the arrays of an .npz, unpacked, are no larger than this machine's memory."""
-    size = sum(member.file_size for member in file.zip.infolist())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need(size <= memory, f"its arrays take {size / 1e9:.1f} GB, the memory is {memory / 1e9:.1f} GB")
+def read_npz(path, names) -> dict[str, np.ndarray | None]:
+    """The arrays of an .npz by name, never unpickled; those not in `names` are not read: they are None.
+
+    Raises ValueError, naming the file and the array, also if the arrays, unpacked, are larger than the memory.
+    """
+    key, found = "file", {}
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            size = sum(member.file_size for member in file.zip.infolist())
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            need(size <= memory, f"its arrays take {size / 1e9:.1f} GB, the memory is {memory / 1e9:.1f} GB")
+            for key in file.files:
+                found[key] = file[key] if key in names else None
+    except Exception as error:  # NumPy and zipfile raise many kinds
+        raise ValueError(f"{Path(path).name}: {key}: {error}; valid are numbers saved by numpy.savez") from error
+    return found
 
 
-def _cached(kind: str, path: Path, wanted: str, make, cache: Path) -> dict[str, np.ndarray]:
+def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None) -> dict[str, np.ndarray]:
     """Arrays that `make` gets from (name, content) of the wanted files in a folder (two deep) or archive; made once.
 
-    The cache file is named by a hash of the path and of the name, size and time of change of each file.
+    The cache file is named by a hash of `wanted`, the path, and the name, size and time of change of each file.
     """
-    side = SIDE if kind == "eyepacs" else None
     names = [""]  # the archive itself
     if path.is_dir():
         found = (name for level in ("*", "*/*", "*/*/*") for name in glob.glob(level, root_dir=path))
         names = sorted(filter(re.compile(wanted).fullmatch, found))
     stats = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(path / name)]]
-    key = blake2b(json.dumps([3, kind, str(path.resolve()), stats]).encode(), digest_size=16).hexdigest()
+    key = blake2b(json.dumps([4, wanted, side, str(path.resolve()), stats]).encode(), digest_size=16).hexdigest()
     file = cache / f"{path.name.split('.')[0]}-{key}.npz"
     with suppress(Exception), open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         return dict(arrays)  # NumPy compares each array with its CRC-32
@@ -213,7 +215,7 @@ def _cached(kind: str, path: Path, wanted: str, make, cache: Path) -> dict[str, 
 
 def _members(path: Path, names: list[str], wanted: str, side: int | None):
     """(name, content) of the files `names` of a folder, or of the wanted files of an archive, decoded in memory."""
-    total, tar, name = 0, None, path.name
+    tar, name = None, path.name
     try:
         with ExitStack() as stack:
             if path.is_dir():
@@ -227,8 +229,6 @@ def _members(path: Path, names: list[str], wanted: str, side: int | None):
             for name, size, content in files:
                 most = MOST_IMAGE if name.lower().endswith(IMAGES) else MOST_FILE
                 need(size <= most, f"{size / 1e6:.0f} MB unpacked; at most {most / 1e6:.0f} are read")
-                total += size
-                need(total <= MOST_ARCHIVE, f"over {MOST_ARCHIVE / 1e9:.0f} GB unpacked, the most that is read")
                 if re.fullmatch(wanted, name):
                     yield name, _decoded(name, io.BytesIO(content()), side)
             if tar:

@@ -21,28 +21,22 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
+from lib import need
 from lib.analysis import compare
 from lib.attacks.membership import calibration_split
-from lib.data.sources import fits, need
+from lib.data.sources import read_npz
 from lib.study import figures, report, text
 from lib.study.results import COLUMNS
 from lib.training.store import write_atomic
 
 ARRAYS = "logits y member probabilities population_logits population_y population_probabilities groups".split()
+ALWAYS = (  # limits of every audit
+    "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
+    "If members and non-members differ in more than training (a later date, another source), attacks see that too, and "
+    "no control here can tell.",
+    "The highest of many AUCs is high in part by chance, and a stronger attack may exist: low values prove nothing.",
+)
 LEAST = 4  # members and non-members of a model: thresholds are learned on one half of them and judged on the other
-
-
-def read(path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, never unpickled. Raises ValueError naming the file and the array."""
-    key, found = "file", {}
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            fits(file)
-            for key in file.files:
-                found[key] = file[key]
-    except Exception as error:  # NumPy and zipfile raise many kinds
-        raise ValueError(f"{path}: {key}: {error}; valid are the named arrays of numpy.savez, no objects") from error
-    return found
 
 
 def models(name, given):
@@ -51,18 +45,18 @@ def models(name, given):
     given: a path, or a dict of arrays. The population stands in for the test part; what is missing is None. `notes`
     says what was changed. Raises ValueError naming the file, the array, what is wrong there and what is valid.
     """
-    arrays = {key: np.asarray(array) for key, array in (given if hasattr(given, "items") else read(given)).items()}
+    given = given if hasattr(given, "items") else read_npz(given, ARRAYS)
+    arrays = {key: np.asarray(array) for key, array in given.items()}
 
     def refuse(key, wrong, valid, values=None):
         """Raise the error if `wrong`: a bool, or bools of which the first true one is the place. values: to show."""
-        if not np.any(wrong):
-            return
-        array = arrays.get(key)
-        found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
-        if np.ndim(wrong):
-            at = np.argwhere(wrong)[0].tolist()
-            found = f"{(array if values is None else values)[tuple(at)]} at {at}"
-        raise ValueError(f"{name}: {key}: {found}; valid are {valid}")
+        if np.any(wrong):
+            array = arrays.get(key)
+            found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
+            if np.ndim(wrong):
+                at = np.argwhere(wrong)[0].tolist()
+                found = f"{(array if values is None else values)[tuple(at)]} at {at}"
+            raise ValueError(f"{name}: {key}: {found}; valid are {valid}")
 
     for key, array in arrays.items():
         refuse(key, key not in ARRAYS, f"the names {', '.join(ARRAYS)}")
@@ -74,55 +68,53 @@ def models(name, given):
     if any(key.startswith("population") for key in arrays):
         notes += outputs(arrays, "population_", refuse)
 
-    z, test, member, groups = (arrays.get(key) for key in ("logits", "population_logits", "member", "groups"))
+    z, test, groups, y_test = (arrays.get(key) for key in ("logits", "population_logits", "groups", "population_y"))
     m, q, n, c = z.shape
     alike = test is None or test.shape == (m, q, test.shape[2], c)
     refuse("population_logits", not alike, f"{m} models, {q} queries and {c} classes, as in logits")
-    refuse("member", np.shape(member) != (m, n), f"[M, N] = {(m, n)}, as in logits")
-    refuse("member", ~np.isin(member, (0, 1)), "0 and 1")
+    refuse("member", np.shape(arrays.get("member")) != (m, n), f"[M, N] = {(m, n)}, as in logits")
+    refuse("member", ~np.isin(arrays["member"], (0, 1)), "0 and 1")
     refuse("groups", groups is not None and groups.shape != (n,), f"[N] = {(n,)}")
-    member, kinds = member.astype(bool), {"member": np.arange(n)}
+    member, one_each = arrays["member"].astype(bool), np.arange(n)
     if groups is not None:
-        kinds["groups"] = np.unique(groups, return_index=True)[1]  # the first example of each
-    for key, columns in kinds.items():
-        inside, most = member[:, columns].sum(1), len(columns) - LEAST
-        few = (inside < LEAST) | (inside > most)
-        refuse(key, few, f"{LEAST} members and {LEAST} non-members or more in each of the models [M]", inside)
-    if m > 2 and (member != member[0]).any():  # the models did not all train on the same examples
+        one_each = np.unique(groups, return_index=True)[1]
+    inside = member[:, one_each].sum(1)
+    few = (inside < LEAST) | (inside > len(one_each) - LEAST)
+    valid = f"{LEAST} members and {LEAST} non-members or more in each of the models [M]"
+    refuse("member" if groups is None else "groups", few, valid, inside)
+    if (member != member[0]).any():  # the models did not all train on the same examples
         seen = member.sum(0)
         valid = f"1 to {m - 1} models for each of [N]; leave the others out, or give them as population_logits"
-        refuse("member", (seen == 0) | (seen == m), valid, seen)
-    shared = {"y": arrays["y"], "member": member, "groups": groups, "population_y": arrays.get("population_y")}
-    dataset = SimpleNamespace(y=shared["y"], groups=groups, y_test=shared["population_y"], groups_test=None)
+        refuse("member", (m > 2) & ((seen == 0) | (seen == m)), valid, seen)
+    shared = {"y": arrays["y"], "member": member, "groups": groups, "population_y": y_test}
+    dataset = SimpleNamespace(y=arrays["y"], groups=groups, y_test=y_test, groups_test=None)
     return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, shared=shared, notes=notes)
 
 
 def outputs(arrays, part, refuse):
     """Check <part>logits and <part>y, and bring them into the shapes [M, Q, N, C] and [N]: a list of notes."""
     logits, labels, probabilities = (part + key for key in ("logits", "y", "probabilities"))
-    notes = []
-    if probabilities in arrays:
-        p = arrays[probabilities]
-        refuse(probabilities, logits in arrays, f"these or {logits}, not both")
-        refuse(probabilities, p.dtype.kind != "f" or p.ndim < 3 or p.size == 0, "floats [M, N, C] or [M, Q, N, C]")
-        refuse(probabilities, ~(p >= 0), "numbers from 0 to 1")
-        total = p.sum(-1, dtype=float)
-        refuse(probabilities, ~(np.abs(total - 1) < 0.02), "classes that sum to 1", total)
+    notes, form = [], "floats [M, N, C] or [M, Q, N, C], of two classes or more"
+    given = probabilities if probabilities in arrays else logits
+    z = arrays.get(given)
+    refuse(given, {logits, probabilities} <= set(arrays), f"these or {logits}, not both")
+    refuse(given, z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0, form)
+    if given == probabilities:
+        refuse(given, ~(z >= 0), "numbers from 0 to 1")
+        total = z.sum(-1, dtype=float)
+        refuse(given, ~(np.abs(total - 1) < 0.02), "classes that sum to 1", total)
         # z = log p, and log of the smallest positive p where p = 0
-        least, zero = p[p > 0].min(), np.mean(p == 0)
-        arrays[logits] = np.log(np.maximum(p, least))
-        notes.append(f"{probabilities} were given: we use their logarithms as logits.")
+        least, zero = z[z > 0].min(), np.mean(z == 0)
+        z = np.log(np.maximum(z, least))
+        notes.append(f"{given} were given: we use their logarithms as logits.")
         if zero:
-            notes.append(f"{zero:.2%} of the {probabilities} are 0 and count as {least:.2g}, the smallest other one.")
-    z, y = arrays.get(logits), arrays.get(labels)
-    bad = z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0
-    refuse(logits, bad, "floats [M, N, C] or [M, Q, N, C], of two classes or more")
-    refuse(logits, ~(z < np.inf), "numbers below infinity")
-    n, c = z.shape[-2:]
+            notes.append(f"{zero:.2%} of the {given} are 0 and count as {least:.2g}, the smallest other one.")
+    refuse(given, ~(z < np.inf), "numbers below infinity")
+    y, (n, c) = arrays.get(labels), z.shape[-2:]
     if np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
         y = y.argmax(1)
     refuse(labels, np.shape(y) != (n,) or y.dtype.kind not in "iu", f"integers [{n}], or one-hot [{n}, {c}]")
-    refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {logits}")
+    refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}")
     arrays[logits], arrays[labels] = z if z.ndim == 4 else z[:, None], y.astype(np.int64)
     return notes
 
@@ -140,31 +132,28 @@ def audit(given, out) -> pd.DataFrame:
     first, e = next(iter(ensembles.items()))
     for name, other in ensembles.items():
         for key, array in e.shared.items():
-            same = np.array_equal(array, other.shared[key])
             problem = f"{name}: {key}: differs from that of {first}; valid is the same in all files, which are compared"
-            need(same, f"{problem} model by model: audit files that differ one at a time")
+            problem += " model by model: audit files that differ one at a time"
+            need(np.array_equal(array, other.shared[key]), problem)
     path = Path(out) / "results.csv"
     free = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
     need(free, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")
     (Path(out) / "report").mkdir(parents=True, exist_ok=True)
 
     scored = {name: compare.scores(one) for name, one in ensembles.items()}
-    main = pd.concat([compare.accuracies(ensembles).assign(attack=""), compare.leakage(ensembles, scored)])
+    fit, leaks = compare.accuracies(ensembles).assign(attack=""), compare.leakage(ensembles, scored)
     null = compare.null_table(e, seed=0, shuffles=1).assign(optimizer=first, experiment="null control")
-    frame = pd.concat([main.assign(experiment="main"), null], ignore_index=True)
+    frame = pd.concat([fit.assign(experiment="main"), leaks.assign(experiment="main"), null], ignore_index=True)
     about = {"notebook": "own_logits", "dataset": Path(out).resolve().name, "coordinate": ""}
     frame = frame.assign(**about, n_models=len(e.member), n_examples=len(e.dataset.y)).reindex(columns=COLUMNS)
     write_atomic(path, frame.to_csv(index=False, float_format="%.6g"))
-    write_atomic(Path(out) / "report" / "index.html", page(out, ensembles, scored, frame))
+    write_atomic(Path(out) / "report" / "index.html", page(out, ensembles, scored, fit, leaks, null))
     return frame
 
 
-def page(out, ensembles, scored, frame):
+def page(out, ensembles, scored, fit, leaks, null):
     """The report as one HTML page, with the figures in it, which are also kept in figures/."""
-    e, main = next(iter(ensembles.values())), frame[frame.experiment == "main"]
-    leaks, control = main[(main.attack != "") & (main.metric != "advantage")], frame[frame.experiment == "null control"]
-    auc = leaks[leaks.metric == "auc"]
-    shadows = "lira" in set(auc.attack)
+    e, auc = next(iter(ensembles.values())), leaks[leaks.metric == "auc"]
     found = []
     for (name, baseline), rows in auc.groupby(["optimizer", "baseline"], sort=False):
         best = rows.loc[rows.value.idxmax()]
@@ -174,12 +163,13 @@ def page(out, ensembles, scored, frame):
         found.append(text.summary(rows, f"{name} leaks", baseline) if baseline else own)
 
     figures.style()
-    above = auc[auc.baseline == ""].assign(**(auc[["value", "ci_low", "ci_high"]] - 0.5))
-    drawn = {"auc": figures.forest(above, {"auc": "AUC minus 1/2, which is guessing"})}
-    if len(ensembles) > 1:
-        drawn["difference"] = figures.forest(auc[auc.baseline != ""], {"auc": "difference in AUC"})
-    drawn["roc"] = figures.roc(scored, e.member, "lira" if shadows else "confidence")
+    is_own, numbers = auc.baseline == "", ["value", "ci_low", "ci_high"]
+    above, differences = auc[is_own].assign(**(auc[numbers] - 0.5)), auc[~is_own]
     phis = {name: compare.signal(one, "phi") for name, one in ensembles.items()}
+    drawn = {"auc": figures.forest(above, {"auc": "AUC minus 1/2, which is guessing"})}
+    if len(differences):
+        drawn["difference"] = figures.forest(differences, {"auc": "difference in AUC"})
+    drawn["roc"] = figures.roc(scored, e.member, "lira" if "lira" in set(auc.attack) else "confidence")
     drawn["phi"] = figures.phi_of_members(phis, e.member)
     pictures = ""
     for name, figure in drawn.items():
@@ -187,16 +177,15 @@ def page(out, ensembles, scored, frame):
         data = base64.b64encode((Path(out) / "figures" / f"{name}.png").read_bytes()).decode()
         pictures += f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>'
 
-    table, fit, null = (
-        text.wide(rows, across=("metric",)).to_html(border=0) for rows in (leaks, main[main.attack == ""], control)
-    )
+    tables = (leaks[leaks.metric != "advantage"], fit, null)
+    leakage, fits, control = (text.wide(rows, across=("metric",)).to_html(border=0) for rows in tables)
     title = f"Membership leakage: {', '.join(ensembles)}"
     body = f"""<h1>{html.escape(title)}</h1>
 <p>Models: {len(e.member)}; examples: {len(e.dataset.y)}, of {e.logits.shape[-1]} classes.</p>
-{report.bullets(found)}{table}{pictures}
-<h2>How well the models fit</h2>{fit}
-<h2>The null control</h2><p>Membership shuffled: {html.escape(text.null_control(control))}</p>{null}
-<h2>The limits</h2>{report.bullets(limits(ensembles, shadows))}
+{report.bullets(found)}{leakage}{pictures}
+<h2>How well the models fit</h2>{fits}
+<h2>The null control</h2><p>Membership shuffled: {html.escape(text.null_control(null))}</p>{control}
+<h2>The limits</h2>{report.bullets(limits(ensembles, "lira" in set(auc.attack)))}
 <p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return report.page(title, body, "wide")
 
@@ -207,22 +196,18 @@ def limits(ensembles, shadows):
     member, y, groups, alone = e.member, e.dataset.y, e.dataset.groups, len(e.member) < 3
     part = 2 * calibration_split(member, 0, y, groups) + member  # 0 to 3: the non-members and members of each half
     thin = [c for c in np.unique(y).tolist() if any((part[:, y == c] != k).all(1).any() for k in range(4))]
-    said = (
-        (not shadows, "We ran only attacks on one model's output. LiRA and RMIA were left out: they need three models "
-                      "with every example and three without it (n_models >= 6 in halves)."),
-        (alone, "The 95% intervals are over new examples only: one or two models cannot say how others would differ."),
-        (not alone, "The 95% intervals are over new models and new examples."),
-        (groups is not None, f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples."),
-        (thin, f"Classes {thin} lack members or non-members in a half of some model: their thresholds are those of all "
-               "classes together."),
-        (True, "Thresholds were learned on one half of the known members and non-members, and judged on the other."),
-        (True, "If members and non-members differ in more than training (a later date, another source), attacks see "
-               "that too, and no control here can tell."),
-        (True, "The highest of many AUCs is high in part by chance, and a stronger attack may exist: low values prove "
-               "nothing."),
-    )  # fmt: skip
-    notes = [f"{name}: {note}" for name, one in ensembles.items() for note in one.notes]
-    return notes + [sentence for holds, sentence in said if holds]
+    said = [f"{name}: {note}" for name, one in ensembles.items() for note in one.notes]
+    if not shadows:
+        said += ["We ran only attacks on one model's output. LiRA and RMIA were left out: they need three models with "
+                 "every example and three without it (n_models >= 6 in halves)."]  # fmt: skip
+    said += ["The 95% intervals are over new examples only: one or two models cannot say how others would differ."
+             if alone else "The 95% intervals are over new models and new examples."]  # fmt: skip
+    if groups is not None:
+        said += [f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples."]
+    if thin:
+        said += [f"Classes {thin} lack members or non-members in a half of some model: their thresholds are those of "
+                 "all classes together."]  # fmt: skip
+    return [*said, *ALWAYS]
 
 
 def main(arguments=None):

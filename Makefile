@@ -26,7 +26,7 @@ audit: .venv/.ready
 	@$(BIN)/python -m lib.study.own_logits $(PARAMETERS)
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)

@@ -1,4 +1,7 @@
-"""Small data sets and recipes that the tests share."""
+"""Small data sets and recipes that the tests share.
+
+The process that hands out tests to others reads this file too, so what takes seconds to import is imported within.
+"""
 
 import contextlib
 import os
@@ -8,18 +11,19 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
-from lib.data.dataset import Dataset
-from lib.training import Recipe
+LONGEST = "test_notebooks.py", "test_workers.py", "test_cells.py"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, in the processes they start too
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that processes which share the tests end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def blobs(n=80, t=40, shape=(6,), classes=4, seed=0):
     """Gaussian classes that overlap: float32, n pool and t test examples."""
+    from lib.data.dataset import Dataset
+
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(classes, *shape))
     y, y_test = np.arange(n) % classes, np.arange(t) % classes
@@ -40,12 +44,16 @@ def images():
 
 @pytest.fixture
 def quick():
+    from lib.training import Recipe
+
     return Recipe(epochs=3, batch_size=8, rho=0.1)
 
 
 @pytest.fixture
 def one_thread():
     """In this process too, as in the others of a test: with more, sums in another order have other last bits."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

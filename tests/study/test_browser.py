@@ -18,7 +18,6 @@ from urllib.request import urlopen
 import jupytext
 import pytest
 
-from lib.study import report
 from lib.study.settings import ROOT
 from tests.processes import until
 
@@ -207,22 +206,14 @@ def test_notebook_01_runs_by_its_menu_and_shows_its_figures(page, tmp_path, them
 # ---- the report ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """The report of a committed run: the addresses of its pages."""
-    out = tmp_path_factory.mktemp("run") / "digits"
-    shutil.copytree(ROOT / "outputs" / "reference" / "digits", out)
-    report.build(out)
-    return [p.as_uri() for p in sorted((out / "report").glob("*.html"))]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_report_fits_a_small_screen_and_can_be_read_in_light_and_dark(page, pages, scheme):
-    page.scheme(scheme)
-    for url in pages:
-        page.open(url)
-        assert page.js("document.documentElement.scrollWidth") <= SCREEN["width"], f"{url} scrolls sideways"
-        ratio, text = page.contrast("body *")
-        assert ratio > 4.5, f"{url}: {text!r} is hard to read in {scheme} ({ratio:.1f})"
-    assert len(pages) == 7 and page.js("getComputedStyle(document.body).backgroundColor") in {
-        "light": "rgb(255, 255, 255)", "dark": "rgb(18, 18, 18)"}[scheme]  # fmt: skip
+def test_a_report_fits_a_small_screen_and_can_be_read_in_light_and_dark(page, made):
+    addresses = [p.as_uri() for p in sorted((made / "report").glob("*.html"))]
+    assert len(addresses) == 7
+    for scheme, ground in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 18, 18)")):
+        page.scheme(scheme)
+        for url in addresses:
+            page.open(url)
+            assert page.js("document.documentElement.scrollWidth") <= SCREEN["width"], f"{url} scrolls sideways"
+            ratio, text = page.contrast("body *")
+            assert ratio > 4.5, f"{url}: {text!r} is hard to read in {scheme} ({ratio:.1f})"
+        assert page.js("getComputedStyle(document.body).backgroundColor") == ground

@@ -19,11 +19,8 @@ PARAMETERS = $(foreach name,$(NAMES),$(if $(filter command,$(origin $(name))),$(
 study: .venv/.ready
 	@$(BIN)/python -m lib.study $(PARAMETERS)
 
-plan work report: .venv/.ready
+plan work report audit: .venv/.ready
 	@$(BIN)/python -m lib.study --$@ $(PARAMETERS)
-
-audit: .venv/.ready
-	@$(BIN)/python -m lib.study.own_logits $(PARAMETERS)
 
 test: .venv/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lib.data.dataset import DATASETS, load
-from lib.study import command_line, own_logits, settings
+from lib.study import command_line, settings
 from lib.study.results import SETTINGS
 from lib.study.settings import ROOT
 from lib.training import ensemble, networks, optimizers, train
@@ -100,15 +100,15 @@ def checkout(folder):
     (folder / ".venv" / ".ready").touch()
 
 
-AUDITS = [c for c in COMMANDS if "audit" in c or "own_logits" in c]
+AUDITS = [c for c in COMMANDS if "audit" in c]
 
 
 @pytest.mark.parametrize("command", AUDITS)
 def test_an_audit_as_it_is_typed(names, tmp_path, command):
     exec(blocks(README)[0], names)  # sgd.npz and sam.npz
-    before, is_module, words = command.partition(" -m lib.study.own_logits ")
+    before, is_module, words = command.partition(" -m lib.study ")
     if is_module:  # what that python would do
-        assert before == ".venv/bin/python" and own_logits.main(shlex.split(words)) == 0
+        assert before == ".venv/bin/python" and command_line.main(shlex.split(words)) == 0
     else:
         checkout(tmp_path)
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
@@ -132,12 +132,12 @@ def test_a_make_command_has_a_target_that_hands_its_parameters_on(command, tmp_p
     if target in ("study", "plan", "work"):
         words = shlex.split(done.stdout)
         assert set(given) <= set(words)
-        settings.checked(command_line.parse([word for word in words if "=" in word])[1])
+        settings.checked(settings.parse([word for word in words if "=" in word])[1])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m lib.study " in c and "--help" not in c])
 def test_every_line_of_the_study_is_understood(command):
-    assert settings.checked(command_line.parse(shlex.split(command)[3:])[1]).preset in settings.PRESETS
+    assert settings.checked(settings.parse(shlex.split(command)[3:])[1]).preset in settings.PRESETS
 
 
 def test_papermill_is_given_parameters_that_exist():

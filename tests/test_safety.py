@@ -48,8 +48,8 @@ def test_no_line_fetches_unpickles_or_evaluates(path):
 
 def test_arrays_of_objects_are_refused_everywhere(tmp_path):
     ran = tmp_path / "ran"
-    with pytest.raises(ValueError, match="logits.*no objects"):
-        own_logits.read(evil_npz(tmp_path / "b.npz", ran, ("logits", "y", "member")))
+    with pytest.raises(ValueError, match="b.npz: logits: Object arrays"):
+        own_logits.models("b", evil_npz(tmp_path / "b.npz", ran, ("logits", "y", "member")))
     np.save(tmp_path / "logits.npy", np.array([Evil(ran)] * 4, dtype=object))
     assert len(Rows(tmp_path / "logits.npy", (), np.float32)) == 0
     assert not ran.exists()
@@ -59,7 +59,7 @@ def test_logits_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "b.npz", logits=np.zeros((2, 1000, 1000)), y=np.zeros(1000, int))
     monkeypatch.setattr("os.sysconf", lambda name: 1024)
     with pytest.raises(ValueError, match="b.npz: .*memory"):
-        own_logits.read(tmp_path / "b.npz")
+        own_logits.models("b", tmp_path / "b.npz")
 
 
 # ---- modes --------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Run the study: `python -m lib.study --dataset digits --preset default`, or the same names as make variables."""
+"""Run the study: `python -m lib.study --dataset digits --preset default`, or the same names as make variables.
+
+--plan, --work, --report and --audit do something else instead: see --help.
+"""
 
 import base64
 import io
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lib.study import experiments, report, settings
+from lib.study import experiments, own_logits, report, settings
 from lib.study.settings import ROOT
 from lib.training.store import write_atomic
 
@@ -19,13 +22,12 @@ from lib.training.store import write_atomic
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("verdict" in p.stem, p.stem))
 
 
-def parse(arguments):
-    """(notebooks, parameters, what to do: "run", "plan", "work" or "report") of a command line."""
-    words, given, doing = settings.parse(arguments)
+def chosen(words):
+    """The notebooks that begin with these words, or all of them."""
     for word in words:
         if not any(book.name.startswith(word) for book in NOTEBOOKS):
             raise ValueError(f"notebook {word!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
-    return [b for b in NOTEBOOKS if not words or b.name.startswith(tuple(words))], given, doing
+    return [book for book in NOTEBOOKS if not words or book.name.startswith(tuple(words))]
 
 
 def shortest(path):
@@ -58,8 +60,14 @@ def execute(book, given, out):
 def main(arguments=None):
     """Command line. Returns the exit status: 2 for bad input, 1 for a notebook that failed."""
     try:
-        books, given, doing = parse(arguments)
+        words, given, doing = settings.parse(arguments)
         asked = settings.checked(given)
+        if doing == "audit":
+            out = given.get("out", "outputs/mine")
+            own_logits.audit([*words, *filter(None, given.get("data", "").split(","))], out)
+            print(f"Done. Look at {out}/report/index.html (open in a browser), results.csv and figures/ beside it")
+            return 0
+        books = chosen(words)
         if doing == "report":
             print(f"Look at {report.build(asked.out)}")
             return 0
@@ -72,25 +80,21 @@ def main(arguments=None):
             experiments.work_off(run, numbers)
             return 0
         to_do, total = experiments.left(run, numbers)
+        out = Path(shortest(run.out))
+        given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
+        for book in books:
+            try:
+                execute(book, given, out)
+            except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
+                said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+                print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
+                return 1
+        took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
+        took["trained"] = to_do / (total or 1)  # the share of the training that the store did not have
+        write_atomic(out / "run.json", json.dumps(took))
+        page = shortest(report.build(out))
+        print(f"Done. Look at {page} (open in a browser), results.csv, figures/ and the notebooks beside it")
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = Path(shortest(run.out))
-    given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
-    for book in books:
-        try:
-            execute(book, given, out)
-        except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
-            said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
-            print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
-            return 1
-    took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
-    took["trained"] = to_do / (total or 1)  # the share of the training that the store did not have
-    try:
-        write_atomic(out / "run.json", json.dumps(took))
-        page = shortest(report.build(out))
-    except OSError as error:
-        print(f"error: out={run.out!r} can't be written ({error}): give a writable folder", file=sys.stderr)
-        return 1
-    print(f"Done. Look at {page} (open in a browser), results.csv, figures/ and the notebooks beside it")
-    return 0

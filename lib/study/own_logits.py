@@ -1,20 +1,17 @@
-"""Audit models trained elsewhere: `python -m lib.study.own_logits sgd.npz sam.npz --out outputs/mine`, or `audit`.
+"""Audit models trained elsewhere: `make audit DATA=sgd.npz,sam.npz OUT=outputs/mine`, or `audit`.
 
 A file holds what any framework can save with numpy.savez; M models (one is enough), N examples, C classes, Q queries:
 
     logits [M, N, C] or [M, Q, N, C]   floats; or `probabilities` of that shape, whose logarithm is taken
-    y [N]                              integers 0..C-1, or one-hot [N, C]
-    member [M, N]                      0/1: which model trained on which example
-    population_logits [M, T, C], population_y [T]   optional: examples that no model trained on
-    groups [N]                         optional: which examples belong together, such as a patient's two eyes
+    y [N], member [M, N]               integers 0..C-1, or one-hot [N, C]; 0/1: which model trained on which example
+    population_logits [M, T, C], population_y [T], groups [N]   optional: examples that no model trained on; what
+                                                                belongs together, such as a patient's two eyes
 
 With one model, [N, C] and [N] do as well. The first file is the baseline; all share y, member, groups, population_y.
 """
 
-import argparse
 import base64
 import html
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,26 +205,3 @@ def limits(ensembles, shadows):
         said += [f"Classes {thin} lack members or non-members in a half of some model: their thresholds are those of "
                  "all classes together."]  # fmt: skip
     return [*said, *ALWAYS]
-
-
-def main(arguments=None):
-    """Command line: files and --out, or DATA=a.npz,b.npz OUT=folder. Returns the exit status, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m lib.study.own_logits", description="Audit logits from anywhere.")
-    parser.add_argument("files", nargs="*", help=".npz files, the first is the baseline (or DATA=a.npz,b.npz)")
-    parser.add_argument("--out", default="outputs/mine", help="folder of the results (or OUT=folder)")
-    words = []
-    for word in sys.argv[1:] if arguments is None else arguments:
-        name, _, value = word.partition("=")
-        words += {"DATA": value.split(","), "OUT": ["--out", value]}.get(name, [word])
-    given = parser.parse_args(words)
-    try:
-        audit(given.files, given.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"Done. Look at {given.out}/report/index.html (open it in a browser), results.csv and figures/ beside it")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

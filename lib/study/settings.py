@@ -104,7 +104,7 @@ def checked(given):
 
 
 def parse(arguments):
-    """(words, parameters, "run", "plan", "work" or "report") of a command line: --name value, or make's NAME=value."""
+    """(words, parameters, what to do: "run" or flag) of a command line: --name value, or NAME=value as make has it."""
     parser = argparse.ArgumentParser(
         prog="python -m lib.study",
         description="Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too.",
@@ -116,7 +116,8 @@ def parse(arguments):
         parser.add_argument(*flags, dest=name, help=about.description)
     doing = parser.add_mutually_exclusive_group()
     others = {"plan": "say what is left to train, and its cost", "work": "only train it, beside others"}
-    for name, about in (others | {"report": "only make the report anew"}).items():
+    others |= {"report": "only make the report anew", "audit": "audit logits in the files DATA=a.npz,b.npz"}
+    for name, about in others.items():
         doing.add_argument(f"--{name}", dest="doing", action="store_const", const=name, default="run", help=about)
     parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
     given = vars(parser.parse_intermixed_args(arguments))

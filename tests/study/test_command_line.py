@@ -23,8 +23,8 @@ def test_it_refuses_with_one_line_and_status_2(words, capsys):
 
 
 def test_notebooks_are_chosen_by_their_numbers_and_the_verdict_comes_last():
-    assert [book.name[:2] for book in command_line.parse(["03", "01"])[0]] == ["01", "03"]
-    assert command_line.parse([])[0][-1].stem == "05_verdict"
+    assert [book.name[:2] for book in command_line.chosen(["03", "01"])] == ["01", "03"]
+    assert command_line.chosen([])[-1].stem == "05_verdict"
 
 
 def test_make_passes_an_unknown_knob_on_so_that_it_fails():

@@ -10,7 +10,7 @@ import pytest
 from lib.analysis import compare
 from lib.attacks import catalogue, intervals, membership
 from lib.attacks.signals import signals
-from lib.study import own_logits
+from lib.study import command_line, own_logits
 from lib.study.results import COLUMNS
 
 ALONE = [name for name in catalogue.NAMES if not name.startswith(("lira", "rmia"))]
@@ -51,7 +51,7 @@ def two(tmp_path_factory):
     for name, one in arrays.items():
         np.savez(folder / f"{name}.npz", **one)
     words = [f"DATA={folder / 'sgd.npz'},{folder / 'sam.npz'}", f"OUT={folder / 'out'}"]
-    assert own_logits.main(words) == 0
+    assert command_line.main(["--audit", *words]) == 0
     return folder / "out", arrays
 
 
@@ -257,11 +257,11 @@ def test_files_that_are_no_archives_end_the_command_with_one_line(tmp_path, caps
     whole = (tmp_path / "short.npz").read_bytes()
     (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
     for name in ("text.npz", "empty.npz", "single.npy", "objects.npz", "short.npz", "absent.npz"):
-        assert own_logits.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        assert command_line.main(["--audit", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and name in said, said
         assert ("y: Object arrays" in said) == (name == "objects.npz")
-    assert own_logits.main([]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
+    assert command_line.main(["--audit"]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
 
 
 def test_the_results_of_a_study_are_not_overwritten(tmp_path):

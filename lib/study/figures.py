@@ -61,15 +61,15 @@ def histograms(axis, inside, outside, labels):
     """Two filled histograms on common bins, told apart by colour and outline."""
     bins = np.histogram_bin_edges(np.concatenate([inside, outside]), 30)
     for index, (values, label) in enumerate(zip((inside, outside), labels, strict=True)):
-        axis.hist(values, bins, density=True, histtype="stepfilled", alpha=0.3, color=COLOURS[index + 2], label=label)
-        axis.hist(values, bins, density=True, histtype="step", color=COLOURS[index + 2], linestyle=LINES[index], lw=1.8)
+        drawn = dict(ec=COLOURS[index + 2], fc=(*COLOURS[index + 2], 0.3), linestyle=LINES[index], lw=1.8, label=label)
+        axis.hist(values, bins, density=True, histtype="stepfilled", **drawn)
     axis.legend(fontsize=9)
 
 
-def forest(frame, panels, rows="attack", reference=None):
+def forest(frame, panels, rows="attack", reference=0):
     """Values with intervals, a row for each value of a column, a marker for each optimizer or difference.
 
-    panels: dict metric -> label of the x axis. reference: the row whose value a grey line marks; None marks 0.
+    panels: dict metric -> label of the x axis. reference: where a grey line stands, a number or a row's name.
     """
     order = list(frame[rows].unique())
     size = (3.6 * len(panels) + 3.4, 0.34 * len(order) + 1.2)
@@ -81,7 +81,7 @@ def forest(frame, panels, rows="attack", reference=None):
             spread = [found.value - found.ci_low, found.ci_high - found.value]
             look_of = look(index, name) | {"linestyle": ""}
             axis.errorbar(found.value, np.arange(len(order)) + 0.15 * index, xerr=spread, capsize=3, **look_of)
-        axis.axvline(found.value[reference] if reference else 0, color="0.5", lw=1)
+        axis.axvline(found.value[reference] if reference in found.index else reference, color="0.5", lw=1)
         axis.set(yticks=range(len(order)), yticklabels=map(plain, order), xlabel=xlabel)
         axis.locator_params(axis="x", nbins=5)
     axes[0, 0].invert_yaxis()

@@ -61,9 +61,30 @@ def models(name, given):
     if np.ndim(arrays.get("member")) == 1:  # one model
         arrays["member"] = arrays["member"][None]
         arrays |= {k: a[None] for k, a in arrays.items() if k.endswith(("logits", "probabilities")) and a.ndim == 2}
-    notes = outputs(arrays, "", refuse)
-    if any(key.startswith("population") for key in arrays):
-        notes += outputs(arrays, "population_", refuse)
+    notes, form = [], "floats [M, N, C] or [M, Q, N, C], of two classes or more"
+    for part in ["", "population_"][: 1 + any(key.startswith("population") for key in arrays)]:
+        logits, labels, probabilities = (part + key for key in ("logits", "y", "probabilities"))
+        given = probabilities if probabilities in arrays else logits
+        z, y = arrays.get(given), arrays.get(labels)
+        refuse(given, {logits, probabilities} <= set(arrays), f"these or {logits}, not both")
+        refuse(given, z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0, form)
+        if given == probabilities:
+            refuse(given, ~(z >= 0), "numbers from 0 to 1")
+            total = z.sum(-1, dtype=float)
+            refuse(given, ~(np.abs(total - 1) < 0.02), "classes that sum to 1", total)
+            # z = log p, and log of the smallest positive p where p = 0
+            least, zero = z[z > 0].min(), np.mean(z == 0)
+            z = np.log(np.maximum(z, least))
+            notes.append(f"{given} were given: we use their logarithms as logits.")
+            if zero:
+                notes.append(f"{zero:.2%} of the {given} are 0 and count as {least:.2g}, the smallest other one.")
+        refuse(given, ~(z < np.inf), "numbers below infinity")
+        n, c = z.shape[-2:]
+        if np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
+            y = y.argmax(1)
+        refuse(labels, np.shape(y) != (n,) or y.dtype.kind not in "iu", f"integers [{n}], or one-hot [{n}, {c}]")
+        refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}")
+        arrays[logits], arrays[labels] = z if z.ndim == 4 else z[:, None], y.astype(np.int64)
 
     z, test, groups, y_test = (arrays.get(key) for key in ("logits", "population_logits", "groups", "population_y"))
     m, q, n, c = z.shape
@@ -86,34 +107,6 @@ def models(name, given):
     shared = {"y": arrays["y"], "member": member, "groups": groups, "population_y": y_test}
     dataset = SimpleNamespace(y=arrays["y"], groups=groups, y_test=y_test, groups_test=None)
     return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, shared=shared, notes=notes)
-
-
-def outputs(arrays, part, refuse):
-    """Check <part>logits and <part>y, and bring them into the shapes [M, Q, N, C] and [N]: a list of notes."""
-    logits, labels, probabilities = (part + key for key in ("logits", "y", "probabilities"))
-    notes, form = [], "floats [M, N, C] or [M, Q, N, C], of two classes or more"
-    given = probabilities if probabilities in arrays else logits
-    z = arrays.get(given)
-    refuse(given, {logits, probabilities} <= set(arrays), f"these or {logits}, not both")
-    refuse(given, z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0, form)
-    if given == probabilities:
-        refuse(given, ~(z >= 0), "numbers from 0 to 1")
-        total = z.sum(-1, dtype=float)
-        refuse(given, ~(np.abs(total - 1) < 0.02), "classes that sum to 1", total)
-        # z = log p, and log of the smallest positive p where p = 0
-        least, zero = z[z > 0].min(), np.mean(z == 0)
-        z = np.log(np.maximum(z, least))
-        notes.append(f"{given} were given: we use their logarithms as logits.")
-        if zero:
-            notes.append(f"{zero:.2%} of the {given} are 0 and count as {least:.2g}, the smallest other one.")
-    refuse(given, ~(z < np.inf), "numbers below infinity")
-    y, (n, c) = arrays.get(labels), z.shape[-2:]
-    if np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
-        y = y.argmax(1)
-    refuse(labels, np.shape(y) != (n,) or y.dtype.kind not in "iu", f"integers [{n}], or one-hot [{n}, {c}]")
-    refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}")
-    arrays[logits], arrays[labels] = z if z.ndim == 4 else z[:, None], y.astype(np.int64)
-    return notes
 
 
 def audit(given, out) -> pd.DataFrame:
@@ -150,8 +143,8 @@ def audit(given, out) -> pd.DataFrame:
 
 def page(out, ensembles, scored, fit, leaks, null):
     """The report as one HTML page, with the figures in it, which are also kept in figures/."""
-    e, auc = next(iter(ensembles.values())), leaks[leaks.metric == "auc"]
-    found = []
+    e, auc, found = next(iter(ensembles.values())), leaks[leaks.metric == "auc"], []
+    shadows = "lira" in set(auc.attack)
     for (name, baseline), rows in auc.groupby(["optimizer", "baseline"], sort=False):
         best = rows.loc[rows.value.idxmax()]
         tell = f"{(rows.ci_low > 0.5).sum()} of {len(rows)} attacks tell members from non-members"
@@ -160,13 +153,12 @@ def page(out, ensembles, scored, fit, leaks, null):
         found.append(text.summary(rows, f"{name} leaks", baseline) if baseline else own)
 
     figures.style()
-    is_own, numbers = auc.baseline == "", ["value", "ci_low", "ci_high"]
-    above, differences = auc[is_own].assign(**(auc[numbers] - 0.5)), auc[~is_own]
-    phis = {name: compare.signal(one, "phi") for name, one in ensembles.items()}
-    drawn = {"auc": figures.forest(above, {"auc": "AUC minus 1/2, which is guessing"})}
+    own, differences = auc[auc.baseline == ""], auc[auc.baseline != ""]
+    drawn = {"auc": figures.forest(own, {"auc": "AUC (the line: guessing)"}, reference=0.5)}
     if len(differences):
         drawn["difference"] = figures.forest(differences, {"auc": "difference in AUC"})
-    drawn["roc"] = figures.roc(scored, e.member, "lira" if "lira" in set(auc.attack) else "confidence")
+    drawn["roc"] = figures.roc(scored, e.member, "lira" if shadows else "confidence")
+    phis = {name: compare.signal(one, "phi") for name, one in ensembles.items()}
     drawn["phi"] = figures.phi_of_members(phis, e.member)
     pictures = ""
     for name, figure in drawn.items():
@@ -182,7 +174,7 @@ def page(out, ensembles, scored, fit, leaks, null):
 {report.bullets(found)}{leakage}{pictures}
 <h2>How well the models fit</h2>{fits}
 <h2>The null control</h2><p>Membership shuffled: {html.escape(text.null_control(null))}</p>{control}
-<h2>The limits</h2>{report.bullets(limits(ensembles, "lira" in set(auc.attack)))}
+<h2>The limits</h2>{report.bullets(limits(ensembles, shadows))}
 <p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
     return report.page(title, body, "wide")
 

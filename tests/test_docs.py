@@ -117,12 +117,6 @@ def test_an_audit_as_it_is_typed(names, tmp_path, command):
     assert "lira" in page.read_text()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -c" in c])
-def test_a_line_of_python_as_it_is_typed(command):
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
 def test_a_make_command_has_a_target_that_hands_its_parameters_on(command, tmp_path):
     checkout(tmp_path)

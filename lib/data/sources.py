@@ -44,13 +44,9 @@ GRADES = ("0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative")
 SIDE = 32  # pixels to a side of a retina photograph, once it is scaled down
 
 # what the arrays of an .npz may be called: here, in papers on attacks, by Keras and by MedMNIST (its val_ is not read)
-NAMES = (
-    ("x", "y", "x_test", "y_test"),
-    ("features", "labels", "features_test", "labels_test"),
-    ("x_train", "y_train", "x_test", "y_test"),
-    ("train_images", "train_labels", "test_images", "test_labels"),
-    ("images", "labels", "images_test", "labels_test"),
-)
+NAMES = [["x", "y", "x_test", "y_test"], ["features", "labels", "features_test", "labels_test"]]
+NAMES += [["x_train", "y_train", "x_test", "y_test"], ["images", "labels", "images_test", "labels_test"]]
+NAMES += [["train_images", "train_labels", "test_images", "test_labels"]]
 
 # what is looked for in a folder that is given, and in data/ when no path is given
 FILES = {
@@ -59,13 +55,6 @@ FILES = {
     "purchase100": ("purchase100.npz", "dataset_purchase.tgz", "dataset_purchase"),
     "texas100": ("texas100.npz", "dataset_texas.tgz", "texas"),
     "eyepacs": ("eyepacs", "diabetic-retinopathy-detection"),
-}
-_SHOKRI = "mkdir -p data && cd data && curl -LO https://github.com/privacytrustlab/datasets/raw/master/dataset_"
-SOURCES = {  # how to obtain what is neither built in nor downloaded, and its terms
-    "purchase100": f"{_SHOKRI}purchase.tgz. Terms: those of Kaggle's Acquire Valued Shoppers Challenge.",
-    "texas100": f"{_SHOKRI}texas.tgz. Terms: the Texas data use agreement; no attempt to identify a patient.",
-    "eyepacs": "kaggle competitions download -c diabetic-retinopathy-detection (accept its rules first), then unpack "
-    "train/ and trainLabels.csv into data/eyepacs. Terms: the competition's rules; non-commercial research.",
 }
 
 
@@ -109,7 +98,7 @@ def _find(name: str, data) -> Path:
         found = places  # torchvision downloads what is missing
     if not found:
         what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
-        raise FileNotFoundError(f"data={data!r}: {what}. {SOURCES.get(name, '')}")
+        raise FileNotFoundError(f"data={data!r}: {what}; docs/settings.md says how to obtain {name}")
     path, beside = found[0], found[0].with_name(f"{found[0].name}.sha256")
     if path.is_file() and beside.is_file():
         digest, known = sha256(np.memmap(path, mode="r")).hexdigest(), beside.read_text().lower()[:64]

@@ -352,13 +352,15 @@ def test_a_checksum_beside_an_archive_is_compared(tmp_path):
             load("purchase100", path, tmp_path / "cache")
 
 
-def test_without_a_path_data_are_looked_for_and_the_error_says_how_to_obtain_them(tmp_path, monkeypatch):
+def test_without_a_path_data_are_looked_for_and_the_error_names_the_page_on_how_to_obtain_them(tmp_path, monkeypatch):
+    page = (sources.ROOT / "docs" / "settings.md").read_text()
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    for name, how in (("purchase100", "curl -LO .*dataset_purchase.tgz"), ("texas100", "curl -LO .*dataset_texas.tgz"),
-                      ("eyepacs", "kaggle competitions download -c diabetic")):  # fmt: skip
-        with pytest.raises(FileNotFoundError, match=f"data=None: .*{name}.*{how}.*Terms"):
+    for name, how in (("purchase100", "dataset_purchase.tgz"), ("texas100", "dataset_texas.tgz"),
+                      ("eyepacs", "kaggle competitions download -c diabetic-retinopathy-detection")):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=f"data=None: .*data/{name}.*docs/settings.md says how"):
             load(name, cache=tmp_path / "cache")
-    with pytest.raises(FileNotFoundError, match="data='no/such'.*curl.*Terms"):
+        assert f"`{name}`" in page and how in page
+    with pytest.raises(FileNotFoundError, match="data='no/such': .*no/such/texas100.npz.*docs/settings.md"):
         load("texas100", "no/such", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "purchase100.npz", features=BITS, labels=LABELS)

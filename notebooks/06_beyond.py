@@ -51,22 +51,22 @@ epochs: int = None  # epochs of the main comparison
 
 # %% tags=["setup"]
 run = settings.notebook_run(globals())
-few, fewer = (experiments.n_models(run, kind) for kind in ("few", "private"))
+few, fewer, swept = (experiments.n_models(run, kind) for kind in ("few", "private", "sweep"))
 results = Results("06_beyond", run, n_models=few)
 baseline, treatment = run.baseline, run.treatment
 than = ("more than", "less than", "no differently from")
 figures.style()
-show_text(run.describe() + f" Here an ensemble has {few} models; a private one and its baseline have {fewer}.")
+show_text(run.describe() + f" Here an ensemble has {few} models, a private one {fewer}, one of a length {swept}.")
 
 # %% [markdown]
 # ## Variants: who sits on the frontier?
 #
 # **Claim.** Every sharpness-aware optimizer tests better than SGD and leaks more.
 #
-# **Method.** SAM and six of its relatives at several radii; weight averaging (SWA), which finds flat minima without
-# looking for them; and SharpReg, an earlier defence of the paper, which looks for *sharp* minima. A variant changes
-# one function, the one that turns gradients $g(w)$ into the step's gradient. SAM's is $g(w + e)$ with
-# $e = \rho\, g(w) / \lVert g(w) \rVert$.
+# **Method.** SAM and six of its relatives at their usual radius, and this run's own optimizer at the radii of notebook
+# 1; weight averaging (SWA), which finds flat minima without looking for them; and SharpReg, an earlier defence of the
+# paper, which looks for *sharp* minima. A variant changes one function, the one that turns gradients $g(w)$ into the
+# step's gradient. SAM's is $g(w + e)$ with $e = \rho\, g(w) / \lVert g(w) \rVert$.
 #
 # | optimizer | what it changes | gradients a step |
 # |---|---|---|
@@ -172,15 +172,15 @@ show_text(f"What beats {baseline}: {joined(label(*key) for key in beaten[baselin
 #
 # **Claim.** At the same accuracy, or the same fit, or the same cost, SAM still leaks more.
 #
-# **Method.** The baseline and SAM are trained for several numbers of epochs. At *equal accuracy* and *equal train
-# loss* we interpolate the baseline's AUC between two of its runs, at the point that SAM reached. We do so by a
-# straight line and by two parabolas; the estimate is their mean, and the interval spans all three. Where the
-# baseline's runs do not bracket the point, or its two runs differ by no more than noise, we say nothing. At *equal
-# compute* the baseline gets as many more epochs as a step of the other takes more gradients: twice the epochs against
-# SAM, whose step takes two.
+# **Method.** The length sweep of notebook 1, in which both optimizers are trained for several numbers of epochs. At
+# *equal accuracy* and *equal train loss* we interpolate the baseline's AUC between two of its runs, at the point that
+# SAM reached. We do so by a straight line and by two parabolas; the estimate is their mean, and the interval spans all
+# three. Where the baseline's runs do not bracket the point, or its two runs differ by no more than noise, we say
+# nothing. At *equal compute* the baseline gets as many more epochs as a step of the other takes more gradients: twice
+# the epochs against SAM, whose step takes two.
 
 # %%
-lengths = run.ensembles("length sweep, few models")
+lengths = run.ensembles("length sweep")
 base, sharp = ([e for (_, name), e in lengths.items() if name == kind] for kind in (baseline, treatment))
 accuracy, loss = (compare.at_equal(c, lengths, treatment, baseline) for c in ("test_accuracy", "train_loss"))
 pairs = experiments.equal_compute(run).items()  # epochs of the treatment, and of the baseline

@@ -56,7 +56,7 @@ def row(name, preset, folders):
     """One preset's row of the table."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):  # only the sizes of networks are needed
         run = preset_run(name, preset, folder)
-        planned = [plan for _, plan in experiments.to_train(run)]
+        planned = [plan for *_, plan in experiments.Plan(run).ensembles]
         disk = sum(ensemble.stored_bytes(plan.recipe, plan.dataset, range(plan.n_models)) for plan in planned)
         work = sum(experiments.work(plan.recipe, len(plan.dataset.y), plan.n_models) for plan in planned)
     pool = f"{run.n_examples:,} of {'digits' if name == 'digits' else 'CIFAR or its like'}"

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 
 from PIL import Image
@@ -72,25 +73,33 @@ def main(arguments=None):
             print(f"Look at {report.build(asked.out)}")
             return 0
         run, numbers = settings.open_run(given), [book.name[:2] for book in books]
+        plan = experiments.Plan(run, numbers)
         if doing == "plan":
-            print(experiments.describe(run, numbers))
+            print(plan.describe())
             return 0
-        experiments.check_disk(run, numbers)
+        plan.check_disk()
         if doing == "work":
-            experiments.work_off(run, numbers)
+            plan.train()
             return 0
-        to_do, total = experiments.left(run, numbers)
+        before = plan.table()
         out = Path(shortest(run.out))
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
-        for book in books:
+        ahead = futures.ThreadPoolExecutor(1)  # while one notebook is analysed, the models of the next are trained
+        trained = [ahead.submit(plan.train, number, quiet=True) for number in numbers]
+        for book, training in zip(books, trained, strict=True):
+            futures.wait([training])  # if it has failed, the notebook tries itself, and says why
+            began = time.monotonic()
             try:
                 execute(book, given, out)
             except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
                 said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
                 print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
+                ahead.shutdown(wait=False, cancel_futures=True)
                 return 1
+            plan.finish(book.name[:2], time.monotonic() - began)
         took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
-        took["trained"] = to_do / (total or 1)  # the share of the training that the store did not have
+        # the share of the training that the store did not have
+        took["trained"] = before.megagradients.sum() / (before.megagradients_in_all.sum() or 1)
         write_atomic(out / "run.json", json.dumps(took))
         page = shortest(report.build(out))
         print(f"Done. Look at {page} (open in a browser), results.csv, figures/ and the notebooks beside it")

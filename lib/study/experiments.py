@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
+from lib import need
 from lib.analysis import compare
 from lib.analysis.memorization import plant
 from lib.data.dataset import Dataset
@@ -21,7 +24,11 @@ from lib.training.store import place, read_json
 SIZES = {"sweep": (128, 64), "few": (64, 16), "private": (32, 8)}  # models of an ensemble: on small data, on images
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
-COLUMNS = "experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
+COLUMNS = (
+    "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
+)
+# seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
+ANALYSIS = {"01": (20, 1), "02": (10, 1), "03": (10, 1), "04": (30, 1), "06": (15, 1), "05": (6, 0)}
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 
 
@@ -39,7 +46,7 @@ class Experiment(NamedTuple):
 
     notebooks: the numbers of those that use it. essential: run -> the keys that must stay when models diverge (default:
     all). pool: the end of the data set's name, if a notebook draws it from results; then declare(run, dataset).
-    is_private: then declare(run, exact), and nothing is compared if fewer than 8 models of the first ensemble learn.
+    is_private: nothing is compared if fewer than 8 models of the first ensemble learn.
     """
 
     declare: Callable
@@ -82,50 +89,34 @@ def radius_sweep(run):
     """The treatment's base without the rule (0.0), then the treatment at radii around the run's. Keys: rho."""
     # an optimizer whose text gives a radius has only that one; one without a radius has none
     own, size = run.recipe(run.treatment), n_models(run, "sweep")
-    factors = (0.25, 0.5, 1, 2) if run.is_small else (0.5, 1, 2)
-    factors = () if not own.optimizer.has_radius else factors if own.optimizer.rho is None else (1,)
+    factors = () if not own.optimizer.has_radius else (0.5, 1, 2) if own.optimizer.rho is None else (1,)
     found = {0.0: of(run, own.optimizer.base_name, size)}
     return found | {f * own.rho: of(run, run.treatment, size, rho=f * own.rho) for f in factors}
 
 
-def lengths(run, factors=None):
-    """Numbers of epochs from far short of the main run to far beyond it, as factors of the run's."""
-    factors = factors or ((0.125, 0.375, 1, 2.5) if run.is_small else (0.375, 1, 2))
-    return sorted({max(1, round(factor * run.epochs)) for factor in factors})
-
-
-def at_own_length(run):
-    """The keys of a length sweep that have the run's own length."""
-    return [(run.epochs, run.baseline), (run.epochs, run.treatment)]
-
-
-@experiment("length sweep", "01", essential=at_own_length)
-def length_sweep(run, kind="sweep"):
-    """Both optimizers at every length, and the baseline in between, to interpolate. Keys: (epochs, optimizer)."""
-    keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
-    keys += [(e, run.baseline) for e in lengths(run, (0.25, 0.5, 0.75, 1.5) if run.is_small else (0.7, 1.4))]
-    return {(epochs, name): of(run, name, n_models(run, kind), epochs=epochs) for epochs, name in dict.fromkeys(keys)}
+def lengths(run):
+    """Numbers of epochs from short of the main run to beyond it."""
+    return sorted({max(1, round(f * run.epochs)) for f in ((0.125, 0.375, 1, 2) if run.is_small else (0.375, 1, 2))})
 
 
 def equal_compute(run):
-    """dict epochs of the treatment -> epochs of the baseline that take as many gradients: half the run's, the run's."""
+    """dict epochs of the treatment -> epochs of the baseline that take as many gradients, up to the run's length."""
     treatment, baseline = (run.recipe(n).optimizer.gradients_per_step() for n in (run.treatment, run.baseline))
-    return {e: max(1, round(treatment / baseline * e)) for e in (max(1, run.epochs // 2), run.epochs)}
+    return {e: max(1, round(treatment / baseline * e)) for e in lengths(run) if e <= run.epochs}
 
 
-def at_equal_compute(run):
-    """The keys of a length sweep that compare the optimizers at the run's own length and compute."""
-    return [*at_own_length(run), (equal_compute(run)[run.epochs], run.baseline)]
+def at_own_length(run):
+    """The keys of the length sweep that compare the optimizers at the run's own length and compute."""
+    return [(run.epochs, run.baseline), (run.epochs, run.treatment), (equal_compute(run)[run.epochs], run.baseline)]
 
 
-@experiment("length sweep, few models", "06", essential=at_equal_compute)
-def length_sweep_few(run):
-    """The length sweep with few models, and the lengths of equal compute. Keys: (epochs, optimizer)."""
-    found = length_sweep(run, "few")
-    for epochs, more in equal_compute(run).items():
-        found[epochs, run.treatment] = of(run, run.treatment, n_models(run, "few"), epochs=epochs)
-        found[more, run.baseline] = of(run, run.baseline, n_models(run, "few"), epochs=more)
-    return found
+@experiment("length sweep", "01", "06", essential=at_own_length)
+def length_sweep(run):
+    """Both optimizers at every length; the baseline also at equal compute and in between. Keys: (epochs, optimizer)."""
+    keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
+    between = [max(1, round(factor * run.epochs)) for factor in (0.5, 1.5)]  # to interpolate
+    keys += [(epochs, run.baseline) for epochs in (*equal_compute(run).values(), *between)]
+    return {key: of(run, key[1], n_models(run, "sweep"), epochs=key[0]) for key in dict.fromkeys(keys)}
 
 
 @experiment("planted leak", "01", pool="leak")
@@ -137,7 +128,7 @@ def planted_leak(run, dataset):
 @experiment("planted faults", "02", pool="planted")
 def planted_faults(run, dataset):
     """The baseline, trained long, on the pool as it is and with faults. Keys: "before", "after"."""
-    size = min(run.n_models, max(32, run.n_models // 4))
+    size = min(run.n_models, max(32, run.n_models // 8))
     pools = {"before": run.dataset, "after": dataset}
     return {k: of(run, run.baseline, size, pool, epochs=lengths(run)[-1], subset=0.5) for k, pool in pools.items()}
 
@@ -154,30 +145,25 @@ def at_own_radius(run):
 
 @experiment("variants", "06", essential=at_own_radius)
 def variants(run):
-    """The baseline at 0.0, every rule at its radii, the run's own optimizers, SharpReg, SWA. Keys: (optimizer, rho)."""
-    several = (0.5, 1, 2) if run.is_small and run.preset != "tiny" else (1,)
-    names = [on_base(run, rule) for rule in VARIANTS] + list(run.names[1:])
-    names += [on_base(run, rule) for rule in ("sharpreg", "swa")]
-    found = {(run.baseline, 0.0): of(run, run.baseline, n_models(run, "few"))}
-    for name in dict.fromkeys(names):
-        recipe = run.recipe(name)
-        is_free = recipe.rho > 0 and recipe.optimizer.rho is None  # a radius in the name is the only one
-        for factor in several if is_free else (1,):
-            found[name, factor * recipe.rho] = of(run, name, n_models(run, "few"), rho=factor * recipe.rho)
-    return found
+    """The baseline at 0.0, every rule at its radius, the treatment at those of its sweep. Keys: (optimizer, rho)."""
+    names = [on_base(run, rule) for rule in (*VARIANTS, "sharpreg", "swa")]
+    radii = {name: [run.recipe(name).rho] for name in dict.fromkeys([*run.names[1:], *names])}
+    radii[run.treatment] = [rho for rho in radius_sweep(run) if rho] or radii[run.treatment]
+    keys = [(run.baseline, 0.0), *((name, rho) for name in radii for rho in radii[name])]
+    return {(name, rho): of(run, name, n_models(run, "few"), rho=rho) for name, rho in keys}
 
 
 def levels(run):
     """What is varied to find causes, one thing at a time: dict (factor, level) -> changes of the run's recipe."""
     found, size = {("as it is", "as it is"): {}}, round(len(run.dataset.y) * run.subset)
     least = max(4, *(run.recipe(name).optimizer.least_batch for name in (run.baseline, run.treatment)))
-    batches = [b for b in (round(0.25 * run.batch_size), 4 * run.batch_size) if least <= b <= size]
-    found |= {("batch size", f"{b}"): {"batch_size": b} for b in batches}
-    found |= {("epochs", f"{e}"): {"epochs": e} for e in (lengths(run)[-3:][0], lengths(run)[-1]) if e != run.epochs}
-    for share in (0.1, 0.3):
-        noisy = plant(run.dataset, round(share * len(run.dataset.y)), seed=run.seed)[0]
-        found["label noise", f"{share:.0%}"] = {"dataset": noisy}
-    found |= {("weight decay", f"{d:g}"): {"weight_decay": d} for d in (0.0, 5e-3) if d != run.weight_decay}
+    batches = [b for b in (4 * run.batch_size, round(0.25 * run.batch_size)) if least <= b <= size]
+    found |= {("batch size", f"{b}"): {"batch_size": b} for b in batches[:1]}
+    found |= {("epochs", f"{e}"): {"epochs": e} for e in lengths(run)[-3:] if e != run.epochs}
+    noisy = plant(run.dataset, round(0.3 * len(run.dataset.y)), seed=run.seed)[0]
+    found["label noise", "30%"] = {"dataset": noisy}
+    decay = 5e-3 if run.weight_decay != 5e-3 else 0.0
+    found["weight decay", f"{decay:g}"] = {"weight_decay": decay}
     twin = WITHOUT_NORM.get(run.arch) or {without: arch for arch, without in WITHOUT_NORM.items()}.get(run.arch)
     if twin:
         found["BatchNorm", "without" if run.arch in WITHOUT_NORM else "with"] = {"arch": twin}
@@ -188,8 +174,6 @@ def levels(run):
 def causes(run):
     """Both optimizers at every level of every factor. Keys: (factor, level, optimizer)."""
     found, names = levels(run), (run.baseline, run.treatment)
-    if not run.is_small or run.preset == "tiny":  # the last level of each factor
-        found = {key: found[key] for key in {factor: (factor, level) for factor, level in found}.values()}
     return {(*key, n): of(run, n, n_models(run, "few"), **changes) for key, changes in found.items() for n in names}
 
 
@@ -223,11 +207,8 @@ def private_arch(run):
 
 
 @experiment("private", "06", essential=lambda run: [(run.baseline, np.inf)], is_private=True)
-def private(run, exact=True):
-    """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon).
-
-    exact=False: with any noise, since it takes the accountant seconds to find the noise for an epsilon.
-    """
+def private(run):
+    """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon)."""
     arch, recipe, size = private_arch(run), run.recipe(run.baseline), n_models(run, "private")
     if arch is None:
         return {}
@@ -236,25 +217,24 @@ def private(run, exact=True):
     steps = n // recipe.batch_size * recipe.epochs
     for rule, queries in (("dpsgd", 1), ("dpsam", 2)):
         for epsilon in (8, 64) if run.is_small else (64,):
-            accounted = epsilon, recipe.batch_size, n, steps, delta_of(run), queries
-            sigma = privacy.noise_for(*accounted) if exact else 1.0
+            sigma = privacy.noise_for(epsilon, recipe.batch_size, n, steps, delta_of(run), queries)
             found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch)
     return found
 
 
-def plan(run, name, dataset=None, exact=True):
+def declared(run, name, dataset=None):
     """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
     declare, pool = EXPERIMENTS[name].declare, EXPERIMENTS[name].pool
     if not pool:
-        return declare(run, exact) if EXPERIMENTS[name].is_private else declare(run)
+        return declare(run)
     stand_in = replace(run.dataset, name=f"{run.dataset.name}-{pool}")  # about its size
     found = declare(run, stand_in if dataset is None else dataset)
     return {key: planned._replace(is_drawn=planned.dataset is stand_in) for key, planned in found.items()}
 
 
-# ---- what it costs ------------------------------------------------------------------------------------------
+# ---- what is left to do, and what it costs ------------------------------------------------------------------
 
 
 def work(recipe, n, n_models):
@@ -262,18 +242,6 @@ def work(recipe, n, n_models):
     per_epoch = round(n * recipe.subset) // recipe.batch_size * recipe.batch_size
     each = recipe.optimizer.gradients_per_step() * (PER_EXAMPLE if recipe.optimizer.is_private else 1)
     return n_models * recipe.run_epochs * per_epoch * each
-
-
-def to_train(run, notebooks=None, exact=False):
-    """What some notebooks ("01", ...; default all) train: (experiment's name, Planned) of each ensemble."""
-    found = {}
-    for name, experiment in EXPERIMENTS.items():
-        if notebooks is None or set(notebooks) & set(experiment.notebooks):
-            for planned in plan(run, name, exact=exact).values():
-                key = planned.recipe, planned.dataset.hash, planned.is_drawn and planned.dataset.name
-                first, before = found.get(key, (name, planned))
-                found[key] = first, max(before, planned, key=lambda one: one.n_models)
-    return list(found.values())
 
 
 def flags(run, planned):
@@ -288,78 +256,128 @@ def flags(run, planned):
     return max(([path for path in paths if path.exists()] for paths in found), key=len, default=[])
 
 
-def table(run, notebooks=None, exact=False):
-    """What is left to train: a frame with a row for each ensemble, COLUMNS and the seconds that this run needs for it.
+class Plan:
+    """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes.
 
-    megagradients (of one example) and megabytes (on the disk) are left; seconds are NaN until a model is finished.
+    ensembles: (experiment's name, the first of the notebooks, Planned) of each.
     """
-    rows, rates, device = [], {}, ensemble.device_of(run.device)
-    for name, planned in to_train(run, notebooks, exact):
-        recipe, n_models, data, _ = planned
-        done, one = flags(run, planned), work(recipe, len(data.y), 1)
-        told = [read_json(path).get("seconds") for path in done]
-        rates.setdefault(recipe.arch, []).extend(one / seconds for seconds in told if seconds)
-        row = dict(experiment=name, arch=recipe.arch, optimizer=str(recipe.optimizer), rho=recipe.rho)
-        row |= dict(epochs=recipe.run_epochs, models=n_models, finished=len(done))
-        row |= dict(megagradients=(n_models - len(done)) * one / 1e6, megagradients_in_all=n_models * one / 1e6)
-        row["megabytes"] = ensemble.stored_bytes(recipe, data, range(len(done), n_models)) / 1e6
-        rows.append(row | {"at_once": workers.n_processes(recipe, data, device)})
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, "at_once"])  # the verdict's notebook trains nothing: no rows
-    rate = frame.arch.map({arch: median(found) if found else np.nan for arch, found in rates.items()})
-    return frame.assign(seconds=1e6 * frame.megagradients / rate / frame.at_once).drop(columns="at_once")
 
+    def __init__(self, run, notebooks=None):
+        self.run, self.notebooks, found = run, list(ANALYSIS if notebooks is None else notebooks), {}
+        for name, experiment in EXPERIMENTS.items():
+            first = next((book for book in self.notebooks if book in experiment.notebooks), None)
+            for planned in declared(run, name).values() if first else ():
+                key = planned.recipe, planned.dataset.hash, planned.is_drawn and planned.dataset.name
+                *about, before = found.get(key, (name, first, planned))
+                found[key] = *about, max(before, planned, key=lambda one: one.n_models)
+        self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
+        self.expected, self.took, self.next = 1e-9, 1e-9, 0.0  # of the notebooks that are done; when to speak again
 
-def left(run, notebooks=None):
-    """(gradients still to do, gradients in all) of a run's notebooks ("01", ...; default all)."""
-    frame = table(run, notebooks)
-    return 1e6 * frame.megagradients.sum(), 1e6 * frame.megagradients_in_all.sum()
+    def table(self, rates=None):
+        """What is left to train: a frame with a row for each ensemble, COLUMNS, and the seconds that this run needs.
 
+        megagradients (of one example) and megabytes (on the disk) are left. Seconds follow from the rate of finished
+        models of the same kind (network, private or not), or from `rates` (kind -> gradients a second of a process),
+        or from the rate of other kinds; they are NaN while nothing is known.
+        """
+        rows, told, device = [], {}, ensemble.device_of(self.run.device)
+        for name, book, planned in self.ensembles:
+            recipe, n_models, data, _ = planned
+            done, one = flags(self.run, planned), work(recipe, len(data.y), 1)
+            kind, seconds = (
+                (recipe.arch, recipe.optimizer.is_private),
+                (read_json(path).get("seconds") for path in done),
+            )
+            told.setdefault(kind, []).extend(one / s for s in seconds if s)
+            row = dict(notebook=book, experiment=name, arch=recipe.arch, optimizer=str(recipe.optimizer))
+            row |= dict(rho=recipe.rho, epochs=recipe.run_epochs, models=n_models, finished=len(done))
+            row |= dict(megagradients=(n_models - len(done)) * one / 1e6, megagradients_in_all=n_models * one / 1e6)
+            row["megabytes"] = ensemble.stored_bytes(recipe, data, range(len(done), n_models)) / 1e6
+            rows.append(row | {"kind": kind, "at_once": workers.n_processes(recipe, data, device)})
+        # models at less than half of the best rate waited for the compiler
+        known = {kind: np.mean([r for r in found if 2 * r > max(found)]) for kind, found in told.items() if found}
+        known, frame = (rates or {}) | known, pd.DataFrame(rows, columns=[*COLUMNS, "kind", "at_once"])
+        rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan)))
+        return frame.assign(seconds=1e6 * frame.megagradients / rate / frame.at_once).drop(columns=["kind", "at_once"])
 
-def trial(run):
-    """Gradients of one example a second that training the baseline takes now: a rough rate, from a few steps."""
-    data, recipe = run.dataset, run.recipe(run.baseline, epochs=16 if run.is_small else 1)
-    n = min(len(data.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
-    few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
-    with tempfile.TemporaryDirectory() as folder:
-        train(recipe, few, 2, folder, run.device, quiet=True)
-        seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
-    at_once = workers.n_processes(run.recipe(run.baseline), data, ensemble.device_of(run.device))
-    return at_once * work(recipe, n, 1) / median(seconds)
+    def analysis(self, book):
+        """Seconds that a notebook takes beside its training, by the constants above."""
+        used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
+        scores = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used)
+        fixed, each = ANALYSIS.get(book, ANALYSIS["05"])
+        return fixed + each * scores / 1e6
 
+    def seconds_left(self, frame):
+        """Seconds until all notebooks are done. One is analysed while the models of those after it train."""
+        trained = done = 0.0
+        analyses = {book: self.took / self.expected * self.analysis(book) for book in self.notebooks}
+        for book, seconds in analyses.items():
+            trained += frame.seconds[frame.notebook == book].sum()
+            done = max(done, trained) + seconds
+        return max(done, trained + sum(analyses.values()) / torch.get_num_threads())
 
-def describe(run, notebooks=None):
-    """The table as text, with what is left in all: gradients, time and disk."""
-    frame = table(run, notebooks, exact=True)
-    models, unknown = frame.models.sum(), 1e6 * frame.megagradients[frame.seconds.isna()].sum()
-    seconds = frame.seconds.sum() + (unknown / trial(run) if unknown else 0)
-    times = ["?" if s != s else duration(s) for s in frame.seconds]
-    shown = frame.drop(columns=["seconds", "megagradients_in_all"]).assign(time=times)
-    how = "the store's finished models" + (" and a trial of some steps just now" if unknown else "")
-    return (
-        f"{shown.round(1).to_string(index=False)}\n\n"
-        f"Left: {models - frame.finished.sum()} of {models} models, {frame.megagradients.sum():.3g} million gradients: "
-        f"about {duration(seconds)} on {ensemble.device_of(run.device)}, by {how}; "
-        f"{frame.megabytes.sum():.0f} MB on the disk, which has {shutil.disk_usage(run.store).free / 1e6:.0f} MB free. "
-        "The time to analyse them is not counted."
-    )
+    def say(self, *_):
+        """Print a forecast if the last was some time ago. `train` calls it after each chunk of models."""
+        if time.monotonic() < self.next:
+            return
+        frame = self.table()
+        seconds = self.seconds_left(frame)
+        share = 1 - frame.megagradients.sum() / (frame.megagradients_in_all.sum() or 1)
+        print(f"About {duration(seconds)} to go, {share:.0%} of the training is done.", flush=True)
+        self.next = time.monotonic() + max(20, seconds / 5)
 
+    def finish(self, book, seconds):
+        """A notebook is done, and took so many seconds beside its training: the forecast learns from it."""
+        self.expected, self.took, self.next = self.expected + self.analysis(book), self.took + seconds, 0.0
+        self.notebooks.remove(book)
+        if self.notebooks:
+            self.say()
 
-def check_disk(run, notebooks=None):
-    """Raise ValueError naming `store` if what is left to train does not fit the disk."""
-    free, needed = shutil.disk_usage(run.store).free / 1e6, table(run, notebooks).megabytes.sum()
-    if needed > free:
-        raise ValueError(
-            f"store={run.store!r}: the disk has {free:.0f} MB free, the run needs {needed:.0f} MB more: "
-            "free some, or ask for fewer models, examples or notebooks"
+    def train(self, book=None, quiet=False):
+        """Train what no other process is training, of all notebooks or of one; pools drawn later are left to them."""
+        for name, first, (recipe, n_models, data, is_drawn) in self.ensembles:
+            if book in (None, first) and not is_drawn:
+                if not quiet:
+                    print(f"{name}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
+                where = self.run.store, self.run.device, self.run.engine, self.run.gpus
+                train(recipe, data, n_models, *where, quiet=quiet, notify=self.say, wait=False)
+
+    def trial(self, optimizer):
+        """Gradients of one example a second that a process makes by an optimizer's text: from a few steps, just now."""
+        run, recipe = self.run, self.run.recipe(optimizer)
+        n = min(len(run.dataset.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
+        data = run.dataset
+        few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
+        with tempfile.TemporaryDirectory() as folder:
+            train(recipe, few, 2, folder, run.device, quiet=True)
+            seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
+        return work(recipe, n, 1) / median(seconds)
+
+    def describe(self):
+        """The table as text, with what is left in all: gradients, disk and time, by a trial where nothing is known."""
+        frame, rates = self.table(), {}
+        if frame.seconds.isna().any():
+            rates = {(self.run.arch, False): self.trial(self.run.baseline)}
+            frame = self.table(rates)
+        how = "a trial of some steps just now" if rates else "the store's finished models"
+        shown = frame.drop(columns=["seconds", "megagradients_in_all"]).assign(time=frame.seconds.map(duration))
+        return (
+            f"{shown.round(1).to_string(index=False)}\n\n"
+            f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
+            f"{frame.megagradients.sum():.3g} million gradients: about {duration(frame.seconds.sum())} on "
+            f"{ensemble.device_of(self.run.device)} by {how}; {duration(self.seconds_left(frame))} with the analysis; "
+            f"{frame.megabytes.sum():.0f} MB on the disk, which has {self.free():.0f} MB free."
         )
 
+    def free(self):
+        """Megabytes free on the store's disk."""
+        return shutil.disk_usage(self.run.store).free / 1e6
 
-def work_off(run, notebooks=None):
-    """Train what is left and no other process is training; pools that are drawn later are left to the notebooks."""
-    for name, (recipe, n_models, data, is_drawn) in to_train(run, notebooks, exact=True):
-        if not is_drawn:
-            print(f"{name}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
-            train(recipe, data, n_models, run.store, run.device, notify=run.forecast, wait=False)
+    def check_disk(self):
+        """Raise ValueError naming `store` if what is left to train does not fit the disk."""
+        free, needed = shutil.disk_usage(self.run.store).free / 1e6, self.table().megabytes.sum()
+        what = f"the disk has {free:.0f} MB free, the run needs {needed:.0f} MB more"
+        need(needed <= free, f"store={self.run.store!r}: {what}: free some, or ask for fewer models or notebooks")
 
 
 def duration(seconds):

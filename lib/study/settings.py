@@ -136,7 +136,6 @@ class Run:
     parameters: Parameters
     dataset: Dataset
     began: float = field(default_factory=time.monotonic, compare=False)
-    trained: list = field(default_factory=list, compare=False)  # how many models each chunk had that was trained
 
     def __getattr__(self, name):
         if name in Parameters.model_fields:
@@ -175,27 +174,17 @@ class Run:
         fields["precision"] = ensemble.precision_of(self.arch, ensemble.device_of(self.device))
         return Recipe(optimizer=optimizer, **{**fields, "queries": 10 if self.augment else 1, **changes})
 
-    def forecast(self, recipe, n_examples, n_models, seconds):
-        """Told of each trained chunk of models, it says once how long the run's training will take."""
-        self.trained.append(n_models)
-        if len(self.trained) == 2:  # the first may have compiled its step, so its time says little
-            to_do, total = experiments.left(self)
-            words = experiments.duration(to_do / experiments.work(recipe, n_examples, n_models) * seconds)
-            done = 1 - to_do / total
-            print(f"Training for all the notebooks of this run: about {words} to go, {done:.0%} is done.", flush=True)
-
     def ensembles(self, name, dataset=None):
         """The ensembles of one of experiments.EXPERIMENTS, trained or read: dict key -> Ensemble, of common models.
 
         dataset: the pool, where a notebook draws it from results. Empty if the experiment does not suit this run.
         """
-        planned = experiments.plan(self, name, dataset)
+        planned = experiments.declared(self, name, dataset)
         if any(one.is_drawn for one in planned.values()):
             raise ValueError(f"dataset=None: {name!r} needs the pool that its notebook draws from results")
         found, experiment = {}, experiments.EXPERIMENTS[name]
         for key, (recipe, n_models, data, _) in planned.items():
-            where = self.store, self.device, self.engine, self.gpus
-            found[key] = train(recipe, data, n_models, *where, notify=self.forecast)
+            found[key] = train(recipe, data, n_models, self.store, self.device, self.engine, self.gpus)
             if experiment.is_private and len(found) == 1 and len(found[key].ids) < 8:
                 return {}  # not even the baseline, without noise, learns on this network
         essential = experiment.essential and experiment.essential(self)

@@ -314,15 +314,13 @@ class Plan:
         for book, seconds in analyses.items():
             trained += frame.seconds[frame.notebook == book].sum()
             done = max(done, trained) + seconds
-        return max(done, trained + sum(analyses.values()) / torch.get_num_threads())
+        return max(done, frame.seconds.sum() + sum(analyses.values()) / torch.get_num_threads())
 
     def say(self, *_):
         """Print a forecast if the last was some time ago. `train` calls it after each chunk of models."""
-        if time.monotonic() < self.next:
+        if time.monotonic() < self.next or (frame := self.table()).seconds.isna().any():
             return
-        frame = self.table()
-        seconds = self.seconds_left(frame)
-        share = 1 - frame.megagradients.sum() / (frame.megagradients_in_all.sum() or 1)
+        seconds, share = self.seconds_left(frame), 1 - frame.megagradients.sum() / frame.megagradients_in_all.sum()
         print(f"About {duration(seconds)} to go, {share:.0%} of the training is done.", flush=True)
         self.next = time.monotonic() + max(20, seconds / 5)
 
@@ -334,7 +332,11 @@ class Plan:
             self.say()
 
     def train(self, book=None, quiet=False):
-        """Train what no other process is training, of all notebooks or of one; pools drawn later are left to them."""
+        """Train what no other process is training, for one notebook; None: for all of them, which are not run then.
+
+        Pools that a notebook draws are left to it.
+        """
+        self.notebooks = self.notebooks if book else []
         for name, first, (recipe, n_models, data, is_drawn) in self.ensembles:
             if book in (None, first) and not is_drawn:
                 if not quiet:

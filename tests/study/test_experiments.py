@@ -11,7 +11,7 @@ import torch
 
 from lib.analysis import compare, memorization
 from lib.study import command_line, experiments, settings
-from lib.study.experiments import Experiment, of
+from lib.study.experiments import Experiment, declared, of
 from lib.training import Recipe, ensemble, privacy, train, workers
 from tests.processes import ended, start
 
@@ -32,8 +32,9 @@ def words(tmp_path, *more):
     return [*(f"{n}={v}" for n, v in SMALL.items()), f"STORE={tmp_path / 'store'}", f"OUT={tmp_path / 'out'}", *more]
 
 
-def declared(run, name, dataset=None, exact=False):
-    return experiments.plan(run, name, dataset, exact)
+def left(run, notebooks=None):
+    """Million gradients still to do."""
+    return experiments.Plan(run, notebooks).table().megagradients.sum()
 
 
 def trained(run, planned):
@@ -56,26 +57,21 @@ def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypat
     """The plan, the forecast, the check of the disk, --work and run.ensembles."""
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"rates": Experiment(declare, ("03",))})
     run = small(tmp_path)
-    table = experiments.table(run)
+    plan, one = experiments.Plan(run), experiments.work(run.recipe("sgd"), 100, 1)
+    table = plan.table()
     assert list(table.experiment) == ["rates"] * len(models) and list(table.models) == models
-    assert experiments.left(run, ["01"]) == (0, 0)
-    one = experiments.work(run.recipe("sgd"), 100, 1)
-    assert experiments.left(run, ["03"]) == pytest.approx([sum(models) * one] * 2)
-
-    for _ in range(2):  # of chunks of 8 models that took 10 s each
-        run.forecast(run.recipe("sgd"), 100, 8, 10.0)
-    assert f"about {10 * sum(models) / 8:.0f} s to go" in capsys.readouterr().out
+    assert left(run, ["01"]) == 0 and left(run, ["03"]) == pytest.approx(sum(models) * one / 1e6)
 
     for room, fits in ((0.9, False), (1.1, True)):
         free = shutil._ntuple_diskusage(10**9, 10**9, room * 1e6 * table.megabytes.sum())
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
         with nullcontext() if fits else pytest.raises(ValueError, match="store="):
-            experiments.check_disk(run)
+            plan.check_disk()
     monkeypatch.undo()
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"rates": Experiment(declare, ("03",))})
 
     assert command_line.main(["--work", *words(tmp_path, "03")]) == 0
-    assert experiments.left(run)[0] == 0
+    assert left(run) == 0 and "to go" in capsys.readouterr().out
     found = run.ensembles("rates")
     assert {lr: e.recipe.lr for lr, e in found.items()} == {lr: lr for lr in declare(run)}
     with pytest.raises(ValueError, match="main.*rates"):
@@ -95,12 +91,12 @@ def test_keys_are_those_that_the_notebooks_expect(tmp_path):
     run = small(tmp_path, epochs=8)
     keys = {name: list(declared(run, name)) for name in experiments.EXPERIMENTS}
     assert keys["main"] == ["sgd", "sam"]
-    np.testing.assert_allclose(keys["radius sweep"], [0, 0.075, 0.15, 0.3, 0.6])
-    assert {e for e, n in keys["length sweep"] if n == "sam"} == {1, 3, 8, 20}
-    assert {e for e, n in keys["length sweep"] if n == "sgd"} == {1, 3, 8, 20, 2, 4, 6, 12}
-    assert set(keys["length sweep, few models"]) - set(keys["length sweep"]) == {(4, "sam"), (16, "sgd")}
+    np.testing.assert_allclose(keys["radius sweep"], [0, 0.15, 0.3, 0.6])
+    assert {e for e, n in keys["length sweep"] if n == "sam"} == {1, 3, 8, 16}
+    assert {e for e, n in keys["length sweep"] if n == "sgd"} == {1, 3, 8, 16, 2, 6, 4, 12}
     assert (keys["planted leak"], keys["planted faults"]) == (["leak"], ["before", "after"])
-    assert keys["variants"][:2] == [("sgd", 0.0), ("sam", 0.3)] and keys["defences"][:2] == ["none", "sam"]
+    assert keys["variants"][:4] == [("sgd", 0.0), ("sam", 0.15), ("sam", 0.3), ("sam", 0.6)]
+    assert len(keys["variants"]) == 4 + 8 and keys["defences"][:2] == ["none", "sam"]
     assert keys["causes"][:2] == [("as it is", "as it is", "sgd"), ("as it is", "as it is", "sam")]
     assert keys["private"] == [("sgd", np.inf), ("dpsgd", 8), ("dpsgd", 64), ("dpsam", 8), ("dpsam", 64)]
 
@@ -118,12 +114,11 @@ def test_levels_change_one_thing_at_a_time_and_the_run_comes_first(tmp_path):
     found = experiments.levels(run)
     assert list(found)[0] == ("as it is", "as it is")
     assert [len(changes) for changes in found.values()] == [0] + [1] * (len(found) - 1)
-    factors = [factor for factor, _, _ in declared(run, "causes")]
-    assert factors == [f for f in dict.fromkeys(f for f, _ in found) for _ in range(2)], "the last level of each"
+    assert [key[:2] for key in declared(run, "causes")] == [key for key in found for _ in range(2)]
 
 
 def test_no_level_of_batch_size_is_below_what_msam_needs(tmp_path):
-    given = {"batch_size": 64, "n_examples": 300}
+    given = {"batch_size": 64, "n_examples": 300}  # four times as large a batch is more than a half of the pool
     assert ("batch size", "16") not in experiments.levels(small(tmp_path, **given, optimizers="sgd,msam(m=16)"))
     assert ("batch size", "16") in experiments.levels(small(tmp_path, **given))
 
@@ -140,22 +135,14 @@ def test_variants_are_on_the_baselines_own_base(tmp_path):
 
 
 def test_equal_compute_is_counted_in_gradients(tmp_path):
-    assert experiments.equal_compute(small(tmp_path, epochs=20)) == {10: 20, 20: 40}
-    assert experiments.equal_compute(small(tmp_path, epochs=20, optimizers="sgd,looksam")) == {10: 12, 20: 24}
+    assert experiments.equal_compute(small(tmp_path, epochs=20)) == {2: 4, 8: 16, 20: 40}
+    assert experiments.equal_compute(small(tmp_path, epochs=20, optimizers="sgd,looksam")) == {2: 2, 8: 10, 20: 24}
 
 
 def test_a_base_that_asks_again_within_a_step_has_no_private_twin(tmp_path):
     run = small(tmp_path, optimizers="torch.optim:LBFGS,sam+torch.optim:LBFGS")
     assert experiments.private_arch(run) is None and declared(run, "private") == {} == run.ensembles("private")
     assert experiments.private_arch(small(tmp_path, optimizers="torch.optim:Adagrad,sam")) == "mlp"
-
-
-def test_exact_noise_changes_the_private_recipes_and_not_their_work(tmp_path):
-    run = small(tmp_path)
-    rough, exact = (declared(run, "private", exact=e) for e in (False, True))
-    assert list(rough) == list(exact) and rough["dpsgd", 8].recipe != exact["dpsgd", 8].recipe
-    work = [sum(experiments.work(p.recipe, 100, p.n_models) for p in found.values()) for found in (rough, exact)]
-    assert work[0] == work[1]
 
 
 # ---- the plan -----------------------------------------------------------------------------------------------
@@ -168,23 +155,24 @@ def test_private_gradients_weigh_more_in_the_work_than_in_the_count():
 
 def test_the_plan_lists_each_model_once_and_counts_what_is_finished(tmp_path):
     run = small(tmp_path)
-    before, total = experiments.table(run, ["01", "03"]), experiments.left(run, ["01", "03"])
+    plan = experiments.Plan(run, ["01", "03"])
+    before = plan.table()
     assert (before.finished == 0).all() and before.seconds.isna().all() and before.megabytes.sum() > 0
     assert not list((tmp_path / "store").glob("digits*")), "a plan makes nothing"
     assert before.duplicated(["optimizer", "rho", "epochs"]).sum() == 1, "the leak, on other data"
     trained(run, of(run, "sgd", 8))
-    after = experiments.table(run, ["01", "03"])
+    after = plan.table()
     main = (after.optimizer == "sgd") & (after.epochs == run.epochs) & (after.models == 8)
     assert (after.finished[main] == 8).all() and (after.finished[~main] == 0).all() and after.seconds.notna().all()
     assert after.megagradients[main].item() == after.seconds[main].item() == after.megabytes[main].item() == 0
-    left = experiments.left(run, ["01", "03"])
-    assert total[0] == total[1] == left[1]
-    assert left[0] == pytest.approx(total[0] - experiments.work(run.recipe("sgd"), 100, 8))
+    total = after.megagradients_in_all.sum()
+    assert total == before.megagradients.sum() == before.megagradients_in_all.sum()
+    assert after.megagradients.sum() == pytest.approx(total - experiments.work(run.recipe("sgd"), 100, 8) / 1e6)
 
 
 def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
     run = small(tmp_path)
-    before = experiments.left(run, ["01"])[0]
+    before = left(run, ["01"])
     leaky, _ = memorization.leak(run.dataset, 3, 20, run.seed)
     with pytest.raises(ValueError, match="dataset"):
         run.ensembles("planted leak")
@@ -192,7 +180,7 @@ def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
     assert found.dataset is leaky and len(found.ids) == compare.PLANTED
     leak = declared(run, "planted leak")["leak"]
     done = experiments.work(leak.recipe, 100, compare.PLANTED)
-    assert experiments.left(run, ["01"])[0] == pytest.approx(before - done)
+    assert left(run, ["01"]) == pytest.approx(before - done / 1e6)
     other = leak._replace(recipe=replace(leak.recipe, lr=0.05))
     assert len(experiments.flags(run, leak)) == 16 and not experiments.flags(run, other)
     assert not experiments.flags(run, leak._replace(dataset=run.dataset, is_drawn=False))
@@ -202,28 +190,22 @@ def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
     pair = [start(command_line.main, ["--work", *words(tmp_path, "01", "03")]) for _ in range(2)]
     assert [ended(process) for process in pair] == [0, 0]
     run = small(tmp_path)
-    assert experiments.left(run, ["03"])[0] == 0
-    planned = [planned for _, planned in experiments.to_train(run, ["01"]) if not planned.is_drawn]
+    assert left(run, ["03"]) == 0
+    planned = [planned for *_, planned in experiments.Plan(run, ["01"]).ensembles if not planned.is_drawn]
     assert all(len(experiments.flags(run, one)) == one.n_models for one in planned)
     assert not (tmp_path / "out" / "results.csv").exists()
-
-
-def test_a_forecast_is_told_once_after_the_second_chunk(tmp_path, capsys):
-    run = small(tmp_path)
-    for _ in range(4):
-        run.forecast(run.recipe("sgd"), 100, 8, 1.0)
-    assert capsys.readouterr().out.count("to go") == 1
 
 
 def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, monkeypatch):
     run = small(tmp_path)
     trained(run, of(run, "sgd", 8))
-    one = experiments.table(run, ["01"]).seconds
+    plan = experiments.Plan(run, ["01"])
+    one = plan.table().seconds
     monkeypatch.setattr(workers, "n_processes", lambda *_: 4)
-    np.testing.assert_allclose(experiments.table(run, ["01"]).seconds, one / 4)
+    np.testing.assert_allclose(plan.table().seconds, one / 4)
     monkeypatch.undo()
     before = torch.get_num_threads()
-    assert experiments.trial(run) > 0 and torch.get_num_threads() == before
+    assert plan.trial("sgd") > 0 and torch.get_num_threads() == before
 
 
 def test_an_optional_experiment_without_enough_models_is_not_run(tmp_path, monkeypatch):

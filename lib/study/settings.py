@@ -33,7 +33,7 @@ IMAGE = TABLE | dict(arch="cnn", rho=0.1, n_models=16, epochs=20)
 LARGE = IMAGE | dict(n_models=64, n_examples=50_000, batch_size=256)
 PRESETS = {
     "tiny": {
-        "table": TABLE | dict(n_models=16, n_examples=300, epochs=8, batch_size=32),
+        "table": TABLE | dict(n_models=16, n_examples=300, epochs=10, batch_size=32),
         "image": IMAGE | dict(n_models=8, n_examples=200, epochs=2, batch_size=32),
     },
     "default": {"table": TABLE, "image": IMAGE},

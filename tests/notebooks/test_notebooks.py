@@ -91,7 +91,7 @@ def test_the_sweeps_of_notebook_01_meet_its_main_comparison(run):
     radius = recorded(run, "01_phenomenon", "radius sweep", baseline="sgd", metric="test_accuracy")
     length = recorded(run, "01_phenomenon", "length sweep", baseline="sgd", metric="test_accuracy")
     assert radius.set_index("rho").value["0.3"] == pytest.approx(main, abs=1e-5)
-    assert length.set_index("coordinate").value["epochs=8"] == pytest.approx(main, abs=1e-5)
+    assert length.set_index("coordinate").value["epochs=10"] == pytest.approx(main, abs=1e-5)
     equal = recorded(run, "01_phenomenon", "equal train loss", baseline="sgd")
     assert len(equal) and equal.coordinate.str.startswith("train_loss=").all() and set(equal.attack) == {"lira"}
 
@@ -171,7 +171,7 @@ def test_the_radius_sweep_of_notebook_04_meets_its_main_comparison(run):
     main = numbers(run, "04_contraction")["sam", "sgd", "nonmember_variance_phi_across_examples"]
     radius = recorded(run, "04_contraction", "radius sweep", baseline="sgd")
     radius = radius[radius.metric == "nonmember_variance_phi_across_examples"].set_index("rho").value
-    assert radius["0.3"] == pytest.approx(main, abs=1e-5) and len(radius) == 4
+    assert radius["0.3"] == pytest.approx(main, abs=1e-5) and len(radius) == 3
 
 
 def test_notebook_05_and_the_report_judge_every_claim_of_the_run(run):

@@ -11,7 +11,7 @@ def tiny(tmp_path, **given):
 
 def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
     run = tiny(tmp_path, n_models="24", rho=None, augment="false")
-    assert (run.n_models, run.rho, run.epochs, len(run.dataset.y)) == (24, 0.3, 8, 300)
+    assert (run.n_models, run.rho, run.epochs, len(run.dataset.y)) == (24, 0.3, 10, 300)
     assert run.names == ("sgd", "sam") and run.recipe("sam").rho == 0.3 and run.recipe("sgd").rho == 0.0
     assert run.augment is False and None not in run.parameters.model_dump(exclude={"data"}).values()
 

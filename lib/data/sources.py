@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from contextlib import ExitStack, suppress
 from functools import partial
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +31,13 @@ DATASETS = tuple("digits cifar10 cifar100 purchase100 texas100 eyepacs subclasse
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 ROOT = Path(__file__).resolve().parents[2]
-MOST_IMAGE, MOST_FILE, MOST_PIXELS = 1 << 26, 1 << 31, 1 << 26  # bytes of an image file, of another; pixels
+MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 26  # of one file, unpacked, and of one image
 
 # files that are read, in a folder or an archive; no hidden file, absolute path or ".." matches
 _IN = r"(?:\./)?(?:([^./][^/]*)/)?"  # perhaps in a leading folder
 PLACE = _IN + r"(train|test)/([^./][^/]*)/([^./][^/]*\.(?i:png|jpe?g|bmp|webp))"
 LAYOUT = f"train/<class>/* ({', '.join(IMAGES)}) and perhaps test/<class>/*"
 RETINA = _IN + r"(?:train/[^./][^/]*\.(?i:jpe?g|png)|trainLabels\.csv)"
-TEXTS = {"purchase100": _IN + _IN + "dataset_purchase", "texas100": _IN + _IN + "(?:feats|labels)"}
 EYE = r"([^_]+)_(?:left|right)"  # the name of a retina photograph: its patient and which eye
 GRADES = ("0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative")
 SIDE = 32  # pixels to a side of a retina photograph, once it is scaled down
@@ -52,8 +51,8 @@ NAMES += [["train_images", "train_labels", "test_images", "test_labels"]]
 FILES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-    "purchase100": ("purchase100.npz", "dataset_purchase.tgz", "dataset_purchase"),
-    "texas100": ("texas100.npz", "dataset_texas.tgz", "texas"),
+    "purchase100": ("purchase100.npz",),
+    "texas100": ("texas100.npz",),
     "eyepacs": ("eyepacs", "diabetic-retinopathy-detection"),
 }
 
@@ -71,39 +70,30 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     path = _find(name, data)
     if name in ("cifar10", "cifar100") and path.name in FILES[name]:
         return _cifar(name, path, download=data is None)
-    if name == "npz" or path.suffix == ".npz":
+    if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
         return _npz(path)
     if name == "eyepacs":
         return _cached(path, RETINA, _retina, cache, SIDE)
-    if name not in TEXTS:
-        return _cached(path, PLACE, _images, cache)
-    wanted = TEXTS[name]
-    if path.is_file() and not path.name.endswith(ARCHIVES):  # a text file itself; purchase100's under any name
-        wanted, path = wanted if name == "texas100" else re.escape(path.name), path.parent
-    return _cached(path, wanted, partial(_text, name), cache)
+    return _cached(path, PLACE, _images, cache)
 
 
 def _find(name: str, data) -> Path:
     """The first of FILES in the folder `data` (None: data/), else `data` itself, with an archive's suffix or without.
 
-    A file with its sha256 beside it, in `<file>.sha256`, is compared with that. Raises FileNotFoundError, ValueError.
+    Raises FileNotFoundError, or ValueError if `data` can be no path.
     """
     known = FILES.get(name, ())
     fine = known if data is None else isinstance(data, str | os.PathLike) and str(data)
     need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
     folder = ROOT / "data" if data is None else Path(data).expanduser()
     places = [folder / file for file in known] + [folder] * (data is not None)
-    found = [path for place in places for end in ("", *ARCHIVES) if (path := Path(f"{place}{end}")).exists()]
     if data is None and name in ("cifar10", "cifar100"):
-        found = places  # torchvision downloads what is missing
-    if not found:
-        what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
-        raise FileNotFoundError(f"data={data!r}: {what}; docs/settings.md says how to obtain {name}")
-    path, beside = found[0], found[0].with_name(f"{found[0].name}.sha256")
-    if path.is_file() and beside.is_file():
-        digest, known = sha256(np.memmap(path, mode="r")).hexdigest(), beside.read_text().lower()[:64]
-        need(digest == known, f"the sha256 of {path.name} is {digest}, in {beside.name} {known}; obtain the file again")
-    return path
+        return places[0]  # torchvision downloads what is missing
+    for path in (Path(f"{place}{end}") for place in places for end in ("", *ARCHIVES)):
+        if path.exists():
+            return path
+    what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
+    raise FileNotFoundError(f"data={data!r}: {what}; docs/settings.md says how to obtain {name}")
 
 
 def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, np.ndarray]:
@@ -216,9 +206,8 @@ def _members(path: Path, names: list[str], wanted: str, side: int | None):
                 tar = stack.enter_context(tarfile.open(path))
                 files = ((m.name, m.size, tar.extractfile(m).read) for m in tar if m.isfile())
             for name, size, content in files:
-                most = MOST_IMAGE if name.lower().endswith(IMAGES) else MOST_FILE
-                need(size <= most, f"{size / 1e6:.0f} MB unpacked; at most {most / 1e6:.0f} are read")
                 if re.fullmatch(wanted, name):
+                    need(size <= MOST_BYTES, f"{size / 1e6:.0f} MB unpacked; at most {MOST_BYTES / 1e6:.0f} are read")
                     yield name, _decoded(name, io.BytesIO(content()), side)
             if tar:
                 tar.fileobj.seek(tar.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
@@ -229,13 +218,12 @@ def _members(path: Path, names: list[str], wanted: str, side: int | None):
 
 
 def _decoded(name: str, file: io.BytesIO, side: int | None) -> np.ndarray | pd.DataFrame:
-    """An image as uint8 [1, H, W] if it is grey, else [3, H, W]; a file of another kind as a table.
+    """An image as uint8 [1, H, W] if it is grey, else [3, H, W]; a file of another kind as a table of text.
 
-    side: the image's central square is scaled to that side, and a table has a header and holds text.
+    side: the image's central square is scaled to that side.
     """
     if not name.lower().endswith(IMAGES):
-        how = {"dtype": str, "keep_default_na": False} if side else {"dtype": np.float32, "header": None}
-        return pd.read_csv(file, skipinitialspace=True, **how)
+        return pd.read_csv(file, skipinitialspace=True, dtype=str, keep_default_na=False)
     with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
         few = image.width * image.height <= MOST_PIXELS
         need(few, f"{image.width} x {image.height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read")
@@ -264,24 +252,6 @@ def _images(files) -> dict[str, np.ndarray]:
             arrays[f"x{tail}"] = np.stack([np.broadcast_to(images[place], shape) for place in places])
             arrays[f"y{tail}"] = np.array([place[2] for place in places])
     return arrays
-
-
-def _text(name: str, files) -> dict[str, np.ndarray]:
-    """x uint8 [N, D] of zeros and ones and y [N], 0..99, from the text files of Shokri et al. (2017).
-
-    purchase100: a line is `label,f1,...,f600`. texas100: the features in `feats`, the labels in `labels`, a line each.
-    """
-    held = [(Path(file).name, table.to_numpy()) for file, table in files]
-    names = sorted(file for file, _ in held)
-    fine = names == ["feats", "labels"] if name == "texas100" else len(held) == 1
-    need(fine, f"it holds the files {names}; dataset_purchase, or feats and labels, each once, or an .npz are needed")
-    tables = dict(held)
-    x, labels = (tables["feats"], tables["labels"]) if name == "texas100" else (held[0][1][:, 1:], held[0][1])
-    odd = np.setxor1d(labels[:, 0], np.arange(1, 101))[:5].tolist()
-    need(not odd, f"labels {odd} are not in 1..100, or have no example; all of 1..100 and no others are needed")
-    wrong = ~np.isin(x, (0, 1))
-    need(not wrong.any(), f"x holds {x[wrong][:1]} in column {wrong.any(axis=0).argmax()}; only 0 and 1 are valid")
-    return {"x": x.astype(np.uint8), "y": labels[:, 0] - 1}
 
 
 def _retina(files) -> dict[str, np.ndarray]:

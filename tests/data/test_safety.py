@@ -134,14 +134,14 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, form):
     path = folder = tree(tmp_path / "t")
     if form != "folder":
         path = (hostile_zip if form == "zip" else hostile_tar)(tmp_path / f"a.{form}", folder, tmp_path)
-    monkeypatch.setattr(sources, "MOST_IMAGE", 100)
+    monkeypatch.setattr(sources, "MOST_BYTES", 100)
     with pytest.raises(ValueError, match="data=.*unpacked"):
         load("folder", path, tmp_path / "cache")
 
 
 def test_a_bomb_of_zeros_costs_no_memory(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as out:
-        out.writestr("train/cat/0.png", bytes(sources.MOST_IMAGE + 1))
+        out.writestr("train/cat/0.png", bytes(sources.MOST_BYTES + 1))
     assert os.path.getsize(tmp_path / "a.zip") < 1e6
     with pytest.raises(ValueError, match="0.png: 67 MB unpacked; at most 67 are read"):
         load("folder", tmp_path / "a.zip", tmp_path / "cache")

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ EYEPACS = CIFAR10.with_name("eyepacs.tar.xz")
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(3, 2, (40, 5)).astype(np.float32), np.arange(40) % 4
 BITS, LABELS = RNG.integers(0, 2, (300, 600)), np.arange(300) % 100 + 1
+PAGE = (sources.ROOT / "docs" / "settings.md").read_text()
 TEXAS_BITS = RNG.integers(0, 2, (300, 6169))
 
 
@@ -243,123 +245,39 @@ def test_subclasses_have_known_sub_patterns():
     assert (nearest == d.y)[kind == 0].mean() > 0.95 and (nearest == d.y)[kind >= 3].mean() < 0.1
 
 
-def text(rows, labels=None):
-    """Lines of comma-separated values, after a label where there is one."""
-    if getattr(rows, "dtype", None) == np.int64 and rows.max() < 10:
-        chars = np.full((len(rows), 2 * rows.shape[1]), ord(","), np.uint8)
-        chars[:, ::2], chars[:, -1] = rows + ord("0"), ord("\n")
-        lines = [line.tobytes() for line in chars]
-    else:
-        lines = [(",".join(map(str, row)) + "\n").encode() for row in rows]
-    heads = [b""] * len(lines) if labels is None else [f"{label},".encode() for label in labels]
-    return b"".join(head + line for head, line in zip(heads, lines, strict=True))
-
-
-def tgz(path, **files):
-    with tarfile.open(path, "w:gz", compresslevel=1) as out:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name.replace("__", "/"))
+def test_the_archives_of_purchase100_and_texas100_are_converted_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    texts = {"dataset_purchase": np.column_stack([LABELS, BITS]), "texas/100/feats": TEXAS_BITS,
+             "texas/100/labels": LABELS[:, None]}  # fmt: skip
+    for name, table in texts.items():
+        content = "".join(",".join(map(str, row)) + "\n" for row in table.tolist()).encode()
+        with tarfile.open(f"data/{name.split('/')[0].removeprefix('dataset_')}.tar", "a") as out:
+            info = tarfile.TarInfo(name)
             info.size = len(content)
             out.addfile(info, io.BytesIO(content))
-    return path
-
-
-def test_purchase100_is_one_data_set_in_all_its_forms(tmp_path):
-    content, cache = text(BITS, LABELS), tmp_path / "cache"
-    (tmp_path / "dataset_purchase").write_bytes(content)
-    d = load("purchase100", tmp_path / "dataset_purchase", cache)
-    assert d.x.dtype == np.float32 and (len(d.y), len(d.y_test), d.n_classes) == (240, 60, 100)
-    rows = [(BITS == row).all(axis=1).argmax() for row in d.x]
-    assert [LABELS[i] for i in rows] == [int(d.classes[c]) + 1 for c in d.y] and inputs(d)[0].max() == 1
-    slow = text(BITS.astype(float), LABELS)
-    np.savez(tmp_path / "purchase100.npz", features=BITS.astype(float), labels=np.eye(100)[LABELS - 1])
-    forms = [tmp_path, tmp_path / "purchase100.npz", tgz(tmp_path / "a.tgz", dataset_purchase=content)]
-    forms += [
-        tgz(tmp_path / "slow.tgz", dataset_purchase=slow),
-        tgz(tmp_path / "b.tgz", some__dataset_purchase=content),
-    ]
-    assert {load("purchase100", form, cache).hash for form in forms} == {d.hash}
-
-
-def test_texas100_is_one_data_set_in_all_its_forms(tmp_path):
-    files = {"texas__100__feats": text(TEXAS_BITS), "texas__100__labels": text(LABELS[:, None])}
-    d = load("texas100", tgz(tmp_path / "dataset_texas.tgz", **files), tmp_path / "cache")
-    assert d.x.shape == (240, 6169) and d.x_test.shape == (60, 6169) and d.classes[99] == "99"
-    rows = [(TEXAS_BITS == row).all(axis=1).argmax() for row in d.x]
-    assert (LABELS[rows] == d.y + 1).all()
-    for name, content in files.items():
-        (tmp_path / name.replace("__", "/")).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name.replace("__", "/")).write_bytes(content)
-    for form in ("texas", "texas/100", "texas/100/feats"):
-        assert load("texas100", tmp_path / form, tmp_path / "cache").hash == d.hash
-
-
-def test_tables_of_other_widths_come_as_npz_only_and_are_cached(tmp_path, monkeypatch):
-    d = load("purchase100", npz(tmp_path, features=BITS[:, :7], labels=np.eye(5)[LABELS % 5]))
-    assert d.x.shape[1] == 7 and d.n_classes == 5
-    file = tgz(tmp_path / "a.tgz", dataset_purchase=text(BITS, LABELS))
-    first = load("purchase100", file, tmp_path / "cache")
-    monkeypatch.setattr(sources.pd, "read_csv", lambda *_: pytest.fail("parsed a second time"))
-    assert load("purchase100", file, tmp_path / "cache").hash == first.hash
-
-
-def spoilt(row, column, value):
-    return [[value if (i, j) == (row, column) else v for j, v in enumerate(r)] for i, r in enumerate(BITS.tolist())]
-
-
-@pytest.mark.parametrize("content,match", [
-    (text(spoilt(7, 3, 2), LABELS), "2.*column 3"),
-    (text(spoilt(9, 5, 0.5), LABELS), "0.5.*column 5"),
-    (text(spoilt(9, 5, "a"), LABELS), "dataset_purchase"),
-    (text(BITS, LABELS)[:-300], "nan.*column"),
-    (text(BITS, LABELS - 1), r"labels \[0.0, 100.0\].*1..100"),
-    (text(BITS, np.where(LABELS == 57, 58, LABELS)), r"labels \[57.0\].*1..100"),
-    (text(BITS, ["x"] * 300), "dataset_purchase"),
-    (b"", "dataset_purchase"),
-])  # fmt: skip
-def test_bad_purchase100(tmp_path, content, match):
-    (tmp_path / "dataset_purchase").write_bytes(content)
-    with pytest.raises(ValueError, match=f"data=.*{match}"):
-        load("purchase100", tmp_path / "dataset_purchase", tmp_path / "cache")
-
-
-def test_bad_archives_of_tables(tmp_path):
-    whole = tgz(tmp_path / "a.tgz", dataset_purchase=text(BITS, LABELS)).read_bytes()
-    for damaged in (whole[:-2000], whole[: len(whole) // 2], b"", gzip.compress(b"no tar")):
-        (tmp_path / "a.tgz").write_bytes(damaged)
-        with pytest.raises(ValueError, match="data=.*a whole archive"):
-            load("purchase100", tmp_path / "a.tgz", tmp_path / "cache")
-    labels = text(LABELS[:150, None])
-    cases = [
-        (r"\['feats'\].*feats and labels", {"feats": text(TEXAS_BITS)}),
-        (r"\[\].*feats and labels", {"notes": b"x"}),
-    ]
-    cases += [(r"x is .*\[300, 6169\] and y .*\[150\]", {"feats": text(TEXAS_BITS), "labels": labels})]
-    cases += [("'labels', 'labels'.*each once", {"labels": labels, "more__labels": labels})]
-    for match, files in cases:
-        with pytest.raises(ValueError, match=f"data=.*{match}"):
-            load("texas100", tgz(tmp_path / "t.tgz", **files), tmp_path / "cache")
-
-
-def test_a_checksum_beside_an_archive_is_compared(tmp_path):
-    file = tgz(tmp_path / "dataset_purchase.tgz", dataset_purchase=text(BITS, LABELS))
-    beside = tmp_path / "dataset_purchase.tgz.sha256"
-    beside.write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  dataset_purchase.tgz\n")
-    assert load("purchase100", tmp_path, tmp_path / "cache").n_classes == 100
-    beside.write_text("0" * 64)
-    for path in (file, tmp_path):
-        with pytest.raises(ValueError, match="data=.*dataset_purchase.tgz.*sha256"):
-            load("purchase100", path, tmp_path / "cache")
+    for name in ("purchase", "texas"):
+        Path(f"data/dataset_{name}.tgz").write_bytes(gzip.compress(Path(f"data/{name}.tar").read_bytes(), 1))
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    exec(block, {})
+    for name, bits in (("purchase100", BITS), ("texas100", TEXAS_BITS)):
+        d = load(name)
+        assert d.x.dtype == np.float32 and (len(d.y), len(d.y_test), d.n_classes) == (240, 60, 100)
+        rows = [(bits == row).all(axis=1).argmax() for row in d.x]
+        assert [LABELS[i] for i in rows] == [int(d.classes[c]) for c in d.y] and inputs(d)[0].max() == 1
+        np.savez(tmp_path / "common.npz", features=bits.astype(float), labels=np.eye(100)[LABELS - 1])
+        common = load(name, tmp_path / "common.npz")
+        assert (common.x == d.x).all() and (common.y == d.y).all() and load(name, "data").hash == d.hash
 
 
 def test_without_a_path_data_are_looked_for_and_the_error_names_the_page_on_how_to_obtain_them(tmp_path, monkeypatch):
-    page = (sources.ROOT / "docs" / "settings.md").read_text()
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     for name, how in (("purchase100", "dataset_purchase.tgz"), ("texas100", "dataset_texas.tgz"),
                       ("eyepacs", "kaggle competitions download -c diabetic-retinopathy-detection")):  # fmt: skip
         with pytest.raises(FileNotFoundError, match=f"data=None: .*data/{name}.*docs/settings.md says how"):
             load(name, cache=tmp_path / "cache")
-        assert f"`{name}`" in page and how in page
+        assert f"`{name}`" in PAGE and how in PAGE
     with pytest.raises(FileNotFoundError, match="data='no/such': .*no/such/texas100.npz.*docs/settings.md"):
         load("texas100", "no/such", tmp_path / "cache")
     (tmp_path / "data").mkdir()

@@ -181,9 +181,8 @@ def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None)
     stats = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(path / name)]]
     key = blake2b(json.dumps([4, wanted, side, str(path.resolve()), stats]).encode(), digest_size=16).hexdigest()
     file = cache / f"{path.name.split('.')[0]}-{key}.npz"
-    with suppress(Exception), open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-        return dict(arrays)  # NumPy compares each array with its CRC-32
-    # the cache file is absent or damaged
+    with suppress(ValueError):  # if the cache file is absent or damaged: NumPy compares each array with its CRC-32
+        return read_npz(file, (*NAMES[0], "groups"))
     arrays = make(tqdm(_members(path, names, wanted, side), unit=" files", leave=False, delay=1))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:

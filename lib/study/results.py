@@ -59,12 +59,6 @@ def recipe_digest(run):
     return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def versions():
-    """'flat-is-not-private 0.1.0 torch 2.15.0 numpy 2.3.1 python 3.11.7'."""
-    packages = [f"{name} {metadata.version(name)}" for name in ("flat-is-not-private", "torch", "numpy")]
-    return " ".join([*packages, f"python {platform.python_version()}"])
-
-
 class Results:
     """The rows of one notebook, given its name, its run, and how many models it compares (default: the run's)."""
 
@@ -72,9 +66,11 @@ class Results:
         self.run, self.rows, self.path = run, [], Path(run.out) / "results.csv"
         device = ensemble.device_of(run.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        versions = [f"{name} {metadata.version(name)}" for name in ("flat-is-not-private", "torch", "numpy")]
+        versions = " ".join([*versions, f"python {platform.python_version()}"])
         self.about = dict(notebook=notebook, dataset=run.dataset.name, arch=run.arch, baseline="", coordinate="")
         self.about |= dict(attack="", n_models=n_models or run.n_models, n_examples=len(run.dataset.y))
-        self.about |= dict(seed=run.seed, recipe=recipe_digest(run), versions=versions(), device=name)
+        self.about |= dict(seed=run.seed, recipe=recipe_digest(run), versions=versions, device=name)
 
     def add(self, frame, experiment="main", **fields):
         """Write a tidy frame, with some of COLUMNS, beside what is there; `fields` gives other columns.

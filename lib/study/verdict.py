@@ -150,10 +150,10 @@ def derived(rows):
     lira's TPR at the lowest FPR recorded; "strict_excess": its relative growth minus that of the AUC. "relative
     variance" of "largest eta": the ratio of variances minus 1 under the strongest penalty, at each coordinate.
     """
-    main = rows[(rows.experiment == "main") & (rows.coordinate == "")]
-    main = main.drop_duplicates(["optimizer", "baseline", "attack", "metric"])
-    own = main[main.baseline == ""].assign(baseline=main.optimizer)[["baseline", "attack", "metric", *NUMBERS]]
-    pairs = main[main.baseline != ""].merge(own, "left", ["baseline", "attack", "metric"], suffixes=("", "_own"))
+    same = ["baseline", "attack", "metric"]
+    main = rows[(rows.experiment == "main") & (rows.coordinate == "")].drop_duplicates(["optimizer", *same])
+    own = main[main.baseline == ""].assign(baseline=main.optimizer)[[*same, *NUMBERS]]
+    pairs = main[main.baseline != ""].merge(own, "left", same, suffixes=("", "_own"))
     start = pairs.value_own - 0.5 * (pairs.metric == "auc")
     ratio = pairs.value / start.where(start > 0)
     # Var(d / b) = (Var d + (d / b)^2 Var b) / b^2, taking d and b as independent
@@ -161,16 +161,15 @@ def derived(rows):
     half = np.hypot(pairs.ci_high - pairs.ci_low, ratio * own_width) / 2 / start
     relative = pairs.assign(value=ratio, ci_low=ratio - half, ci_high=ratio + half, metric="relative " + pairs.metric)
 
-    lira, rate = pairs.attack == "lira", pairs.metric.str.removeprefix("tpr@")
-    strictest = rate[lira & (rate != pairs.metric)].astype(float).min()
-    at = lira & (pairs.metric == f"tpr@{strictest}")
+    lira, rate = pairs.attack == "lira", pairs.metric.str.extract("^tpr@(.+)")[0].astype(float)
+    at = lira & (rate == rate[lira].min())
     strict = pairs[at].assign(metric="tpr@strictest", coordinate=pairs.metric)
     auc = relative[lira & (pairs.metric == "auc")][["optimizer", "baseline", *NUMBERS]]
-    both = relative[at].merge(auc, on=["optimizer", "baseline"], suffixes=("", "_auc"))
+    both = relative[at].assign(coordinate=pairs.metric + ", growth beyond the AUC's", metric="strict_excess")
+    both = both.merge(auc, on=["optimizer", "baseline"], suffixes=("", "_auc"))
     value = both.value - both.value_auc
     half = np.hypot(both.ci_high - both.ci_low, both.ci_high_auc - both.ci_low_auc) / 2
-    about = dict(metric="strict_excess", coordinate=f"tpr@{strictest}, growth beyond the AUC's")
-    excess = both.assign(**about, value=value, ci_low=value - half, ci_high=value + half)
+    excess = both.assign(value=value, ci_low=value - half, ci_high=value + half)
 
     eta = rows[(rows.metric == "variance_ratio") & rows.optimizer.str.startswith("eta=")]
     eta = eta.loc[eta.optimizer.str[4:].astype(float).groupby([eta.experiment, eta.coordinate]).idxmax()]

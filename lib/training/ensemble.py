@@ -281,7 +281,7 @@ def check(recipe, dataset, n_models):
     net = networks.build(recipe.arch, shape, dataset.n_classes)
     if recipe.arch not in networks.MODELS:
         networks.check_repeatable(net, recipe.arch, shape)
-    mixes = "per_example" in optimizer.wants and networks.has_batchnorm(net)
+    mixes = {"per_example", "norms"} & optimizer.wants and networks.has_batchnorm(net)
     need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
     why = f"{optimizer.base_name} evaluates the gradient again within a step, which no accountant counts"
     counted = not (optimizer.is_private and optimizer.asks_again())

@@ -74,7 +74,7 @@ class Optimizer:
     @property
     def is_private(self):
         """True for a differentially private rule: it clips the gradient of every example and adds noise."""
-        return {"per_example", "noise"} <= self.wants
+        return "noise" in self.wants and bool({"per_example", "norms"} & self.wants)
 
     @property
     def has_own_base(self):
@@ -231,6 +231,7 @@ def dry_run(optimizer, is_kth_step):
     context |= {"uniform": torch.rand(2), "memory": {n: torch.zeros_like(p) for n, p in params.items()}}
     context["losses"] = lambda params: counted(1 / 3, torch.ones(8))
     context["per_example"] = lambda params: counted(1, (each, aux))
+    context |= {"norms": lambda params: torch.ones(8), "weighted": lambda params, w: counted(1, (dict(params), aux))}
     try:
         if "noise" in optimizer.wants:  # how much it needs is its attribute: rule.queries = 1
             context["noise"] = {n: torch.randn(optimizer.rule.queries, *p.shape) for n, p in params.items()}

@@ -4,12 +4,12 @@ Everywhere a neighbour of a half is the half with one example replaced by anothe
 membership game on halves of one size compares. Under it a sum of gradients, each clipped to C, moves by up to 2 C.
 """
 
-from functools import cache
+from functools import cache, partial
 from math import ceil, exp, floor, inf, log, log10
 
 import torch
 from scipy.optimize import brentq
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from lib import need
 from lib.training.sharpness import ascend, norm
@@ -17,37 +17,85 @@ from lib.training.sharpness import ascend, norm
 # ---- rules, as those of sharpness.py ------------------------------------------------------------------------
 
 
-def dpsgd(gradient, params, per_example, noise, clip=1.0, sigma=1.0):
+def dpsgd(gradient, params, norms, weighted, noise, clip=1.0, sigma=1.0):
     """DP-SGD: Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.
 
     clip: largest norm of one example's gradient; sigma: standard deviation of the noise on the sum, in units of clip.
     """
-    return _private(params, per_example, noise, 0, clip, sigma)
+    return _private(params, norms, weighted, noise, 0, clip, sigma)
 
 
-def dpsam(gradient, params, rho, per_example, noise, clip=1.0, sigma=1.0):
+def dpsam(gradient, params, rho, norms, weighted, noise, clip=1.0, sigma=1.0):
     """DP-SAM: SAM with both of its gradients clipped and noised; options as in `dpsgd`.
 
     The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set their one-step
     DP-SAT against. Each step asks the batch two questions, and `epsilon` has to know (queries=2).
     """
-    first, aux = _private(params, per_example, noise, 0, clip, sigma)
-    second, _ = _private(ascend(params, first, rho), per_example, noise, 1, clip, sigma)
+    first, aux = _private(params, norms, weighted, noise, 0, clip, sigma)
+    second, _ = _private(ascend(params, first, rho), norms, weighted, noise, 1, clip, sigma)
     return second, aux
 
 
 dpsgd.queries, dpsam.queries = 1, 2
 
 
-def _private(params, per_example, noise, k, clip, sigma):
+def _private(params, norms, weighted, noise, k, clip, sigma):
     """(clipped mean gradient with the k-th noise, aux)."""
     _require("clip", clip, 0 < clip < inf, "finite and positive")
     _require("sigma", sigma, 0 <= sigma < inf, "finite, zero or positive")
-    each, aux = per_example(params)
-    # g_i <- g_i / max(1, |g_i| / C)
-    weight = 1 / (vmap(norm)(each) / clip).clamp(min=1)
-    # g = (sum_i g_i + sigma C N(0, 1)) / B
-    return {n: (torch.tensordot(weight, g, 1) + sigma * clip * noise[n][k]) / len(weight) for n, g in each.items()}, aux
+    # w_i = 1 / max(1, |g_i| / C)
+    weight = 1 / (norms(params) / clip).clamp(min=1)
+    # g = (sum_i w_i g_i + sigma C N(0, 1)) / B
+    total, aux = weighted(params, weight)
+    return {n: (g + sigma * clip * noise[n][k]) / len(weight) for n, g in total.items()}, aux
+
+
+# ---- the norm of every example's gradient -------------------------------------------------------------------
+
+
+def norms_by_example(loss, params, x, y, chunk=8):
+    """|g_i| of every example, [B], in any network whose examples do not mix: each gradient is computed and measured.
+
+    loss(params, x, y) of a batch; x [B, ...], y [B]. chunk: examples whose gradients are held at once.
+    """
+    return vmap(lambda x, y: norm(grad(loss)(params, x[None], y[None])), chunk_size=chunk)(x, y)
+
+
+def norms_by_layer(loss, params, x, y, net):
+    """|g_i| of every example, [B], in a network of linear layers, by one pass back to the layers' outputs.
+
+    An example's gradient of a layer's weights is the outer product of its input a and the slope d of the loss at its
+    output, so its norm is |a| |d|: Goodfellow 2015, "Efficient per-example gradient computations".
+    """
+    layers, inputs = {name: m for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}, {}
+
+    def shifted(layer, given, output, shift, name):
+        inputs[name] = given[0]
+        return output + shift
+
+    def total(shifts):
+        hooks = [m.register_forward_hook(partial(shifted, shift=shifts[n], name=n)) for n, m in layers.items()]
+        try:
+            return len(y) * loss(params, x, y), dict(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    at = {name: x.new_zeros(len(y), layer.out_features) for name, layer in layers.items()}
+    slopes, seen = grad(total, has_aux=True)(at)
+    # |g|^2 = sum over layers of |d|^2 |a|^2, and |d|^2 for a bias
+    size = {n: a.square().sum(1) + (layers[n].bias is not None) for n, a in seen.items()}
+    return torch.sqrt(sum(d.square().sum(1) * size[n] for n, d in slopes.items()))
+
+
+def norms_for(net, loss, params, x, y):
+    """The faster of the two functions above that is right for this network: tried on two examples x, y."""
+    by_layer, right = partial(norms_by_layer, net=net), norms_by_example(loss, params, x, y)
+    try:
+        fine = torch.allclose(by_layer(loss, params, x, y), right, rtol=1e-3)
+    except Exception:  # a layer that sees more than [B, D], or none
+        fine = False
+    return by_layer if fine else norms_by_example
 
 
 def _require(name, value, fine, valid):

@@ -29,6 +29,8 @@ CONTEXT = {
     "size": "number of examples in the batch",
     "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
     "per_example": "function of params: the gradient of every example, [B, ...] each, and aux",
+    "norms": "function of params: the norm of every example's gradient, [B]",
+    "weighted": "function of params and weights [B]: the sum of the examples' gradients, each by its weight, and aux",
 }
 LIMITS = {  # of the options of the rules; the others may have any value
     "k": (1, math.inf), "m": (1, math.inf), "eta": (0, math.inf), "low": (0, 1), "decay": (0, 1),

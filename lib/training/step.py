@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lib.training import networks, sharpness
+from lib.training import networks, privacy, sharpness
 from lib.training.recipe import generator
 
 
@@ -68,6 +68,11 @@ class Stack:
         self.gradient_of_one = grad_and_value(self.loss_of_one, has_aux=True)
         self.gradient = vmap(self.gradient_of_one) if n_stacked > 1 else self.gradient_of_one
         self.rate = torch.tensor(recipe.lr) if compiled else recipe.lr  # a plain number would be compiled in
+        if "norms" in recipe.optimizer.wants:
+            one, buffers = ({n: t[0] for n, t in part.items()} for part in (self.params, self.buffers))
+            x = torch.linspace(-1, 1, 2 * int(np.prod(shape)), device=device).view(2, *shape)
+            y = torch.arange(2, device=device)
+            self.norms = privacy.norms_for(self.net, lambda p, x, y: self.loss_of_one(p, buffers, x, y)[0], one, x, y)
         if not recipe.optimizer.has_own_base:
             self.bases = [self.build_base(self.params)]
             self.update({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the base's state
@@ -136,7 +141,15 @@ class Stack:
                 grads, (loss, hits) = vmap(grad_and_value(of_example, has_aux=True), (None, 0, 0))(at, x, y)
                 return grads, Pass(loss.mean(), hits.mean(), buffers, ())
 
+            def norms(at):
+                return self.norms(lambda at, x, y: self.loss_of_one(at, buffers, x, y)[0], at, x, y)
+
+            def weighted(at, weight):
+                grads, (_, aux) = grad_and_value(self.loss_of_one, has_aux=True)(at, buffers, x, y, weight)
+                return grads, aux
+
             offered = {"is_kth_step": is_kth_step, "size": len(y), "losses": losses, "per_example": per_example}
+            offered |= {"norms": norms, "weighted": weighted}
             found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
             return found if "memory" in wants else (*found, {})
 
@@ -157,15 +170,16 @@ class Stack:
             self.update(grads)
         return aux.loss, aux.accuracy
 
-    def loss_of_one(self, params, buffers, x, y):
-        """(mean loss, Pass) of one model on one batch: x [B, ...], y [B]."""
+    def loss_of_one(self, params, buffers, x, y, weight=None):
+        """(mean loss, Pass) of one model on x [B, ...], y [B]; the weighted sum of the losses with weight [B]."""
         running = {name: b.clone() for name, b in buffers.items()}  # BatchNorm writes into these
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = functional_call(self.net, (params, running), (x,)).float()
         cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
         loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
-        losses = cross_entropy(logits, reduction="none") if self.keep_losses else ()
-        return loss, Pass(loss, accuracy, running, losses)
+        losses = cross_entropy(logits, reduction="none") if self.keep_losses or weight is not None else ()
+        aimed = loss if weight is None else (weight * losses).sum()
+        return aimed, Pass(loss, accuracy, running, losses)
 
     def over_models(self, function):
         """Map a one-model function over the leading axis. A single model skips vmap, which hides the memory format."""

@@ -89,17 +89,17 @@ def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path
 
 
 def train_for_hours(store):
-    """By two processes of this one's own."""
+    """By a process of this one's own."""
     images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
-    workers.train_by_processes(recipe, images, [[0], [1]], store, 2, quiet=True)
+    workers.train_by_processes(recipe, images, [[0]], store, 1, quiet=True)
 
 
 def test_they_end_with_the_process_that_started_them(tmp_path):
     process = start(train_for_hours, tmp_path, daemon=False)
     try:
-        until(lambda: len(list(tmp_path.glob("*/claims/*.lock"))) == 2, 60)
+        until(lambda: list(tmp_path.glob("*/claims/*.lock")), 60)
         started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-        assert len(started) >= 2
+        assert started
     finally:
         process.kill()
     until(lambda: not any(alive(pid) for pid in started), 20)

@@ -205,14 +205,12 @@ def setting(main, optimizer, baseline):
     """In words: what of a group's setting differs from the paper's, and how well its baseline fits."""
     said = []
     for row in main[(main.optimizer == optimizer) & (main.baseline == baseline)][:1].itertuples():
-        said = [
-            (row.dataset not in PAPER, f"data set {row.dataset}"),
-            (row.arch not in PAPER.get(row.dataset, IMAGE), f"architecture {row.arch}"),
-            (row.n_examples < 50_000, f"a pool of {row.n_examples:.0f} examples, not 50,000"),
-            (row.n_models < 256, f"{row.n_models:.0f} models, not 256"),
-        ]
+        said += [f"data set {row.dataset}"] * (row.dataset not in PAPER)
+        said += [f"architecture {row.arch}"] * (row.arch not in PAPER.get(row.dataset, IMAGE))
+        said += [f"a pool of {row.n_examples:.0f} examples, not 50,000"] * (row.n_examples < 50_000)
+        said += [f"{row.n_models:.0f} models, not 256"] * (row.n_models < 256)
     fit = main.value[(main.metric == "train_accuracy") & (main.optimizer == baseline) & (main.baseline == "")]
-    return "; ".join([words for differs, words in said if differs] + [f"{baseline} fits {v:.1%}" for v in fit[:1]])
+    return "; ".join(said + [f"{baseline} fits {v:.1%}" for v in fit[:1]])
 
 
 def sharp(rows):

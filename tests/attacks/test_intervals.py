@@ -461,7 +461,7 @@ def test_rates_out_of_range_are_named(fpr):
 # ---- coverage (in full: python -m benchmarks.calibration) ------------------------------------------------
 
 
-@pytest.mark.parametrize("n_models, n, replications", [(8, 260, 80), (16, 150, 60), (64, 100, 20)])
+@pytest.mark.parametrize("n_models, n, replications", [(8, 260, 60), (64, 100, 20)])
 def test_intervals_cover_the_truth_over_new_models_and_new_examples(n_models, n, replications):
     found = calibration.coverage(n_models, n, replications)
     least = 0.95 - 4 * np.sqrt(0.95 * 0.05 / replications)  # four standard errors

@@ -1,7 +1,6 @@
-"""Any data set becomes one `Dataset`: a pool to draw members from and a test part; also the search for duplicates.
+"""Any data set becomes one `Dataset`: a pool, of which models train on random halves, and a test part, never trained on.
 
-Shapes: N pool examples, T test examples, C classes. Random halves are drawn from the pool; no model trains on the test
-part. Where the arrays come from is in lib.data.sources.
+Shapes: N pool examples, T test examples, C classes. Where the arrays come from is in lib.data.sources.
 """
 
 import json
@@ -134,11 +133,10 @@ def duplicates(dataset: Dataset) -> pd.DataFrame:
     """Each pool example's nearest other pool example and nearest test example: a frame of N lines.
 
     Columns: nearest (index in the pool); distance, test_distance (root mean square difference of the model inputs, in
-    pooled standard deviations: sqrt(2) for unrelated examples); and whether there are copies, which are exact (equal
-    bytes) or near (exact, or below half the median distance of those without an exact copy): exact_duplicates,
-    exact_duplicates_other_label, exact_test_twins, and near_ likewise. In d dimensions, about 2^-d log 2 of independent
-    draws are so near by chance: 0.07% at d = 10. Half of such pairs in CIFAR-10 are one picture, the others two plain
-    skies or seas.
+    pooled standard deviations: sqrt(2) for unrelated examples); and whether there are copies: exact_duplicates (equal
+    bytes), exact_duplicates_other_label, exact_test_twins, and near_ likewise (exact, or nearer than half the median
+    distance of those without an exact copy). In d dimensions, about 2^-d log 2 of independent draws are so near by
+    chance: 0.07% at d = 10. Half of such pairs in CIFAR-10 are one picture, the others two plain skies or seas.
     """
     y, (z, z_test) = dataset.y, (part.reshape(len(part), -1) for part in inputs(dataset))
     mean = z.mean(axis=0, dtype=np.float64)

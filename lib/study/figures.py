@@ -48,13 +48,11 @@ def error_bars(axis, x, frame, index, label=None, **more):
 
 def picture(axis, image):
     """One example: image [channels, H, W] (uint8, or floats in 0..1), or a table's row as a strip of bars."""
+    axis.set(xticks=[], yticks=[])
     if image.ndim == 1:
         axis.stairs(image, fill=True, color="0.4")
-        axis.set(xticks=[], yticks=[])
-        return
-    pixels = image.transpose(1, 2, 0)
-    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray_r", interpolation="nearest")
-    axis.set_axis_off()
+    else:
+        axis.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray_r", interpolation="nearest")
 
 
 def histograms(axis, inside, outside, labels):

@@ -1,4 +1,4 @@
-"""Any data set becomes one `Dataset`: a pool, of which models train on random halves, and a test part, never trained on.
+"""Any data set becomes one `Dataset`: a pool, on whose halves models train, and a test part, which no model trains on.
 
 Shapes: N pool examples, T test examples, C classes. Where the arrays come from is in lib.data.sources.
 """

@@ -63,7 +63,29 @@ def load(name: str, data=None, cache=None) -> Dataset:
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
-        return validate(_dataset(name, **sources.read(name, data, Path(cache or ROOT / "store" / "cache"))))
+        given = sources.read(name, data, Path(cache or ROOT / "store" / "cache"))
+        x, (labels, y) = _examples("x", given["x"]), np.unique(_labels("y", given["y"]), return_inverse=True)
+        more = {key: given[key] for key in ("groups", "pattern", "pattern_test") if key in given}
+        if "groups" in more:  # numbers or names
+            more["groups"] = np.unique(more["groups"], return_inverse=True)[1]
+        d = Dataset(name, x, y, x, y, tuple(map(str, labels)), **more)
+        if name.startswith("cifar"):
+            found, form = f"{d.n_classes} classes, {list(x.shape[1:])}", f"{name[5:]} classes, [3, 32, 32]"
+            need(found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
+        if "x_test" in given:
+            y_test = _labels("y_test", given["y_test"])
+            extra = np.setdiff1d(y_test, labels)[:5].tolist()
+            need(not extra, f"the test part has labels {extra}; only those of the pool are valid")
+            y_test = np.searchsorted(labels, y_test)
+            return validate(replace(d, x_test=_examples("x_test", given["x_test"]), y_test=y_test))
+        # a share of the groups, stratified by their highest label: always the same ones
+        groups, top = _grouped(validate(d))
+        share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
+        n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
+        need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
+        keep = np.isin(groups, _draw(top, n, seed=0, least=2))
+        test = _subset(d, ~keep)
+        return validate(replace(_subset(d, keep), x_test=test.x, y_test=test.y, groups_test=test.groups))
     except ValueError as error:
         raise ValueError(f"data={data!r}: {error}") from error
 
@@ -224,32 +246,6 @@ def _grouped(d: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """(groups [N], 0..G-1, highest label of each group [G])."""
     groups = np.arange(len(d.y)) if d.groups is None else np.unique(d.groups, return_inverse=True)[1]
     return groups, pd.Series(d.y).groupby(groups).max().to_numpy()
-
-
-def _dataset(name: str, x, y, x_test=None, y_test=None, groups=None, pattern=None, pattern_test=None) -> Dataset:
-    """A Dataset of examples and labels in any of their forms.
-
-    Without a test part, a share of the groups, stratified by their highest label, becomes it: always the same ones.
-    """
-    x, (labels, y) = _examples("x", x), np.unique(_labels("y", y), return_inverse=True)
-    if groups is not None:  # numbers or names
-        groups = np.unique(groups, return_inverse=True)[1]
-    d = Dataset(name, x, y, x, y, tuple(map(str, labels)), groups=groups, pattern=pattern, pattern_test=pattern_test)
-    if name.startswith("cifar"):
-        found, form = f"{d.n_classes} classes, {list(x.shape[1:])}", f"{name[5:]} classes, [3, 32, 32]"
-        need(found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
-    if x_test is not None:
-        y_test = _labels("y_test", y_test)
-        extra = np.setdiff1d(y_test, labels)[:5].tolist()
-        need(not extra, f"the test part has labels {extra}; only those of the pool are valid")
-        return replace(d, x_test=_examples("x_test", x_test), y_test=np.searchsorted(labels, y_test))
-    groups, top = _grouped(validate(d))
-    share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
-    n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
-    need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
-    keep = np.isin(groups, _draw(top, n, seed=0, least=2))
-    test = _subset(d, ~keep)
-    return replace(_subset(d, keep), x_test=test.x, y_test=test.y, groups_test=test.groups)
 
 
 def _examples(key: str, a: np.ndarray) -> np.ndarray:

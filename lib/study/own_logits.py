@@ -75,9 +75,8 @@ def models(name, given):
             # z = log p, and log of the smallest positive p where p = 0
             least, zero = z[z > 0].min(), np.mean(z == 0)
             z = np.log(np.maximum(z, least))
-            notes.append(f"{given} were given: we use their logarithms as logits.")
-            if zero:
-                notes.append(f"{zero:.2%} of the {given} are 0 and count as {least:.2g}, the smallest other one.")
+            note = f"We use the logarithms of {given} as logits; {zero:.2%} of them are 0 and count as {least:.2g}, the"
+            notes.append(f"{note} smallest other one.")
         refuse(given, ~(z < np.inf), "numbers below infinity")
         n, c = z.shape[-2:]
         if np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():

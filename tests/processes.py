@@ -37,10 +37,10 @@ def ended(process):
 
 
 def until(condition, seconds, what="what is waited for"):
-    """The first true value of condition(), asked every 20 ms; fails after so many seconds."""
+    """The first true value of condition(), asked ten times a second; fails after so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
             return found
-        time.sleep(0.02)
+        time.sleep(0.1)
     pytest.fail(f"{what}: not within {seconds} s")

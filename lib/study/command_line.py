@@ -44,8 +44,9 @@ def execute(book, given, out):
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     print(f"{book.stem} -> {out}", flush=True)
-    how = {"kernel_name": "python3", "stdout_file": sys.stdout, "stderr_file": sys.stderr}
-    done = papermill.execute_notebook(book, out / book.name, given, **how)
+    # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
+    how = {"kernel_name": "python3", "shutdown_kernel": "immediate", "stdout_file": sys.stdout}
+    done = papermill.execute_notebook(book, out / book.name, given, **how, stderr_file=sys.stderr)
     for cell in done.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):  # 256 colours look the same and take half the bytes

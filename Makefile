@@ -22,6 +22,7 @@ study: .venv/.ready
 plan work report audit: .venv/.ready
 	@$(BIN)/python -m lib.study --$@ $(PARAMETERS)
 
+# two processes of one thread each, which take whole files; tests/conftest.py puts the longest first
 test: .venv/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -181,7 +181,7 @@ def variance_formula(x, y, sigma, etas):
     return w0 @ sigma @ w0 - np.sum(b**2 * eta * (2 + eta * s) / (1 + eta * s) ** 2, axis=1)
 
 
-for d in (20, 100, 400) if run.preset == "tiny" else (20, 200, 2000):
+for d in (20, 100, 400) if run.preset == "tiny" else (20, 200, 1000):
     x, y = interpolation.draw(d // 2, np.ones(d), seed=d)
     root, grid = np.random.default_rng(d).normal(size=(d, d)) / np.sqrt(np.arange(1, d + 1)), (0, 0.1, 1, 10, 100)
     sigma = root @ root.T
@@ -365,7 +365,7 @@ figures.save(figure, run, "regions")
 #
 # **Method.** As with networks, there is one pool, many models are trained on random halves of it in complementary
 # pairs, and each example is a member of half of them. But here a model is a minimum $G_\eta$-norm interpolator,
-# solved exactly. We hand its margins to the attacks of the other notebooks in the place of $\phi$. We vary three
+# solved exactly, for all $\eta$ at once. We hand its margins to the attacks of the other notebooks in the place of $\phi$. We vary three
 # things, one at a time, around a power-law spectrum, $n/d = 0.5$ and random labels (label noise 0.5): the spectrum,
 # $n/d$, and the noise in labels that follow a random teacher.
 
@@ -382,10 +382,9 @@ def simulate(kind, share, noise):
     sigma = np.diag(values)
     x, y = interpolation.draw(2 * round(share * d), values, teacher, noise, run.seed + 1)
     member = membership(Recipe(seed=run.seed), len(y), range(n_simulated))
-    penalties = [interpolation.penalty(sigma, eta) for eta in etas]
     with threadpool_limits(1):  # one model a thread: such small matrices gain nothing from more
-        w = [parallel(lambda half, g=g: interpolation.minimum_norm(x[half], y[half], g), member) for g in penalties]
-    w = np.array(w)  # [etas, M, d]
+        paths = parallel(lambda half: interpolation.spectral(x[half], y[half], sigma), member)
+    w = np.array([[interpolation.weights(path, eta) for path in paths] for eta in etas])  # [etas, M, d]
     v = (w**2 @ values).mean(1)  # w'Σw, Σ is diagonal
     advantage = [interpolation.teacher_advantage(one.T, sigma, teacher, noise).mean() for one in w]
     return y * (w @ x.T), member, v, np.array(advantage)

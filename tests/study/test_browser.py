@@ -175,11 +175,10 @@ def tiny_copy(folder):
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.innerText.trim())"
 
 
-@pytest.mark.parametrize("theme", ["JupyterLab Dark"])
-def test_notebook_01_runs_by_its_menu_and_shows_its_figures(page, tmp_path, theme):
+def test_notebook_01_runs_by_its_menu_and_shows_its_figures(page, tmp_path):
     tiny_copy(tmp_path)
     settings = {
-        "@jupyterlab/apputils-extension:themes": {"theme": theme},
+        "@jupyterlab/apputils-extension:themes": {"theme": "JupyterLab Dark"},
         "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},
         "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},  # cells out of sight are there too
     }

@@ -138,12 +138,9 @@ def on_base(run, rule):
     return rule if run.baseline == "sgd" else f"{rule}+{run.baseline}"
 
 
-def at_own_radius(run):
-    """The keys of the variants that the run itself has."""
-    return [(run.baseline, 0.0), (run.treatment, run.recipe(run.treatment).rho)]
-
-
-@experiment("variants", "06", essential=at_own_radius)
+@experiment(
+    "variants", "06", essential=lambda run: [(name, run.recipe(name).rho) for name in (run.baseline, run.treatment)]
+)
 def variants(run):
     """The baseline at 0.0, every rule at its radius, the treatment at those of its sweep. Keys: (optimizer, rho)."""
     names = [on_base(run, rule) for rule in (*VARIANTS, "sharpreg", "swa")]
@@ -259,11 +256,12 @@ def flags(run, planned):
 class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes.
 
-    ensembles: (experiment's name, the first of the notebooks, Planned) of each.
+    ensembles: (experiment's name, the first of its notebooks, Planned) of each.
     """
 
     def __init__(self, run, notebooks=None):
         self.run, self.notebooks, found = run, list(ANALYSIS if notebooks is None else notebooks), {}
+        self.expected, self.took, self.next = 1e-9, 1e-9, 0.0  # seconds of notebooks that are done; when to speak again
         for name, experiment in EXPERIMENTS.items():
             first = next((book for book in self.notebooks if book in experiment.notebooks), None)
             for planned in declared(run, name).values() if first else ():
@@ -271,7 +269,6 @@ class Plan:
                 *about, before = found.get(key, (name, first, planned))
                 found[key] = *about, max(before, planned, key=lambda one: one.n_models)
         self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
-        self.expected, self.took, self.next = 1e-9, 1e-9, 0.0  # of the notebooks that are done; when to speak again
 
     def table(self, rates=None):
         """What is left to train: a frame with a row for each ensemble, COLUMNS, and the seconds that this run needs.
@@ -284,16 +281,12 @@ class Plan:
         for name, book, planned in self.ensembles:
             recipe, n_models, data, _ = planned
             done, one = flags(self.run, planned), work(recipe, len(data.y), 1)
-            kind, seconds = (
-                (recipe.arch, recipe.optimizer.is_private),
-                (read_json(path).get("seconds") for path in done),
-            )
+            kind, left = (recipe.arch, recipe.optimizer.is_private), range(len(done), n_models)
+            seconds = [read_json(path).get("seconds") for path in done]
             told.setdefault(kind, []).extend(one / s for s in seconds if s)
-            row = dict(notebook=book, experiment=name, arch=recipe.arch, optimizer=str(recipe.optimizer))
-            row |= dict(rho=recipe.rho, epochs=recipe.run_epochs, models=n_models, finished=len(done))
-            row |= dict(megagradients=(n_models - len(done)) * one / 1e6, megagradients_in_all=n_models * one / 1e6)
-            row["megabytes"] = ensemble.stored_bytes(recipe, data, range(len(done), n_models)) / 1e6
-            rows.append(row | {"kind": kind, "at_once": workers.n_processes(recipe, data, device)})
+            row = [book, name, recipe.arch, str(recipe.optimizer), recipe.rho, recipe.run_epochs, n_models, len(done)]
+            row += [len(left) * one / 1e6, n_models * one / 1e6, ensemble.stored_bytes(recipe, data, left) / 1e6]
+            rows.append([*row, kind, workers.n_processes(recipe, data, device)])
         # models at less than half of the best rate waited for the compiler
         known = {kind: np.mean([r for r in found if 2 * r > max(found)]) for kind, found in told.items() if found}
         known, frame = (rates or {}) | known, pd.DataFrame(rows, columns=[*COLUMNS, "kind", "at_once"])
@@ -303,9 +296,8 @@ class Plan:
     def analysis(self, book):
         """Seconds that a notebook takes beside its training, by the constants above."""
         used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
-        scores = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used)
         fixed, each = ANALYSIS.get(book, ANALYSIS["05"])
-        return fixed + each * scores / 1e6
+        return fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
 
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. One is analysed while the models of those after it train."""
@@ -332,16 +324,14 @@ class Plan:
             self.say()
 
     def train(self, book=None, quiet=False):
-        """Train what no other process is training, for one notebook; None: for all of them, which are not run then.
+        """Train what one notebook needs and no other process is training; None: what all need, which are not run then.
 
         Pools that a notebook draws are left to it.
         """
-        self.notebooks = self.notebooks if book else []
-        for name, first, (recipe, n_models, data, is_drawn) in self.ensembles:
+        self.notebooks, run = self.notebooks if book else [], self.run
+        for _, first, (recipe, n_models, data, is_drawn) in self.ensembles:
             if book in (None, first) and not is_drawn:
-                if not quiet:
-                    print(f"{name}: {recipe.optimizer} rho {recipe.rho}, {recipe.run_epochs} epochs", flush=True)
-                where = self.run.store, self.run.device, self.run.engine, self.run.gpus
+                where = run.store, run.device, run.engine, run.gpus
                 train(recipe, data, n_models, *where, quiet=quiet, notify=self.say, wait=False)
 
     def trial(self, optimizer):
@@ -357,23 +347,19 @@ class Plan:
 
     def describe(self):
         """The table as text, with what is left in all: gradients, disk and time, by a trial where nothing is known."""
-        frame, rates = self.table(), {}
+        frame, how = self.table(), "finished models"
         if frame.seconds.isna().any():
-            rates = {(self.run.arch, False): self.trial(self.run.baseline)}
-            frame = self.table(rates)
-        how = "a trial of some steps just now" if rates else "the store's finished models"
+            frame = self.table({(self.run.arch, False): self.trial(self.run.baseline)})
+            how = "a trial of some steps just now"
+        total = frame[["models", "finished", "megagradients", "megabytes", "seconds"]].sum()
+        free = shutil.disk_usage(self.run.store).free / 1e6
         shown = frame.drop(columns=["seconds", "megagradients_in_all"]).assign(time=frame.seconds.map(duration))
         return (
             f"{shown.round(1).to_string(index=False)}\n\n"
-            f"Left: {frame.models.sum() - frame.finished.sum()} of {frame.models.sum()} models, "
-            f"{frame.megagradients.sum():.3g} million gradients: about {duration(frame.seconds.sum())} on "
-            f"{ensemble.device_of(self.run.device)} by {how}; {duration(self.seconds_left(frame))} with the analysis; "
-            f"{frame.megabytes.sum():.0f} MB on the disk, which has {self.free():.0f} MB free."
+            f"Left: {total.models - total.finished:.0f} of {total.models:.0f} models, {total.megagradients:.3g} "
+            f"million gradients, {total.megabytes:.0f} MB on the disk, which has {free:.0f} MB free. Time, by {how}: "
+            f"{duration(total.seconds)} to train, {duration(self.seconds_left(frame))} with the analysis."
         )
-
-    def free(self):
-        """Megabytes free on the store's disk."""
-        return shutil.disk_usage(self.run.store).free / 1e6
 
     def check_disk(self):
         """Raise ValueError naming `store` if what is left to train does not fit the disk."""

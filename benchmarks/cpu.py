@@ -145,9 +145,9 @@ def many(dataset, recipe, n_models, compiled=True):
     """
 
     def run(recipe, count):
-        can = step.can_compile if compiled else lambda: False
         in_this_process = mock.patch.object(workers, "LONG", math.inf)
-        with in_this_process, mock.patch.object(step, "can_compile", can), tempfile.TemporaryDirectory() as folder:
+        chosen = mock.patch.object(step, "worth_compiling", lambda *_: compiled)
+        with in_this_process, chosen, tempfile.TemporaryDirectory() as folder:
             train(recipe, dataset, count, folder, quiet=True)
 
     run(replace(recipe, seed=recipe.seed + 1, stop=1 / recipe.epochs), 2)

@@ -64,10 +64,11 @@ class Inputs:
 # ---- the training loop ---------------------------------------------------------------------------------------
 
 
-def train_chunk(recipe, inputs, ids, tick=lambda: None):
+def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     """Train models `ids` together: what the store keeps of each, name -> array [len(ids), ...].
 
     `stuck` [len(ids)]: the loss was not finite, or ended no better than guessing. tick() is called after every epoch.
+    n_models: of the whole ensemble, whose size decides whether its gradient is compiled; None: these are all.
     """
     member = membership(recipe, len(inputs.y), ids, inputs.groups)
     examples = torch.from_numpy(np.stack([np.flatnonzero(row) for row in member])).to(inputs.device)  # [M, n]
@@ -75,7 +76,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None):
     per_epoch = examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
     n_steps, epochs, optimizer = per_epoch * recipe.epochs, recipe.run_epochs, recipe.optimizer
     rho = torch.tensor(recipe.rho_of(ids), dtype=torch.float32, device=inputs.device)
-    stack = step.stack_for(recipe, inputs, ids, n_steps)
+    stack = step.stack_for(recipe, inputs, ids, n_models or len(ids), n_steps)
     swa_from = optimizer.all_options["start"] * recipe.epochs if optimizer.rule_name == "swa" else np.inf
     mean, n_averaged = None, 0
     history = np.full((len(ids), recipe.epochs, 3), np.nan, np.float32)

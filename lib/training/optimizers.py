@@ -97,9 +97,14 @@ class Optimizer:
         """Every k-th step is special to the rule; 1 if it does not ask for `is_kth_step`."""
         return self.all_options.get("k", 1) if "is_kth_step" in self.wants else 1
 
-    def build(self, params, lr, momentum, weight_decay):
-        """The base on these tensors, with those of lr, momentum and weight_decay that it has; its own options win."""
+    def build(self, params, lr, momentum, weight_decay, fused=False):
+        """The base on these tensors, with those of lr, momentum and weight_decay that it has; its own options win.
+
+        fused: one kernel updates all the tensors, if the base is one of BASES.
+        """
         given, has = dict(lr=lr, momentum=momentum, weight_decay=weight_decay), inspect.signature(self.base).parameters
+        if fused and not self.has_own_base and not {"foreach", "differentiable"} & set(self.base_options):
+            given["fused"] = True
         return self.base(params, **{**{n: v for n, v in given.items() if n in has}, **self.base_options})
 
     def fingerprint(self):

@@ -45,13 +45,13 @@ def train(
     where, kept = ensemble.device_of(device), ensemble.open_store(recipe, dataset, store)
     todo, n = missing(recipe, dataset, n_models, kept, where), n_processes(recipe, dataset, where)
     if todo and engine == "ray":
-        train_by_ray(recipe, dataset, todo, store, device, gpus, quiet, notify)
+        train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet, notify)
     elif todo and n > 1:
-        train_by_processes(recipe, dataset, todo, store, n, quiet, notify)
+        train_by_processes(recipe, dataset, todo, store, n, n_models, quiet, notify)
     inputs = None
     while todo := missing(recipe, dataset, n_models, kept, where):  # here, and what others left or still train
         inputs = inputs or ensemble.Inputs(dataset, recipe, where)
-        trained = train_here(recipe, dataset, inputs, todo, kept, quiet, notify)
+        trained = train_here(recipe, dataset, inputs, todo, kept, n_models, quiet, notify)
         if not wait:
             return None
         if not trained:
@@ -74,7 +74,7 @@ def missing(recipe, dataset, n_models, kept, device):
 # ---- in this process -----------------------------------------------------------------------------------------
 
 
-def train_here(recipe, dataset, inputs, todo, kept, quiet=False, notify=None):
+def train_here(recipe, dataset, inputs, todo, kept, n_models=None, quiet=False, notify=None):
     """Train those of the chunks that no other process has claimed: how many. One is saved while the next trains."""
     kept.check_disk(ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
     saved = []
@@ -91,7 +91,7 @@ def train_here(recipe, dataset, inputs, todo, kept, quiet=False, notify=None):
                 while parts:
                     part = parts.pop(0)
                     try:
-                        arrays.append(ensemble.train_chunk(recipe, inputs, part, bar.update))
+                        arrays.append(ensemble.train_chunk(recipe, inputs, part, bar.update, n_models))
                     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                         parts[:0] = halves(part, recipe, inputs.device, error)
                 arrays = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
@@ -152,11 +152,11 @@ def progress(recipe, todo, where, quiet):
 # ---- in other processes --------------------------------------------------------------------------------------
 
 
-def train_one(recipe, dataset, ids, store, device):
+def train_one(recipe, dataset, ids, store, device, n_models):
     """Train models `ids` into the store, unless another process has or does. Returns the seconds it took."""
     began, kept = time.time(), ensemble.open_store(recipe, dataset, store)
     inputs = ensemble.Inputs(dataset, recipe, ensemble.device_of(device))
-    train_here(recipe, dataset, inputs, [ids], kept, quiet=True)
+    train_here(recipe, dataset, inputs, [ids], kept, n_models, quiet=True)
     return time.time() - began
 
 
@@ -189,7 +189,7 @@ def n_processes(recipe, dataset, device):
     return int(max(1, min(torch.get_num_threads(), room)))
 
 
-def train_by_processes(recipe, dataset, todo, store, n, quiet=False, notify=None):
+def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):
     """Have n processes train the chunks. They are kept, with their compiled code, for the ensembles that follow.
 
     If a process is lost, the chunks that the store lacks are left to the caller.
@@ -198,7 +198,7 @@ def train_by_processes(recipe, dataset, todo, store, n, quiet=False, notify=None
 
     pool = loky.get_reusable_executor(n, timeout=None, initializer=alone, initargs=(os.getpid(),))
     try:
-        waiting = {pool.submit(train_one, recipe, dataset, ids, str(store), "cpu"): ids for ids in todo}
+        waiting = {pool.submit(train_one, recipe, dataset, ids, str(store), "cpu", n_models): ids for ids in todo}
         collect(recipe, dataset, waiting, f"{n} processes", n, quiet, notify)
     except loky.process_executor.BrokenProcessPool:
         print("a process that trained was lost (memory?): its models are trained in this one", flush=True)
@@ -247,12 +247,12 @@ def check(engine, gpus=0.0):
         ) from error
 
 
-def train_by_ray(recipe, dataset, todo, store, device, gpus, quiet=False, notify=None):
+def train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet=False, notify=None):
     """Have Ray's workers train the chunks. Raises what a task raised; ValueError naming `engine` if they were lost."""
     ray = connected()
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train_one)
     shared, folder = ray.put(dataset), str(Path(store).resolve())
-    waiting = {task.remote(recipe, shared, ids, folder, device).future(): ids for ids in todo}
+    waiting = {task.remote(recipe, shared, ids, folder, device, n_models).future(): ids for ids in todo}
     machines = ray.cluster_resources()
     n = max(1, int(machines.get("GPU", 0) // gpus if gpus else machines.get("CPU", 1)))
     try:

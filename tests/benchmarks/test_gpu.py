@@ -62,10 +62,7 @@ def test_speed_and_fit_at_toy_size(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     dataset = gpu.photographs(64, 32, side=16, classes=3)
     found = table(gpu.speed(dataset, "cpu", ["cnn"], TOY, n_workers=0)).set_index("name")
-    assert (
-        found.ratio["cnn, sgd"] > 0
-        and (found.value[["cnn, sgd", "cnn, sam: time of a step", "cnn, sgd, eager"]] > 0).all()
-    )
+    assert found.ratio["cnn, sgd"] > 0 and len(found) == 4 and (found.value > 0).all()
     accuracy = table(gpu.fit(dataset, "cpu", TOY)).value
     assert len(accuracy) == 6 and 0 <= accuracy[0] <= 1
 

@@ -95,7 +95,7 @@ def test_only_new_models_train_when_the_number_is_raised(images, tmp_path, monke
     recipe = Recipe("cnn", epochs=1, batch_size=8)
     trained, plain = [], ensemble.train_chunk
     monkeypatch.setattr(
-        ensemble, "train_chunk", lambda r, i, ids, tick: (trained.extend(ids), plain(r, i, ids, tick))[1]
+        ensemble, "train_chunk", lambda r, i, ids, *more: (trained.extend(ids), plain(r, i, ids, *more))[1]
     )
     train(recipe, images, 2, tmp_path, "cpu", quiet=True)
     train(recipe, images, 4, tmp_path, "cpu", quiet=True)
@@ -231,11 +231,11 @@ def test_a_chunk_for_which_memory_runs_out_is_halved(table, quick, tmp_path, mon
     recipe = replace(quick, optimizer=optimizer)
     whole, plain, tried = train(recipe, table, 8, tmp_path / "whole", "cpu", quiet=True), ensemble.train_chunk, []
 
-    def small(recipe, inputs, ids, tick):
+    def small(recipe, inputs, ids, *more):
         tried.append(len(ids))
         if len(ids) > 2:
             raise error
-        return plain(recipe, inputs, ids, tick)
+        return plain(recipe, inputs, ids, *more)
 
     monkeypatch.setattr(step, "n_stacked_for", lambda net, device: 8)
     monkeypatch.setattr(ensemble, "train_chunk", small)
@@ -295,8 +295,6 @@ def test_a_loss_stuck_at_chance_counts_as_diverged(table, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("optimizer", ["sam", "looksam(k=3)", "fsam", "esam", "gsam"])
 def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch, optimizer):
-    if not step.can_compile():
-        pytest.skip("torch.compile does not work here")
     settings = Recipe(optimizer=optimizer, rho=0.2, epochs=3, batch_size=8)
     eager = train(settings, table, 20, tmp_path / "eager", "cpu", quiet=True)
     monkeypatch.setattr(step, "worth_compiling", lambda *_: True)

@@ -1,8 +1,12 @@
 """The step of many models: memory formats, one compiled gradient for every rule, and how it passes through vmap."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from lib.training import Recipe, step, train
 
@@ -28,7 +32,47 @@ def test_a_compiled_gradient_serves_every_rule(table, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "STACKS", {})
     for optimizer in ("sgd", "sam", "looksam(k=2)", "fsam"):
         train(Recipe(optimizer=optimizer, rho=0.1, epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
-    assert len(step.STACKS) == 1 and len(compiled) == 2  # the gradient and the update
+    assert len(step.STACKS) == 1 and len(compiled) == 1
+
+
+def test_where_compiling_fails_the_function_itself_serves(monkeypatch):
+    def compiles_to(result):
+        def made(*args):
+            raise result
+
+        return lambda function, **_: made
+
+    monkeypatch.setattr(step.torch, "compile", compiles_to(RuntimeError("no C++ compiler")))
+    double = step.compiled_once(lambda x: 2 * x, torch.device("cpu"))
+    assert double(3) == 6 and double(4) == 8
+
+
+def test_the_first_call_compiles_while_no_other_process_does(monkeypatch, tmp_path):
+    monkeypatch.setattr(step.tempfile, "gettempdir", lambda: str(tmp_path))
+    locked = []
+
+    def made(x):
+        (lock,) = tmp_path.glob("*.lock")
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
+            locked.append(False)
+            return x
+        locked.append(True)
+        return x
+
+    monkeypatch.setattr(step.torch, "compile", lambda function, **_: made)
+    same = step.compiled_once(lambda x: x, torch.device("cpu"))
+    assert (same(1), same(2)) == (1, 2)
+    assert locked[:2] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "n_models, n_steps, worth", [(512, 360, True), (64, 360, True), (16, 360, False), (64, 45, False)]
+)
+def test_small_ensembles_are_not_compiled(n_models, n_steps, worth):
+    inputs = SimpleNamespace(shape=(1, 8, 8), n_classes=10, device=torch.device("cpu"))
+    assert step.worth_compiling(Recipe(), inputs, n_models, n_steps) == worth
+    for optimizer in ("dpsgd(sigma=1.0)", "torch.optim:Adagrad"):
+        assert not step.worth_compiling(Recipe(optimizer=optimizer), inputs, n_models, n_steps)
 
 
 def test_through_vmap_hands_over_the_stack_and_broadcasts_what_is_shared():

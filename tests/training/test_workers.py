@@ -91,7 +91,7 @@ def test_a_process_that_is_killed_leaves_its_models_to_this_one(images, tmp_path
 def train_for_hours(store):
     """By a process of this one's own."""
     images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
-    workers.train_by_processes(recipe, images, [[0]], store, 1, quiet=True)
+    workers.train_by_processes(recipe, images, [[0]], store, 1, 1, quiet=True)
 
 
 def test_they_end_with_the_process_that_started_them(tmp_path):

@@ -288,8 +288,9 @@ class Plan:
             row += [len(left) * one / 1e6, n_models * one / 1e6, ensemble.stored_bytes(recipe, data, left) / 1e6]
             rows.append([*row, kind, workers.n_processes(recipe, data, device)])
         # models at less than half of the best rate waited for the compiler
-        known = {kind: np.mean([r for r in found if 2 * r > max(found)]) for kind, found in told.items() if found}
-        known, frame = (rates or {}) | known, pd.DataFrame(rows, columns=[*COLUMNS, "kind", "at_once"])
+        told = {kind: np.array(found) for kind, found in told.items() if found}
+        known = (rates or {}) | {kind: found[2 * found > found.max()].mean() for kind, found in told.items()}
+        frame = pd.DataFrame(rows, columns=[*COLUMNS, "kind", "at_once"])
         rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan)))
         return frame.assign(seconds=1e6 * frame.megagradients / rate / frame.at_once).drop(columns=["kind", "at_once"])
 

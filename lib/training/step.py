@@ -191,7 +191,10 @@ class Stack:
     def update(self, grads):
         """One step of the base optimizer on the stacked weights."""
         for name, weight in self.params.items():
-            weight.grad = grads[name]
+            grad = grads[
+                name
+            ]  # torch's fused update takes two tensors for laid out alike in memory, and does not check
+            weight.grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
         self.bases[0].step()
 
     def update_each(self, grads, losses, again):

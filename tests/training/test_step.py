@@ -24,6 +24,21 @@ def test_images_and_kernels_lie_channels_last_where_that_is_asked_for():
     assert step.in_format(x, False) is x
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_update_does_not_depend_on_how_gradients_lie_in_memory(images, optimizer):
+    """As they come from augmented images, whose channels are last: a fused kernel of torch's would mix them up."""
+    recipe = Recipe("cnn", optimizer)
+    stacks = [step.Stack(recipe, (3, 16, 16), 3, 1, CPU, False).reset(recipe, [0]) for _ in range(2)]
+    for last, stack in enumerate(stacks):
+        grads = {
+            n: step.in_format(torch.rand(p.shape, generator=torch.manual_seed(0)), last)
+            for n, p in stack.params.items()
+        }
+        stack.update(grads)
+    for name, weight in stacks[0].params.items():
+        assert torch.equal(weight, stacks[1].params[name])
+
+
 def test_a_compiled_gradient_serves_every_rule(table, tmp_path, monkeypatch):
     """The rule is no part of what is compiled: one stack is kept for all of them."""
     compiled = []

@@ -22,12 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import suppress
 from datetime import date
 from functools import partial
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,10 +44,12 @@ from lib.study import settings
 from lib.study.results import Results
 from lib.training import store
 
-COLUMNS = ["fault", "cases", "same_result", "clear_error", "neither", "note", "date", "command", "machine"]
+OUTCOMES = ["same_result", "clear_error", "neither"]
+COLUMNS = ["fault", "cases", *OUTCOMES, "note", "date", "command", "machine"]
 GIVEN = {"preset": "tiny", "n_models": 32, "epochs": 4, "n_examples": 200, "device": "cpu"}
 PHASES = ("training", "writing", "attacking", "recording")  # of `small`
 PATIENCE = 120  # seconds that a run of `small`, which takes one or two, may take
+TRAINS = "run.ensembles("  # stands in the cell of the notebook that trains
 ARRAYS = ("logits", "test_logits", "member", "history", "weights")
 CLEAR = re.compile(rf"error: ((.*\b)?({'|'.join(settings.Parameters.model_fields)})=|\d\d_\w+ failed, see )")
 
@@ -60,11 +61,20 @@ FORK.set_forkserver_preload(["benchmarks.faults", "lib.study.experiments", "skle
 
 
 class Case(NamedTuple):
-    """One disturbed run: the fault, how it ended (same_result, clear_error, neither), and in which phase or how."""
+    """One disturbed run: the fault, how it ended (one of OUTCOMES), and in which phase, how, or why it is neither."""
 
     fault: str
     outcome: str
     note: str = ""
+
+
+class Reference(NamedTuple):
+    """The undisturbed run of `small`, and where the disturbed ones get their folders."""
+
+    root: Path
+    whole: Path  # its folder
+    files: dict  # its fingerprint
+    times: list  # [(seconds, phase)], the last one is "end"
 
 
 # ---- the smallest study, and the process that runs it -------------------------------------------------------
@@ -92,15 +102,14 @@ def small(folder):
     Results("00_small", run).add(pd.concat(tables))
 
 
-def only_train(folder):
-    """The first half of `small`."""
-    run = settings.open_run({**GIVEN, "store": f"{folder}/store", "out": f"{folder}/out"})
-    run.ensembles("main")
-
-
-def report_writing():
-    """Have every save of a model reported."""
-    save = store.Store.save
+def life(task, folder, mouth, said):
+    """The main function of a forked process: task(folder), with every save of a model reported. Like a command line,
+    it ends on bad input with one line and status 2."""
+    os.setsid()
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    tell.mouth, save = mouth, store.Store.save
 
     def saving(self, *args, **notes):
         tell("writing")
@@ -108,17 +117,6 @@ def report_writing():
         tell("training")
 
     store.Store.save = saving
-
-
-def life(task, folder, mouth, said):
-    """The main function of a forked process: task(folder). Like a command line, it ends on bad input with one line and
-    status 2."""
-    os.setsid()
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    torch.set_num_threads(1)
-    tell.mouth = mouth
-    report_writing()
     try:
         task(folder)
     except ValueError as error:
@@ -154,11 +152,6 @@ def ended(child):
     return child.process.exitcode, child.said.read_text() if child.said.exists() else ""
 
 
-def once(task, folder, name="run"):
-    """Run a task to its end in a process of its own: (exit status, stderr)."""
-    return ended(start(task, folder, name))
-
-
 # ---- the judgement ------------------------------------------------------------------------------------------
 
 
@@ -174,11 +167,11 @@ def fingerprint(folder):
     return found
 
 
-def judged(fault, folder, reference, status, said, note=""):
-    """The Case of a run that ended with this status and stderr in this folder. Of neither, the note says why."""
+def judged(fault, folder, files, status, said, note=""):
+    """The Case of a run that ended with this status and stderr in this folder. files: the undisturbed fingerprint."""
     if status == 0:
         left = fingerprint(folder)
-        differ = sorted(name for name in reference if left.get(name) != reference[name])
+        differ = sorted(name for name in files if left.get(name) != files[name])
         return Case(fault, "neither" if differ else "same_result", f"differ: {differ}" if differ else note)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     if len(errors) == 1 and CLEAR.match(errors[0]) and "Traceback" not in said:
@@ -186,9 +179,9 @@ def judged(fault, folder, reference, status, said, note=""):
     return Case(fault, "neither", f"status {status}: {said[-300:]}")
 
 
-def again(fault, folder, reference, note=""):
+def again(fault, folder, ref, note=""):
     """The same command again, after the fault, and its Case."""
-    return judged(fault, folder, reference, *once(small, folder, "again"), note)
+    return judged(fault, folder, ref.files, *ended(start(small, folder, "again")), note)
 
 
 # ---- kill -9 ------------------------------------------------------------------------------------------------
@@ -217,18 +210,19 @@ def kill(child, reports, seconds):
     return (heard[-1][1] if heard else phase) if child.process.exitcode == -signal.SIGKILL else ""
 
 
-def kills(root, n, reference, times, seed=0):
+def kills(ref, n, seed=0):
     """n kills of `small`, in every phase, each followed by an undisturbed run: Cases whose note is the phase."""
-    rng, cases = np.random.default_rng(seed), []
-    for k in range(3 * n):  # a kill that comes too late does not count
-        if len(cases) == n:
-            break
-        folder = Path(root) / f"kill{k}"
-        phase = kill(start(small, folder), *moment(times, PHASES[k % len(PHASES)], rng))
-        if phase:
-            cases.append(again("kill -9", folder, reference, phase))
-        shutil.rmtree(folder)
-    return cases
+
+    def tried():
+        rng = np.random.default_rng(seed)
+        for k in range(3 * n):
+            folder = ref.root / f"kill{k}"
+            phase = kill(start(small, folder), *moment(ref.times, PHASES[k % len(PHASES)], rng))
+            if phase:  # a kill that comes too late does not count
+                yield again("kill -9", folder, ref, phase)
+            shutil.rmtree(folder)
+
+    return islice(tried(), n)
 
 
 # ---- disks --------------------------------------------------------------------------------------------------
@@ -238,14 +232,12 @@ def own_mounts():
     """True if this process got a private table of file systems, seen by no other process (Linux, mostly as root)."""
     if not sys.platform.startswith("linux"):
         return False
-    libc, new_mounts, new_user = ctypes.CDLL(None), 0x20000, 0x10000000
-    user, group = os.getuid(), os.getgid()
-    if libc.unshare(new_mounts) == 0:
-        return mount("--make-rprivate", "/")
-    if libc.unshare(new_mounts | new_user):
-        return False
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
+    libc, new_mounts, new_user, user, group = ctypes.CDLL(None), 0x20000, 0x10000000, os.getuid(), os.getgid()
+    if libc.unshare(new_mounts):
+        if libc.unshare(new_mounts | new_user):
+            return False
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
     return mount("--make-rprivate", "/")
 
 
@@ -254,39 +246,32 @@ def mount(*words):
     return subprocess.run(["mount", *words], capture_output=True).returncode == 0
 
 
-def at(phase, count, act):
-    """A listener to the reports of `small`, which calls act() at the count-th report of a phase."""
-    left = iter([False] * (count - 1) + [True])
-    return SimpleNamespace(send=lambda heard: act() if heard == phase and next(left, False) else None)
-
-
-def fill(disk, spare):
-    """Fill a disk with a file until only `spare` kilobytes are free."""
-    with open(Path(disk) / "ballast", "wb") as file:
-        file.write(bytes(max(0, shutil.disk_usage(disk).free - 1024 * spare)))
-
-
-def limit(kilobytes):
-    """Limit the size of every file to some kilobytes; -1: no limit. Used where no disk can be mounted."""
-    most = 1024 * kilobytes if kilobytes >= 0 else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
 def full_then_freed(folder, phase, count, spare):
-    """`small` on a disk that fills up at the count-th report of a phase, then once more after it was freed.
+    """`small` on a disk that fills up to its last `spare` kilobytes at the count-th report of a phase; then once more,
+    after it was freed.
 
     stderr is that of the first run. Ends with status 3, or 4 if a limit on the size of files stood in for a disk.
     """
-    disk = Path(folder) / "disk"
+    disk, heard = Path(folder) / "disk", []
     disk.mkdir()
     real = own_mounts() and mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk))
-    tell.mouth = at(phase, count, partial(fill, disk, spare) if real else partial(limit, spare))
+
+    def limit(most):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    def hear(said):
+        heard.append(said)
+        if said == phase and heard.count(phase) == count:
+            free = shutil.disk_usage(disk).free - 1024 * spare
+            (disk / "ballast").write_bytes(bytes(max(0, free))) if real else limit(1024 * spare)
+
+    tell.mouth = SimpleNamespace(send=hear)
     try:
         small(disk)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
     tell.mouth = None
-    limit(-1)
+    limit(resource.RLIM_INFINITY)
     (disk / "ballast").unlink(missing_ok=True)
     small(disk)
     shutil.copytree(disk, Path(folder) / "freed")  # out of the mount, which ends with this process
@@ -297,28 +282,22 @@ def full_then_freed(folder, phase, count, spare):
 FULL = (("training", 1, 100), ("writing", 1, 20), ("writing", 9, 0), ("writing", 40, 4), ("recording", 1, 0))
 
 
-def full_disks(root, reference, moments=FULL):
+def full_disks(ref, moments=FULL):
     """A disk that fills at each of these moments. Two Cases each: the run in which it filled, and the next run."""
-    cases, how = [], {3: "tmpfs", 4: "limit on file size"}
+    how = {3: "tmpfs", 4: "limit on file size"}
     for phase, count, spare in moments:
-        folder = Path(root) / f"full {phase} {count}"
-        status, said = once(partial(full_then_freed, phase=phase, count=count, spare=spare), folder)
+        folder = ref.root / f"full {phase} {count}"
+        status, said = ended(start(partial(full_then_freed, phase=phase, count=count, spare=spare), folder))
         note = f"{how[status]}, while {phase}" if status in how else ""
-        cases.append(judged("full disk", folder, reference, 2 if note else status, said, note))
+        yield judged("full disk", folder, ref.files, 2 if note else status, said, note)
         if note:
-            cases.append(judged("full disk, freed", folder / "freed", reference, 0, "", note))
-    return cases
+            yield judged("full disk, freed", folder / "freed", ref.files, 0, "", note)
 
 
-def read_only(folder, begun=True):
-    """`small` on a read-only store, in which some models were trained before (begun), or none."""
+def read_only(folder):
+    """`small` on a read-only store. Status 5: root without the right to mount can write anywhere."""
     place = Path(folder) / "store"
-    place.mkdir(parents=True, exist_ok=True)
-    if begun:
-        save, store.Store.save = store.Store.save, stopping(store.Store.save, 5)
-        with suppress(InterruptedError):
-            only_train(folder)
-        store.Store.save = save
+    place.mkdir(exist_ok=True)
     if own_mounts():
         done = mount("--bind", str(place), str(place)) and mount("-o", "remount,ro,bind", str(place))
     else:
@@ -329,70 +308,40 @@ def read_only(folder, begun=True):
         subprocess.run(["chmod", "-R", "u+w", str(place)], capture_output=True)
 
 
-def stopping(save, count):
-    """A save that is interrupted after so many models."""
-    left = iter(range(count))
-
-    def limited(*args, **notes):
-        if next(left, None) is None:
-            raise InterruptedError
-        save(*args, **notes)
-
-    return limited
-
-
-def read_only_stores(root, reference, kinds=(False, True)):
-    """Read-only stores, new and begun. Two Cases each: a run on it, and the next run, when it is writable again."""
-    cases = []
-    for begun in kinds:
-        folder = Path(root) / f"readonly{begun}"
-        status, said = once(partial(read_only, begun=begun), folder)
-        if status == 5:
-            continue  # root without the right to mount can write anywhere
-        note = "begun" if begun else "new"
-        cases.append(judged("read-only store", folder, reference, status, said, note))
-        cases.append(again("read-only store, writable again", folder, reference, note))
-    return cases
+def read_only_stores(ref, kinds=("new", "begun")):
+    """Read-only stores. Two Cases each: a run on it, and the next run, when it is writable again."""
+    for kind in kinds:
+        folder = ref.root / f"read-only {kind}"
+        if kind == "begun":  # the first optimizer's first models are there
+            shutil.copytree(ref.whole / "store", folder / "store")
+            last, first = stores(folder)
+            shutil.rmtree(last)
+            [flag.unlink() for flag in sorted(first.glob("done/*"))[5:]]
+        status, said = ended(start(read_only, folder))
+        if status != 5:
+            yield judged("read-only store", folder, ref.files, status, said, kind)
+            yield again("read-only store, writable again", folder, ref, kind)
 
 
 # ---- damage -------------------------------------------------------------------------------------------------
 
 
-def finished(root, whole, name):
-    """A copy of a finished run's folder, and its stores' folders."""
-    folder = Path(root) / name
-    shutil.copytree(whole, folder)
-    return folder, sorted(folder.glob("store/*-*"))
+def stores(folder):
+    """The folders of a run's two stores: SAM's, then SGD's."""
+    return sorted(Path(folder).glob("store/*-*"))
 
 
-def truncated(path, rng):
-    os.truncate(path, int(rng.integers(path.stat().st_size)))
+def flipped(content, place, bit):
+    """The same bytes, one bit of them flipped."""
+    return content[:place] + bytes([content[place] ^ 1 << int(bit)]) + content[place + 1 :]
 
 
-def flipped(path, rng, limit=None):
-    """Flip one bit of the file, among its first `limit` bytes."""
-    content = bytearray(path.read_bytes())
-    content[rng.integers(limit or len(content))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(content)
-
-
-def header_flipped(path, rng):
-    flipped(path, rng, limit=128)
-
-
-def arrays(root, whole, reference, n, rng, damages=(truncated, flipped, header_flipped)):
-    """n copies of a finished run, each with one array damaged in one way, then run again."""
-    cases = []
-    for k in range(n):
-        damage, name = damages[k % len(damages)], ARRAYS[k // len(damages) % len(ARRAYS)]
-        folder, stores = finished(root, whole, f"{damage.__name__}{k}")
-        damage(stores[rng.integers(len(stores))] / f"{name}.npy", rng)
-        cases.append(again(f"array {damage.__name__.replace('_', ' ')}", folder, reference, name))
-        shutil.rmtree(folder)
-    return cases
-
-
-FLAGS = {
+ARRAY = {
+    "truncated": lambda content, rng: content[: rng.integers(len(content))],
+    "flipped": lambda content, rng: flipped(content, rng.integers(len(content)), rng.integers(8)),
+    "header flipped": lambda content, rng: flipped(content, rng.integers(128), rng.integers(8)),
+}
+JSON = {
     "empty": lambda text: b"",
     "cut": lambda text: text[: len(text) // 2],
     "no JSON": lambda text: b"\xff\xfe" + text,
@@ -405,16 +354,30 @@ FLAGS = {
 }
 
 
-def flags(root, whole, reference, names=tuple(FLAGS), file="done/00005.json", fault="flag damaged"):
-    """A flag of a finished run, or another JSON file of its store, damaged in every way of FLAGS, then run again."""
-    cases = []
+def damaged(fault, ref, number, file, change, note):
+    """A copy of the finished run in which a file of one store is changed, then run again: its Case."""
+    folder = ref.root / f"{fault} {note}"
+    shutil.copytree(ref.whole, folder)
+    path = stores(folder)[number] / file
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before, f"{fault}, {note}: nothing was damaged"
+    case = again(fault, folder, ref, note)
+    shutil.rmtree(folder)
+    return case
+
+
+def arrays(ref, names=ARRAYS, seed=1):
+    """Each of these arrays, damaged in every way of ARRAY."""
+    rng = np.random.default_rng(seed)
     for name in names:
-        folder, stores = finished(root, whole, f"{fault} {name}")
-        path = stores[0] / file
-        path.write_bytes(FLAGS[name](path.read_bytes()))
-        cases.append(again(fault, folder, reference, name))
-        shutil.rmtree(folder)
-    return cases
+        for how, change in ARRAY.items():
+            yield damaged(f"array {how}", ref, rng.integers(2), f"{name}.npy", partial(change, rng=rng), name)
+
+
+def flags(ref, names=tuple(JSON), file="done/00005.json", fault="flag damaged"):
+    """A model's flag, or another JSON file of a store, damaged in these ways of JSON."""
+    return (damaged(fault, ref, 0, file, JSON[name], name) for name in names)
 
 
 # ---- clocks -------------------------------------------------------------------------------------------------
@@ -427,63 +390,54 @@ def mad_clock(folder):
     small(folder)
 
 
-def aged(folder, stamp):
-    """Set the times of all files below a folder."""
-    for path in Path(folder).rglob("*"):
-        os.utime(path, (stamp, stamp))
-
-
-def clocks(root, reference, times, stamps=(("1970", 1), ("2100", 4102444800)), seed=0):
+def clocks(ref, stamps=(("1970", 1), ("2100", 4102444800)), seed=0):
     """A clock that jumps during a run; and, after a kill, files dated 1970 and 2100 in the store of the next run."""
-    cases, rng = [], np.random.default_rng(seed)
-    folder = Path(root) / "mad"
-    cases.append(judged("clock changed", folder, reference, *once(mad_clock, folder), "while it ran"))
+    rng = np.random.default_rng(seed)
+    yield judged(
+        "clock changed", ref.root / "mad", ref.files, *ended(start(mad_clock, ref.root / "mad")), "while it ran"
+    )
     for year, stamp in stamps:
-        folder = Path(root) / f"aged{year}"
-        kill(start(small, folder), *moment(times, "training", rng))
-        aged(folder, stamp)
-        cases.append(again("clock changed", folder, reference, f"files from {year}"))
-    return cases
+        folder = ref.root / f"aged{year}"
+        kill(start(small, folder), *moment(ref.times, "training", rng))
+        for path in folder.rglob("*"):
+            os.utime(path, (stamp, stamp))
+        yield again("clock changed", folder, ref, f"files from {year}")
 
 
 # ---- several processes --------------------------------------------------------------------------------------
 
 
-def two_writers(root, reference, n):
+def two_writers(ref, n):
     """Two processes at once on one empty store, n times: each must end as if it had been alone."""
-    cases = []
     for k in range(n):
-        folder = Path(root) / f"two{k}"
-        children = [start(small, folder, name) for name in ("first", "second")]
-        for child in children:
-            cases.append(judged("two writers", folder, reference, *ended(child)))
-    return cases
+        folder = ref.root / f"two{k}"
+        for child in [start(small, folder, name) for name in ("first", "second")]:
+            yield judged("two writers", folder, ref.files, *ended(child))
 
 
-def lost_workers(root, reference, times, n, seed=0):
+def lost_workers(ref, n, seed=0):
     """One of two processes that share a store is killed while it trains, n times: the other must finish alone."""
-    cases, rng = [], np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
+    first = ref.times[1][0] - ref.times[0][0]  # of the reports: training, then writing and training by turns
     for k in range(n):
-        folder = Path(root) / f"lost{k}"
+        folder = ref.root / f"lost{k}"
         lost, other = (start(small, folder, name) for name in ("lost", "other"))
-        first = times[1][0] - times[0][0]  # of the reports: training, then writing and training by turns
         when = (1, first * rng.uniform(0.5, 1.2)) if k % 2 else (2 + int(rng.integers(12)), 0)
         phase = kill(lost, *when)
-        cases.append(judged("worker lost", folder, reference, *ended(other), phase or "too late"))
-    return cases
+        yield judged("worker lost", folder, ref.files, *ended(other), phase or "too late")
 
 
 # ---- the real command: notebook 01 by papermill ------------------------------------------------------------
 
 
-def command(folder, n_models=8, n_examples=120, epochs=2):
+def command(folder):
     """Start `python -m lib.study` on notebook 01 in a session of its own: (Popen, its stderr's file)."""
-    words = ["PRESET=tiny", f"N_MODELS={n_models}", f"N_EXAMPLES={n_examples}", f"EPOCHS={epochs}", "DEVICE=cpu"]
+    words = "PRESET=tiny N_MODELS=8 N_EXAMPLES=120 EPOCHS=2 DEVICE=cpu".split()
     words += [f"STORE={folder}/store", f"OUT={folder}/out", "01"]
     said = Path(folder) / "study.err"
     said.parent.mkdir(parents=True, exist_ok=True)
-    with open(said, "w") as err, open(os.devnull, "w") as out:
-        how = {"cwd": settings.ROOT, "stdout": out, "stderr": err, "start_new_session": True}
+    with open(said, "w") as err:
+        how = {"cwd": settings.ROOT, "stdout": subprocess.DEVNULL, "stderr": err, "start_new_session": True}
         return subprocess.Popen([sys.executable, "-m", "lib.study", *words], **how), said
 
 
@@ -504,124 +458,104 @@ def cells_done(folder):
     except (ValueError, OSError, nbformat.ValidationError):
         return 0, ""
     states = [c.metadata.get("papermill", {}).get("status") for c in cells]
-    at_work = [c.source for c, state in zip(cells, states, strict=True) if state == "running"]
-    return states.count("completed"), at_work[0] if at_work else ""
-
-
-def phase_of(source, done):
-    """What a notebook was doing: training, attacking (any other cell), or nothing (papermill, between two cells)."""
-    if not source:
-        return f"papermill {'between cells' if done else 'before the first cell'}"
-    return "training in a notebook" if "run.ensembles(" in source else "attacking in a notebook"
-
-
-def reached(folder, cells, part):
-    """True once that many cells have run and the running cell contains `part`."""
-    done, source = cells_done(folder)
-    return done >= cells and part in source
+    return states.count("completed"), "".join(c.source for c, s in zip(cells, states, strict=True) if s == "running")
 
 
 def kill_command(folder, cells, seconds, part="", kernel=False):
-    """Start the real command and kill -9 it: (exit status, stderr, phase).
+    """Start the real command and kill -9 it: (exit status, stderr, what it was doing).
 
     The kill comes some seconds after a number of cells have run, in a cell that contains `part`. It hits all processes
     of the command, or only its kernel.
     """
     process, said = command(folder)
-    while process.poll() is None and not reached(folder, cells, part):
+    while process.poll() is None:
+        done, source = cells_done(folder)
+        if done >= cells and part in source:
+            break
         time.sleep(0.05)
     time.sleep(seconds)
     done, source = cells_done(folder)
     with suppress(psutil.NoSuchProcess):
-        below = psutil.Process(process.pid).children(recursive=True)
-        for one in [p for p in below if not kernel or "ipykernel_launcher" in " ".join(p.cmdline())]:
-            one.kill()
+        for one in psutil.Process(process.pid).children(recursive=True):
+            if not kernel or "ipykernel_launcher" in " ".join(one.cmdline()):
+                one.kill()
     if not kernel:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return process.wait(), said.read_text(), phase_of(source, done)
+    phase = "training in a notebook" if TRAINS in source else "attacking in a notebook"
+    between = f"papermill {'between cells' if done else 'before the first cell'}"
+    return process.wait(), said.read_text(), phase if source else between
 
 
-def studies(root, n, reference, chain=5, seed=0):
+def studies(root, n, files, n_cells, chain=5, seed=0):
     """n kills of the real command, up to `chain` of them one after the other in a folder; then it may end."""
-    rng, cases = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     for first in range(0, n, chain):
-        folder, seen = Path(root) / f"study{first}", []
+        folder, seen = root / f"study{first}", []
         for k in range(first, min(n, first + chain)):
-            cells = [0, *rng.permutation(np.arange(1, reference["cells"]))][k % chain]
-            part = "run.ensembles(" if k % chain == 1 else ""  # one in each folder while it trains
+            cells = [0, *rng.permutation(np.arange(1, n_cells))][k % chain]
+            part = TRAINS if k % chain == 1 else ""  # one in each folder while it trains
             status, _, phase = kill_command(folder, 0 if part else int(cells), rng.uniform(0, 1 if part else 3), part)
             seen += [phase] * (status == -signal.SIGKILL)
         status, said = complete(folder)
-        cases += [judged("kill -9", folder, reference["files"], status, said, phase) for phase in seen]
-    return cases
+        yield from (judged("kill -9", folder, files, status, said, phase) for phase in seen)
 
 
-def kernels(root, n, reference, seed=0):
+def kernels(root, n, files, n_cells, seed=0):
     """n deaths of the kernel within a notebook. Two Cases each: the run that lost its kernel, and the next run."""
-    rng, cases = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     for k in range(n):
-        folder = Path(root) / f"kernel{k}"
-        part = "" if k % 2 else "run.ensembles("
-        cells = 0 if part else int(rng.integers(1, reference["cells"] // 2))
+        folder = root / f"kernel{k}"
+        part, cells = ("", int(rng.integers(1, n_cells // 2))) if k % 2 else (TRAINS, 0)
         status, said, phase = kill_command(folder, cells, rng.uniform(0, 1), part, kernel=True)
-        cases.append(judged("kernel dies", folder, reference["files"], status, said, phase))
-        cases.append(judged("kernel dies, next run", folder, reference["files"], *complete(folder)))
-    return cases
+        yield judged("kernel dies", folder, files, status, said, phase)
+        yield judged("kernel dies, next run", folder, files, *complete(folder))
 
 
 # ---- the table ----------------------------------------------------------------------------------------------
 
 
 def undisturbed(root):
-    """(folder, fingerprint, [(seconds, phase)]) of a run of `small` that nothing disturbs."""
+    """The Reference of a run of `small` that nothing disturbs."""
     folder = Path(root) / "whole"
     child = start(small, folder)
     times = phases(child)
     child.process.join()
     if child.process.exitcode:
         raise RuntimeError(f"the undisturbed run failed: {child.said.read_text()[-2000:]}")
-    return folder, fingerprint(folder), times
+    return Reference(Path(root), folder, fingerprint(folder), times)
 
 
-def undisturbed_command(root):
-    """{files: fingerprint, cells: number of code cells} of the real command that nothing disturbs."""
-    folder = Path(root) / "study"
-    status, said = complete(folder)
-    if status:
-        raise RuntimeError(f"the undisturbed study failed: {said[-2000:]}")
-    return {"files": fingerprint(folder), "cells": cells_done(folder)[0]}
+def parts(root, n_kills, n_studies):
+    """All the faults, fault by fault: iterables of Cases."""
+    ref = undisturbed(root)
+    yield kills(ref, n_kills)
+    yield full_disks(ref)
+    yield read_only_stores(ref)
+    yield arrays(ref)
+    yield flags(ref)
+    yield flags(ref, ("empty", "no JSON", "a list"), "recipe.json", "recipe.json damaged")
+    yield clocks(ref)
+    yield two_writers(ref, 3)
+    yield lost_workers(ref, 4)
+    if n_studies:
+        folder = ref.root / "study"
+        status, said = complete(folder)
+        if status:
+            raise RuntimeError(f"the undisturbed study failed: {said[-2000:]}")
+        alone = fingerprint(folder), cells_done(folder)[0]
+        yield studies(ref.root, n_studies, *alone)
+        yield kernels(ref.root, 2, *alone)
 
 
 def table(cases):
     """Cases as a frame of COLUMNS, a row for each fault. The note counts the phases, and says why a case is neither."""
     rows = []
-    for fault in dict.fromkeys(case.fault for case in cases):
-        some = [case for case in cases if case.fault == fault]
-        counts = Counter(case.outcome for case in some)
-        notes = Counter(case.note for case in some if case.note)
-        note = ", ".join(f"{name}: {count}" for name, count in sorted(notes.items()))
-        rows.append((fault, len(some), counts["same_result"], counts["clear_error"], counts["neither"], note))
+    for fault, some in pd.DataFrame(cases, columns=Case._fields).groupby("fault", sort=False):
+        counts, notes = some.outcome.value_counts(), some.note[some.note != ""].value_counts().sort_index()
+        note = ", ".join(f"{name}: {count}" for name, count in notes.items())
+        rows.append((fault, len(some), *(counts.get(outcome, 0) for outcome in OUTCOMES), note))
     return pd.DataFrame(rows, columns=COLUMNS[:6])
-
-
-def parts(root, n_kills, n_studies):
-    """All the faults, fault by fault: lists of Cases."""
-    whole, reference, times = undisturbed(root)
-    rng = np.random.default_rng(1)
-    yield kills(root, n_kills, reference, times)
-    yield full_disks(root, reference)
-    yield read_only_stores(root, reference)
-    yield arrays(root, whole, reference, 3 * len(ARRAYS), rng)
-    yield flags(root, whole, reference)
-    yield flags(root, whole, reference, ("empty", "no JSON", "a list"), "recipe.json", "recipe.json damaged")
-    yield clocks(root, reference, times)
-    yield two_writers(root, reference, 3)
-    yield lost_workers(root, reference, times, 4)
-    if n_studies:
-        reference = undisturbed_command(root)
-        yield studies(root, n_studies, reference)
-        yield kernels(root, 2, reference)
 
 
 def main(n=50, n_studies=10):
@@ -631,7 +565,7 @@ def main(n=50, n_studies=10):
     path.parent.mkdir(exist_ok=True)
     about = {"date": date.today().isoformat(), "command": "make faults", "machine": machine()}
     with tempfile.TemporaryDirectory() as root:
-        for some in parts(root, n - n_studies, n_studies):
+        for some in map(list, parts(root, n - n_studies, n_studies)):
             cases += some
             made = table(cases).assign(**about)
             made.to_csv(path, index=False)

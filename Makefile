@@ -30,7 +30,7 @@ lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: .venv/.ready
-	@$(BIN)/python -m benchmarks.bench $(ONLY) $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)')
+	@$(BIN)/python -m benchmarks.bench $(ONLY) $(if $(OUT),--out '$(OUT)')
 
 faults: .venv/.ready
 	@$(BIN)/python -m benchmarks.faults

@@ -194,17 +194,10 @@ def bench():
     """The committed output of `make bench`: goals missed are marked; when, where and how each part was measured."""
     found = pd.read_csv(REFERENCE / "bench.csv", keep_default_na=False)
     rows = [
-        (
-            row.name,
-            f"{row.value} {row.unit}".strip(),
-            row.baseline,
-            row.ratio,
-            row.goal,
-            row.met.replace("no", "**no**"),
-        )
-        for row in found.itertuples()
+        (r.name, f"{r.value} {r.unit}".strip(), r.baseline, r.ratio, r.goal, r.met.replace("no", "**no**"), r.limit)
+        for r in found.itertuples()
     ]
-    lines = [table(("what", "value", "against", "ratio", "goal", "met"), rows), ""]
+    lines = [table(("what", "value", "against", "ratio", "goal", "met", "limit"), rows), ""]
     for (command, date, machine), rows in found.groupby(["command", "date", "machine"], sort=False):
         lines.append(f"- {', '.join(rows.section.unique())}: `{command}`, {date}, {machine}.")
     return "\n".join(lines)

@@ -191,9 +191,8 @@ class Stack:
     def update(self, grads):
         """One step of the base optimizer on the stacked weights."""
         for name, weight in self.params.items():
-            grad = grads[
-                name
-            ]  # torch's fused update takes two tensors for laid out alike in memory, and does not check
+            # torch's fused update assumes that weight and gradient lie alike in memory, and does not check
+            grad = grads[name]
             weight.grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
         self.bases[0].step()
 

@@ -96,7 +96,7 @@ def small(folder):
     ensembles = run.ensembles("main")
     tell("attacking")
     member = np.array(ensembles["sgd"].member)
-    scored = {n: catalogue.run(e.logits, e.dataset.y, member, learned=False) for n, e in ensembles.items()}
+    scored = {n: catalogue.run(e.logits, e.dataset.y, member) for n, e in ensembles.items()}
     tables = [intervals.table({n: s[a] for n, s in scored.items()}, member).assign(attack=a) for a in scored["sgd"]]
     tell("recording")
     Results("00_small", run).add(pd.concat(tables))

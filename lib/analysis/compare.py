@@ -255,7 +255,7 @@ def label_only_table(ensembles, n_models=16, device="cpu"):
     for label, e in asked.items():
         answers = label_answers(e, device)
         found = label_only.scores(answers, member)
-        by_class = thresholds.classwise(found, member, y, half=half)
+        by_class = thresholds.classwise(found, member, y, part=half)
         once = signal(e, "correct")
         scored[label] = {"label_only": found, "label_only_classwise": by_class, "label_once": once}
         values = [intervals.auc_influence_values(label_only.scores(answers, alleged), alleged) for alleged in shuffled]

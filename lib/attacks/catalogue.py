@@ -5,7 +5,7 @@ import numpy as np
 from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
-from lib.attacks.shadow import lira, rmia
+from lib.attacks.shadow import liras, rmia
 from lib.attacks.signals import TINY, signals
 from lib.attacks.thresholds import classwise, yeom
 
@@ -17,16 +17,14 @@ NAMES = tuple(
 FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise", "neural_classwise")
 
 
-def run(
-    logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, learned=True, groups=None
-):
-    """All attacks in NAMES: a dict name -> scores [M, N] float32. learned=False leaves out the neural ones.
+def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, groups=None):
+    """All attacks in NAMES: a dict name -> scores [M, N] float32.
 
-    logits: [M, N, C], or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
+    logits: [M, N, C] or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
     the queries; the others see the first. y: [N] labels; member: [M, N] bool. population_logits [M, T, C] (or
     [M, Q, T, C]) and population_y [T]: examples that no model trained on; without them RMIA compares with the pool.
-    gamma, a: RMIA's. seed: of the halves on which thresholds and the neural attack are learned; groups [N] (a patient's
-    two eyes) stay together in them. Raises ValueError, naming the argument, where they do not fit.
+    gamma, a: RMIA's. seed: of the parts on which thresholds and networks are learned; groups [N] (a patient's two eyes)
+    stay together in them. Raises ValueError, naming the argument, where they do not fit.
     """
     shape = np.shape(logits)
     need(len(shape) in (3, 4), f"logits: shape {shape}; valid are [M, N, C] and [M, Q, N, C]")
@@ -34,41 +32,57 @@ def run(
     need(np.shape(member) == valid, f"member: shape {np.shape(member)}; valid is [M, N] = {valid}")
     both = (population_logits is None) == (population_y is None)
     need(both, "population_y: missing or without population_logits; valid are both or neither")
-    out = single(logits if len(shape) == 3 else logits[:, 0], y, member, seed, learned, groups)
-    shown, population = signals(logits, y, only=("phi", "confidence")), None
+    seen = signals(logits if len(shape) == 3 else logits[:, 0], y)
+    shown = seen if len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
+    phi, confidence, population = shown["phi"], shown["confidence"], None
+    out = of_signals(seen, y, member, seed, groups)
+    del seen, shown
+    kinds = {
+        "lira": (False, "example"),
+        "lira_pooled": (False, "pooled"),
+        "lira_offline": (True, "example"),
+        "lira_offline_pooled": (True, "pooled"),
+    }
+    out |= zip(kinds, liras(phi, member, kinds.values()), strict=True)
     if population_logits is not None:
         population = signals(population_logits, population_y, only=("confidence",))["confidence"]
-    for suffix, offline in (("", False), ("_offline", True)):
-        out[f"lira{suffix}"] = lira(shown["phi"], member, offline, "example")
-        out[f"lira{suffix}_pooled"] = lira(shown["phi"], member, offline, "pooled")
-        out[f"rmia{suffix}"] = rmia(shown["confidence"], member, population, offline, gamma, a)
-    return {name: out[name] for name in NAMES if name in out}
+    out["rmia"] = rmia(confidence, member, population, False, gamma, a)
+    out["rmia_offline"] = rmia(confidence, member, population, True, gamma, a)
+    return {name: out[name] for name in NAMES}
 
 
-def single(logits, y, member, seed=0, learned=True, groups=None):
+def single(logits, y, member, seed=0, groups=None):
     """The attacks of `run` that need no shadow models: a dict name -> scores [M, N] float32.
 
-    logits: [M, N, C] on the plain input; the rest as in `run`. Thresholds and the neural attack are learned on one half
-    of each model's members and non-members, and judge the other half.
+    logits: [M, N, C] on the plain input; the rest as in `run`. Thresholds are learned on one half of each model's
+    members and non-members, and judge the other half.
     """
-    seen = signals(logits, y)
+    return of_signals(signals(logits, y), y, member, seed, groups)
+
+
+def of_signals(seen, y, member, seed, groups):
+    """`single`, given the signals, which are used up."""
     member = checked(seen["phi"], member)[1]
     half = calibration_split(member, seed, y, groups)
+    # phi orders as confidence does, and -log(entropy) as -entropy; but these do not tie in float32
     out = {
         "gap": seen["correct"].astype(np.float32),
-        "loss": yeom(seen["log_confidence"], member, half=half),
-        # phi orders as confidence does, and -log(entropy) as -entropy; but these do not tie in float32
+        "loss": yeom(seen.pop("log_confidence"), member, half=half),
         "confidence": seen["phi"],
-        "entropy": -np.log(np.maximum(seen["entropy"], np.float32(TINY))),
-        "m_entropy": -np.log(np.maximum(seen["modified_entropy"], np.float32(TINY))),
+        "entropy": minus_log(seen.pop("entropy")),
+        "m_entropy": minus_log(seen.pop("modified_entropy")),
     }
-    for name in ("confidence", "entropy", "m_entropy"):
-        out[f"{name}_classwise"] = classwise(out[name], member, y, half=half)
-    if learned:
-        half = calibration_split(member, seed, groups=groups)  # not within classes, see neural.attack
-        out["neural"], own = neural.attack(logits, y, member, half, seed, groups=groups)
-        out["neural_classwise"] = classwise(out["neural"], member, y, half=half, own=own)
+    levels = [out[name] for name in ("confidence", "entropy", "m_entropy")]
+    for name, values in zip(("confidence", "entropy", "m_entropy"), levels, strict=True):
+        out[f"{name}_classwise"] = classwise(values, member, y, part=half)
+    out["neural"], own, part = neural.attack(levels, member, seed, groups)
+    out["neural_classwise"] = classwise(out["neural"], member, y, part=part, own=own)
     return out
+
+
+def minus_log(entropy):
+    """-log(entropy), in its place; it orders as -entropy does, but does not tie where a model is nearly certain."""
+    return np.negative(np.log(np.maximum(entropy, np.float32(TINY), out=entropy), out=entropy), out=entropy)
 
 
 def null_member(member, seed=0, groups=None) -> np.ndarray:

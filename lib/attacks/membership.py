@@ -44,30 +44,27 @@ def folds(member) -> list[np.ndarray]:
     return [np.flatnonzero(fold == k) for k in (0, 1)]
 
 
-def calibration_split(member, seed=0, y=None, groups=None) -> np.ndarray:
-    """A random half [M, N] (bool) of each model's members and of its non-members; with y [N], within each class.
+def calibration_split(member, seed=0, y=None, groups=None, parts=2) -> np.ndarray:
+    """Each model's members and its non-members, cut into equal random parts: [M, N], integers from 0 to parts - 1.
 
-    An attacker learns on one half and judges the other. Examples of one group (a patient's two eyes, groups [N]) stay
-    together; the group counts as a member if its first example is one. member may hold integers: each kind is then
-    split by itself. Raises ValueError if a half would lack one of the kinds.
+    An attacker learns on one part and judges another. With y [N], each class is cut by itself. Examples of one group
+    (a patient's two eyes, groups [N]) stay together; the group counts as a member if its first example is one. Partners
+    have the same parts. Raises ValueError if a model has too few members or non-members for so many parts.
     """
-    if groups is not None:
-        need(np.shape(groups) == member.shape[1:], f"groups: shape {np.shape(groups)}; valid is {member.shape[1:]}")
-        _, first, own = np.unique(groups, return_index=True, return_inverse=True)
-        half = calibration_split(member[:, first], seed, None if y is None else np.asarray(y)[first])[:, own]
-        sides = [(member == kind) & (half == h) for kind in np.unique(member) for h in (False, True)]
-        enough = all(side.any(1).all() for side in sides)
-        need(enough, f"groups: {len(first)} are too few for halves that have members and non-members each")
-        return half
-    order = np.random.default_rng(seed).permutation(member.shape[1])
+    groups = np.arange(member.shape[1]) if groups is None else np.asarray(groups)
+    need(groups.shape == member.shape[1:], f"groups: shape {groups.shape}; valid is {member.shape[1:]}")
+    _, first, own = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(first))
     if y is not None:
-        order = order[np.argsort(np.asarray(y)[order], kind="stable")]
-    half = np.zeros(member.shape, bool)
+        order = order[np.argsort(np.asarray(y)[first][order], kind="stable")]
+    found = np.empty((len(member), len(first)), np.int8)
 
     def split(m):
-        for kind in np.unique(member[m]):
-            own = order[member[m, order] == kind]
-            half[m, own[1::2]] = True  # every other one along a random order
+        for kind in (False, True):
+            rows = order[member[m, first[order]] == kind]
+            what = f"member: row {m} has {len(rows)} {'members' if kind else 'non-members'} (or groups of them)"
+            need(len(rows) >= parts, f"{what}; valid are at least {parts}, one for each part")
+            found[m, rows] = np.arange(len(rows)) % parts  # in turn, along a random order
 
     parallel(split, range(len(member)))
-    return half
+    return found[:, own]

@@ -33,28 +33,37 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
     "model" the target only; None is "pair" where the models are complementary, else "model". Raises ValueError if
     an example would have fewer than 2 OUT (or IN) shadows.
     """
+    return liras(phi, member, [(offline, variance)], leave)[0]
+
+
+def liras(phi, member, kinds, leave=None) -> list[np.ndarray]:
+    """`lira` for several kinds, pairs (offline, variance), from the same means: a list of scores [M, N]."""
     if np.ndim(phi) == 3:
-        return sum(lira(phi[:, q], member, offline, variance, leave) for q in range(phi.shape[1])) / phi.shape[1]
-    need(variance in VARIANCES, f"variance: {variance!r}; valid are {', '.join(map(repr, VARIANCES))}")
+        return mean_over(liras(phi[:, q], member, kinds, leave) for q in range(phi.shape[1]))
+    for _, variance in kinds:
+        need(variance in VARIANCES, f"variance: {variance!r}; valid are {', '.join(map(repr, VARIANCES))}")
     phi, inside = checked(phi, member)
-    outside, left_out = ~inside, to_leave_out(inside, leave)
-    require_shadows(inside, 2, not offline)
-    all_in, all_out = statistics(phi, inside), statistics(phi, outside)
+    online = not all(offline for offline, _ in kinds)
+    require_shadows(inside, 2, online)
+    sides = [(chosen, statistics(phi, chosen)) for chosen in (~inside, inside)[: 1 + online]]
+    scores = [np.empty(phi.shape, np.float32) for _ in kinds]
 
-    def gaussian(side, chosen, m):
-        n, mean, squares = without(side, phi, chosen, left_out[m])
-        return mean, np.maximum(VARIANCES[variance](n, mean, squares), FLOOR)
+    def attack(targets):
+        out, *rest = (without(side, phi, chosen, targets) for chosen, side in sides)
+        for (offline, variance), score in zip(kinds, scores, strict=True):
+            var_out = np.maximum(VARIANCES[variance](*out), FLOOR)
+            if offline:
+                # z = (phi - mu_out) / sigma_out
+                score[targets] = (phi[targets] - out[1]) / np.sqrt(var_out)
+            else:
+                var_in = np.maximum(VARIANCES[variance](*rest[0]), FLOOR)
+                # log Lambda = log N(phi; mu_in, sigma_in^2) - log N(phi; mu_out, sigma_out^2)
+                score[targets] = log_normal(phi[targets], rest[0][1], var_in) - log_normal(
+                    phi[targets], out[1], var_out
+                )
 
-    def attack(m):
-        mean_out, var_out = gaussian(all_out, outside, m)
-        if offline:
-            # z = (phi - mu_out) / sigma_out
-            return ((phi[m] - mean_out) / np.sqrt(var_out)).astype(np.float32)
-        mean_in, var_in = gaussian(all_in, inside, m)
-        # log Lambda = log N(phi; mu_in, sigma_in^2) - log N(phi; mu_out, sigma_out^2)
-        return (log_normal(phi[m], mean_in, var_in) - log_normal(phi[m], mean_out, var_out)).astype(np.float32)
-
-    return np.stack(parallel(attack, range(len(phi))))
+    parallel(attack, left_out_together(inside, leave))
+    return scores
 
 
 def log_normal(x, mean, variance):  # up to a constant
@@ -77,9 +86,10 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
     need(fits, f"population: shape {np.shape(population)}; valid is {(*confidence.shape[:-1], 'T')}")
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
-        return sum(rmia(confidence[:, q], member, z, offline, gamma, a, leave) for q, z in enumerate(each)) / len(each)
+        found = ([rmia(confidence[:, q], member, z, offline, gamma, a, leave)] for q, z in enumerate(each))
+        return mean_over(found)[0]
     p, inside = checked(confidence, member)
-    outside, left_out = ~inside, to_leave_out(inside, leave)
+    outside = ~inside
     require_shadows(inside, 1, not offline)
     all_in, all_out = statistics(p, inside), statistics(p, outside)
     total_z = None if population is None else population.sum(0, dtype=np.float64)
@@ -88,30 +98,41 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
     def ratio(target, mean_out, mean_in):  # Pr(x | target) / Pr(x), with Pr(x) = (mean_in + mean_out) / 2
         return target / np.maximum((mean_in + mean_out) / 2, TINY)
 
-    def attack(m):
-        gone = left_out[m]
-        _, mean_out, _ = without(all_out, p, outside, gone)
-        mean_in = a * mean_out + 1 - a if offline else without(all_in, p, inside, gone)[1]
-        ratio_x = ratio(p[m], mean_out, mean_in)
-        order = np.argsort(ratio_x)
-        if population is None:
+    def attack(targets):
+        mean_out = without(all_out, p, outside, targets)[1]
+        mean_in = a * mean_out + 1 - a if offline else without(all_in, p, inside, targets)[1]
+        if population is not None:
+            # no model trained on z, so online its mean_in is unknown and Pr(z) is the mean of all shadows
+            mean_z = (total_z - population[targets].sum(0, dtype=np.float64)) / (len(p) - len(targets))
+        for m in targets:
+            ratio_x = ratio(p[m], mean_out, mean_in)
+            order = np.argsort(ratio_x)
             ratio_z = ratio_x[order]
-        else:  # no model trained on z, so online its mean_in is unknown and Pr(z) is the mean of all shadows
-            mean_z = (total_z - population[gone].sum(0, dtype=np.float64)) / (len(p) - len(gone))
-            ratio_z = np.sort(ratio(population[m], mean_z, a * mean_z + 1 - a if offline else mean_z))
-        # score(x) = share of the z with ratio_x / ratio_z >= gamma; sorted queries are ten times faster
-        scores[m, order] = np.searchsorted(ratio_z, ratio_x[order] / gamma, side="right") / len(ratio_z)
+            if population is not None:
+                ratio_z = np.sort(ratio(population[m], mean_z, a * mean_z + 1 - a if offline else mean_z))
+            # score(x) = share of the z with ratio_x / ratio_z >= gamma; sorted queries are ten times faster
+            scores[m, order] = np.searchsorted(ratio_z, ratio_x[order] / gamma, side="right") / len(ratio_z)
 
-    parallel(attack, range(len(p)))
+    parallel(attack, left_out_together(inside, leave))
     return scores
 
 
-def to_leave_out(member, leave) -> np.ndarray:
-    """Which models to leave out when model m is the target: [M, 1] (itself) or [M, 2] (itself and its partner)."""
+def mean_over(queries):
+    """The mean of several lists of arrays, entry by entry: a list of arrays."""
+    total, count = None, 0
+    for found in queries:
+        total, count = found if total is None else list(map(np.add, total, found)), count + 1
+    return [scores / count for scores in total]
+
+
+def left_out_together(member, leave) -> list[np.ndarray]:
+    """Targets with the same shadows, as arrays of indices: each set is attacked by all the models outside of it."""
     partner, own = partners(member), np.arange(len(member))
     fine = leave in (None, "model") or leave == "pair" and partner is not None
     need(fine, f"leave: {leave!r}; valid are None, 'model' and, for complementary models, 'pair'")
-    return own[:, None] if partner is None or leave == "model" else np.stack([own, partner], 1)
+    if partner is None or leave == "model":
+        return list(own[:, None])
+    return list(np.stack([own, partner], 1)[own < partner])
 
 
 def require_shadows(member, least, online=True):
@@ -126,9 +147,12 @@ def require_shadows(member, least, online=True):
 
 def statistics(x, chosen):
     """Number, mean and sum of squared deviations of the chosen values of each example, each [N]. x, chosen: [M, N]."""
-    n = chosen.sum(0)
-    mean = np.sum(x, 0, where=chosen, dtype=np.float64) / np.maximum(n, 1)
-    squares = sum(np.where(here, row - mean, 0.0) ** 2 for row, here in zip(x, chosen, strict=True))
+    n, mean, squares = chosen.sum(0), np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for row, here in zip(x, chosen, strict=True):
+        mean += row * here
+    mean /= np.maximum(n, 1)
+    for row, here in zip(x, chosen, strict=True):
+        squares += ((row - mean) * here) ** 2
     return n, mean, squares
 
 
@@ -136,6 +160,6 @@ def without(side, x, chosen, models):
     """The same statistics without some models, of which at most one is chosen for any example (a target, or a pair)."""
     n, mean, squares = side
     n = n - chosen[models].sum(0)
-    u = np.where(chosen[models], x[models] - mean, 0.0).sum(0)
+    u = ((x[models] - mean) * chosen[models]).sum(0)
     # without a value that lies u from the mean, the mean is lower by u / n and the squares by u^2 (1 + 1/n)
     return n, mean - u / n, squares - u**2 * (1 + 1 / n)

@@ -11,42 +11,44 @@ def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     """Yeom et al. (2018, adversary 2), "member if the loss is below the mean member loss": scores [M, N] float32.
 
     The decision is score > 0. The mean over one half of the target's members judges the other half, and vice versa. In
-    logarithms, losses near zero stay distinct. half: [M, N] bool, default calibration_split(member, seed).
+    logarithms, losses near zero stay distinct. half: [M, N] of 0 and 1, default calibration_split(member, seed).
     """
     log_confidence, member = checked(log_confidence, member)
     half = calibration_split(member, seed) if half is None else half
 
     def attack(m):
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
-        mean = np.array([loss[member[m] & (half[m] == h)].mean() for h in (False, True)])
+        mean = np.array([loss[member[m] & (half[m] == h)].mean() for h in (0, 1)])
         # score = log(mean loss of the members in the other half) - log(loss)
-        return (np.log(mean)[1 - half[m].astype(int)] - np.log(loss)).astype(np.float32)
+        return (np.log(mean)[1 - half[m]] - np.log(loss)).astype(np.float32)
 
     return np.stack(parallel(attack, range(len(member))))
 
 
-def classwise(scores, member, y, seed=0, half=None, own=None) -> np.ndarray:
+def classwise(scores, member, y, seed=0, part=None, own=None) -> np.ndarray:
     """Scores minus a threshold for each class (Song & Mittal 2021, section 3.2): [M, N] float32.
 
-    The decision is score > 0. scores: [M, N]; y: [N] labels. In each half of a target's examples, the threshold of best
-    balanced accuracy is found for each class, and subtracted in the other half. A class without members or non-members
-    in a half takes the threshold of that whole half. half: [M, N] bool, default calibration_split(member, seed, y).
-    own: [M, N], what the thresholds are learned from, default `scores`; neural.attack needs another.
+    The decision is score > 0. scores: [M, N]; y: [N] labels. In each part of a target's examples, the threshold of best
+    balanced accuracy is found for each class, and subtracted in the next part (of two, in the other half). A class
+    without members or non-members in a part takes the threshold of that whole part. part: [M, N] integers, default
+    calibration_split(member, seed, y). own: [M, N], what the thresholds are learned from, default `scores`;
+    neural.attack needs another.
     """
     scores, member = checked(scores, member)
     own = scores if own is None else checked(own, member)[0]
     need(np.shape(y) == scores.shape[1:], f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
-    half = calibration_split(member, seed, y) if half is None else half
+    part = calibration_split(member, seed, y) if part is None else part
+    n_classes, n_parts = int(y.max()) + 1, int(part.max()) + 1
 
     def attack(m):
-        side = half[m].astype(np.uint16)
-        best = best_thresholds(own[m], member[m], (2 * y + side).astype(np.uint16), 2 * y.max() + 2)
+        here = part[m].astype(np.uint16)
+        best = best_thresholds(own[m], member[m], (n_parts * y + here).astype(np.uint16), n_parts * n_classes)
         if np.isnan(best).any():
-            everyone = np.tile(best_thresholds(own[m], member[m], side, 2), y.max() + 1)
+            everyone = np.tile(best_thresholds(own[m], member[m], here, n_parts), n_classes)
             best = np.where(np.isnan(best), everyone, best)
-        # score - threshold of its class in the other half
-        return (scores[m] - best[2 * y + 1 - side]).astype(np.float32)
+        # score - threshold of its class in the part before
+        return (scores[m] - best[n_parts * y + (here + n_parts - 1) % n_parts]).astype(np.float32)
 
     return np.stack(parallel(attack, range(len(member))))
 

@@ -278,9 +278,7 @@ def pictures(tmp_path_factory):
 def test_unchanged_inputs_are_labelled_as_the_stored_logits_say(pictures, pair):
     for ensemble in (pictures, pair["sgd"]):
         found = compare.label_answers(ensemble.only(range(8)))
-        gap = catalogue.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member), learned=False)[
-            "gap"
-        ]
+        gap = catalogue.run(np.array(ensemble.logits), ensemble.dataset.y, np.array(ensemble.member))["gap"]
         np.testing.assert_array_equal(found[0], gap[:8])
 
 

@@ -22,14 +22,14 @@ def test_halves_split_members_and_non_members_of_every_class():
     assert (calibration_split(member, 1) != calibration_split(member, 2)).any()
 
 
-def test_kinds_given_as_integers_are_split_each_by_itself():
+def test_thirds_are_equal_and_partners_share_them():
     member = halves_of_pool(np.random.default_rng(0), 6, 122)
-    half = calibration_split(member)
-    second = calibration_split(2 * half + member, 1, np.arange(122) % 3)
-    for m in range(6):
-        for kind in range(4):
-            own = (2 * half[m] + member[m]) == kind
-            assert abs(second[m, own].sum() - own.sum() / 2) <= 0.5
+    third = calibration_split(member, 1, parts=3)
+    for inside in (member, ~member):
+        for k in range(3):
+            assert (np.abs((inside & (third == k)).sum(1) - 61 / 3) < 1).all()
+    np.testing.assert_array_equal(third[::2], third[1::2])
+    assert (third[0] != third[2]).any()
 
 
 def test_halves_keep_groups_whole():
@@ -40,7 +40,7 @@ def test_halves_keep_groups_whole():
         for group in range(30):
             assert len(set(half[m, groups == group])) == 1
         assert abs(half[m, member[m]].sum() - 15) <= 4 and abs(half[m, ~member[m]].sum() - 15) <= 4
-    with pytest.raises(ValueError, match="groups: 1 are too few for halves"):
+    with pytest.raises(ValueError, match="row 0 has 1 .*members .*at least 2"):
         calibration_split(member, 1, groups=groups // 30)
     with pytest.raises(ValueError, match="groups: shape"):
         calibration_split(member, 1, groups=groups[1:])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.attacks.membership import calibration_split, checked
+from lib.attacks.signals import parallel
 
 HIDDEN = 32  # units of the one hidden layer
 RATE = 0.03  # of Adam, falling to 0 by a cosine; high, because the task is simple
@@ -51,15 +52,22 @@ def attack(seen, member, seed=0, groups=None, part=None) -> tuple[np.ndarray, np
         return torch.from_numpy(((x - mean) / std).clip(-CLIP, CLIP).astype(np.float32))
 
     parts = [torch.from_numpy(np.flatnonzero(of_part[cells] == k)) for k in range(3)]
-    weights = learn(scaled(drawn), torch.from_numpy(inside[cells]).float(), parts, int(rng.integers(2**62)))
     scores, own = np.empty(member.shape, np.float32), np.empty(member.shape, np.float32)
-    for start in range(0, member.size, BLOCK):
+
+    def judge(start):
         rows = slice(start, start + BLOCK)
         odds = log_odds(weights, scaled(np.stack([values[rows] for values in seen], -1))).numpy()  # [3, block]
         # part p is judged by network p - 2, and stopped network p - 1
-        scores.ravel()[rows], own.ravel()[rows] = (
-            np.take_along_axis(odds, (of_part[None, rows] + ahead) % 3, 0)[0] for ahead in (1, 2)
-        )
+        for out, ahead in ((scores, 1), (own, 2)):
+            out.ravel()[rows] = np.take_along_axis(odds, (of_part[None, rows] + ahead) % 3, 0)[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and waits for them where a core is busy
+    try:
+        weights = learn(scaled(drawn), torch.from_numpy(inside[cells]).float(), parts, int(rng.integers(2**62)))
+        parallel(judge, range(0, member.size, BLOCK))
+    finally:
+        torch.set_num_threads(threads)
     return scores, own, part
 
 

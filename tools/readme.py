@@ -234,8 +234,20 @@ def presets():
     return table(("preset", "data", *(f"`{name}`" for name in names)), rows)
 
 
+def on_gpu():
+    """The run on a GPU: accuracies and the AUC of every attack, for SGD, SAM and their difference."""
+    found = pd.read_csv(REFERENCE / "cifar10_paper" / "audit" / "results.csv", keep_default_na=False)
+    found = found[(found.experiment == "main") & found.metric.isin(["test_accuracy", "train_accuracy", "auc"])]
+    header, rows = ("", "SGD", "SAM", "SAM − SGD"), []
+    for (metric, attack), own in found.groupby(["metric", "attack"], sort=False):
+        name = f"AUC of {attack}" if attack else metric.replace("_", " ")
+        rows.append((name, *(percentage_points(row) if row.baseline else f"{row.value:.1%}" for row in own.itertuples())))
+    return table(header, rows)
+
+
 TABLES = {"answer": answer, "costs": what_it_costs, "parameters": parameters, "presets": presets, "verdict": verdicts}
 TABLES |= {"ends": ends, "results": results, "equal": equal, "failing": failing, "bench": bench, "faults": faults}
+TABLES |= {"gpu": on_gpu}
 
 
 def filled(text):

@@ -147,7 +147,7 @@ def batches(recipe, inputs, examples, streams):
             change = (part[:, at : at + size].flatten(0, 1) for part in (shift, flip))
             x = inputs.crop(batch.flatten(), *change).unflatten(0, batch.shape)
         else:
-            x = inputs.x[batch]
+            x = inputs.x.index_select(0, batch.flatten()).unflatten(0, batch.shape)  # whole rows: faster than x[batch]
         yield x, inputs.y[batch]
 
 

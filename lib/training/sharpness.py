@@ -42,7 +42,7 @@ RADIUS = {"asam": 10.0, "sharpreg": -1.0}  # Kwon et al.: 0.5 on CIFAR-10 where 
 
 def norm(tree):
     """Euclidean norm over all the tensors of a dict: a scalar tensor."""
-    return torch.sqrt(sum((leaf * leaf).sum() for leaf in tree.values()))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in tree.values()]))
 
 
 def dot(a, b):
@@ -53,7 +53,7 @@ def dot(a, b):
 def ascend(params, direction, rho):
     """w + rho d / |d|, and w itself where d = 0."""
     scale = rho / (norm(direction) + 1e-12)
-    return {name: weight + scale * direction[name] for name, weight in params.items()}
+    return {name: torch.addcmul(weight, scale, direction[name]) for name, weight in params.items()}
 
 
 def plain(gradient, params):

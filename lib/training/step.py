@@ -159,7 +159,11 @@ class Stack:
 
         batch = self.buffers, in_format(x, self.channels_last), y
         batch = *batch, {**context, "memory": self.memory} if self.memory else context
-        grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
+        if rule in (sharpness.plain, sharpness.swa):  # the gradient itself: mapping would only cost time
+            whole = self.gradient if self.n_stacked > 1 else self.over_models(self.gradient)
+            grads, (_, aux) = whole(self.params, *batch[:3])
+        else:
+            grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
         self.buffers = aux.buffers
         for group in (group for base in self.bases for group in base.param_groups):
             group["lr"] = lr
@@ -230,7 +234,9 @@ class Stack:
             return call(params, self.buffers).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
         params = {name: in_format(p, last) for name, p in self.params.items()}
-        block = 250 if self.device.type == "cpu" else 2000  # on a CPU, what its cache holds
+        block = (
+            min(250, 1000 // self.n_stacked) if self.device.type == "cpu" else 2000
+        )  # on a CPU, what its cache holds
         return np.concatenate([logits(part) for part in x.split(block)], axis=1)
 
     @torch.no_grad()
@@ -323,6 +329,7 @@ def compiled_once(function, device):
     for name in ("torch._dynamo", "torch._inductor", "torch._logging", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)  # notes to the compiler's developers
     torch._dynamo.config.recompile_limit = 64
+    torch._inductor.config.cpp.vec_isa_ok = True  # no trial of the vector instructions, which takes seconds
     record = device.type == "cuda"
     made, calls = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None), []
 

@@ -28,7 +28,8 @@ COLUMNS = (
     "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
 )
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
-ANALYSIS = {"01": (20, 1), "02": (10, 1), "03": (10, 1), "04": (30, 1), "06": (15, 1), "05": (6, 0)}
+ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "06": (6, 3.5), "05": (5, 0)}
+ASKED = 245  # as many gradients of each example cost notebook 01's questions to an optimizer's models about images
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 
 
@@ -291,19 +292,21 @@ class Plan:
         told = {kind: np.array(found) for kind, found in told.items() if found}
         known = (rates or {}) | {kind: found[2 * found > found.max()].mean() for kind, found in told.items()}
         frame = pd.DataFrame(rows, columns=[*COLUMNS, "kind", "at_once"])
-        rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan)))
-        return frame.assign(seconds=1e6 * frame.megagradients / rate / frame.at_once).drop(columns=["kind", "at_once"])
+        rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan))) * frame.at_once
+        return frame.assign(seconds=1e6 * frame.megagradients / rate, rate=rate).drop(columns=["kind", "at_once"])
 
-    def analysis(self, book):
-        """Seconds that a notebook takes beside its training, by the constants above."""
+    def analysis(self, book, frame):
+        """Seconds that a notebook takes beside its training, by the constants above and the table's rate."""
         used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
         fixed, each = ANALYSIS.get(book, ANALYSIS["05"])
-        return fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
+        seconds = fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
+        asked = ASKED * len(self.run.names) * len(self.run.dataset.y) if used and book == "01" else 0
+        return seconds + asked / frame.rate.iloc[0] if asked and not self.run.is_small else seconds
 
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. One is analysed while the models of those after it train."""
         trained = done = 0.0
-        analyses = {book: self.took / self.expected * self.analysis(book) for book in self.notebooks}
+        analyses = {book: self.took / self.expected * self.analysis(book, frame) for book in self.notebooks}
         for book, seconds in analyses.items():
             trained += frame.seconds[frame.notebook == book].sum()
             done = max(done, trained) + seconds
@@ -319,7 +322,11 @@ class Plan:
 
     def finish(self, book, seconds):
         """A notebook is done, and took so many seconds beside its training: the forecast learns from it."""
-        self.expected, self.took, self.next = self.expected + self.analysis(book), self.took + seconds, 0.0
+        self.expected, self.took, self.next = (
+            self.expected + self.analysis(book, self.table()),
+            self.took + seconds,
+            0.0,
+        )
         self.notebooks.remove(book)
         if self.notebooks:
             self.say()
@@ -354,7 +361,7 @@ class Plan:
             how = "a trial of some steps just now"
         total = frame[["models", "finished", "megagradients", "megabytes", "seconds"]].sum()
         free = shutil.disk_usage(self.run.store).free / 1e6
-        shown = frame.drop(columns=["seconds", "megagradients_in_all"]).assign(time=frame.seconds.map(duration))
+        shown = frame.drop(columns=["seconds", "rate", "megagradients_in_all"]).assign(time=frame.seconds.map(duration))
         return (
             f"{shown.round(1).to_string(index=False)}\n\n"
             f"Left: {total.models - total.finished:.0f} of {total.models:.0f} models, {total.megagradients:.3g} "

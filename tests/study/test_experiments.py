@@ -2,10 +2,12 @@
 
 import re
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -206,6 +208,43 @@ def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, 
     monkeypatch.undo()
     before = torch.get_num_threads()
     assert plan.trial("sgd") > 0 and torch.get_num_threads() == before
+
+
+def slow_and_private(run):
+    return {"plain": of(run, "sgd", 16, epochs=10), "private": of(run, "dpsgd(sigma=1.0)", 16, epochs=10)}
+
+
+def test_a_forecast_meets_what_came(tmp_path, monkeypatch):
+    """After half of the first ensemble, and again after it: seconds to go, beside the clock."""
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"two": Experiment(slow_and_private, ("03",))})
+    monkeypatch.setattr(workers, "n_processes", lambda *_: 1)
+    run, told = small(tmp_path), []
+    plan = experiments.Plan(run, ["03"])
+    trained(run, of(run, "dpsgd(sigma=1.0)", 16, epochs=2))  # the first step of a kind is slow
+    plan.notebooks = []
+    for _, _, (recipe, n_models, data, _) in plan.ensembles:
+        for n in (n_models // 2, n_models):
+            train(recipe, data, n, run.store, run.device, quiet=True)
+            told.append((time.monotonic(), plan.seconds_left(plan.table())))
+    for at, said in told[2:-1]:  # from where both kinds are known
+        assert said == pytest.approx(told[-1][0] - at, rel=0.6)
+    assert told[0][1] > told[1][1] > told[2][1] > told[-1][1] == 0
+
+
+@pytest.mark.parametrize(
+    "training, analysis, to_go", [((0, 0), (3, 4), 7), ((9, 1), (3, 4), 16), ((2, 20), (3, 4), 26)]
+)
+def test_a_notebook_is_analysed_while_the_next_one_trains(tmp_path, monkeypatch, training, analysis, to_go):
+    """Two notebooks on many cores: what is ready first waits for the other."""
+    run = small(tmp_path)
+    plan, books = experiments.Plan(run, []), ["01", "02"]
+    plan.notebooks, plan.expected, plan.took = books, 10.0, 10.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10**6)
+    monkeypatch.setattr(plan, "analysis", lambda book, _: dict(zip(books, analysis, strict=True))[book])
+    frame = pd.DataFrame({"notebook": books, "seconds": training})
+    assert plan.seconds_left(frame) == pytest.approx(to_go, abs=0.01)
+    plan.took = 20.0  # notebooks took twice as long as expected
+    assert plan.seconds_left(frame) > to_go
 
 
 def test_an_optional_experiment_without_enough_models_is_not_run(tmp_path, monkeypatch):

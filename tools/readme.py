@@ -4,6 +4,7 @@ No result is typed there. What stands between `<!-- name -->` and `<!-- /name --
 in TABLES, from outputs/reference/ and from the library; a test compares the two.
 """
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -235,14 +236,27 @@ def presets():
 
 
 def on_gpu():
-    """The run on a GPU: accuracies and the AUC of every attack, for SGD, SAM and their difference."""
-    found = pd.read_csv(REFERENCE / "cifar10_paper" / "audit" / "results.csv", keep_default_na=False)
+    """The run on a GPU: what was trained, accuracies and the AUC of every attack, and what did not fit."""
+    folder = REFERENCE / "cifar10_paper"
+    models = json.loads((folder / "summary.json").read_text())["models"]
+    recipe, n = models["sgd"]["recipe"], len(set(models["sgd"]["ids"]) & set(models["sam"]["ids"]))
+    trained = (
+        f"{recipe['arch']} for {recipe['epochs']} epochs at a peak learning rate of {recipe['lr']:g}, without "
+        f"augmentation: {n} models of each optimizer."
+    )
+    found = pd.read_csv(folder / "audit" / "results.csv", keep_default_na=False)
     found = found[(found.experiment == "main") & found.metric.isin(["test_accuracy", "train_accuracy", "auc"])]
-    header, rows = ("", "SGD", "SAM", "SAM − SGD"), []
+    rows = []
     for (metric, attack), own in found.groupby(["metric", "attack"], sort=False):
         name = f"AUC of {attack}" if attack else metric.replace("_", " ")
-        rows.append((name, *(percentage_points(row) if row.baseline else f"{row.value:.1%}" for row in own.itertuples())))
-    return table(header, rows)
+        cells = [percentage_points(row) if row.baseline else f"{row.value:.1%}" for row in own.itertuples()]
+        rows.append((name, *cells))
+    lines = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
+    fits = [f"{line[1].split(', ')[1]} {line[2]:.1%}" for line in lines if line[1].endswith("train accuracy")]
+    moved = (
+        f"With flips and shifts as many epochs did not suffice: of its half, one model of each fitted {joined(fits)}."
+    )
+    return "\n\n".join([trained, table(("", "SGD", "SAM", "SAM − SGD"), rows), moved])
 
 
 TABLES = {"answer": answer, "costs": what_it_costs, "parameters": parameters, "presets": presets, "verdict": verdicts}

@@ -29,7 +29,7 @@ COLUMNS = (
 )
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
 ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "06": (6, 3.5), "05": (5, 0)}
-ASKED = 245  # as many gradients of each example cost notebook 01's questions to an optimizer's models about images
+ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 
 
@@ -322,11 +322,8 @@ class Plan:
 
     def finish(self, book, seconds):
         """A notebook is done, and took so many seconds beside its training: the forecast learns from it."""
-        self.expected, self.took, self.next = (
-            self.expected + self.analysis(book, self.table()),
-            self.took + seconds,
-            0.0,
-        )
+        self.expected += self.analysis(book, self.table())
+        self.took, self.next = self.took + seconds, 0.0
         self.notebooks.remove(book)
         if self.notebooks:
             self.say()

@@ -119,7 +119,7 @@ def test_training_at_toy_size(digits):
 def test_rules_at_toy_size(digits):
     sam, private, kernel = cpu.rules(digits, TOY, count=4, few=2, rounds=1)
     assert sam[1] / sam[4] == pytest.approx(private[1] / private[4])  # SGD's
-    assert limit(private) > 1 and 0 < kernel[1] < 100 and kernel[3:6] == ("", "", "<= 10")
+    assert limit(private) > 1 and 0 <= kernel[1] < 100 and kernel[3:6] == ("", "", "<= 10")
 
 
 def test_images_and_compiling_and_memory_at_toy_size(digits):

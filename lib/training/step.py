@@ -234,9 +234,8 @@ class Stack:
             return call(params, self.buffers).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
         params = {name: in_format(p, last) for name, p in self.params.items()}
-        block = (
-            min(250, 1000 // self.n_stacked) if self.device.type == "cpu" else 2000
-        )  # on a CPU, what its cache holds
+        # on a CPU, what its cache holds
+        block = min(250, 1000 // self.n_stacked) if self.device.type == "cpu" else 2000
         return np.concatenate([logits(part) for part in x.split(block)], axis=1)
 
     @torch.no_grad()
@@ -329,7 +328,9 @@ def compiled_once(function, device):
     for name in ("torch._dynamo", "torch._inductor", "torch._logging", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)  # notes to the compiler's developers
     torch._dynamo.config.recompile_limit = 64
-    torch._inductor.config.cpp.vec_isa_ok = True  # no trial of the vector instructions, which takes seconds
+    import torch._inductor.config as inductor  # here: it takes seconds, and many runs compile nothing
+
+    inductor.cpp.vec_isa_ok = True  # no trial of the vector instructions, which takes seconds
     record = device.type == "cuda"
     made, calls = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None), []
 

@@ -227,7 +227,7 @@ def test_a_forecast_meets_what_came(tmp_path, monkeypatch):
             train(recipe, data, n, run.store, run.device, quiet=True)
             told.append((time.monotonic(), plan.seconds_left(plan.table())))
     at, said = told[2]  # half of the private models are left, and both kinds are known
-    assert 0.2 < said / (told[-1][0] - at) < 5  # far wider than what a busy machine makes of it
+    assert said == pytest.approx(told[-1][0] - at, rel=0.6)
     assert told[0][1] > told[1][1] > told[2][1] > told[-1][1] == 0
 
 

@@ -181,6 +181,18 @@ class Twice(torch.nn.Module):
         return self.last(self.layer(torch.tanh(self.layer(x))))
 
 
+class Zero(torch.nn.Module):
+    """A last layer that starts at 0, so that nothing before it has a gradient yet. before: what stands there."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.last = before, torch.nn.Linear(6, 3)
+        torch.nn.init.zeros_(self.last.weight)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.before(torch.tanh(self.before(x)))))
+
+
 @pytest.mark.parametrize(
     "make, shape, by_layer",
     [
@@ -189,6 +201,8 @@ class Twice(torch.nn.Module):
         (lambda: torch.nn.Linear(6, 3, bias=False), (6,), True),
         (lambda: networks.build("cnn_plain", (1, 16, 16), 3), (1, 16, 16), False),
         (Twice, (6,), False),
+        (lambda: Zero(torch.nn.Linear(6, 6)), (6,), False),
+        (lambda: Zero(torch.nn.LayerNorm(6)), (6,), False),
     ],
 )
 def test_norms_are_those_of_single_gradients_by_the_way_that_suits_the_network(make, shape, by_layer):

@@ -28,7 +28,7 @@ COLUMNS = (
     "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
 )
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
-ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "06": (6, 3.5), "05": (5, 0)}
+ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "06": (6, 3.5), "07": (5, 0)}
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 
@@ -298,7 +298,7 @@ class Plan:
     def analysis(self, book, frame):
         """Seconds that a notebook takes beside its training, by the constants above and the table's rate."""
         used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
-        fixed, each = ANALYSIS.get(book, ANALYSIS["05"])
+        fixed, each = ANALYSIS.get(book, ANALYSIS["07"])
         seconds = fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
         asked = ASKED * len(self.run.names) * len(self.run.dataset.y) if used and book == "01" else 0
         return seconds + asked / frame.rate.iloc[0] if asked and not self.run.is_small else seconds

@@ -24,7 +24,7 @@ def test_it_refuses_with_one_line_and_status_2(words, capsys):
 
 def test_notebooks_are_chosen_by_their_numbers_and_the_verdict_comes_last():
     assert [book.name[:2] for book in command_line.chosen(["03", "01"])] == ["01", "03"]
-    assert command_line.chosen([])[-1].stem == "05_verdict"
+    assert command_line.chosen([])[-1].stem == "07_verdict"
 
 
 def test_make_passes_an_unknown_knob_on_so_that_it_fails():
@@ -50,8 +50,8 @@ def test_the_plan_is_said_and_nothing_is_trained(tmp_path, capsys):
 
 
 def test_a_notebook_that_trains_nothing_has_an_empty_plan(tmp_path, capsys):
-    assert command_line.main(["--plan", *words(tmp_path, "05")]) == 0
-    assert command_line.main(["--work", *words(tmp_path, "05")]) == 0
+    assert command_line.main(["--plan", *words(tmp_path, "07")]) == 0
+    assert command_line.main(["--work", *words(tmp_path, "07")]) == 0
     assert "0 of 0 models" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # 5. Verdict: the paper's claims, one by one
+# # 7. Verdict: the paper's claims, one by one
 #
 # Which claims of *Membership Privacy Risks of Sharpness-Aware Minimization* (arXiv 2310.00488) hold in this run, and
 # which do not? The other notebooks measure. This one judges their numbers in `results.csv` by one rule, stated before

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import logging
-import os
 import sys
 import time
 from concurrent import futures
@@ -38,15 +37,24 @@ def shortest(path):
 
 
 def execute(book, given, out):
-    """Run one notebook with papermill. What its kernel prints is printed here; the copy has no progress bars."""
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel python3 of this interpreter, not another's of that name
+    """Run one notebook with papermill. What its kernel prints is printed here; the copy has no progress bars.
+
+    The kernel runs this interpreter, whatever kernel of the name python3 is installed for others.
+    """
     import papermill
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # knows of none that is installed: makes its own
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     print(f"{book.stem} -> {out}", flush=True)
+    how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": ["--log-level=ERROR"]}
     # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
-    how = {"kernel_name": "python3", "shutdown_kernel": "immediate", "stdout_file": sys.stdout}
-    done = papermill.execute_notebook(book, out / book.name, given, **how, stderr_file=sys.stderr)
+    how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (book, out / book.name))  # it formats them
+    done = papermill.execute_notebook(*paths, given, **how)
     for cell in done.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):  # 256 colours look the same and take half the bytes

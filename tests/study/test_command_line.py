@@ -73,16 +73,23 @@ def notebook(tmp_path, name, *sources):
 
 
 def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch, capfd):
+    """Also if the kernel spec that Jupyter finds first is another interpreter's, and in a path with braces."""
+    spec = {"argv": ["/no/such/python", "{connection_file}"], "display_name": "x", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     opening = "import sys\nfrom lib.study import settings\nrun = settings.notebook_run(globals())"
     source = "print(sys.executable, run.n_models, run.epochs, run.parameters.out)"
     monkeypatch.setattr(command_line, "NOTEBOOKS", [notebook(tmp_path, "07_mine.ipynb", opening, source)])
     monkeypatch.setattr(command_line.report, "build", lambda out: out / "report" / "index.html")
-    assert command_line.main(words(tmp_path)) == 0
+    out = tmp_path / "out {a} 50% $x_$y"
+    assert command_line.main(words(tmp_path, f"OUT={out}")) == 0
     said = capfd.readouterr()
-    assert f"{command_line.sys.executable} 8 2 {tmp_path / 'out'}" in said.out and "unknown parameter" not in said.err
-    took = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert f"{command_line.sys.executable} 8 2 {out}" in said.out and "unknown parameter" not in said.err
+    assert "IPKernelApp" not in said.err
+    took = json.loads((out / "run.json").read_text())
     assert took["notebooks"] == ["07"] and took["n_models"] == 8 and took["trained"] == 0
-    made = nbformat.read(tmp_path / "out" / "07_mine.ipynb", 4)
+    made = nbformat.read(out / "07_mine.ipynb", 4)
     assert "input_path" not in made.metadata.papermill
 
 

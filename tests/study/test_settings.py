@@ -107,7 +107,7 @@ OPENING = "from lib.study import settings\nrun = settings.notebook_run(globals()
 
 def test_a_notebook_reads_its_parameters_and_those_that_papermill_adds(tmp_path):
     own = "# Parameters that a reader would change\nn_models: int = None\nseed = 1"
-    added = "# Parameters\nn_models = 24\nepochs = 3\nPAPERMILL_OUTPUT_PATH = 'x'\n"
+    added = "# Parameters\nn_models = 24\nepochs = 3\nPAPERMILL_INPUT_PATH = PAPERMILL_OUTPUT_PATH = 'x'\n"
     run = settings.notebook_run(kernel(tmp_path, own, added, "import json", OPENING))
     assert (run.n_models, run.epochs, run.seed) == (24, 3, 1)
 

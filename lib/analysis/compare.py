@@ -67,6 +67,20 @@ def hits_on_test(ensemble):
     return signal(ensemble, "correct", test=True).astype(float)
 
 
+def balanced_on_test(ensemble):
+    """Influence values [M, T] of the balanced accuracy B on the test part, as (B - 1/C) / (1 - 1/C).
+
+    B is the mean of the accuracies in the C classes of the test part. 0: a model that says the same class of all, or
+    guesses; 1: always right (scikit-learn's balanced_accuracy_score with adjusted=True).
+    """
+    hits, (names, y) = hits_on_test(ensemble), np.unique(ensemble.dataset.y_test, return_inverse=True)
+    counts, n_classes = np.bincount(y), max(len(names), 2)  # of a single class there is nothing to balance
+    by_class = hits @ np.eye(len(names))[y] / counts  # [M, C]
+    # B + T / (C n_c) (hit - accuracy in its class c), a mean over classes of ratios of means
+    values = by_class.mean(1, keepdims=True) + len(y) / (len(names) * counts[y]) * (hits - by_class[:, y])
+    return (values - 1 / n_classes) / (1 - 1 / n_classes)
+
+
 def on_pool(ensemble, name, members=True):
     """Influence values [M, N] of the mean of a signal over each model's members, or over its non-members."""
     return ratio_influence_values(signal(ensemble, name).astype(float), np.array(ensemble.member) == members)
@@ -125,7 +139,7 @@ def design(ensemble, test=False):
 
 
 def accuracies(ensembles):
-    """Test accuracy, accuracy and loss on the training half, and accuracy in minus accuracy out: a tidy frame."""
+    """Test accuracy, also balanced; accuracy and loss on the training half; accuracy in minus out: a tidy frame."""
     frames = [
         compared(ensembles, lambda e: on_pool(e, "correct"), "train_accuracy", rate=True),
         compared(ensembles, train_losses, "train_loss"),
@@ -133,6 +147,7 @@ def accuracies(ensembles):
     ]
     if next(iter(ensembles.values())).test_logits is not None:  # an audit may have no test part
         frames.insert(0, compared(ensembles, hits_on_test, "test_accuracy", rate=True, test=True))
+        frames.insert(1, compared(ensembles, balanced_on_test, "balanced_accuracy_above_chance", test=True))
     return pd.concat(frames, ignore_index=True)
 
 

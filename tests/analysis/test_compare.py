@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score
 
 from lib.analysis import compare, memorization
 from lib.attacks import catalogue, intervals, label_only, thresholds
@@ -31,6 +32,29 @@ def test_accuracies_are_the_plain_means_and_the_gap_is_mean_memorization(pair):
     assert table["sgd", "sam", "test_accuracy"] == pytest.approx(
         frame["sam", "test_accuracy"] - frame["sgd", "test_accuracy"]
     )
+
+
+def test_balanced_accuracy_is_that_of_scikit_learn_and_of_the_commonest_class_alone_is_nothing():
+    rng, y = np.random.default_rng(0), np.repeat([0, 1, 2, 4], [600, 200, 150, 50])
+    logits = rng.normal(size=(8, 1, 1000, 5)) + 2 * np.eye(5)[y] - 99 * np.eye(5)[3]  # nobody says 3, which is no class
+    data = SimpleNamespace(y_test=y)
+    guess = 8 * np.eye(5)[0] + 0 * logits
+    for found, skilled in ((logits, True), (guess, False)):
+        values = compare.balanced_on_test(SimpleNamespace(test_logits=found, dataset=data))
+        said = found[:, 0].argmax(-1)
+        by_model = [balanced_accuracy_score(y, each, adjusted=True) for each in said]
+        np.testing.assert_allclose(values.mean(1), by_model, atol=1e-12)
+        low, high = intervals.estimate(values)[1:]
+        assert (0.3 < low < high < 0.9) if skilled else (abs(low) < 1e-12 and abs(high) < 1e-12)
+    # over new test points, the interval is as wide as such scores differ
+    drawn = []
+    for seed in range(300):
+        again = np.random.default_rng(seed)
+        new = np.concatenate([again.choice(np.flatnonzero(y == c), (y == c).sum()) for c in np.unique(y)])
+        drawn.append(balanced_accuracy_score(y, logits[0, 0, new].argmax(-1), adjusted=True))
+    one = compare.balanced_on_test(SimpleNamespace(test_logits=logits[:1], dataset=data))
+    made = intervals.estimate(one, examples_only=True)
+    assert (made.high - made.low) / 3.92 == pytest.approx(np.std(drawn), rel=0.15)
 
 
 def test_train_loss_is_cross_entropy_of_the_members(pair):

@@ -68,7 +68,9 @@ show_text(run.describe())
 # matrix with its entries scaled to $1/n_\mathrm{in}$ and $-1/n_\mathrm{out}$.
 #
 # The entropy $I_\mathrm{ent}(j) = -\sum_i p_{ij} \log p_{ij}$ is that of the positive influences of the training examples
-# of $j$'s own class, scaled to sum to one. It is low if few examples matter. No model trained on the test part.
+# of $j$'s own class, scaled to sum to one. It is low if few examples matter. Its maximum is the log of the size $n$ of
+# that class, so we state $I_\mathrm{ent}(j) - \log n$: 0 if all examples matter alike, and about -0.98 for pure noise,
+# whatever $n$ is. No model trained on the test part.
 
 # %%
 ensembles = run.ensembles("main")
@@ -85,7 +87,7 @@ W = member / member.sum(0) - ~member / (~member).sum(0)
 infl = W.T @ confidence[:, few].astype(float)  # [N, 50]
 p = np.where(y[:, None] == y_test[few], np.maximum(infl, 0), 0)
 p = p / p.sum(0)
-by_hand = -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+by_hand = -(p * np.log(np.where(p > 0, p, 1))).sum(0) - np.log((y[:, None] == y_test[few]).sum(0))
 
 entropy = influence_entropy(member, confidence, y, y_test)  # [T]
 np.testing.assert_allclose(infl, influence.influence(member, confidence[:, few]), atol=1e-5)
@@ -99,14 +101,15 @@ np.testing.assert_allclose(by_hand, entropy[few], atol=1e-3)
 # **Method.** Entropies come from one half of the baseline's models, and the gain of each bucket is measured on the
 # *other* half; then the halves swap. On the same models both would share their errors: a test point that some models
 # happen to miss has few influences *and* looks like a place to gain. Intervals are for new models and new test points.
+# A bucket holds a fifth of each class. (The smaller a class, the noisier its entropies: if all test points were ranked
+# together, the rarest classes would fill the first and the last bucket even where nothing influences anything.)
 
 
 # %%
 def by_entropy(rows, values, within=None, design=member, same_class=True, part="positive"):
-    """Buckets [T] by the entropies that models `rows` give, as shares of the largest entropy possible in the class."""
-    most = np.bincount(y)[y_test] if same_class else len(y)
-    found = influence_entropy(design[rows], values[rows], y, y_test, part, same_class) / np.log(most)
-    return buckets(found, n_buckets, within, run.seed)
+    """Buckets [T] by the entropies that models `rows` give, ranked in the test point's class."""
+    found = influence_entropy(design[rows], values[rows], y, y_test, part, same_class)
+    return buckets(found, n_buckets, within, run.seed, classes=y_test if same_class else None)
 
 
 def panel(table):
@@ -141,13 +144,13 @@ else:
     show_text("The interval of the overall change contains zero, so a share of it would mean nothing.")
 never = (correct == correct[0]).all(0).mean()
 show_text(
-    f"All {len(member)} models of {baseline} agree on {never:.0%} of the test points. Nothing influences these, so their "
-    f"order is random. The others lie in the first {n_buckets - int(n_buckets * never)} of {n_buckets} buckets."
+    f"All {len(member)} models of {baseline} agree on {never:.0%} of the test points. Nothing influences these, so they "
+    "come last in their class, in random order."
 )
 
 # %% [markdown]
 # **How to read it.** A test point that all models get right (or all get wrong) is influenced by nothing and counts as
-# the largest entropy. Where such points fill whole buckets, "bucket 1" means little more than "some model errs", and
+# the largest entropy of its class. Where such points fill whole buckets, "bucket 1" means little more than "some model errs", and
 # only such points can gain. The confidence $p_y$ has no such ties: every test point has influences on it. So what
 # follows looks at both.
 #
@@ -219,14 +222,16 @@ for count in counts:
         found = influence_entropy(design[:count], confidence[:count], y, y_test)
         lines.append((kind, count, *np.quantile(found, [0.5, 0.1, 0.9])))
 noise = pd.DataFrame(lines, columns=["membership", "n_models", "value", "ci_low", "ci_high"])
-noise = noise.assign(metric="influence_entropy", optimizer=baseline, coordinate="membership=" + noise.membership)
+noise = noise.assign(
+    metric="influence_entropy_below_log_n", optimizer=baseline, coordinate="membership=" + noise.membership
+)
 results.add(noise, experiment="influence noise", n_models=noise.n_models)
 
 figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
 for index, (kind, rows) in enumerate(noise.groupby("membership", sort=False)):
     figures.error_bars(axis, rows.n_models * (1 + 0.06 * index), rows, index, label=f"{kind} membership")
-axis.axhline(np.log(np.bincount(y)).mean(), color="0.4", lw=1, label="largest possible (mean over classes)")
-axis.set(xscale="log", xlabel="models", ylabel="entropy of influence (nats)", xticks=counts, xticklabels=counts)
+axis.axhline(0, color="0.4", lw=1, label="largest possible")
+axis.set(xscale="log", xlabel="models", ylabel="entropy - log n (nats)", xticks=counts, xticklabels=counts)
 axis.minorticks_off()
 axis.legend(fontsize=9)
 display(figures.save(figure, run, "entropy_noise"))
@@ -339,12 +344,25 @@ controls = "\n".join(
     f"{describe_sign(row, 'better than', 'worse than', 'no better than')} a shuffled one ({percentage_points(row)})."
     for row in excess.itertuples()
 )
+if sign(within) == 1 and sign(excess.iloc[-1]) == 1:
+    advice = (
+        f"Buckets of influence tell more than difficulty here. Before you remove or down-weight rare training examples, "
+        f"train without them and measure bucket 1: there {treatment} has its gain over {baseline}."
+    )
+else:
+    advice = (
+        "Do not choose or clean training data by these buckets: here they tell no more than shuffled membership or "
+        f"plain difficulty. To find out where {treatment} would help, sort test points by the mean confidence of a few "
+        "models; that needs no record of who trained on what."
+    )
 show_text(f"""
 - **Buckets.** Bucket 1 gains {describe_sign(step, *than)} bucket {n_buckets}: {percentage_points(step)}.
 - **Ties.** Nothing influences {never:.0%} of the test points; bucket {n_buckets} changes by {percentage_points(last)}.
 - **Without ties**, on p_y, bucket 1 gains {describe_sign(untied, *than)} bucket {n_buckets}: {percentage_points(untied)}.
 - **Beyond difficulty.** Within fifths of it, low entropies gain {describe_sign(within, *than)} high ones: {percentage_points(within)}.
 {controls}
+
+**What an engineer should do.** {advice} Judge buckets on other models than those that formed them.
 
 All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
 """)

@@ -36,11 +36,12 @@ def influence(member, values, block=1000):
 
 
 def influence_entropy(member, values, y, y_test, part="positive", same_class=True, block=1000):
-    """I_ent [T]: entropy (nats) of each test example's distribution of influence over the training examples.
+    """I_ent - log n [T] (nats, at most 0): entropy of each test example's distribution of influence, below its maximum.
 
-    part: "positive" keeps the positive influences, "absolute" the sizes of all. same_class: only training examples of
-    the test example's class; divide by the log of its size to compare classes. Low: it depends on few examples. A test
-    example that nothing influences gets the log of the number of candidates (of the largest class).
+    The distribution runs over n training examples: those of the test example's class with same_class, else all. Low: it
+    depends on few of them; 0: on all alike, or on none. Pure noise gives about -0.98 (positive part), whatever n is, so
+    the level of classes of different sizes compares. part: "positive" keeps the positive influences, "absolute" the
+    sizes of all. Raises ValueError for another part, or a test example whose class has no training example.
     """
     if part not in ("positive", "absolute"):
         raise ValueError(f"part={part!r}; valid are 'positive' and 'absolute'")
@@ -48,7 +49,7 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
     if same_class and (lost := set(y_test.tolist()) - set(y.tolist())):
         raise ValueError(f"y_test: class {min(lost)} has no training example; valid are the classes of y")
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
-    out, most = np.empty(len(y_test)), max(rows.sum() for rows, _ in groups)
+    out = np.empty(len(y_test))
     for rows, columns in groups:
         places = np.flatnonzero(columns)
         for where, infl in influence_blocks(member[:, rows], values[:, columns], block):
@@ -57,21 +58,27 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
             # H = -sum p log p = log s - sum m log m / s  for p = m / s
             with np.errstate(divide="ignore", invalid="ignore"):
                 entropy = np.log(total) - xlogy(mass, mass).sum(0, dtype=np.float64) / total
-            out[places[where]] = np.where(total > 0, entropy, np.log(most))
+            out[places[where]] = np.where(total > 0, entropy - np.log(rows.sum()), 0.0)
     return out
 
 
-def buckets(score, n=5, within=None, seed=0):
+def buckets(score, n=5, within=None, seed=0, classes=None):
     """Equal buckets 0..n-1 by rising score [T], with ties in random order: [T]. within: [T] groups, each cut by itself.
 
+    classes [T]: the score is first replaced by its rank in the own class (0 to 1). Scores of small classes are noisier,
+    so without this a small class would fill the first and the last bucket where all is noise.
     Raises ValueError for NaN, and unless 2 <= n <= the size of the smallest group.
     """
-    frame = pd.DataFrame({"score": score, "group": 0 if within is None else within})
-    order = np.random.default_rng(seed).permutation(len(frame))
-    own = frame.iloc[order].groupby("group").score
-    smallest, out = own.size().min(), np.empty(len(frame), int)
+    frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes})
     if frame.score.isna().any():
         raise ValueError("score: NaN; valid are numbers")
+    order = np.random.default_rng(seed).permutation(len(frame))
+    frame = frame.iloc[order]
+    if classes is not None:
+        of_class = frame.groupby("class").score
+        frame = frame.assign(score=(of_class.rank(method="first") - 0.5) / of_class.transform("size"))
+    own = frame.groupby("group").score
+    smallest, out = own.size().min(), np.empty(len(frame), int)
     if not 2 <= n <= smallest:
         raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (of its smallest group)")
     out[order] = (own.rank(method="first") - 1) * n // own.transform("size")

@@ -227,7 +227,7 @@ figure, axes = plt.subplots(1, 2, figsize=(10.8, 3.4), sharex=True, sharey=True,
 bins = np.linspace(min(0, *map(np.min, values.values())), 1, 26)
 for index, (axis, (name, of)) in enumerate(zip(axes, values.items(), strict=True)):
     axis.hist(of, bins, weights=np.full(len(of), 1 / len(of)), color=figures.COLOURS[index], alpha=0.7)
-    axis.set(title=name, yscale="log", xlabel="memorization", ylabel="share of examples")
+    axis.set(title=figures.plain(name), yscale="log", xlabel="memorization", ylabel="share of examples")
     for edge in memorization.EDGES:
         axis.axvline(edge, color="0.3", lw=1, linestyle=":")
 figures.save(figure, run, "memorization")
@@ -317,7 +317,8 @@ axis.scatter(*ringed, s=55, facecolor="none", edgecolor=figures.COLOURS[3], labe
 se = np.median(mem["confidence"][baseline].se)
 axis.errorbar(0.02, 0.93, se, se, color="0.3", capsize=2, label="median standard error")
 axis.plot([-0.1, 1], [-0.1, 1], color="0.5", lw=1, linestyle="--", label="equal")
-axis.set(xlabel=f"memorization under {baseline}", ylabel=f"memorization under {treatment}")
+under = [figures.plain(f"memorization under {name}") for name in (baseline, treatment)]
+axis.set(xlabel=under[0], ylabel=under[1])
 axis.legend(fontsize=9, loc="lower right")
 figures.save(figure, run, "memorization_pairs")
 

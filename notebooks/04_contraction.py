@@ -112,7 +112,8 @@ solution = sp.linear_eq_to_matrix([sp.diff(lagrangian, u) for u in unknown], unk
 closed = g.inv() * x.T * (x * g.inv() * x.T).inv() * y
 gap = sp.simplify(solution[0].LUsolve(solution[1])[:3, :] - closed)
 assert gap == sp.zeros(3, 1)
-show_text(f"Solution of the Lagrange equations minus the closed form: ${sp.latex(gap.T)}$.")
+show_text("Solution of the Lagrange equations minus the closed form:")
+display(gap.T)
 
 # %% [markdown]
 # In NumPy the interpolator takes two lines. The library reaches the same by factorizations that lose fewer digits.

@@ -244,7 +244,7 @@ for index, (_, rows) in enumerate(here.groupby("factor", sort=False)):
     axis.errorbar(rows.value, rows.index, xerr=spread, capsize=3, **figures.look(index) | {"linestyle": ""})
 axis.axvspan(here.ci_low[0], here.ci_high[0], color="0.88", zorder=0, label="as it is")
 axis.axvline(0, color="0.3", lw=1)
-axis.set(yticks=range(len(here)), yticklabels=levels, xlabel=f"AUC of LiRA, {treatment} − {baseline}")
+axis.set(yticks=range(len(here)), yticklabels=levels, xlabel=figures.plain(f"AUC of LiRA, {treatment} − {baseline}"))
 axis.invert_yaxis()
 axis.legend(fontsize=9)
 figures.save(figure, run, "causes")
@@ -366,7 +366,8 @@ if len(auc):
             figures.plain(name), (one.value[name], other.value[name]), (6, 4), textcoords="offset points", fontsize=8
         )
     axis.axline((one.value.iloc[0],) * 2, slope=1, color="0.4", lw=1, linestyle="--", label="equal")
-    axis.set(xlabel=f"AUC of LiRA within a class, {baseline}", ylabel=f"under {treatment}")
+    within = figures.plain(f"AUC of LiRA within a class, {baseline}")
+    axis.set(xlabel=within, ylabel=figures.plain(f"under {treatment}"))
     figure.colorbar(sizes, label="examples of the class in the pool", ticks=one["size"].quantile([0, 0.5, 1]).unique())
     axis.legend(fontsize=9)
     display(figures.save(figure, run, "classes"))
@@ -377,7 +378,7 @@ show_text(f"Of {len(change)} classes, {change.count(1)} leak more under {treatme
 for name, rows in auc[auc.baseline == ""].groupby("optimizer", sort=False):
     worst = rows.loc[rows.value.idxmax()]
     said = f"AUC {number(worst.value, worst.ci_low, worst.ci_high)}, with {worst['size']} examples in the pool"
-    show_text(f"Most exposed under {name}: class {worst['class']}, {said}.")
+    show_text(f"Most exposed under {name}: class `{worst['class']}`, {said}.")
 
 # %%
 agreement = interventions.agreement(two)

@@ -32,7 +32,7 @@ def answers(predict, x, y, is_image, seed=0, most=None, device="cpu") -> np.ndar
     predict: M functions, each from a batch of inputs [B, ...] (a tensor on `device`) to predicted labels [B];
     x: [N, channels, H, W] images (is_image) or [N, D] features; y: [N] labels. The first of the S strengths is no
     change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels over a reflected border, each also
-    mirrored (18, 50, 162 queries); `most` limits the shift (default an eighth of the side). For features they are
+    mirrored (18, 50, 162 queries); `most` limits the shift (default an eighth of each side). For features they are
     the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise. seed: of the noise.
     """
     x = torch.as_tensor(x)
@@ -63,8 +63,10 @@ def scores(answered, member) -> np.ndarray:
 def queries(x, is_image, seed=0, most=None) -> list:
     """For each strength a function from a batch to its changed batches; x: all inputs. See `answers`."""
     if is_image:
-        most = max(1, min(x.shape[2:]) // 8) if most is None else most
-        return [partial(shifted, most=2**power) for power in range(most.bit_length())]
+        # of height and width; a reflected border is narrower than the side
+        limits = [min(max(1, side // 8) if most is None else most, side - 1) for side in x.shape[2:]]
+        strengths = [2**power for power in range(max(limits).bit_length())]
+        return [partial(shifted, most=[min(strength, limit) for limit in limits]) for strength in strengths]
     if ((x == 0) | (x == 1)).all():
         changes = [partial(flipped, rate=rate) for rate in sorted({min(k / x.shape[1], 0.5) for k in FLIPS})]
     else:
@@ -73,11 +75,11 @@ def queries(x, is_image, seed=0, most=None) -> list:
 
 
 def shifted(x, most):
-    """Yield x [B, channels, H, W] at every shift of up to `most` pixels, and each shift mirrored."""
-    height, width = x.shape[2:]
-    padded = F.pad(x, (most,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
-    for down in range(2 * most + 1):
-        for right in range(2 * most + 1):
+    """Yield x [B, channels, H, W] at every shift of up to `most` pixels (down, right), and each shift mirrored."""
+    (height, width), (high, wide) = x.shape[2:], most
+    padded = F.pad(x, (wide, wide, high, high), mode="reflect").contiguous(memory_format=torch.channels_last)
+    for down in range(2 * high + 1):
+        for right in range(2 * wide + 1):
             seen = padded[:, :, down : down + height, right : right + width]
             yield from (seen, seen.flip(-1))
 

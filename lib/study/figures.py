@@ -31,7 +31,8 @@ def save(figure, run, name):
 
 def plain(name):
     """A name that comes from data as text of a figure: without mathematics, and never hidden from a legend."""
-    return str(name).replace("$", r"\$").lstrip("_")
+    text = str(name).replace("$", r"\$")
+    return "\u2009" * text.startswith("_") + text  # a legend leaves out what begins with _
 
 
 def look(index, name=None):
@@ -52,7 +53,7 @@ def picture(axis, image):
     if image.ndim == 1:
         axis.stairs(image, fill=True, color="0.4")
     else:
-        axis.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray_r", interpolation="nearest")
+        axis.imshow(image.transpose(1, 2, 0), cmap="gray_r", interpolation="nearest")
 
 
 def histograms(axis, inside, outside, labels):
@@ -135,5 +136,5 @@ def captioned(rows, columns=8):
         for axis, (image, caption) in zip(line, items, strict=False):
             picture(axis, image)
             axis.text(0.5, -0.06, plain(caption), transform=axis.transAxes, ha="center", va="top", fontsize=8)
-        line[0].set_title(title, fontsize=10, loc="left")
+        line[0].set_title(plain(title), fontsize=10, loc="left")
     return figure

@@ -1,13 +1,23 @@
 """Sentences and tables computed from results, never typed. Frames: optimizer, metric, value, ci_low, ci_high."""
 
+import re
+
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
+pd.set_option("styler.html.mathjax", False, "display.html.use_mathjax", False)  # a $ in a table is a dollar
+
 
 def show_text(text):
-    """Show a computed sentence as Markdown."""
-    display(Markdown(text))
+    """Show a computed sentence as Markdown: without mathematics or HTML, which only names from data can bring in.
+
+    The names of optimizers, classes and paths are shown letter by letter, up to Markdown's own *, `, [ and ~.
+    """
+    # code stays as it is; else what begins mathematics or a tag, an underscore at the edge of a word, a backslash
+    special = r"`[^`]*`|\$|<(?=[a-zA-Z/!?])|(?<![^\W_])_|_(?![^\W_])|\\(?=[^\w\s])"
+    spelt = {"$": "<span>&#36;</span>", "\\": "<span>&#92;</span>", "<": "&lt;", "_": r"\_"}  # no formula crosses a tag
+    display(Markdown(re.sub(special, lambda found: spelt.get(found[0], found[0]), text)))
 
 
 def number(value, low, high):
@@ -33,7 +43,9 @@ def show_table(frame, across=("optimizer",)):
     """Show `wide`, or say that there is nothing to show."""
     if frame.empty:
         return show_text("*Too few counts to report any.*")
-    display(wide(frame, across).style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
+    style = wide(frame, across).style.format(escape="html").format_index(escape="html")
+    style = style.format_index(axis=1, escape="html")
+    display(style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
 
 
 def select(frame, baseline="", **columns):

@@ -39,9 +39,10 @@ class Inputs:
         self.n_classes, self.shape, self.device = dataset.n_classes, tuple(self.x.shape[1:]), device
         self.groups = dataset.groups
         if recipe.augment or recipe.queries > 1:
-            self.border = max(1, self.shape[-1] // 8)
-            padded = [F.pad(x, (self.border,) * 4, mode="reflect") for x in (self.x, self.x_test)]
-            self.padded, self.padded_test = padded
+            sides = np.array(self.shape[1:])
+            self.border = np.minimum(np.maximum(1, sides // 8), sides - 1)  # of height and width; a side of 1 has none
+            around = np.repeat(self.border[::-1], 2).tolist()
+            self.padded, self.padded_test = (F.pad(x, around, mode="reflect") for x in (self.x, self.x_test))
 
     def crop(self, index, shift, flip):
         """Shifted and flipped copies. index, flip [B], shift [B, 2] in 0..2 border -> [B, C, H, W], channels last."""
@@ -55,7 +56,7 @@ class Inputs:
         if q == 0:
             return self.x, self.x_test
         sides = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)]
-        down, right = ((side + 1) * self.border for side in sides[q // 2])
+        down, right = (np.array(sides[q // 2]) + 1) * self.border
         window = (..., slice(down, down + self.shape[1]), slice(right, right + self.shape[2]))
         seen = self.padded[window], self.padded_test[window]
         return tuple(image.flip(-1) for image in seen) if q % 2 else seen

@@ -25,7 +25,7 @@ def reflected(index, size):
 
 def test_shifts_equal_loops_over_pixels():
     x = torch.randn(2, 3, 5, 7)
-    seen, twin = list(label_only.shifted(x, 2)), []
+    seen, twin = list(label_only.shifted(x, (2, 2))), []
     for down in range(-2, 3):
         for right in range(-2, 3):
             image = torch.empty_like(x)
@@ -43,6 +43,21 @@ def test_number_of_shifts_grows_with_the_image(side, queries):
     x = torch.zeros(1, 1, side, side)
     counts = [len(list(asked(x))) for asked in label_only.queries(x, True)]
     assert counts == [18, 50, 162][: len(counts)] and counts[-1] == queries
+
+
+@pytest.mark.parametrize("shape, queries", [
+    ((20, 200), [18, 50, 90, 170, 330]), ((1, 9), [6]), ((1, 40), [6, 10, 18]),
+    ((9, 1), [6]), ((1, 1), []), ((2, 2), [18])
+])  # fmt: skip
+def test_every_side_is_shifted_by_at_most_an_eighth_of_itself(shape, queries):
+    x = torch.arange(float(shape[0] * shape[1])).reshape(1, 1, *shape)
+    found = [list(asked(x)) for asked in label_only.queries(x, True)]
+    assert [len(seen) for seen in found] == queries and all(one.shape == x.shape for seen in found for one in seen)
+    for seen in found:
+        assert torch.equal(seen[len(seen) // 2 - 1], x)  # no shift stands in the middle
+    assert len(list(label_only.queries(x, True, most=1))) == min(len(queries), 1)
+    answers = label_only.answers([lambda batch: torch.zeros(len(batch))], x, np.zeros(1), True)
+    assert answers.shape == (1 + len(queries), 1, 1) and (answers == 1).all()
 
 
 def test_bits_flip_at_their_rates_and_features_get_noise_of_their_own_scale():
@@ -76,7 +91,7 @@ def test_answers_equal_counts_over_single_images(monkeypatch):
     assert found.shape == (2, 2, 9) and found.dtype == np.float32
     for m, model in enumerate(models):
         for i in range(9):
-            hits = [int(model(seen)) == y[i] for seen in label_only.shifted(x[i : i + 1], 1)]
+            hits = [int(model(seen)) == y[i] for seen in label_only.shifted(x[i : i + 1], (1, 1))]
             assert found[0, m, i] == hits[8]  # the ninth is the example as it is
             assert found[1, m, i] == pytest.approx((hits[8] + np.mean(hits)) / 2)
 

@@ -1,9 +1,14 @@
 """Sentences and tables from tidy frames: the one row, numbers as text, and what controls say."""
 
+import html
+import re
+
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from nbconvert.filters.markdown_mistune import MarkdownWithMath
 
-from lib.study import text
+from lib.study import figures, report, text
 
 FRAME = pd.DataFrame(
     [("sgd", "", "auc", "lira", 0.6, 0.5, 0.7), ("sam", "", "auc", "lira", 0.7, 0.6, 0.8),
@@ -40,6 +45,33 @@ def test_words_follow_the_interval(low, high, word):
     row = pd.Series({"value": (low + high) / 2, "ci_low": low, "ci_high": high})
     assert text.describe_sign(row, "more", "less", "neither") == word
     assert text.percentage_points(row).startswith(f"{50 * (low + high):+.1f} points [{100 * low:+.1f}")
+
+
+NAMES = ["$0_to_$10", "__a_b_", r"a\$b", "<b>", "</td>", "{1}", "50%", r"\alpha \( x \)", "a < 2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_from_data_are_shown_letter_by_letter(monkeypatch, name):
+    """As the report and Jupyter render them: Markdown, then a page whose text is the name, with no tag but span's."""
+    shown = []
+    monkeypatch.setattr(text, "display", shown.append)
+    text.show_text(f"**{name}** leaks: `{name}`")
+    rendered = MarkdownWithMath(report.Renderer(escape=False)).render(shown[0].data)
+    assert html.unescape(re.sub("</?(p|strong|code|span)>", "", rendered)).strip() == f"{name} leaks: {name}"
+    assert "$" not in re.sub("`.*`", "", shown[0].data)
+    text.show_table(FRAME[:2].assign(optimizer=name, attack=[name, "lira"], baseline=""), across=["optimizer"])
+    cells = re.findall("<th [^>]*>(.*?)</th>", shown[1].to_html())
+    assert [html.unescape(cell) for cell in cells].count(name) == 2 and not any("<" in cell for cell in cells)
+
+
+def test_names_from_data_are_text_in_a_figure():
+    figure, axis = plt.subplots()
+    for name in NAMES:
+        axis.plot([0, 1], label=figures.plain(name))
+    said = axis.legend().get_texts()
+    assert [drawn._preprocess_math(drawn.get_text())[0].strip() for drawn in said] == NAMES
+    assert not any(drawn._preprocess_math(drawn.get_text())[1] for drawn in said)  # none is mathematics
+    plt.close(figure)
 
 
 def test_names_are_joined():

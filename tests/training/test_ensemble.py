@@ -309,13 +309,26 @@ def test_compiled_training_agrees_with_eager(table, tmp_path, monkeypatch, optim
 
 def test_augmentation_moves_and_mirrors_pictures(images):
     inputs = ensemble.Inputs(images, Recipe("cnn", augment=True, queries=4), torch.device("cpu"))
-    index, centre = torch.arange(5), torch.full((5, 2), inputs.border)
+    index, centre = torch.arange(5), torch.from_numpy(inputs.border).expand(5, 2)
     still = inputs.crop(index, centre, torch.zeros(5, dtype=bool))
     assert torch.equal(still, inputs.x[:5])
     assert torch.equal(inputs.crop(index, centre, torch.ones(5, dtype=bool)), inputs.x[:5].flip(-1))
     moved = inputs.crop(index, centre - torch.tensor([1, 0]), torch.zeros(5, dtype=bool))
     assert torch.equal(moved[:, :, 1:], inputs.x[:5, :, :-1])
     assert torch.equal(inputs.query(1)[0], inputs.x.flip(-1)) and not torch.equal(inputs.query(2)[1], inputs.x_test)
+
+
+@pytest.mark.parametrize("shape, border", [((20, 200), [2, 25]), ((1, 9), [0, 1]), ((9, 1), [1, 0]), ((1, 1), [0, 0])])
+def test_pictures_of_any_shape_are_augmented_by_an_eighth_of_each_side(shape, border, tmp_path):
+    pictures = blobs(24, 8, (1, *shape), classes=2)
+    inputs = ensemble.Inputs(pictures, Recipe(augment=True), torch.device("cpu"))
+    assert inputs.border.tolist() == border
+    corner = inputs.crop(torch.arange(24), torch.zeros(24, 2, dtype=int), torch.zeros(24, dtype=bool))
+    rows, columns = (np.abs(np.arange(side) - edge) for side, edge in zip(shape, border, strict=True))
+    assert torch.equal(corner, inputs.x[:, :, rows][..., columns])  # a reflection: the pixel -1 is the pixel 1
+    assert torch.equal(inputs.query(10)[0], corner)
+    found = train(Recipe(epochs=1, batch_size=8, augment=True, queries=18), pictures, 2, tmp_path, "cpu", quiet=True)
+    assert found.logits.shape == (2, 18, 24, 2) and np.isfinite(found.logits).all()
 
 
 def test_augmented_queries_reach_the_store(images, tmp_path):

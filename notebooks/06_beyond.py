@@ -86,7 +86,7 @@ table = compare.split_labels(compare.contrast(made), "rho")
 usual = np.array([rho == run.recipe(name).rho for name, rho in zip(table.optimizer, table.rho, strict=True)])
 place = np.where(usual, "", "radius=other")
 results.add(table, experiment="variants", coordinate=place, n_models=len(made[baseline, 0.0].ids))
-wanted = table.metric.isin(["auc", "test_accuracy"]) & (table.baseline == baseline)
+wanted = table.metric.isin(["auc", "tpr@0.01", "test_accuracy"]) & (table.baseline == baseline)
 show_table(table[wanted & usual], across=["metric"])
 
 # %% [markdown]
@@ -100,7 +100,7 @@ show_table(table[wanted & usual], across=["metric"])
 
 # %%
 hits = {key: compare.hits_on_test(e) for key, e in made.items()}
-leaks = {key: compare.lira_influence_values(e).astype(np.float32) for key, e in made.items()}
+leaks = {key: compare.auc_influence_values(e).astype(np.float32) for key, e in made.items()}
 level = 1 - 0.05 / (len(made) * (len(made) - 1))  # Bonferroni
 shadows = dict(shadow_correction=intervals.SHADOW_CORRECTION, columns=run.dataset.groups)
 
@@ -116,8 +116,9 @@ beaten = interventions.dominated(made)
 assert beaten[baseline, 0.0] == [b for b in made if beats(b, (baseline, 0.0))]
 
 # %%
+shown = (("test_accuracy", ""), ("auc", "lira_shrunk"))
 points = {
-    key: [select(table, baseline, metric=m, optimizer=key[0], rho=key[1]) for m in ("test_accuracy", "auc")]
+    key: [select(table, baseline, metric=m, attack=a, optimizer=key[0], rho=key[1]) for m, a in shown]
     for key in list(made)[1:]
 }
 near = {key: rows for key, rows in points.items() if abs(rows[0].value) <= 0.02}
@@ -136,7 +137,7 @@ for axis in axes[0]:
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
     axis.locator_params(nbins=5)
-    axis.set(xlabel="test accuracy, minus the baseline's", ylabel="AUC of LiRA, minus the baseline's")
+    axis.set(xlabel="test accuracy, minus the baseline's", ylabel="AUC of lira_shrunk, minus the baseline's")
 if panels == 2:
     height = 1.25 * max(max(-y.ci_low, y.ci_high, 0.004) for _, y in near.values())
     axes[0, 1].set(xlim=(-0.02, 0.02), ylim=(-height, height), ylabel="", title="near the baseline")
@@ -189,15 +190,15 @@ compute = [
     compare.contrast({baseline: lengths[more, baseline], treatment: lengths[e, treatment]}).assign(epochs=e)
     for e, more in pairs.items()
 ]
-compute = pd.concat(compute).query("baseline == @baseline and metric in ['auc', 'test_accuracy']")
+compute = pd.concat(compute).query("baseline == @baseline and metric in ['auc', 'tpr@0.01', 'test_accuracy']")
 
 # %% [markdown]
 # The straight line in code. By construction its difference lies within the library's interval.
 
 # %%
-line = sorted((interventions.test_accuracy(e), compare.lira_influence_values(e).mean()) for e in base)
+line = sorted((interventions.test_accuracy(e), compare.auc_influence_values(e).mean()) for e in base)
 for row in accuracy.itertuples():
-    auc = compare.lira_influence_values(lengths[row.epochs, treatment]).mean()
+    auc = compare.auc_influence_values(lengths[row.epochs, treatment]).mean()
     assert row.ci_low <= auc - np.interp(row.test_accuracy, *zip(*line, strict=True)) <= row.ci_high
 
 # %%
@@ -210,7 +211,7 @@ for kind, frame in (("test accuracy", accuracy), ("train loss", loss)):
 place = [f"epochs={e}" for e in compute.epochs]
 results.add(compute, experiment="equal compute", coordinate=place, n_models=len(base[0].ids))
 for e, more in pairs.items():
-    gain, rise = (percentage_points(select(compute, baseline, epochs=e, metric=m)) for m in ("test_accuracy", "auc"))
+    gain, rise = (percentage_points(select(compute, baseline, epochs=e, metric=m, attack=a)) for m, a in shown)
     show_text(f"At equal compute ({treatment} {e} epochs, {baseline} {more}): accuracy {gain}, AUC {rise}.")
 best = [max(map(interventions.test_accuracy, runs)) for runs in (base, sharp)]
 show_text(f"Best test accuracy over all lengths of training: {baseline} {best[0]:.1%}, {treatment} {best[1]:.1%}.")
@@ -226,7 +227,8 @@ show_text(f"{len(accuracy)} of {treatment}'s {len(sharp)} runs could be compared
 #
 # **Claim.** The effect belongs to sharpness-aware training, not to a batch size, a length or a regularizer.
 #
-# **Method.** We change one thing at a time, for both optimizers, and measure the paired effect on LiRA's AUC anew.
+# **Method.** We change one thing at a time, for both optimizers, and measure anew the paired effect on the AUC (of
+# `lira_shrunk`; results.csv has every headline attack).
 # The grey band is the effect of the unchanged run. A level *switches the effect off* if two things hold: the interval
 # there no longer lies on the same side of zero, and the change from the unchanged run, also paired, excludes zero.
 
@@ -234,7 +236,8 @@ show_text(f"{len(accuracy)} of {treatment}'s {len(sharp)} runs could be compared
 causes = run.ensembles("causes")
 effects = interventions.effect_table(causes)
 results.add(effects, experiment="causes", n_models=len(next(iter(causes.values())).ids))
-here, change = (effects[effects.metric == metric].reset_index(drop=True) for metric in ("auc", "auc_change"))
+seen = effects[effects.attack == "lira_shrunk"]
+here, change = (seen[seen.metric == metric].reset_index(drop=True) for metric in ("auc", "auc_change"))
 levels = (here.factor + ": " + here.level).where(here.factor != here.level, here.factor)
 
 # %%
@@ -244,7 +247,9 @@ for index, (_, rows) in enumerate(here.groupby("factor", sort=False)):
     axis.errorbar(rows.value, rows.index, xerr=spread, capsize=3, **figures.look(index) | {"linestyle": ""})
 axis.axvspan(here.ci_low[0], here.ci_high[0], color="0.88", zorder=0, label="as it is")
 axis.axvline(0, color="0.3", lw=1)
-axis.set(yticks=range(len(here)), yticklabels=levels, xlabel=figures.plain(f"AUC of LiRA, {treatment} − {baseline}"))
+axis.set(
+    yticks=range(len(here)), yticklabels=levels, xlabel=figures.plain(f"AUC of lira_shrunk, {treatment} − {baseline}")
+)
 axis.invert_yaxis()
 axis.legend(fontsize=9)
 figures.save(figure, run, "causes")
@@ -273,7 +278,7 @@ if was:
 #
 # **Method.** Each defence is trained (or, for temperature, served) on the baseline's halves. The attacker knows the
 # defence: the shadow models are trained and served in the same way. Beside LiRA we report the attack without shadow
-# models, a threshold on the confidence.
+# models, a threshold on the confidence. The figure shows `lira_shrunk`; results.csv has every headline attack.
 
 # %%
 defended = run.ensembles("defences")
@@ -285,10 +290,11 @@ results.add(costs, experiment="defences", rho="", n_models=len(defended["none"].
 # %%
 def show_prices(costs, undefended, name):
     """A picture of accuracy and leakage, and a table of the differences from the undefended baseline."""
+    costs = costs[costs.attack.isna() | costs.attack.isin(["lira_shrunk", "confidence"])]
     rates = sorted(float(metric[4:]) for metric in costs.metric.unique() if metric.startswith("tpr@"))
     rates = [0.001] if 0.001 in rates else rates[:1]
-    panels = {"test_accuracy": "test accuracy", "auc": "AUC of LiRA"}
-    panels |= {f"tpr@{rate:g}": f"TPR of LiRA at {100 * rate:g}% FPR" for rate in rates}
+    panels = {"test_accuracy": "test accuracy", "auc": "AUC of lira_shrunk"}
+    panels |= {f"tpr@{rate:g}": f"TPR of lira_shrunk at {100 * rate:g}% FPR" for rate in rates}
     is_threshold, own = costs.attack == "confidence", costs.baseline == ""
     drawn = costs[own & ~is_threshold].assign(optimizer="")  # one marker for all
     display(figures.save(figures.forest(drawn, panels, "label", undefended), run, name))
@@ -340,11 +346,11 @@ else:
 #
 # **Claim.** SAM exposes the same examples as SGD, only more.
 #
-# **Method.** Per class: LiRA's AUC within each class, and the test accuracy of each class, since an overall accuracy
-# can hide a class that nobody recognizes. Per example: its exposure is how well $\phi$ tells the models trained with
-# it from those without it (AUC). We rank the examples by exposure and compare the ranks under the two optimizers on
-# *different* models. We compare one optimizer with itself in the same way: noise alone keeps these ranks from
-# agreeing perfectly.
+# **Method.** Per class: the AUC of `lira_shrunk` within each class, and the test accuracy of each class, since an
+# overall accuracy can hide a class that nobody recognizes. Per example: its exposure is how well $\phi$ tells the
+# models trained with it from those without it (AUC). We rank the examples by exposure and compare the ranks under the
+# two optimizers on *different* models. We compare one optimizer with itself in the same way: noise alone keeps these
+# ranks from agreeing perfectly.
 
 # %%
 two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, treatment)}
@@ -352,7 +358,7 @@ n_models = len(two[baseline].ids)
 by_class = interventions.class_table(two)
 results.add(by_class, experiment="classes", n_models=n_models)
 show_table(by_class[by_class.metric == "balanced_test_accuracy"])
-auc = by_class[by_class.metric == "auc"]
+auc = by_class[(by_class.metric == "auc") & (by_class.attack == "lira_shrunk")]
 
 # %%
 if len(auc):
@@ -366,7 +372,7 @@ if len(auc):
             figures.plain(name), (one.value[name], other.value[name]), (6, 4), textcoords="offset points", fontsize=8
         )
     axis.axline((one.value.iloc[0],) * 2, slope=1, color="0.4", lw=1, linestyle="--", label="equal")
-    within = figures.plain(f"AUC of LiRA within a class, {baseline}")
+    within = figures.plain(f"AUC of lira_shrunk within a class, {baseline}")
     axis.set(xlabel=within, ylabel=figures.plain(f"under {treatment}"))
     figure.colorbar(sizes, label="examples of the class in the pool", ticks=one["size"].quantile([0, 0.5, 1]).unique())
     axis.legend(fontsize=9)
@@ -420,6 +426,7 @@ else:
     for metric, rows in patterns.groupby("metric", sort=False):
         show_text(f"`{metric}`, by how many examples share a sub-pattern:")
         show_table(rows.assign(metric=rows["size"]))
+    patterns = patterns[patterns.attack.isna() | (patterns.attack == "lira_shrunk")]
     cells = patterns.groupby(["optimizer", "baseline", "metric"], sort=False)
     atypical = {key: rows.loc[rows.value.idxmax(), ["size", "value"]] for key, rows in cells}
 
@@ -432,7 +439,7 @@ else:
 more, less = (sum(leak == s for _, leak in signs.values()) for s in (1, -1))
 show_text(f"**Variants.** {more} of {len(signs)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
 for e, more in pairs.items():
-    rise = describe_sign(select(compute, baseline, epochs=e, metric="auc"), *than)
+    rise = describe_sign(select(compute, baseline, epochs=e, metric="auc", attack="lira_shrunk"), *than)
     show_text(f"**At equal compute** ({e} and {more} epochs) {treatment} leaks {rise} {baseline}.")
 for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     found = [sign(row) for row in frame.itertuples()]
@@ -440,10 +447,10 @@ for name, frame in (("accuracy", accuracy), ("train loss", loss)):
     show_text(f"**At equal {name}** {said if found else 'nothing can be compared.'}")
 show_text(f"**Causes.** {f'The effect is switched off by {off}' if was else 'There is no effect to switch off'}.")
 
-lowered = costs[(costs.baseline == "none") & (costs.attack == "lira") & (costs.metric == "auc") & (costs.ci_high < 0)]
-lowered = lowered.sort_values("value")
+lowered = costs[(costs.baseline == "none") & (costs.attack == "lira_shrunk") & (costs.metric == "auc")]
+lowered = lowered[lowered.ci_high < 0].sort_values("value")
 said = joined(f"{row.optimizer} ({percentage_points(row)})" for row in lowered.itertuples())
-show_text(f"**Defences.** Without a guarantee, these lower LiRA's AUC, most first: {said}.")
+show_text(f"**Defences.** Without a guarantee, these lower the AUC of `lira_shrunk`, most first: {said}.")
 if private:
     rows = guard[(guard.baseline == baseline) & (guard.metric == "test_accuracy")].itertuples()
     said = joined(f"{row.optimizer}, {row.coordinate} ({percentage_points(row)})" for row in rows)

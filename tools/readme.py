@@ -18,6 +18,7 @@ from tools import costs
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs" / "reference"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LIRA = ("", "lira", "lira_shrunk")  # the attack of the sweeps: runs since November 2026 have lira_shrunk and others
 FITS = 0.99  # a model that is right about so much of its training half is said to fit it
 WORDS = "**more**", "**less**", "no differently"
 
@@ -34,7 +35,7 @@ def runs():
 
 def lengths(results):
     """SAM minus SGD in the length sweep, with columns epochs and the train accuracies sgd and sam."""
-    rows = results[results.experiment == "length sweep"]
+    rows = results[(results.experiment == "length sweep") & results.attack.isin(LIRA)]
     rows = rows.assign(epochs=rows.coordinate.str.removeprefix("epochs=").astype(int))
     own = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")]
     fits = own.pivot(index="epochs", columns="optimizer", values="value")
@@ -49,7 +50,7 @@ def leaks(results):
 def equal_loss(results):
     """SAM minus SGD in LiRA's AUC at equal train loss, as named tuples."""
     rows = results[(results.experiment == "equal train loss") & (results.notebook == "01_phenomenon")]
-    return list(rows.itertuples())
+    return list(rows[rows.attack.isin(LIRA)].itertuples())
 
 
 def title(results):

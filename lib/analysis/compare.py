@@ -15,7 +15,7 @@ from scipy.interpolate import KroghInterpolator
 from tqdm import tqdm
 
 from lib import need
-from lib.attacks import catalogue, intervals, label_only, shadow, thresholds
+from lib.attacks import catalogue, intervals, label_only, thresholds
 from lib.attacks.intervals import SHADOW_CORRECTION, Estimate, estimate, ratio_influence_values
 from lib.attacks.signals import signals
 from lib.data.dataset import inputs
@@ -91,19 +91,20 @@ def train_losses(ensemble):
     return -on_pool(ensemble, "log_confidence")
 
 
-def lira_scores(ensemble):
-    """Scores [M, N] of LiRA: online, a variance for each example, over all queries."""
-    phi = signals(ensemble.logits, ensemble.dataset.y, only=("phi",))["phi"]
-    return shadow.lira(phi, np.array(ensemble.member))
+def headline_scores(ensemble):
+    """Scores of the headline attacks, over all queries: dict attack -> [M, N]. The ensemble keeps them."""
+    if "headline_scores" not in vars(ensemble):
+        vars(ensemble)["headline_scores"] = scores(ensemble, only=catalogue.HEADLINES)
+    return vars(ensemble)["headline_scores"]
 
 
-def lira_influence_values(ensemble):
-    """Influence values [M, N] of the AUC of LiRA."""
-    return intervals.auc_influence_values(lira_scores(ensemble), np.array(ensemble.member))
+def auc_influence_values(ensemble, attack="lira_shrunk"):
+    """Influence values [M, N] of the AUC of a headline attack."""
+    return intervals.auc_influence_values(headline_scores(ensemble)[attack], np.array(ensemble.member))
 
 
 def auc_estimate(values, dataset, level=0.95):
-    """Estimate of a difference of LiRA's AUCs from its influence values [M, N]."""
+    """Estimate of a difference of AUCs from its influence values [M, N]."""
     return estimate(values, level=level, shadow_correction=SHADOW_CORRECTION, columns=dataset.groups)
 
 
@@ -152,9 +153,17 @@ def accuracies(ensembles):
 
 
 def contrast(ensembles):
-    """`accuracies` and LiRA's AUC: a tidy frame. Column train_loss: the optimizer's own, NaN beside differences."""
-    auc = compared(ensembles, lira_influence_values, "auc", True, SHADOW_CORRECTION).assign(attack="lira")
-    frame = pd.concat([accuracies(ensembles), auc], ignore_index=True)
+    """`accuracies`, and of every headline attack the AUC and, where reportable, TPR and FPR at 1% FPR: a tidy frame.
+
+    Columns beside the usual ones: attack, and train_loss, the optimizer's own, NaN beside differences.
+    """
+    first, frames = next(iter(ensembles.values())), [accuracies(ensembles).assign(attack="")]
+    member = np.array(first.member)
+    for attack in catalogue.HEADLINES:
+        auc = compared(ensembles, partial(auc_influence_values, attack=attack), "auc", True, SHADOW_CORRECTION)
+        found = {label: headline_scores(e)[attack] for label, e in ensembles.items()}
+        frames += [f.assign(attack=attack) for f in (auc, *intervals.at_rates(found, member, (0.01,), **design(first)))]
+    frame = pd.concat(frames, ignore_index=True)
     own = frame[(frame.metric == "train_loss") & (frame.baseline == "")]
     loss = frame.optimizer.map(dict(zip(own.optimizer, own.value, strict=True)))
     return frame.assign(train_loss=loss.where(frame.baseline == ""))
@@ -197,8 +206,8 @@ def extremes(ensembles):
     return pd.concat([first, second], ignore_index=True)
 
 
-def scores(ensemble, member=None):
-    """Every attack on every model: dict attack -> [M, N]. member: another membership, for the null control.
+def scores(ensemble, member=None, only=catalogue.NAMES):
+    """Every attack (or those in `only`) on every model: dict attack -> [M, N]. member: another, for the null control.
 
     An audit with fewer than three models with or without an example has no LiRA and RMIA.
     """
@@ -207,7 +216,8 @@ def scores(ensemble, member=None):
     if min(n_in.min(), len(member) - n_in.max()) < 3:
         found = catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
         return {name: found[name] for name in catalogue.NAMES if name in found}
-    return catalogue.run(ensemble.logits, data.y, member, ensemble.test_logits, data.y_test, groups=data.groups)
+    population = ensemble.test_logits, data.y_test
+    return catalogue.run(ensemble.logits, data.y, member, *population, groups=data.groups, only=only)
 
 
 def leakage(ensembles, scored, fixed=catalogue.FIXED):
@@ -339,8 +349,8 @@ def length_table(length_sweep):
     return pd.concat(frames, ignore_index=True)
 
 
-def at_equal(name, length_sweep, treatment, baseline):
-    """LiRA's AUC, treatment minus baseline, at every train_loss or test_accuracy (the name) that the treatment reached.
+def at_equal(name, length_sweep, treatment, baseline, attack="lira_shrunk"):
+    """The AUC, treatment minus baseline, at every train_loss or test_accuracy (the name) that the treatment reached.
 
     length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. The baseline's AUC is interpolated by
     the straight line (in log loss) through its two neighbouring runs, and by the parabolas through them and the next
@@ -357,7 +367,7 @@ def at_equal(name, length_sweep, treatment, baseline):
     need(paired, "length_sweep: its ensembles hold different models; keep_common_models first")
     runs = {scale(values_of(e).mean()): e for (_, optimizer), e in length_sweep.items() if optimizer == baseline}
     places, rows = np.array(sorted(runs)), []
-    aucs = np.array([lira_influence_values(runs[k]) for k in places], np.float32)
+    aucs = np.array([auc_influence_values(runs[k], attack) for k in places], np.float32)
     for (epochs, optimizer), e in length_sweep.items():
         place = scale(values_of(e).mean())
         right = int(np.searchsorted(places, place))
@@ -369,11 +379,11 @@ def at_equal(name, length_sweep, treatment, baseline):
         if apart.low <= 0 <= apart.high:
             continue
         curves = [ends, *([*ends, k] for k in (right - 2, right + 1) if 0 <= k < len(places))]
-        own = lira_influence_values(e)
+        own = auc_influence_values(e, attack)
         found = [auc_estimate(own - KroghInterpolator(places[k], aucs[k])(place), e.dataset) for k in curves]
         hull = Estimate(np.mean([f.value for f in found]), min(f.low for f in found), max(f.high for f in found))
         at, low, high = (format(back(x), digits) for x in (place, *places[ends]))
-        about = dict(optimizer=treatment, baseline=baseline, attack="lira", epochs=epochs, between=f"{low} and {high}")
+        about = dict(optimizer=treatment, baseline=baseline, attack=attack, epochs=epochs, between=f"{low} and {high}")
         about |= {name: back(place), "coordinate": f"{name}={at}, between={low} and {high}"}
         rows.append(intervals.row("auc", hull, **about))
     return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "epochs", "coordinate", name, "between"])

@@ -1,6 +1,7 @@
 """What the paper leaves open: tables of its variants, of what switches the effect off, of defences, and of who pays.
 
 `found` and `ensembles` are dicts label -> Ensemble of the same models, the baseline first, as in lib.analysis.compare.
+An AUC is that of each headline attack (column attack), or of the one that the argument `attack` names.
 """
 
 from types import SimpleNamespace
@@ -10,18 +11,18 @@ import pandas as pd
 
 from lib.analysis import compare
 from lib.analysis.memorization import exposure, spearman
-from lib.attacks import intervals
+from lib.attacks import catalogue, intervals
 from lib.attacks.intervals import SHADOW_CORRECTION, estimate, row
 
 
-def dominated(found, level=0.95):
+def dominated(found, level=0.95, attack="lira_shrunk"):
     """Which other ensembles beat each one: dict label -> list of labels, empty on the Pareto frontier.
 
-    b beats a if it tests better or leaks less (LiRA's AUC), with the paired interval clear of 0, and its estimate of
-    the other quantity is not worse. The intervals allow for the number of pairs compared (Bonferroni).
+    b beats a if it tests better or leaks less (in AUC), with the paired interval clear of 0, and its estimate of the
+    other quantity is not worse. The intervals allow for the number of pairs compared (Bonferroni).
     """
     accuracy = {label: compare.hits_on_test(e) for label, e in found.items()}
-    leak = {label: compare.lira_influence_values(e).astype(np.float32) for label, e in found.items()}
+    leak = {label: compare.auc_influence_values(e, attack).astype(np.float32) for label, e in found.items()}
     data, strict = next(iter(found.values())).dataset, 1 - (1 - level) / max(1, len(found) * (len(found) - 1))
 
     def beats(b, a):
@@ -33,27 +34,28 @@ def dominated(found, level=0.95):
 
 
 def effect_table(found):
-    """The treatment's effect on LiRA's AUC at every level, and its change from the run as it is: a tidy frame.
+    """The treatment's effect on AUC at every level, and its change from the run as it is: a tidy frame.
 
     found: dict (factor, level, optimizer) -> Ensemble, with the baseline and the run as it is first. A level with a
-    missing ensemble is left out. Metrics: auc, auc_change. Columns beside the usual ones: factor, level, coordinate,
-    train_accuracy (the baseline's), train_accuracy_treatment and test_gain.
+    missing ensemble is left out. Metrics: auc, auc_change. Columns beside the usual ones: attack, factor, level,
+    coordinate, train_accuracy (the baseline's), train_accuracy_treatment and test_gain.
     """
     baseline, treatment = dict.fromkeys(name for *_, name in found)
-    rows, as_it_is = [], None
+    rows, as_it_is = [], {}
     for factor, level in dict.fromkeys(key[:2] for key in found):
         base, treated = (found.get((factor, level, name)) for name in (baseline, treatment))
         if base is None or treated is None:
             continue
-        about = dict(optimizer=treatment, baseline=baseline, attack="lira", factor=factor, level=level)
+        about = dict(optimizer=treatment, baseline=baseline, factor=factor, level=level)
         about["coordinate"] = f"{factor}={level}"
         about["train_accuracy"] = compare.on_pool(base, "correct").mean()
         about["train_accuracy_treatment"] = compare.on_pool(treated, "correct").mean()
         about["test_gain"] = test_accuracy(treated) - test_accuracy(base)
-        effect = compare.lira_influence_values(treated) - compare.lira_influence_values(base)
-        as_it_is = effect if as_it_is is None else as_it_is
-        for metric, values in (("auc", effect), ("auc_change", effect - as_it_is)):
-            rows.append(row(metric, compare.auc_estimate(values, base.dataset), **about))
+        for attack in catalogue.HEADLINES:
+            effect = compare.auc_influence_values(treated, attack) - compare.auc_influence_values(base, attack)
+            change = effect - as_it_is.setdefault(attack, effect)
+            for metric, values in (("auc", effect), ("auc_change", change)):
+                rows.append(row(metric, compare.auc_estimate(values, base.dataset), attack=attack, **about))
     return pd.DataFrame(rows)
 
 
@@ -69,11 +71,11 @@ def tempered(ensemble, temperature):
 
 
 def defence_table(found):
-    """Accuracies, and every metric of LiRA and of a threshold on the confidence: a tidy frame.
+    """Accuracies, and every metric of the headline attacks and of a threshold on the confidence: a tidy frame.
 
     found: dict label -> Ensemble, the undefended one first.
     """
-    scored = {k: {"lira": compare.lira_scores(e), "confidence": compare.signal(e, "phi")} for k, e in found.items()}
+    scored = {k: compare.headline_scores(e) | {"confidence": compare.signal(e, "phi")} for k, e in found.items()}
     return pd.concat([compare.accuracies(found), compare.leakage(found, scored)], ignore_index=True)
 
 
@@ -87,22 +89,23 @@ def private_table(found):
 
 
 def within(ensembles, parts, accuracy):
-    """LiRA's AUC and the test accuracy (the metric `accuracy`) within parts of the data: a tidy frame, column part.
+    """AUC and test accuracy (the metric `accuracy`) within parts of the data: a tidy frame with the column part.
 
     parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool). A part without members or
     non-members in some model has no AUC; one without test examples has no accuracy.
     """
     first = next(iter(ensembles.values()))
     data, member, frames = first.dataset, np.array(first.member), []
-    scores = {label: compare.lira_scores(e) for label, e in ensembles.items()}
     right = {label: compare.hits_on_test(e) for label, e in ensembles.items()}
     for part, (own, seen) in parts.items():
         inside = member[:, own]
         if inside.any(1).all() and (~inside).any(1).all():
             groups = None if data.groups is None else data.groups[own]
             how = {"shadow_correction": SHADOW_CORRECTION, "columns": groups}
-            values = {label: intervals.auc_influence_values(s[:, own], inside) for label, s in scores.items()}
-            frames.append(intervals.paired(values, "auc", True, **how).assign(attack="lira", part=part))
+            for attack in catalogue.HEADLINES:
+                scores = {label: compare.headline_scores(e)[attack][:, own] for label, e in ensembles.items()}
+                values = {label: intervals.auc_influence_values(s, inside) for label, s in scores.items()}
+                frames.append(intervals.paired(values, "auc", True, **how).assign(attack=attack, part=part))
         if seen.any():
             groups = None if data.groups_test is None else data.groups_test[seen]
             values = {label: r[:, seen] for label, r in right.items()}
@@ -111,7 +114,7 @@ def within(ensembles, parts, accuracy):
 
 
 def class_table(ensembles):
-    """LiRA's AUC and the test accuracy within each class: a tidy frame with the columns class, size and coordinate.
+    """AUC and test accuracy within each class: a tidy frame with the columns class, size and coordinate.
 
     size: the class's number of examples in the pool. Metrics auc, class_test_accuracy, and balanced_test_accuracy
     (class ""), the mean over the classes.
@@ -160,7 +163,7 @@ def agreement(ensembles, parts=8, seed=0):
 def pattern_table(ensembles, memorized):
     """Exposure, memorization and test accuracy by how many pool examples share a known sub-pattern: a tidy frame.
 
-    memorized: dict optimizer -> [N]. Metrics auc (LiRA), mean_memorization and test_accuracy; columns size ("3 to 9")
+    memorized: dict optimizer -> [N]. Metrics auc, mean_memorization and test_accuracy; columns size ("3 to 9")
     and coordinate. Sizes with fewer than 10 examples in the pool are left out, and accuracies on fewer than 10.
     """
     data = next(iter(ensembles.values())).dataset

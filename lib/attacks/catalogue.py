@@ -6,25 +6,45 @@ from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
 from lib.attacks.shadow import liras, rmia
-from lib.attacks.signals import TINY, signals
+from lib.attacks.signals import TINY, parallel, signals
 from lib.attacks.thresholds import classwise, yeom
 
 NAMES = tuple(
     "gap loss confidence confidence_classwise entropy entropy_classwise m_entropy m_entropy_classwise neural "
-    "neural_classwise lira lira_pooled lira_offline lira_offline_pooled rmia rmia_offline".split()
+    "neural_classwise lira lira_shrunk lira_offline lira_offline_shrunk rmia rmia_offline combined".split()
 )
+LIRAS = {  # (offline, variance), as in shadow.liras
+    "lira": (False, "example"),
+    "lira_shrunk": (False, "shrunk"),
+    "lira_offline": (True, "example"),
+    "lira_offline_shrunk": (True, "shrunk"),
+}
+# the attacks that speak for all where one number is wanted; fixed before any result of theirs was known
+HEADLINES = ("lira_shrunk", "rmia", "combined")
 # the attacks whose own decision is score > 0
 FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise", "neural_classwise")
+FAMILIES = {
+    "threshold on one output": ("gap", "loss", "confidence", "entropy", "m_entropy"),
+    "class-wise thresholds": FIXED[2:],
+    "neural": ("neural",),
+    "label-only": ("label_only", "label_only_classwise"),
+    "likelihood ratio": tuple(LIRAS),
+    "RMIA": ("rmia", "rmia_offline"),
+    "both combined": ("combined",),
+}
 
 
-def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, groups=None):
-    """All attacks in NAMES: a dict name -> scores [M, N] float32.
+def run(
+    logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, groups=None, only=NAMES
+):
+    """All attacks in NAMES, or those in `only`: a dict name -> scores [M, N] float32.
 
     logits: [M, N, C] or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
     the queries; the others see the first. y: [N] labels; member: [M, N] bool. population_logits [M, T, C] (or
     [M, Q, T, C]) and population_y [T]: examples that no model trained on; without them RMIA compares with the pool.
     gamma, a: RMIA's. seed: of the parts on which thresholds and networks are learned; groups [N] (a patient's two eyes)
-    stay together in them. Raises ValueError, naming the argument, where they do not fit.
+    stay together in them. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to
+    1, ties averaged. Raises ValueError, naming the argument, where they do not fit.
     """
     shape = np.shape(logits)
     need(len(shape) in (3, 4), f"logits: shape {shape}; valid are [M, N, C] and [M, Q, N, C]")
@@ -32,23 +52,36 @@ def run(logits, y, member, population_logits=None, population_y=None, gamma=1.0,
     need(np.shape(member) == valid, f"member: shape {np.shape(member)}; valid is [M, N] = {valid}")
     both = (population_logits is None) == (population_y is None)
     need(both, "population_y: missing or without population_logits; valid are both or neither")
-    seen = signals(logits if len(shape) == 3 else logits[:, 0], y)
-    shown = seen if len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
+    need(set(only) <= set(NAMES), f"only: {[*only]}; valid are {', '.join(NAMES)}")
+    wanted = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}
+    alone, out, seen = wanted - {*LIRAS, "rmia", "rmia_offline", "combined"}, {}, None
+    if alone:
+        seen = signals(logits if len(shape) == 3 else logits[:, 0], y)
+    shown = seen if alone and len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
     phi, confidence, population = shown["phi"], shown["confidence"], None
-    out = of_signals(seen, y, member, seed, groups)
+    if alone:
+        out = of_signals(seen, y, member, seed, groups)
     del seen, shown
-    kinds = {
-        "lira": (False, "example"),
-        "lira_pooled": (False, "pooled"),
-        "lira_offline": (True, "example"),
-        "lira_offline_pooled": (True, "pooled"),
-    }
+    kinds = {name: kind for name, kind in LIRAS.items() if name in wanted}
     out |= zip(kinds, liras(phi, member, kinds.values()), strict=True)
     if population_logits is not None:
         population = signals(population_logits, population_y, only=("confidence",))["confidence"]
-    out["rmia"] = rmia(confidence, member, population, False, gamma, a)
-    out["rmia_offline"] = rmia(confidence, member, population, True, gamma, a)
-    return {name: out[name] for name in NAMES}
+    for name in wanted & {"rmia", "rmia_offline"}:
+        out[name] = rmia(confidence, member, population, name == "rmia_offline", gamma, a)
+    if "combined" in wanted:
+        pairs = zip(out["lira_shrunk"], out["rmia"], strict=True)
+        out["combined"] = np.stack(parallel(lambda pair: (ranks(pair[0]) + ranks(pair[1])) / 2, pairs))
+    return {name: out[name] for name in NAMES if name in only}
+
+
+def ranks(scores):
+    """The ranks of scores [N] from 0 to 1, equal scores at the mean of theirs: [N] float32."""
+    order = np.argsort(scores)
+    first = np.append(True, np.diff(scores[order]) > 0)  # of each run of ties
+    ends = np.append(np.flatnonzero(first), len(scores))
+    out = np.empty(len(scores), np.float32)
+    out[order] = ((ends[:-1] + ends[1:] - 1) / (2 * len(scores) - 2)).astype(np.float32)[np.cumsum(first) - 1]
+    return out
 
 
 def single(logits, y, member, seed=0, groups=None):

@@ -140,20 +140,28 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) 
     half of the target's own non-members (tpr_influence_values_within).
     """
     how |= {"clusters": pairs(checked(next(iter(scores.values())), member)[1]), "level": level}
-    alone, learned = how.get("examples_only", False) and len(member) < 3, {"seed": seed, "groups": how.get("columns")}
-    corrected, frames = {"shadow_correction": SHADOW_CORRECTION, **how}, []
-    frames.append(paired({k: auc_influence_values(s, member) for k, s in scores.items()}, "auc", True, **corrected))
+    learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
+    frames = [paired({k: auc_influence_values(s, member) for k, s in scores.items()}, "auc", True, **corrected)]
     values = {k: balanced_accuracy_influence_values(s, member, threshold, **learned) for k, s in scores.items()}
     accuracy = paired(values, "balanced_accuracy", True, **corrected)
     # advantage = TPR - FPR = 2 balanced accuracy - 1; in a difference the 1 cancels
     advantage = (2 * accuracy[["value", "ci_low", "ci_high"]]).sub(accuracy.baseline == "", axis=0)
     frames += [accuracy, accuracy.assign(metric="advantage", **advantage)]
-    at_rate = partial(tpr_influence_values_within, **learned) if alone else tpr_influence_values
+    frames += at_rates(scores, member, fprs, seed, **how)
+    return pd.concat(frames, ignore_index=True)
+
+
+def at_rates(scores, member, fprs=FPRS, seed=0, **how) -> list[pd.DataFrame]:
+    """The rows tpr@<fpr> and realised_fpr@<fpr> of `table`, a frame each, where an FPR is `reportable`."""
+    alone, frames = how.get("examples_only", False) and len(member) < 3, []
+    at_rate = tpr_influence_values
+    if alone:
+        at_rate = partial(tpr_influence_values_within, seed=seed, groups=how.get("columns"))
     for fpr in reportable(member, fprs, alone):
         both = {name: at_rate(s, member, fpr) for name, s in scores.items()}
         for k, metric in enumerate((f"tpr@{fpr}", f"realised_fpr@{fpr}")):
             frames.append(paired({name: found[k] for name, found in both.items()}, metric, True, **how))
-    return pd.concat(frames, ignore_index=True)
+    return frames
 
 
 def evaluate(scores, member, **how) -> pd.DataFrame:

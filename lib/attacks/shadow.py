@@ -8,20 +8,13 @@ the rest would give away the target's own membership. So an attack on a model th
 """
 
 import numpy as np
+from scipy.special import digamma, gammaln, polygamma
 
 from lib import need
 from lib.attacks.membership import checked, partners
 from lib.attacks.signals import TINY, parallel
 
 FLOOR = 1e-12  # smallest variance that we divide by
-
-# sigma^2 of the IN (or OUT) shadows of each example, from n, mean and squares (see `statistics`), each [N]
-VARIANCES = {
-    # an own variance for each example, without Bessel's correction, as in the authors' code
-    "example": lambda n, mean, squares: squares / n,
-    # one variance for all examples: the squares within examples over their degrees of freedom
-    "pooled": lambda n, mean, squares: squares.sum() / (n - 1).sum(),
-}
 
 
 def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarray:
@@ -49,25 +42,83 @@ def liras(phi, member, kinds, leave=None) -> list[np.ndarray]:
     scores = [np.empty(phi.shape, np.float32) for _ in kinds]
 
     def attack(targets):
-        out, *rest = (without(side, phi, chosen, targets) for chosen, side in sides)
+        found = [without(side, phi, chosen, targets) for chosen, side in sides]  # OUT, and online IN
+        from_mean = [phi[targets] - mean for _, mean, _ in found]
+        spreads = {v: [VARIANCES[v](*side) for side in found] for v in dict.fromkeys(v for _, v in kinds)}
         for (offline, variance), score in zip(kinds, scores, strict=True):
-            var_out = np.maximum(VARIANCES[variance](*out), FLOOR)
             if offline:
                 # z = (phi - mu_out) / sigma_out
-                score[targets] = (phi[targets] - out[1]) / np.sqrt(var_out)
+                score[targets] = z_score(from_mean[0], *spreads[variance][0])
             else:
-                var_in = np.maximum(VARIANCES[variance](*rest[0]), FLOOR)
-                # log Lambda = log N(phi; mu_in, sigma_in^2) - log N(phi; mu_out, sigma_out^2)
-                score[targets] = log_normal(phi[targets], rest[0][1], var_in) - log_normal(
-                    phi[targets], out[1], var_out
-                )
+                # log Lambda = log p(phi | IN) - log p(phi | OUT)
+                out, within = (log_density(u, *spread) for u, spread in zip(from_mean, spreads[variance], strict=True))
+                score[targets] = within - out
 
     parallel(attack, left_out_together(inside, leave))
     return scores
 
 
-def log_normal(x, mean, variance):  # up to a constant
-    return -((x - mean) ** 2 / variance + np.log(variance)) / 2
+def log_density(u, variance, freedom):
+    """Log density [m, N] of Student's t (normal if freedom is inf) at u [m, N] from its centre, + log(2 pi) / 2."""
+    scale = np.maximum(variance, FLOOR)
+    if np.all(freedom == np.inf):
+        return -(u**2 / scale + np.log(scale)) / 2
+    # log t = lgamma((v+1)/2) - lgamma(v/2) - log(v sigma^2 / 2) / 2 - (v+1)/2 log(1 + u^2 / (v sigma^2))
+    constant = gammaln((freedom + 1) / 2) - gammaln(freedom / 2) - np.log(freedom / 2) / 2
+    return constant - np.log(scale) / 2 - (freedom + 1) / 2 * np.log1p(u**2 / (freedom * scale))
+
+
+def z_score(u, variance, freedom):
+    """u / sigma [m, N]; for Student's t the normal deviate of about the same tail (Wallace 1959)."""
+    z = u / np.sqrt(np.maximum(variance, FLOOR))
+    if np.all(freedom == np.inf):
+        return z
+    return np.copysign((8 * freedom + 1) / (8 * freedom + 3) * np.sqrt(freedom * np.log1p(z**2 / freedom)), z)
+
+
+def shrunk(n, mean, squares):
+    """The scale^2 and degrees of freedom of Student's t for a new output of each example: [N], and [N] or a number.
+
+    Each example's variance s^2 is drawn towards a common one, s0^2, which weighs as much as d0 degrees of freedom
+    (`prior`): with few shadows most of what s^2 says is noise. n, mean, squares: see `statistics`.
+    """
+    n = n[0] if (n == n[0]).all() else n  # a number is faster
+    d, (d0, common) = n - 1, prior(n, squares)
+    d0 = min(d0, 1e9)  # so many are normal
+    # scale^2 = (d0 s0^2 + d s^2) / (d0 + d) (1 + 1/n): the mean is an estimate, too
+    return (d0 * common + squares) / (d0 + d) * (1 + 1 / n), d0 + d
+
+
+def prior(n, squares) -> tuple[float, float]:
+    """(d0, s0^2): the variances of the examples are about s0^2 d0 / chi^2(d0) (Smyth 2004, section 6.2).
+
+    n: [N], or one number; squares: [N] sums of squared deviations. From the mean and variance of log s^2 over the
+    examples. If they differ no more than estimates do, d0 is inf and s0^2 the variance pooled over all examples.
+    """
+    d, own = n - 1, squares / (n - 1)
+    # e = log s^2 - psi(d/2) + log(d/2); variances near 0 count as 1e-5 of the median, as in the author's limma
+    e = np.log(np.maximum(own, max(1e-5 * np.median(own), FLOOR))) - digamma(d / 2) + np.log(d / 2)
+    # psi'(d0/2) = var(e) - psi'(d/2)
+    wanted = e.var() - np.mean(polygamma(1, d / 2))
+    if wanted <= 0:
+        return np.inf, float(squares.sum() / (d + np.zeros(len(squares))).sum())
+    half = 0.5 + 1 / wanted
+    for _ in range(20):  # Newton's method on 1 / psi', which is nearly linear
+        now = polygamma(1, half)
+        half += now * (1 - now / wanted) / polygamma(2, half)
+    # s0^2 = exp(mean(e) + psi(d0/2) - log(d0/2))
+    return float(2 * half), float(np.exp(e.mean() + digamma(half) - np.log(half)))
+
+
+# (sigma^2, degrees of freedom) of the IN (or OUT) shadows of each example, from n, mean and squares (`statistics`)
+VARIANCES = {
+    # an own variance for each example, without Bessel's correction, as in the authors' code
+    "example": lambda n, mean, squares: (squares / n, np.inf),
+    # one variance for all examples: the squares within examples over their degrees of freedom
+    "pooled": lambda n, mean, squares: (squares.sum() / (n - 1).sum(), np.inf),
+    # between the two, by as much as the examples' variances differ
+    "shrunk": shrunk,
+}
 
 
 def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, leave=None) -> np.ndarray:

@@ -89,7 +89,7 @@ def forest(frame, panels, rows="attack", reference=0):
     return figure
 
 
-def roc(scored, member, attack="lira"):
+def roc(scored, member, attack="lira_shrunk"):
     """ROC on log-log axes, all targets pooled, down to the FPR at which ten false positives are expected."""
     figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     grid = np.geomspace(10 / (~member).sum(), 1, 200)

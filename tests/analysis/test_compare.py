@@ -13,6 +13,7 @@ from lib.analysis import compare, memorization
 from lib.attacks import catalogue, intervals, label_only, thresholds
 from lib.attacks.intervals import auc_influence_values
 from lib.training import Recipe, train
+from tests.analysis.conftest import simulated
 from tests.conftest import blobs
 
 
@@ -112,10 +113,10 @@ def test_align_drops_as_few_as_it_must_for_half_of_the_models_in_common(pair, ca
 
 
 def made_up(monkeypatch, runs, noise=0.0):
-    """Have ensembles of those names the train loss and the LiRA cells of `runs`; noise: of the loss's cells."""
+    """Have ensembles of those names the train loss and the AUC's cells of `runs`; noise: of the loss's cells."""
     own = {n: np.random.default_rng(k).normal(loss, noise, (8, 40)) for k, (n, (loss, _)) in enumerate(runs.items())}
     monkeypatch.setattr(compare, "train_losses", lambda e: own[e.name] if noise else np.full((8, 40), runs[e.name][0]))
-    monkeypatch.setattr(compare, "lira_influence_values", lambda e: runs[e.name][1])
+    monkeypatch.setattr(compare, "auc_influence_values", lambda e, attack: runs[e.name][1])
 
 
 def test_equal_loss_refuses_ensembles_of_different_models(pair):
@@ -175,17 +176,40 @@ def test_groups_are_restricted_to_the_models_that_they_share(pair):
 def test_identical_ensembles_differ_by_exactly_nothing(pair):
     frame = compare.contrast({"sgd": pair["sgd"], "twin": pair["sgd"]})
     differences = frame[frame.baseline == "sgd"]
-    assert len(differences) == 5 and (differences.value == 0).all() and differences.train_loss.isna().all()
+    assert len(differences) == 5 + len(catalogue.HEADLINES)
+    assert (differences.value == 0).all() and differences.train_loss.isna().all()
+
+
+def test_contrast_reports_what_the_table_of_every_headline_attack_says():
+    made = {name: simulated(leak, 1.0, n=400, classes=3) for name, leak in (("sgd", 1.0), ("sam", 1.5))}
+    key, numbers = ["attack", "optimizer", "baseline", "metric"], ["value", "ci_low", "ci_high"]
+    found = compare.contrast(made).set_index(key)[numbers]
+    scored = {name: compare.scores(e) for name, e in made.items()}
+    full = compare.leakage(made, scored).set_index(key)[numbers]
+    metrics = ("auc", "tpr@0.01", "realised_fpr@0.01")
+    who = (("sgd", ""), ("sam", ""), ("sam", "sgd"))
+    both = [(attack, *of, metric) for attack in catalogue.HEADLINES for of in who for metric in metrics]
+    assert set(both) == {index for index in found.index if index[0]}
+    np.testing.assert_allclose(found.loc[both], full.loc[both], rtol=1e-12)
+
+
+def test_headline_scores_are_computed_once_for_each_ensemble(monkeypatch):
+    made, asked = {name: simulated(1.0, 1.0, seed=seed) for seed, name in enumerate("ab")}, []
+    run = catalogue.run
+    monkeypatch.setattr(catalogue, "run", lambda *given, **how: asked.append(how["only"]) or run(*given, **how))
+    compare.contrast(made)
+    compare.auc_influence_values(made["a"], "combined")
+    assert asked == [catalogue.HEADLINES] * 2
 
 
 def test_a_radius_sweep_is_compared_with_radius_zero(pair):
     frame = compare.radius_table({0.0: pair["sgd"], 0.2: pair["sam"], 0.4: pair["sgd"]}, "sam", "sgd")
-    frame = frame.set_index(["optimizer", "baseline", "rho", "metric"]).value
-    plain = compare.contrast(pair).set_index(["optimizer", "baseline", "metric"]).value
-    for metric in ("auc", "test_accuracy", "train_loss"):
-        assert frame["sgd", "", 0.0, metric] == plain["sgd", "", metric]
-        assert frame["sam", "sgd", 0.2, metric] == plain["sam", "sgd", metric]
-        assert frame["sam", "sgd", 0.4, metric] == 0
+    frame = frame.set_index(["optimizer", "baseline", "rho", "metric", "attack"]).value
+    plain = compare.contrast(pair).set_index(["optimizer", "baseline", "metric", "attack"]).value
+    for what in (("auc", "lira_shrunk"), ("auc", "rmia"), ("test_accuracy", ""), ("train_loss", "")):
+        assert frame[("sgd", "", 0.0, *what)] == plain[("sgd", "", *what)]
+        assert frame[("sam", "sgd", 0.2, *what)] == plain[("sam", "sgd", *what)]
+        assert frame[("sam", "sgd", 0.4, *what)] == 0
 
 
 def test_a_length_sweep_is_compared_at_each_length(pair):
@@ -198,7 +222,7 @@ def test_a_length_sweep_is_compared_at_each_length(pair):
 def test_equal_accuracy_is_read_off_the_test_part(monkeypatch):
     auc, values = {"0.2": 0.1, "0.4": 0.2, "0.3": 0.3}, np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     monkeypatch.setattr(compare, "hits_on_test", lambda e: np.full((8, 30), float(e.name)))
-    monkeypatch.setattr(compare, "lira_influence_values", lambda e: values + auc[e.name])
+    monkeypatch.setattr(compare, "auc_influence_values", lambda e, attack: values + auc[e.name])
     found = compare.at_equal("test_accuracy", sweep(["0.2", "0.4"], ["0.3"]), "sam", "sgd")
     assert found.test_accuracy[0] == pytest.approx(0.3) and found.value[0] == pytest.approx(0.15)
     assert found.coordinate[0] == "test_accuracy=0.3000, between=0.2000 and 0.4000"
@@ -216,9 +240,9 @@ def test_align_drops_a_lost_pair_everywhere_and_refuses_too_few(pair):
 def test_null_table_holds_a_half_and_the_true_membership_does_not(pair):
     null = compare.null_table(pair["sgd"], seed=1).set_index("attack")
     assert set(null.index) == set(catalogue.NAMES)
-    assert null.ci_low.lira_pooled <= 0.5 <= null.ci_high.lira_pooled
+    assert null.ci_low.lira_shrunk <= 0.5 <= null.ci_high.lira_shrunk
     correction = intervals.SHADOW_CORRECTION
-    assert intervals.estimate(compare.lira_influence_values(pair["sgd"]), shadow_correction=correction).low > 0.5
+    assert intervals.estimate(compare.auc_influence_values(pair["sgd"]), shadow_correction=correction).low > 0.5
 
 
 def test_variances_within_classes_and_of_members(pair):
@@ -361,9 +385,8 @@ def test_bfloat16_agrees_with_float32_within_intervals_and_another_learning_rate
     made = {name: train(replace(base, **c), pictures, 8, tmp_path, "cpu", quiet=True) for name, c in changes.items()}
     assert (np.array(made["bfloat16"].logits) != np.array(made["float32"].logits)).any()
     frame = compare.contrast(made)
-    frame = frame[frame.metric.isin(["auc", "test_accuracy"]) & (frame.baseline != "")].set_index(
-        ["optimizer", "metric"]
-    )
+    frame = frame[frame.metric.isin(["auc", "test_accuracy"]) & (frame.baseline != "")]
+    frame = frame.set_index(["optimizer", "attack"])
     holds_zero = (frame.ci_low <= 0) & (frame.ci_high >= 0)
     assert holds_zero["bfloat16"].all(), frame.loc["bfloat16"]
-    assert not holds_zero["slower"].any(), frame.loc["slower"]
+    assert not holds_zero["slower"][["", "lira_shrunk"]].any(), frame.loc["slower"]

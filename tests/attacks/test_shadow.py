@@ -37,8 +37,8 @@ def generate_ours(keep, scores, check_scores, centre, variance, offline):
 
 
 def global_variance(n, mean, squares):
-    """The variance of all IN (or OUT) values of all examples about their common mean."""
-    return ((squares + n * (mean - np.average(mean, weights=n)) ** 2).sum()) / n.sum()
+    """The variance of all IN (or OUT) values of all examples about their common mean, of normal distributions."""
+    return ((squares + n * (mean - np.average(mean, weights=n)) ** 2).sum()) / n.sum(), np.inf
 
 
 def assert_equals_the_original(fast, phi, member, gone, centre, variance, offline):

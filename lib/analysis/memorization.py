@@ -68,7 +68,7 @@ def checked(values, member, same=False):
 
 
 def per_example(found, dataset):
-    """A frame with a row for each example: its index in the data set as loaded, class, estimates and standard errors.
+    """A frame with a row for each example: its index in the data as loaded, class, estimates and standard errors.
 
     found: dict output -> dict optimizer -> Memorization.
     """
@@ -83,6 +83,23 @@ def per_example(found, dataset):
 def band_shares(memorized):
     """Share of the examples in each of BANDS: [N] -> [5]."""
     return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
+
+
+def resolved_bands(n_out, least=0.8):
+    """Which of BANDS the estimates of correctness resolve with n_out models without each example: [5] bool.
+
+    The estimate of an example that its members get right is one of the n_out + 1 numbers 1 - k / n_out. A band is
+    resolved if an example in its middle (of the outer ones: 0.05 and 0.925) has its estimate there with probability
+    `least` or more, and one in the middle of another band with 1 - least or less. Narrow bands need many models, on
+    account of both the lattice and the noise.
+    """
+    edges, k = np.array([0.0, *EDGES, 1.0]), np.arange(n_out + 1)
+    middle, lands = (edges[:-1] + edges[1:]) / 2, np.digitize(np.round(1 - k / n_out, 9), EDGES)
+    # k ~ Bin(n_out, 1 - mem): how many of the models without the example get it right nevertheless
+    chance = stats.binom.pmf(k[:, None], n_out, 1 - middle)
+    landing = np.array([chance[lands == band].sum(0) for band in range(len(BANDS))])  # [where it lands, where it is]
+    own = np.eye(len(BANDS), dtype=bool)
+    return np.where(own, landing >= least, landing <= 1 - least).all(1)
 
 
 def jackknife(statistic, member, groups=20, level=0.95):
@@ -106,29 +123,35 @@ def jackknife(statistic, member, groups=20, level=0.95):
     return [intervals.Estimate(*map(float, triple)) for triple in zip(value, value - half, value + half, strict=True)]
 
 
-def memorization_table(values, member):
+def memorization_table(values, member, published=None):
     """Mean memorization and the share of examples in each band, of two optimizers and their difference: a tidy frame.
 
     values: dict optimizer -> [M, N], the baseline first. The difference also has memorization_spearman, their rank
-    correlation. The interval of a share reaches at least two examples either way: an empty band shows no spread.
+    correlation. published: scores [N] of the same examples from elsewhere, for memorization_spearman_published, the
+    rank correlation with them. The interval of a share reaches at least two examples either way: an empty band shows no
+    spread.
     """
     baseline, treatment = values
 
     def statistic(rows, columns):
         part = np.ix_(rows, columns)
         mem = [memorization(v[part], member[part]).value for v in values.values()]
-        a, b = (np.array([m.mean(), *band_shares(m)]) for m in mem)
-        return [*a, *b, *(b - a), spearman(*mem)]
+        both = [np.array([m.mean(), *band_shares(m)]) for m in mem]
+        if published is not None:
+            both = [np.append(b, spearman(m, published[columns])) for b, m in zip(both, mem, strict=True)]
+        return [*both[0], *both[1], *(both[1] - both[0]), spearman(*mem)]
 
     metrics = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]
+    metrics += ["memorization_spearman_published"] * (published is not None)
     keys = [(*who, m) for who in ((baseline, ""), (treatment, ""), (treatment, baseline)) for m in metrics]
     keys.append((treatment, baseline, "memorization_spearman"))
     rows = [(*key, *estimate) for key, estimate in zip(keys, jackknife(statistic, member), strict=True)]
     frame = pd.DataFrame(rows, columns=intervals.TIDY)
-    is_share, is_own = frame.metric.str.contains("share"), frame.baseline == ""
+    is_share, is_published = (frame.metric.str.contains(word) for word in ("share", "published"))
+    most = np.where(is_published & (frame.baseline != ""), 2, 1)  # what the metric can be at most
     low, high = (frame.value + sign * 2 / member.shape[1] * is_share for sign in (-1, 1))
-    frame["ci_low"] = np.fmax(np.fmin(frame.ci_low, low), np.where(is_share & is_own, 0, -1))
-    frame["ci_high"] = np.fmin(np.fmax(frame.ci_high, high), 1)
+    frame["ci_low"] = np.fmax(np.fmin(frame.ci_low, low), np.where(is_share & (frame.baseline == ""), 0, -most))
+    frame["ci_high"] = np.fmin(np.fmax(frame.ci_high, high), most)
     return frame
 
 

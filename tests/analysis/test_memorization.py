@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from lib.analysis import memorization
@@ -94,6 +95,29 @@ def test_the_standard_error_of_a_proportion_is_agresti_and_caffos_and_never_zero
 def test_bands_are_the_issues():
     shares = memorization.band_shares(np.array([-0.2, 0.0999, 0.1, 0.4, 0.6 - 1e-12, 0.7, 0.85, 1.0]))
     np.testing.assert_allclose(shares, np.array([2, 1, 1, 2, 2]) / 8)
+
+
+def test_a_band_is_resolved_if_its_middle_stays_there_on_the_lattice():
+    rng, middle = np.random.default_rng(3), [0.05, 0.25, 0.5, 0.725, 0.925]
+    for n in (8, 24, 64):
+        hits = rng.binomial(n, 1 - np.array(middle), size=(20_000, 5))  # models without the example that get it right
+        drawn = np.array([memorization.band_shares(1 - hits[:, b] / n) for b in range(5)])  # [where it is, lands]
+        fine = [drawn[b, b] >= 0.8 and np.delete(drawn[:, b], b).max() <= 0.2 for b in range(5)]
+        np.testing.assert_array_equal(memorization.resolved_bands(n), fine, str(drawn))
+    assert not memorization.resolved_bands(8)[3] and memorization.resolved_bands(32)[3]
+    assert memorization.resolved_bands(256).all() and not memorization.resolved_bands(2).any()
+
+
+def test_published_scores_are_correlated_by_rank_with_both_and_the_difference_is_paired():
+    member, (rng, hard) = halves(64, 150), (np.random.default_rng(0), np.linspace(0, 1, 150))
+    a, b = (np.where(member, 1.0, 1 - hard) + noise * rng.normal(size=member.shape) for noise in (0.1, 2.0))
+    frame = memorization.memorization_table({"sgd": a, "sam": b}, member, published=1 - hard**3)
+    found = frame[frame.metric == "memorization_spearman_published"].set_index(["optimizer", "baseline"])
+    own = [stats.spearmanr(memorization.memorization(v, member).value, 1 - hard**3)[0] for v in (a, b)]
+    np.testing.assert_allclose(found.value, [*own, own[1] - own[0]], atol=1e-9)
+    assert own[0] < -0.95 and found.ci_low["sam", "sgd"] > 0 and found.ci_high["sgd", ""] < -0.9
+    plain = memorization.memorization_table({"sgd": a, "sam": b}, member)
+    assert plain.equals(frame[~frame.metric.str.contains("published")].reset_index(drop=True))
 
 
 def test_the_jackknife_covers_a_mean_over_models_and_examples():

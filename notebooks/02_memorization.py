@@ -38,7 +38,7 @@ from lib.attacks import intervals
 from lib.data.dataset import inputs
 from lib.study import figures, settings
 from lib.study.results import Results
-from lib.study.text import describe_sign, percentage_points, select, show_table, show_text
+from lib.study.text import describe_sign, joined, percentage_points, select, show_table, show_text
 from lib.training.store import write_atomic
 
 # %% tags=["parameters"]
@@ -220,6 +220,10 @@ for kind, rows in kinds.items():
 #
 # **Method.** We compare the distributions of the estimates, the shares of examples in five bands, and the paired
 # differences of these shares. Intervals come from leaving out groups of models and groups of examples.
+#
+# An estimate of correctness is a difference of two shares of models, so it lies on a lattice. A band counts as
+# *resolved* if an example in its middle lands in it at least four times in five, and one in the middle of another band
+# at most once in five (`memorization.resolved_bands`). The verdict judges no band that is not resolved.
 
 # %%
 values = {name: mem["correct"][name].value for name in (baseline, treatment)}
@@ -233,10 +237,20 @@ for index, (axis, (name, of)) in enumerate(zip(axes, values.items(), strict=True
 figures.save(figure, run, "memorization")
 
 # %%
-tables = {}
+tables, resolved = {}, memorization.resolved_bands(n_out.min())
+flags = [dict(metric=f"band_is_resolved_{b}", value=v) for b, v in zip(memorization.BANDS, resolved, strict=True)]
+flags = pd.DataFrame(flags).astype({"value": float}).assign(ci_low=np.nan, ci_high=np.nan, baseline=baseline)
+for name in run.names[1:]:
+    results.add(flags.assign(optimizer=name))
+bands = ["< 0.1", "0.1-0.4", "0.4-0.6", "0.6-0.85", "> 0.85"]
+show_text(
+    f"With {n_in.min()} models in and {n_out.min()} out, these bands of correctness are resolved: "
+    f"{joined(np.array(bands)[resolved])}. Not resolved: {joined(np.array(bands)[~resolved])}."
+)
 for kind, coordinate in (("correct", ""), ("confidence", "output=confidence")):
     for name in run.names[1:]:
-        table = memorization.memorization_table({n: outputs[kind][n] for n in (baseline, name)}, member)
+        pair = {n: outputs[kind][n] for n in (baseline, name)}
+        table = memorization.memorization_table(pair, member, run.published)
         tables[kind, name] = table
         again = (table.optimizer == baseline) & (name != run.names[1])  # the baseline's own rows are recorded once
         results.add(table[~again], coordinate=coordinate)
@@ -245,7 +259,6 @@ for kind, coordinate in (("correct", ""), ("confidence", "output=confidence")):
 # %%
 panels = {f"memorization of {kind}": tables[kind, treatment] for kind in outputs}
 panels = {t: f[(f.baseline == baseline) & f.metric.str.contains("share")] for t, f in panels.items()}
-bands = ["< 0.1", "0.1-0.4", "0.4-0.6", "0.6-0.85", "> 0.85"]
 figure = figures.interval_panels(
     panels, f"share of examples: {treatment} minus {baseline}", "band of memorization", bands
 )
@@ -259,6 +272,26 @@ for kind in outputs:
 # **How to read it.** Most examples are easy and lie at 0, so the first figure has a logarithmic axis. Noise smears an
 # example at 0 over a band as wide as its standard error. It does so under both optimizers: compare the two, and not a
 # band with zero.
+
+# %% [markdown]
+# ## Beside published scores
+#
+# **Claim.** What we call memorized is what others found hard.
+#
+# **Method.** Scores that someone has published for the same examples, such as consistency scores (Jiang et al. 2021),
+# in the file `SCORES`, one number for each example of the data as loaded. We state the rank correlation of memorization
+# with them, for each optimizer, and the paired difference. (If a high score means an easy example, it is negative.)
+
+# %%
+aligned = "No published scores are given (`make study SCORES=scores.npy`)."
+if run.published is not None:
+    found = pd.concat([tables[kind, treatment].assign(coordinate=kind) for kind in outputs])
+    found = found[found.metric == "memorization_spearman_published"]
+    show_table(found, across=["coordinate"])
+    step = select(found, coordinate="correct", **versus)
+    words = describe_sign(step, "higher under {a} than under {b}", "lower under {a} than under {b}", "no different")
+    aligned = f"Its rank correlation with the published scores is {words.format(a=treatment, b=baseline)}."
+show_text(aligned)
 
 # %% [markdown]
 # ## The mean is the generalization gap
@@ -410,12 +443,28 @@ for row in traits[is_change].itertuples():
 band = select(tables["correct", treatment], metric="memorization_share_0.6_0.85", **versus)
 exposed = select(traits, metric="spearman_change_of_exposure", **versus)
 where = describe_sign(band, "more", "fewer", "not detectably more or fewer")
+judged_band = "" if resolved[3] else f"; {len(member)} models do not resolve this band"
 leaks = describe_sign(exposed, "more exposed", "less exposed", "neither more nor less exposed")
+worst = np.argsort(-mem["confidence"][treatment].value)[: max(1, n_pool // 100)]
+advice = (
+    f"Before you ship a model trained with {treatment}, look at the examples that it memorizes most "
+    f"(`memorization.csv`, sorted): the top hundredth, {len(worst)} examples, has a mean memorization of "
+    f"{mem['confidence'][treatment].value[worst].mean():.2f} of confidence. Correct wrong labels among them, and leave out "
+    "what must not be disclosed: an attack finds these first. "
+) + describe_sign(
+    exposed,
+    f"The list is that of {treatment}, not of {baseline}: where memorization moved, exposure moved with it.",
+    f"Where {treatment} memorizes more, exposure falls here, so rank by exposure, not by memorization.",
+    f"A list made under {baseline} serves as well: we detect no exposure that moved with memorization.",
+)
 show_text(f"""
 - **How much.** {treatment} memorizes {memorizes} {baseline} on average ({percentage_points(mean)} of correctness).
-- **Where.** Between 0.6 and 0.85 there are {where} examples than under {baseline} ({percentage_points(band)}).
+- **Where.** Between 0.6 and 0.85 there are {where} examples than under {baseline} ({percentage_points(band)}{judged_band}).
 - **Who.** The rank correlation of the two is {rank.value:.2f}; {detected.mean():.1%} of the examples moved detectably.
 - **Does it leak?** Examples that {treatment} memorizes more than {baseline} are {leaks} under it ({exposed.value:+.2f}).
+- **Published scores.** {aligned}
+
+**What an engineer should do.** {advice}
 
 All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
 """)

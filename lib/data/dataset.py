@@ -29,7 +29,7 @@ class Dataset:
     x_test: np.ndarray  # [T, ...]
     y_test: np.ndarray  # [T]
     classes: tuple[str, ...]
-    index: np.ndarray | None = None  # [N] where these examples stand in the pool as loaded; None: all of it, in order
+    index: np.ndarray | None = None  # [N] where these examples stand in the data as loaded; None: all of it, in order
     groups: np.ndarray | None = None  # int64 [N] what belongs together (a patient's two eyes); None: each its own
     groups_test: np.ndarray | None = None  # int64 [T] likewise, for the intervals over the test part
     pattern: np.ndarray | None = None  # int64 [N] the sub-pattern each example was drawn from, where that is known
@@ -84,7 +84,7 @@ def load(name: str, data=None, cache=None) -> Dataset:
         n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
         need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
         keep = np.isin(groups, _draw(top, n, seed=0, least=2))
-        test = _subset(d, ~keep)
+        d, test = replace(d, index=np.arange(len(d.y))), _subset(d, ~keep)
         return validate(replace(_subset(d, keep), x_test=test.x, y_test=test.y, groups_test=test.groups))
     except ValueError as error:
         raise ValueError(f"data={data!r}: {error}") from error

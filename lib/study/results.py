@@ -21,7 +21,7 @@ NUMBERS = "value ci_low ci_high".split()
 COUNTS = "n_models n_examples".split()
 COLUMNS = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split() + NUMBERS + COUNTS
 PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
-PLACES = "data store out device engine gpus".split()  # parameters that say where a run is made, not what it is
+PLACES = "data scores store out device engine gpus".split()  # parameters that say where a run is made, not what it is
 SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment ema seed".split()
 
 
@@ -56,6 +56,7 @@ def recipe_digest(run):
     """12 hex digits that name all that decides a run's numbers: its settings, its data, its optimizers' stores."""
     stores = [ensemble.store_key(run.recipe(name), run.dataset) for name in run.names]
     text = [VERSION, run.parameters.model_dump(exclude=PLACES), run.dataset.hash, stores]
+    text += [] if run.published is None else [run.published.tolist()]
     return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 

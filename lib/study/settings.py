@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lib import need
 from lib.analysis import compare
 from lib.data.dataset import DATASETS, Dataset, load, pool
 from lib.study import experiments
@@ -59,6 +60,7 @@ class Parameters(BaseModel):
     preset: Literal[tuple(PRESETS)] = parameter("tiny, default, small (two cores), fast, paper (a GPU)", "default")
     dataset: Literal[tuple(DATASETS)] = parameter(f"one of {', '.join(DATASETS)}", "digits")
     data: str | None = parameter("path of the data, where the data set needs one")
+    scores: str | None = parameter("file of published scores (.npy or text), one for each example as loaded")
     arch: str | None = parameter(f"network: {', '.join(networks.MODELS)}, or package.module:name")
     optimizers: str | None = parameter("comma-separated, the first is the baseline: sgd,sam,looksam(k=5)")
     rho: float | None = parameter("radius of SAM's neighbourhood", ge=0)
@@ -135,6 +137,7 @@ class Run:
 
     parameters: Parameters
     dataset: Dataset
+    published: np.ndarray | None = None  # [N] the numbers in the file `scores`, of the pool's examples
     began: float = field(default_factory=time.monotonic, compare=False)
 
     def __getattr__(self, name):
@@ -219,13 +222,31 @@ def open_run(given):
     # the models are asked about as many test points as each is trained on, or about all there are
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
     chosen = pool(whole, bound, values["seed"], n_test)
+    published = None
+    if asked.scores is not None:
+        held = len(whole.y) if whole.index is None else len(whole.y) + len(whole.y_test)  # with a test part split off
+        found = published_scores(asked.scores, held)
+        published = found if chosen.index is None else found[chosen.index]
     values["n_examples"] = len(chosen.y)
     values.setdefault("gpus", float(ensemble.device_of(values["device"]).type == "cuda"))
     if asked.batch_size is None:
         values["batch_size"] = max(1, min(values["batch_size"], int(len(chosen.y) * values["subset"]) // 2))
-    run = Run(checked(values), chosen)
+    run = Run(checked(values), chosen, published)
     check(run)
     return run
+
+
+def published_scores(path, n):
+    """The numbers [n] in a file: .npy, or text with one number a line. ValueError naming `scores` for anything else."""
+    try:
+        found = np.load(path, allow_pickle=False) if Path(path).suffix == ".npy" else np.loadtxt(path, ndmin=1)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"scores={path!r} can't be read ({error}): give a .npy file, or one number a line") from None
+    valid = f"valid is one finite number for each of the {n} examples of the data as loaded, before the pool is drawn"
+    need(found.dtype.kind in "iuf" and found.shape in ((n,), (n, 1)),
+         f"scores={path!r} holds {found.dtype} {list(found.shape)}; {valid}")  # fmt: skip
+    need(np.isfinite(found).all(), f"scores={path!r} holds {(~np.isfinite(found)).sum()} NaN or infinite; {valid}")
+    return found.reshape(n).astype(float)
 
 
 def check(run):

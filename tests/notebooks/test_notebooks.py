@@ -128,6 +128,12 @@ def test_mean_memorization_in_notebook_02_is_the_generalization_gap_of_notebook_
         assert len(shares) == 5 and shares.sum() == pytest.approx(1, abs=1e-4)
 
 
+def test_notebook_02_says_that_eight_models_resolve_no_band(run):
+    main = recorded(run, "02_memorization", optimizer="sam", baseline="sgd")
+    flags = main[main.metric.str.startswith("band_is_resolved_")]
+    assert len(flags) == 5 and (flags.value == 0).all()  # tiny has 16 models, 8 of them without each example
+
+
 def test_planted_labels_and_twins_move_apart_in_notebook_02(run):
     change = recorded(run, "02_memorization", "planted faults", metric="rank_change_of_planted")
     change = change.set_index("coordinate").value

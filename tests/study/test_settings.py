@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from lib.study import settings
 
+CSCORES = settings.ROOT.parent / "shared" / "data" / "cifar10_cscores.npy"
 PARAMETERS = list(settings.Parameters.model_fields)
 
 
@@ -13,7 +16,7 @@ def test_a_preset_fills_what_is_not_given_and_what_is_given_wins(tmp_path):
     run = tiny(tmp_path, n_models="24", rho=None, augment="false")
     assert (run.n_models, run.rho, run.epochs, len(run.dataset.y)) == (24, 0.3, 10, 300)
     assert run.names == ("sgd", "sam") and run.recipe("sam").rho == 0.3 and run.recipe("sgd").rho == 0.0
-    assert run.augment is False and None not in run.parameters.model_dump(exclude={"data"}).values()
+    assert run.augment is False and None not in run.parameters.model_dump(exclude={"data", "scores"}).values()
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,43 @@ def test_bad_input_is_one_error_that_names_the_parameter(tmp_path, given, names)
     assert not list(tmp_path.glob("store/*-*/done/*"))
 
 
+@pytest.mark.parametrize(
+    "made, names",
+    [(None, "absent.npy"), (np.ones(1796), "1797"), (np.ones((1797, 2)), "1797, 2"), (np.array(["a"] * 1797), "<U1"),
+     (np.where(np.arange(1797) == 5, np.nan, 1), "1 NaN"), (np.full(1797, np.inf), "1797 NaN or infinite"),
+     (np.array([{}], dtype=object), "can't be read"), ("name,score\n", "can't be read"), (b"", "can't be read")],
+)  # fmt: skip
+def test_published_scores_that_do_not_fit_are_named_before_training(tmp_path, made, names):
+    path = tmp_path / ("absent.npy" if not isinstance(made, str) else "scores.csv")
+    if isinstance(made, np.ndarray):
+        np.save(path, made)
+    elif made is not None:
+        path.write_bytes(made if isinstance(made, bytes) else made.encode())
+    with pytest.raises(ValueError, match=f"scores=.*{names}"):
+        tiny(tmp_path, scores=path)
+    assert not list(tmp_path.glob("store/*-*/done/*"))
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "scores.txt"])
+def test_published_scores_follow_their_examples_into_the_pool(tmp_path, name):
+    """Digits has no test part of its own, so the file has a number for each of its 1,797 pictures."""
+    x = load_digits().images
+    brightness = x.sum((1, 2))
+    np.save(tmp_path / name, brightness) if name.endswith("npy") else np.savetxt(tmp_path / name, brightness)
+    run = tiny(tmp_path, scores=tmp_path / name)
+    np.testing.assert_allclose(run.published, run.dataset.x.astype(float).sum((1, 2, 3)) * 16 / run.dataset.x.max())
+    assert run.published.shape == (300,) and len(set(run.published)) > 50
+    assert tiny(tmp_path).published is None
+
+
+@pytest.mark.skipif(not CSCORES.exists(), reason="needs ../shared/data/cifar10_cscores.npy")
+def test_cifar_10s_consistency_scores_are_read():
+    found = settings.published_scores(CSCORES, 50_000)
+    assert found.shape == (50_000,) and 0 <= found.min() < found.max() <= 1
+    with pytest.raises(ValueError, match="scores=.*50000.*one finite number for each of the 60000"):
+        settings.published_scores(CSCORES, 60_000)
+
+
 def test_an_unwritable_out_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="out="):
@@ -62,7 +102,7 @@ def test_every_preset_is_complete_and_valid(tmp_path):
         for values in kinds.values():
             run = settings.Run(settings.checked({**values, "device": "cpu"}), None)
             assert [run.recipe(name).epochs for name in run.names] == [values["epochs"]] * 2
-            assert set(PARAMETERS) - set(values) == {"preset", "dataset", "data", "gpus", "store", "out"}
+            assert set(PARAMETERS) - set(values) == {"preset", "dataset", "data", "scores", "gpus", "store", "out"}
 
 
 def test_the_treatment_is_the_last_sharpness_aware_optimizer_that_is_not_private(tmp_path):

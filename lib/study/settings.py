@@ -261,7 +261,7 @@ def check(run):
     if any(recipe.optimizer.has_radius for recipe in recipes) and run.rho <= 0:
         raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for recipe in recipes:
-        ensemble.check(recipe, run.dataset, run.n_models)
+        ensemble.check(recipe, run.dataset, run.n_models, run.device)
     member = membership(recipes[0], run.n_examples, range(run.n_models), run.dataset.groups)
     taught = member @ np.eye(run.dataset.n_classes, dtype=int)[run.dataset.y]  # [M, C] examples of each class
     if not taught.all():

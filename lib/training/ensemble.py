@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lib import need
 from lib.data.dataset import Dataset, inputs
-from lib.training import networks, step
+from lib.training import networks, step, trial
 from lib.training.recipe import Recipe, generator, learning_rate, membership
 from lib.training.store import Store
 
@@ -77,7 +77,8 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     per_epoch = examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
     n_steps, epochs, optimizer = per_epoch * recipe.epochs, recipe.run_epochs, recipe.optimizer
     rho = torch.tensor(recipe.rho_of(ids), dtype=torch.float32, device=inputs.device)
-    stack = step.stack_for(recipe, inputs, ids, n_models or len(ids), n_steps)
+    alone = bool(trial.trial(recipe, inputs.shape, inputs.n_classes, inputs.device))
+    stack = step.stack_for(recipe, inputs, ids, n_models or len(ids), n_steps, alone)
     swa_from = optimizer.all_options["start"] * recipe.epochs if optimizer.rule_name == "swa" else np.inf
     mean, n_averaged = None, 0
     history = np.full((len(ids), recipe.epochs, 3), np.nan, np.float32)
@@ -87,7 +88,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
         losses, accuracies = [], []
         for at, (x, y) in enumerate(batches(recipe, inputs, examples, streams), epoch * per_epoch):
             lr = learning_rate(recipe, at, n_steps)
-            context = rule_context(recipe, rho, stack.params, streams["rule"], at, lr)
+            context = step.rule_context(recipe, rho, stack.params, streams["rule"], at, lr)
             loss, accuracy = stack.step(x, y, context, lr, is_kth_step=at % optimizer.k == 0)
             losses.append(loss)
             accuracies.append(accuracy)
@@ -152,26 +153,6 @@ def batches(recipe, inputs, examples, streams):
         yield x, inputs.y[batch]
 
 
-def rule_context(recipe, rho, params, draws, number, lr):
-    """What the rule asks for at step `number`, as tensors [M, ...]; the meaning of each is in sharpness.CONTEXT."""
-    wants = recipe.optimizer.wants
-    found = {"rho": rho, "rate": torch.full_like(rho, lr / recipe.lr), "step": torch.full_like(rho, number)}
-    sizes = {name: p.shape[1:] for name, p in params.items()}
-
-    def stacked(draw):
-        return torch.from_numpy(np.stack([draw(rng) for rng in draws])).to(rho.device)
-
-    if "uniform" in wants:
-        found["uniform"] = stacked(lambda rng: rng.random(len(sizes), np.float32))
-    if "noise" in wants:
-        queries = recipe.optimizer.rule.queries
-        found["noise"] = {
-            name: stacked(lambda rng, size=size: rng.standard_normal((queries, *size), np.float32))
-            for name, size in sizes.items()
-        }
-    return {name: value for name, value in found.items() if name in wants}
-
-
 # ---- finished models -----------------------------------------------------------------------------------------
 
 
@@ -204,14 +185,14 @@ class Ensemble:
         return replace(self, ids=np.asarray(ids))
 
     def weights(self, k):
-        """(net, params, buffers) of model k < KEEP_WEIGHTS: a module in evaluation mode and two dicts of tensors."""
+        """(net, params, buffers) of model k < KEEP_WEIGHTS: a module in evaluation mode and its networks.parts."""
         net = networks.build(self.recipe.arch, self.dataset.x.shape[1:], self.dataset.n_classes).eval()
-        params, buffers = dict(net.named_parameters()), dict(net.named_buffers())
-        leaves = {**params, **buffers}
+        params, buffers = networks.parts(net)
+        leaves = [*params.values(), *buffers.values()]
         flat = torch.from_numpy(np.array(self.store.rows["weights"].read()[k]))
-        parts = flat.split([leaf.numel() for leaf in leaves.values()])
-        kept = {n: p.view(leaf.shape).to(leaf.dtype) for (n, leaf), p in zip(leaves.items(), parts, strict=True)}
-        return net, {n: kept[n] for n in params}, {n: kept[n] for n in buffers}
+        for leaf, part in zip(leaves, flat.split([leaf.numel() for leaf in leaves]), strict=True):
+            leaf.copy_(part.view(leaf.shape))
+        return net, params, buffers
 
 
 def finished(recipe, dataset, n_models, kept):
@@ -270,7 +251,7 @@ def precision_of(arch, device):
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def check(recipe, dataset, n_models):
+def check(recipe, dataset, n_models, device="cpu"):
     """Raise ValueError naming the parameter if this ensemble can't be trained: called before any training."""
     n, shape = len(dataset.y), dataset.x.shape[1:]
     size, optimizer = round(n * recipe.subset), recipe.optimizer
@@ -280,13 +261,12 @@ def check(recipe, dataset, n_models):
     need(1 <= size < n, f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
     fine = dataset.is_image or not (recipe.augment or recipe.queries > 1)
     need(fine, f"augment={recipe.augment!r} needs images; an example here has shape {shape}")
+    need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")
     net = networks.build(recipe.arch, shape, dataset.n_classes)
-    if recipe.arch not in networks.MODELS:
-        networks.check_repeatable(net, recipe.arch, shape)
     mixes = {"per_example", "norms"} & optimizer.wants and networks.has_batchnorm(net)
     need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
+    trial.trial(recipe, shape, dataset.n_classes, device_of(device))
     why = f"{optimizer.base_name} evaluates the gradient again within a step, which no accountant counts"
     counted = not (optimizer.is_private and optimizer.asks_again())
     need(counted, f"optimizer={optimizer.text!r}: {why}: choose another base")
     membership(recipe, n, [0], dataset.groups)
-    need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")

@@ -3,7 +3,6 @@
 step.py stacks the weights of many copies and trains them together.
 """
 
-import copy
 import importlib
 import inspect
 import os
@@ -174,13 +173,10 @@ def build(arch, shape, n_classes):
     return net
 
 
-def check_repeatable(net, arch, shape):
-    """Raise ValueError if a reader's own net draws random numbers in training: two optimizers would not share them."""
-    twin, x = copy.deepcopy(net).train(), torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        first, second = (torch.manual_seed(seed) and twin(x) for seed in (0, 1))
-    what = f"arch={arch!r} draws random numbers in training, as dropout does"
-    need(torch.equal(first, second), f"{what}: take that out, or p=0")
+def parts(net):
+    """(parameters that are trained, buffers and frozen parameters): two dicts name -> detached tensor."""
+    free, frozen = ({n: p.detach() for n, p in net.named_parameters() if p.requires_grad == on} for on in (True, False))
+    return free, {**dict(net.named_buffers()), **frozen}
 
 
 def resolve(path, parameter):

@@ -122,7 +122,7 @@ class Optimizer:
 
     def asks_again(self):
         """True if the base evaluates the loss more than once in a step, as L-BFGS does: tried on one weight."""
-        weight, places = torch.ones(1, requires_grad=True), set()
+        weight, places = torch.ones(1, 1, requires_grad=True), set()
 
         def closure():
             places.add(weight.item())
@@ -191,7 +191,7 @@ def _parse(text):
     parsed = Optimizer(whole, *rule[:2], options, base_name, *base[1:], rho)
     try:  # what the base refuses is said before anything is trained
         need("lr" not in base[2], "lr is a parameter of its own")
-        parsed.build([torch.zeros(1, requires_grad=True)], 0.1, 0.9, 0.0)
+        parsed.build([torch.zeros(2, 2, requires_grad=True)], 0.1, 0.9, 0.0)
     except Exception as error:
         raise ValueError(f"{base[0]} can't be built: {error}") from None
     if ":" in rule[0]:

@@ -39,15 +39,15 @@ class Pass(NamedTuple):
 
 
 def initial_state(recipe, shape, n_classes, ids, device):
-    """Stacked initial parameters and buffers of models `ids`: two dicts of tensors [len(ids), ...]."""
+    """Stacked initial parts of models `ids`, as in networks.parts: two dicts of tensors [len(ids), ...]."""
     nets = []
     with torch.random.fork_rng(devices=[]):
         for k in ids:
             # the CPU's generator alone: torch.manual_seed also seeds the GPUs, which takes 3 ms a model
             torch.default_generator.manual_seed(int(generator(recipe, "weights", k).integers(2**62)))
-            nets.append(networks.build(recipe.arch, shape, n_classes))
-    params, buffers = torch.func.stack_module_state(nets)
-    return {n: p.detach().to(device) for n, p in params.items()}, {n: b.to(device) for n, b in buffers.items()}
+            nets.append(networks.parts(networks.build(recipe.arch, shape, n_classes)))
+    # of each part (parameters, buffers): name -> the tensors of all the models, stacked
+    return [{n: torch.stack([net[i][n] for net in nets]).to(device) for n in nets[0][i]} for i in range(2)]
 
 
 def in_format(stack, last):
@@ -58,20 +58,22 @@ def in_format(stack, last):
 class Stack:
     """The weights, buffers and optimizer state of M models, and a training step of them all.
 
-    params, buffers: dicts of tensors [M, ...]. memory: what the rule remembers, a dict like params, or {}.
+    params, buffers: dicts of tensors [M, ...]; frozen parameters are among the buffers. memory: what the rule
+    remembers, a dict like params, or {}. alone: a stack of one model, whose gradients are ordinary autograd's.
     """
 
-    def __init__(self, recipe, shape, n_classes, n_stacked, device, compiled):
+    def __init__(self, recipe, shape, n_classes, n_stacked, device, compiled=False, alone=False):
         self.recipe, self.n_stacked, self.device = recipe, n_stacked, device
         self.shape, self.n_classes = shape, n_classes
         self.net, self.eval_net = (networks.build(recipe.arch, shape, n_classes) for _ in range(2))
         self.eval_net.eval()
+        self.frozen = {name for name, p in self.net.named_parameters() if not p.requires_grad}
         # tensor cores want the channels last; on CPUs it gained nothing in training, and vmap would not see it
         self.channels_last = device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(self.net)
         params, self.buffers = initial_state(recipe, shape, n_classes, range(n_stacked), device)
         self.params = {name: in_format(p, self.channels_last) for name, p in params.items()}
         self.keep_losses = "losses" in recipe.optimizer.wants
-        self.gradient_of_one = grad_and_value(self.loss_of_one, has_aux=True)
+        self.gradient_of_one = self.by_autograd if alone else grad_and_value(self.loss_of_one, has_aux=True)
         self.gradient = vmap(self.gradient_of_one) if n_stacked > 1 else self.gradient_of_one
         if "norms" in recipe.optimizer.wants:
             one, buffers = ({n: t[0] for n, t in part.items()} for part in (self.params, self.buffers))
@@ -149,7 +151,7 @@ class Stack:
                 return self.norms(lambda at, x, y: self.loss_of_one(at, buffers, x, y)[0], at, x, y)
 
             def weighted(at, weight):
-                grads, (_, aux) = grad_and_value(self.loss_of_one, has_aux=True)(at, buffers, x, y, weight)
+                grads, (_, aux) = self.gradient_of_one(at, buffers, x, y, weight)
                 return grads, aux
 
             offered = {"is_kth_step": is_kth_step, "size": len(y), "losses": losses, "per_example": per_example}
@@ -164,7 +166,7 @@ class Stack:
             grads, (_, aux) = whole(self.params, *batch[:3])
         else:
             grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
-        self.buffers = aux.buffers
+        self.buffers = {**self.buffers, **aux.buffers}
         for group in (group for base in self.bases for group in base.param_groups):
             group["lr"] = lr
         if optimizer.has_own_base:
@@ -177,14 +179,21 @@ class Stack:
 
     def loss_of_one(self, params, buffers, x, y, weight=None):
         """(mean loss, Pass) of one model on x [B, ...], y [B]; the weighted sum of the losses with weight [B]."""
-        running = {name: b.clone() for name, b in buffers.items()}  # BatchNorm writes into these
+        running = {n: b.clone() for n, b in buffers.items() if n not in self.frozen}  # BatchNorm writes into these
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = functional_call(self.net, (params, running), (x,)).float()
+            logits = functional_call(self.net, (params, {**buffers, **running}), (x,)).float()
         cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
         loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
         losses = cross_entropy(logits, reduction="none") if self.keep_losses or weight is not None else ()
         aimed = loss if weight is None else (weight * losses).sum()
         return aimed, Pass(loss, accuracy, running, losses)
+
+    def by_autograd(self, params, *batch):
+        """(gradients, (aim, Pass)) of one model by ordinary autograd, for networks that torch.func.grad refuses."""
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        aim, aux = self.loss_of_one(leaves, *batch)
+        grads = torch.autograd.grad(aim, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, grads, strict=True)), tree_map(torch.Tensor.detach, (aim, aux))
 
     def over_models(self, function):
         """Map a one-model function over the leading axis. A single model skips vmap, which hides the memory format."""
@@ -255,6 +264,26 @@ class Stack:
             self.buffers = self.over_models(buffers_after)(self.params, self.buffers, x)
 
 
+def rule_context(recipe, rho, params, draws, number, lr):
+    """What the rule asks for at step `number`, as tensors [M, ...]; the meaning of each is in sharpness.CONTEXT."""
+    wants = recipe.optimizer.wants
+    found = {"rho": rho, "rate": torch.full_like(rho, lr / recipe.lr), "step": torch.full_like(rho, number)}
+    sizes = {name: p.shape[1:] for name, p in params.items()}
+
+    def stacked(draw):
+        return torch.from_numpy(np.stack([draw(rng) for rng in draws])).to(rho.device)
+
+    if "uniform" in wants:
+        found["uniform"] = stacked(lambda rng: rng.random(len(sizes), np.float32))
+    if "noise" in wants:
+        queries = recipe.optimizer.rule.queries
+        found["noise"] = {
+            name: stacked(lambda rng, size=size: rng.standard_normal((queries, *size), np.float32))
+            for name, size in sizes.items()
+        }
+    return {name: value for name, value in found.items() if name in wants}
+
+
 class ThroughVmap(torch.autograd.Function):
     """Within vmap over the models, hand a function the whole stack: a compiled function cannot be mapped itself."""
 
@@ -296,11 +325,11 @@ STACKS = {}  # compiled stacks of this process: neither the rule, nor rho, nor t
 WORTH = 2.5e8  # models x steps x weights of an ensemble from which compiling its gradient saves more than it takes
 
 
-def stack_for(recipe, inputs, ids, n_models, n_steps):
+def stack_for(recipe, inputs, ids, n_models, n_steps, alone):
     """A stack with fresh weights for models `ids` of an ensemble of n_models: a kept one, if it was compiled before."""
     args = recipe, inputs.shape, inputs.n_classes, len(ids), inputs.device
-    if not worth_compiling(recipe, inputs, n_models, n_steps):
-        return Stack(*args, compiled=False).reset(recipe, ids)
+    if alone or not worth_compiling(recipe, inputs, n_models, n_steps):
+        return Stack(*args, alone=alone).reset(recipe, ids)
     fixed = recipe.arch, recipe.optimizer.base_name, recipe.momentum, recipe.weight_decay, recipe.smoothing
     key = *fixed, recipe.precision, recipe.batch_size, "losses" in recipe.optimizer.wants, *args[1:]
     if key not in STACKS:

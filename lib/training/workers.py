@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from lib import need
-from lib.training import ensemble, networks, step
+from lib.training import ensemble, networks, step, trial
 
 ENGINES = ("local", "ray")
 LONG = 100  # steps of one model from which a process of its own is worth starting
@@ -40,10 +40,13 @@ def train(
     them, and None is returned. Models that diverged are named and left out with their partners: see Ensemble.ids.
     Raises ValueError naming the parameter before anything is trained.
     """
-    ensemble.check(recipe, dataset, n_models)
     check(engine, gpus)
-    where, kept = ensemble.device_of(device), ensemble.open_store(recipe, dataset, store)
+    where = ensemble.device_of(device)
+    ensemble.check(recipe, dataset, n_models, device)
+    kept = ensemble.open_store(recipe, dataset, store)
     todo, n = missing(recipe, dataset, n_models, kept, where), n_processes(recipe, dataset, where)
+    if todo and (why := trial.trial(recipe, dataset.x.shape[1:], dataset.n_classes, where)):
+        print(why, flush=True)
     if todo and engine == "ray":
         train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet, notify)
     elif todo and n > 1:
@@ -66,7 +69,9 @@ def missing(recipe, dataset, n_models, kept, device):
 
     They start at multiples of their size, so a resumed or a longer run trains model k beside the same others.
     """
-    size = step.n_stacked_for(networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), device)
+    shape, n_classes = dataset.x.shape[1:], dataset.n_classes
+    alone = trial.trial(recipe, shape, n_classes, device)
+    size = 1 if alone else step.n_stacked_for(networks.build(recipe.arch, shape, n_classes), device)
     whole = (range(start, start + size) for start in range(0, n_models, size))
     return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
 

@@ -1,0 +1,109 @@
+"""What a reader brings is tried before anything is trained: a network, a rule, an optimizer."""
+
+import gc
+import pickle
+import random
+import re
+import sys
+from dataclasses import replace
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+
+import numpy as np
+import torch
+
+from lib import need
+from lib.training import networks, step
+from lib.training.recipe import generator
+
+DRAWS = "draws random numbers in training, which two optimizers would not share"
+LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "lib"}  # they hold no generator of their own
+
+
+@cache
+def trial(recipe, shape, n_classes, device):
+    """Why these models are trained one at a time, in words; "" if torch.func maps a training step over them.
+
+    A network, a rule, a base or options of a base that a reader brings take a real step or two here, and predict: with
+    two stacked models or, where torch.func refuses that, with one by ordinary autograd. Raises ValueError naming `arch`
+    or `optimizers` if that fails too, or if random numbers are drawn that are no function of the seed.
+    """
+    if ":" not in recipe.arch + recipe.optimizer.text and not recipe.optimizer.base_options:
+        return ""
+    names = {"arch": f"arch={recipe.arch!r}", "optimizers": f"optimizers={recipe.optimizer.text!r}"}
+    params, buffers = step.initial_state(recipe, shape, n_classes, [0, 0], device)
+    need(params, f"{names['arch']} has no parameter that is trained")
+    twins = all(torch.equal(*tensor.nan_to_num()) for tensor in [*params.values(), *buffers.values()])
+    need(twins, f"{names['arch']} draws its initial weights elsewhere than from torch's global generator: use that")
+    n_stacked = min(2, step.n_stacked_for(networks.build(recipe.arch, shape, n_classes), device))
+
+    def fault(optimizer, alone):
+        """What goes wrong, in words, if the models are trained alone or stacked; "" if nothing does."""
+        one, ids = replace(recipe, optimizer=optimizer), range(1 if alone else n_stacked)
+        try:
+            stack = step.Stack(one, shape, n_classes, len(ids), device, alone=alone).reset(one, ids)
+            x = torch.randn(len(ids), one.batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+            y = torch.arange(one.batch_size, device=device).remainder(n_classes).expand(len(ids), -1)
+            rho = torch.tensor(one.rho_of(ids), dtype=torch.float32, device=device)
+            draws = [generator(one, "rule", k) for k in ids]
+            used = stack.net, stack.eval_net, one.optimizer.rule, stack.bases
+            before = random_states(used, device)
+            remembers = {"is_kth_step", "memory"} & one.optimizer.wants or one.optimizer.has_own_base
+            for number in range(2 if remembers else 1):
+                context = step.rule_context(one, rho, stack.params, draws, number, one.lr)
+                stack.step(x, y, context, one.lr, is_kth_step=number == 0)
+            stack.predict(x[0, :2])
+            if random_states(used, device) != before:
+                return f"{DRAWS}: take out what does (dropout, say; a rule may ask for `noise`)"
+            gradient = stack.over_models(stack.gradient_of_one)
+            first, again = (gradient(stack.params, stack.buffers, x[:, :8], y[:, :8])[1][0] for _ in range(2))
+            same = torch.allclose(first, again, 1e-4, equal_nan=True)
+            return "" if same else f"{DRAWS}, or remembers earlier batches: one batch has two losses"
+        except Exception as error:
+            said = re.split(r"[.:]?\s*\n|\.\s", str(error).strip())[0][:200]
+            return f"fails with {type(error).__name__}: {said}"
+
+    mapped = fault(recipe.optimizer, False)
+    if not mapped:
+        return ""
+    plain, alone = fault("sgd", False), fault(recipe.optimizer, True)
+    if not alone:
+        named = names["arch" if plain else "optimizers"]
+        return f"{named}: models are trained one at a time, since a step that maps over them {plain or mapped}"
+    unfit, kind = fault("sgd", True), recipe.optimizer
+    each = plain and not unfit and kind.is_private
+    need(not each, f"{names['arch']} gives no gradient of each example, which {kind} needs: it {plain}")
+    need(not unfit, f"{names['arch']} {unfit}")
+    raise ValueError(f"{names['optimizers']} {alone}; it was tried on {names['arch']}")
+
+
+def random_states(used, device):
+    """The states of all generators of random numbers: the global ones, and what objects hold and their functions name.
+
+    used: what is searched, through attributes, containers, closures and names, but not inside installed libraries.
+    """
+    found = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+    found += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    todo, seen = list(used), {}
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, torch.Tensor | ModuleType):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.Generator):
+            found.append(thing.get_state())
+        elif isinstance(thing, np.random.Generator | np.random.RandomState | random.Random):
+            found.append(thing)
+        elif isinstance(thing, dict | list | tuple | set):
+            todo += thing.values() if isinstance(thing, dict) else thing
+        elif isinstance(thing, type | FunctionType) and (thing.__module__ or "").partition(".")[0] in LIBRARIES:
+            continue
+        elif isinstance(thing, FunctionType):
+            todo += [gc.get_referents(cell) for cell in thing.__closure__ or ()]
+            codes = [thing.__code__]
+            for code in codes:  # those of functions within it too
+                codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+                todo += [thing.__globals__.get(name) for name in code.co_names]
+        elif hasattr(thing, "__dict__"):
+            todo += [dict(vars(thing)), type(thing)]
+    return [state.tolist() if torch.is_tensor(state) else pickle.dumps(state) for state in found]

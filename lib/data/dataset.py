@@ -59,12 +59,15 @@ def load(name: str, data=None, cache=None) -> Dataset:
 
     `folder` reads images train/<class>/ and test/<class>/, also in an archive; an .npz holds x, y (or features, labels)
     and groups; other forms are those in which a data set is published. data=None looks in data/. Without a test part,
-    one is split off, in whole groups. Raises FileNotFoundError for a missing path, ValueError for anything else.
+    one is split off, in whole groups. What is left out (other files, empty classes, labels without an image) is counted
+    and printed. Raises FileNotFoundError for a missing path, ValueError for anything else.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
         given = sources.read(name, data, Path(cache or ROOT / "store" / "cache"))
         x, (labels, y) = _examples("x", given["x"]), np.unique(_labels("y", given["y"]), return_inverse=True)
+        if left_out := str(given.get("left_out", "")):
+            print(f"{name}: left out: {left_out}", flush=True)
         more = {key: given[key] for key in ("groups", "pattern", "pattern_test") if key in given}
         if "groups" in more:  # numbers or names
             more["groups"] = np.unique(more["groups"], return_inverse=True)[1]
@@ -86,7 +89,7 @@ def load(name: str, data=None, cache=None) -> Dataset:
         keep = np.isin(groups, _draw(top, n, seed=0, least=2))
         d, test = replace(d, index=np.arange(len(d.y))), _subset(d, ~keep)
         return validate(replace(_subset(d, keep), x_test=test.x, y_test=test.y, groups_test=test.groups))
-    except ValueError as error:
+    except (ValueError, PermissionError) as error:
         raise ValueError(f"data={data!r}: {error}") from error
 
 

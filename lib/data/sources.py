@@ -4,7 +4,6 @@ Archives are read in memory, up to a size: nothing in them is written to disk an
 objects are refused. Only CIFAR's own files are pickles, and torchvision reads them after comparing their checksums.
 """
 
-import glob
 import io
 import json
 import os
@@ -14,6 +13,7 @@ import tarfile
 import tempfile
 import warnings
 import zipfile
+from collections import defaultdict
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import blake2b
@@ -34,10 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 26  # of one file, unpacked, and of one image
 
 # files that are read, in a folder or an archive; no hidden file, absolute path or ".." matches
-_IN = r"(?:\./)?(?:([^./][^/]*)/)?"  # perhaps in a leading folder
-PLACE = _IN + r"(train|test)/([^./][^/]*)/([^./][^/]*\.(?i:png|jpe?g|bmp|webp))"
+_NAME, _IN = r"[^./][^/]*", r"(?:\./)?(?:([^./][^/]*)/)??"  # a name that is not hidden; perhaps in a leading folder
+_IMAGE = rf"(?:{_NAME}/)*{_NAME}\.(?i:png|jpe?g|bmp|webp)"  # at any depth
+PLACE = rf"{_IN}(train|test)/({_NAME})/({_IMAGE})"
 LAYOUT = f"train/<class>/* ({', '.join(IMAGES)}) and perhaps test/<class>/*"
-RETINA = _IN + r"(?:train/[^./][^/]*\.(?i:jpe?g|png)|trainLabels\.csv)"
+RETINA = rf"{_IN}(?:(?:train|test)/{_IMAGE}|(?:trainLabels|retinopathy_solution)\.csv)"
 EYE = r"([^_]+)_(?:left|right)"  # the name of a retina photograph: its patient and which eye
 GRADES = ("0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative")
 SIDE = 32  # pixels to a side of a retina photograph, once it is scaled down
@@ -148,7 +149,8 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     forms = "; or ".join(", ".join(names) for names in NAMES)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (the test part and groups are optional)")
-    return arrays
+    unread = sorted({*held} - {*names, "groups"})
+    return arrays | {"left_out": _counted({"arrays": unread})}
 
 
 def read_npz(path, names) -> dict[str, np.ndarray | None]:
@@ -170,20 +172,20 @@ def read_npz(path, names) -> dict[str, np.ndarray | None]:
 
 
 def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None) -> dict[str, np.ndarray]:
-    """Arrays that `make` gets from (name, content) of the wanted files in a folder (two deep) or archive; made once.
+    """Arrays that `make` gets from (name, content) of the wanted files in a folder or an archive; made once.
 
-    The cache file is named by a hash of `wanted`, the path, and the name, size and time of change of each file.
+    left_out among them says what else was there, and how much. The cache file is named by a hash of `wanted`, the path,
+    all names in a folder, and the size and time of change of each wanted file.
     """
-    names = [""]  # the archive itself
-    if path.is_dir():
-        found = (name for level in ("*", "*/*", "*/*/*") for name in glob.glob(level, root_dir=path))
-        names = sorted(filter(re.compile(wanted).fullmatch, found))
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(path / name)]]
-    key = blake2b(json.dumps([4, wanted, side, str(path.resolve()), stats]).encode(), digest_size=16).hexdigest()
+    held, left = dict(_tree(path)) if path.is_dir() else {"": path}, defaultdict(list)  # "": the archive itself
+    stats = [held[name].stat() for name in held if not name or re.fullmatch(wanted, name) and held[name].is_file()]
+    known = [*held, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    key = blake2b(json.dumps([5, wanted, side, str(path.resolve()), known]).encode(), digest_size=16).hexdigest()
     file = cache / f"{path.name.split('.')[0]}-{key}.npz"
     with suppress(ValueError):  # if the cache file is absent or damaged: NumPy compares each array with its CRC-32
-        return read_npz(file, (*NAMES[0], "groups"))
-    arrays = make(tqdm(_members(path, names, wanted, side), unit=" files", leave=False, delay=1))
+        return read_npz(file, (*NAMES[0], "groups", "left_out"))
+    arrays = make(tqdm(_members(path, held, wanted, side, left), unit=" files", leave=False, delay=1), left)
+    arrays["left_out"] = np.array(_counted(left))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         np.savez(f"{folder}/part.npz", **arrays)
@@ -191,23 +193,49 @@ def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None)
     return arrays
 
 
-def _members(path: Path, names: list[str], wanted: str, side: int | None):
-    """(name, content) of the files `names` of a folder, or of the wanted files of an archive, decoded in memory."""
+def _tree(folder, lead: str = "", above: tuple = ()):
+    """(name, entry) of all below a folder, where folders end in /. A link back to a folder above is not followed."""
+    above = (*above, os.path.realpath(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = f"{lead}{entry.name}{'/' * entry.is_dir()}"
+        yield name, entry
+        if entry.is_dir() and os.path.realpath(entry) not in above:
+            yield from _tree(entry, name, above)
+
+
+def _counted(left: dict) -> str:
+    """'2 hidden (.a, .b); 1 *.txt (c.txt)': how many of each kind were left out, and some. left: kind -> names."""
+    some = {kind: ", ".join(names[:3]) + ", ..." * (len(names) > 3) for kind, names in left.items() if names}
+    return ascii("; ".join(f"{len(left[kind])} {kind} ({names})" for kind, names in some.items()))[1:-1]
+
+
+def _members(path: Path, held: dict, wanted: str, side: int | None, left: dict):
+    """(name, content) of the wanted files of a folder, whose entries are `held`, or of an archive, decoded in memory.
+
+    Any other file is added to `left`, kind -> names, and its folder is yielded instead: (name, None).
+    """
     tar, name = None, path.name
     try:
         with ExitStack() as stack:
             if path.is_dir():
-                files = ((name, os.path.getsize(path / name), (path / name).read_bytes) for name in names)
+                entries = ((n, e, e.is_file()) for n, e in held.items())
+                files = ((n, is_file and Path(e).read_bytes, is_file and e.stat().st_size) for n, e, is_file in entries)
             elif path.suffix.lower() == ".zip":
                 archive = stack.enter_context(zipfile.ZipFile(path))
-                files = ((m.filename, m.file_size, partial(archive.read, m)) for m in archive.infolist())
+                files = ((m.filename, partial(archive.read, m), m.file_size) for m in archive.infolist())
             else:
                 tar = stack.enter_context(tarfile.open(path))
-                files = ((m.name, m.size, tar.extractfile(m).read) for m in tar if m.isfile())
-            for name, size, content in files:
-                if re.fullmatch(wanted, name):
+                files = ((m.name + "/" * m.isdir(), m.isfile() and tar.extractfile(m).read, m.size) for m in tar)
+            for name, content, size in files:
+                if content and re.fullmatch(wanted, name):
                     need(size <= MOST_BYTES, f"{size / 1e6:.0f} MB unpacked; at most {MOST_BYTES / 1e6:.0f} are read")
                     yield name, _decoded(name, io.BytesIO(content()), side)
+                    continue
+                if not name.endswith("/"):
+                    kind = "images in other places" if name.lower().endswith(IMAGES) else f"*{Path(name).suffix}"
+                    hidden = re.search(r"(?:^|/)\.[^/]", name)
+                    left["hidden" if hidden else kind if content else "links or devices"].append(name)
+                yield name.rpartition("/")[0] + "/", None
             if tar:
                 tar.fileobj.seek(tar.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
                 need(tar.fileobj.read(512) == bytes(512), "its end is missing")
@@ -235,15 +263,20 @@ def _decoded(name: str, file: io.BytesIO, side: int | None) -> np.ndarray | pd.D
         return np.atleast_3d(np.asarray(pixels)).transpose(2, 0, 1)
 
 
-def _images(files) -> dict[str, np.ndarray]:
+def _images(files, left: dict) -> dict[str, np.ndarray]:
     """x, y and perhaps x_test, y_test of a tree of images, sorted by class and file; y holds the names of classes."""
-    images, arrays, size = {}, {}, None
+    images, arrays, folders, size = {}, {}, set(), None
     for name, pixels in files:
+        if pixels is None:
+            folders.update(place.groups()[:3] for place in [re.fullmatch(PLACE, f"{name}0.png")] if place)
+            continue
         size = size or pixels.shape[1:]
         need(pixels.shape[1:] == size, f"image {name}: (H, W) is {pixels.shape[1:]}, of others {size}; one is needed")
         images[re.fullmatch(PLACE, name).groups()] = pixels
     roots, parts = ({place[k] or "." for place in images} for k in (0, 1))
-    what = f"it holds images of {sorted(parts)} below {sorted(roots)}"
+    empty = sorted(place[1:] for place in folders - {place[:3] for place in images} if (place[0] or ".") in roots)
+    left["classes without an image"] += map("/".join, empty)
+    what = f"it holds images of {sorted(parts)} below {sorted(roots)}, and {_counted(left) or 'nothing else'}"
     need(len(roots) == 1 and "train" in parts, f"{what}; {LAYOUT} is needed, below one folder")
     shape = max(pixels.shape for pixels in images.values())  # grey becomes RGB where any image is RGB
     for split, tail in (("train", ""), ("test", "_test")):
@@ -253,21 +286,27 @@ def _images(files) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _retina(files) -> dict[str, np.ndarray]:
-    """x [N, 3, SIDE, SIDE], y (names of grades) and groups (patients) of photographs train/<patient>_<side>.jpeg.
+def _retina(files, left: dict) -> dict[str, np.ndarray]:
+    """x [N, 3, SIDE, SIDE], y (names of grades) and groups (patients) of photographs <patient>_<side>.jpeg.
 
-    The layout is that of Kaggle's Diabetic Retinopathy Detection (2015); the table trainLabels.csv grades each image.
+    The layout is that of Kaggle's Diabetic Retinopathy Detection (2015): the tables trainLabels.csv and
+    retinopathy_solution.csv grade the images of train/ and of test/. What lacks a grade or an image is left out.
     """
-    images, tables = [], []
-    for name, content in files:
-        (tables if name.endswith(".csv") else images).append((Path(name).stem, content))
-    need(len(tables) == 1, f"it holds {len(tables)} tables trainLabels.csv and {len(images)} images; one is needed")
-    table = tables[0][1]
-    need({"image", "level"} <= set(table), f"trainLabels.csv has columns {list(table)}, not image and level")
-    table = table.merge(pd.DataFrame(images, columns=["image", "pixels"]), "outer", "image")  # sorted by image
-    fine = table.image.str.fullmatch(EYE) & table.level.isin(list("01234")) & table.pixels.notna()
-    odd = table[~fine | table.image.duplicated(keep=False)][["image", "level"]].values.tolist()
-    what = "<patient>_left or <patient>_right, once in train/ and once in trainLabels.csv with a level 0..4"
+    files = [(Path(name).stem, content) for name, content in files if content is not None]
+    tables = [content for _, content in files if isinstance(content, pd.DataFrame)]
+    images = [file for file in files if isinstance(file[1], np.ndarray)]
+    what = f"it holds {len(tables)} tables trainLabels.csv and {len(images)} images"
+    need(tables and images, f"{what}; images, and this table or retinopathy_solution.csv, are needed")
+    columns = [list(table) for table in tables if not {"image", "level"} <= set(table)]
+    need(not columns, f"the table of labels has columns {columns[:1]}, not image and level")
+    table = pd.concat(tables).merge(pd.DataFrame(images, columns=["image", "pixels"]), "outer", "image")  # sorted
+    left["labels without an image"] += table.image[table.pixels.isna()].tolist()
+    left["images without a label"] += table.image[table.level.isna()].tolist()
+    table = table[table.level.notna() & table.pixels.notna()]
+    fine = table.image.str.fullmatch(EYE) & table.level.isin(list("01234")) & ~table.image.duplicated(keep=False)
+    odd = table[~fine][["image", "level"]].values.tolist()
+    what = "<patient>_left or <patient>_right, once among the images and once in a table with a level 0..4"
+    need(len(table), f"no image has a label: it holds {_counted(left)}; {what}, is needed")
     need(not odd, f"image and level are {odd[:3]}, {len(odd)} in all; {what}, is needed")
     y = np.array(GRADES)[table.level.astype(int)]
     return {"x": np.stack(table.pixels), "y": y, "groups": table.image.str.extract(EYE)[0].to_numpy(str)}

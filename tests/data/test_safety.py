@@ -95,7 +95,7 @@ def hostile_zip(path, folder, target):
         link = zipfile.ZipInfo("train/cat/link")
         link.external_attr = 0o120777 << 16
         out.writestr(link, str(target))
-        for name in (*ESCAPES, str(target / "out.png")):
+        for name in (*ESCAPES, str(target / "out.png"), "train/cat/link/out.png"):
             out.writestr(name, png())
     return path
 
@@ -111,6 +111,8 @@ def test_no_member_of_an_archive_is_written_or_followed(tmp_path, make, name):
         folder.mkdir(parents=True)
     folder = tree(tmp_path / "t")
     path = make(place / name, folder, target)
+    (folder / "train/cat/link").mkdir()
+    (folder / "train/cat/link/out.png").write_bytes(png())  # below a class, read in memory: the link beside it is not
     before = everything_below(tmp_path)
     found = load("folder", path, tmp_path / "cache")
     new = everything_below(tmp_path) - before

@@ -71,6 +71,68 @@ def test_without_a_test_folder_a_fifth_is_split_off(tmp_path):
     assert np.bincount(d.y).tolist() == [16, 24] and np.bincount(d.y_test).tolist() == [4, 6]
 
 
+def awkward(folder):
+    """A tree of images with all that a reader may have in it; and what must be said of it."""
+    tree(folder)
+    for name in ("train/cat/patient1/eye/0.png", "train/cow/b/1.png", "train/cow/0.PNG", "train/train/test/0.jpeg",
+                 "train/train/1.png", "val/cat/0.png", "train/0.png", "train/cat/.hidden/0.png", "train/cat/._0.png",
+                 "__MACOSX/train/cat/._0.png"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(kind="JPEG" if name.endswith("jpeg") else "PNG"))
+    for name in (".DS_Store", "labels.csv", "train/dog/a.tif", "train/dog/b.tif", "train/horse/c.tif", "LICENSE"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "train" / "empty" / "below").mkdir(parents=True)
+    return {"4 hidden", "3 *.tif", "1 *.csv", "2 images in other places", "1 * (LICENSE)"}
+
+
+@pytest.mark.parametrize("name", ["t", "a.tar", "a.zip"])
+def test_images_of_any_depth_are_read_and_what_is_left_out_is_counted(tmp_path, capsys, name):
+    said = awkward(tmp_path / "t")
+    if name != "t":
+        packed(tmp_path / "t", tmp_path / name)
+    for _ in range(2):  # the second time from the cache
+        d = load("folder", tmp_path / name, tmp_path / "cache")
+        out = capsys.readouterr().out
+        assert d.classes == ("cat", "cow", "dog", "train") and np.bincount(d.y).tolist() == [7, 2, 10, 2]
+        assert out.startswith("folder: left out: ") and out.count("\n") == 1 and all(part in out for part in said), out
+        empty = "2 classes without an image (train/empty, train/horse)"  # no archive of ours holds an empty folder
+        assert (empty if name == "t" else "1 classes without an image (train/horse)") in out
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path, capsys):
+    load("folder", tree(tmp_path / "t"), tmp_path / "cache")
+    load("npz", npz(tmp_path, x=X, y=Y))
+    load("digits")
+    assert capsys.readouterr().out == ""
+    load("npz", npz(tmp_path, x=X, y=Y, val_images=X, ids=np.array([{}])))
+    assert capsys.readouterr().out == "npz: left out: 2 arrays (ids, val_images)\n"
+
+
+def test_links_are_followed_in_a_folder_but_not_in_a_circle(tmp_path, capsys):
+    folder = tree(tmp_path / "t")
+    plain = load("folder", folder, tmp_path / "cache")
+    (folder / "train/dog").rename(tmp_path / "dog")
+    (folder / "train/dog").symlink_to(tmp_path / "dog")
+    (folder / "train/dog/circle").symlink_to(folder / "train")
+    (folder / "train/cat/gone.png").symlink_to(tmp_path / "nothing")
+    assert load("folder", folder, tmp_path / "cache").hash == plain.hash
+    assert "1 links or devices (train/cat/gone.png)" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_not_an_empty_class(tmp_path, monkeypatch):
+    folder, scandir = tree(tmp_path / "t"), os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="data=.*denied.*dog"):
+        load("folder", folder, tmp_path / "cache")
+
+
 def test_cache_is_used_rebuilt_when_damaged_and_not_used_for_other_files(tmp_path, monkeypatch):
     folder, cache, decode = tree(tmp_path / "t"), tmp_path / "cache", sources._decoded
     first = load("folder", folder, cache)
@@ -336,22 +398,58 @@ def edit(folder, old, new):
 
 
 @pytest.mark.parametrize("spoil,match", [
-    (lambda f: [(f / f"train/{i}_left.jpeg").unlink() for i in (7, 8)], "'7_left', '2'.*'8_left', '3'.*once in train/"),
-    (lambda f: edit(f, "\n7_left,2\n8_left,3\n", "\n"), "'7_left', nan.*'8_left', nan.*once in trainLabels"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_left,5\n"), "'7_left'.*'5'.*0..4"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_left,\n"), "'7_left'.*''.*0..4"),
-    (lambda f: edit(f, "\n7_left,2\n", "\n7_middle,2\n"), "'7_middle'.*<patient>_left"),
+    (lambda f: [edit(f, "\n7_left,2\n", "\n7,2\n"), (f / "train/7_left.jpeg").rename(f / "train/7.jpeg")],
+     "'7', '2'.*<patient>_left"),
     (lambda f: edit(f, "\n7_left,2\n", "\n7_left,2\n7_left,2\n"), "'7_left'.*once"),
     (lambda f: edit(f, "level", "grade"), "'grade'.*image and level"),
     (lambda f: (f / "trainLabels.csv").write_text(""), "trainLabels.csv"),
     (lambda f: (f / "trainLabels.csv").unlink(), "0 tables trainLabels.csv and 54 images"),
-    (lambda f: (f / "train/7_left.jpeg").rename(f / "train/7.jpeg"), "'7'"),
+    (lambda f: [path.rename(path.with_stem(f"x{path.stem}")) for path in f.glob("train/*")],
+     r"no image has a label: it holds 54 labels without an image.*54 images without a label \(x0_left"),
     (lambda f: (f / "train/7_left.jpeg").write_bytes(b"text"), "train/7_left.jpeg"),
 ])  # fmt: skip
 def test_bad_eyepacs(tmp_path, spoil, match):
     spoil(retina(tmp_path / "e", size=(8, 8)))
     with pytest.raises(ValueError, match=f"data=.*{match}"):
         load("eyepacs", tmp_path / "e", tmp_path / "cache")
+
+
+def test_eyepacs_uses_what_has_an_image_and_a_grade_and_counts_the_rest(tmp_path, capsys):
+    folder = retina(tmp_path / "e", size=(8, 8))
+    whole = load("eyepacs", folder, tmp_path / "cache")
+    edit(folder, "\n8_left,3\n", "\n")
+    for i in (7, 10, 11):
+        (folder / f"train/{i}_left.jpeg").unlink()
+    (folder / "sampleSubmission.csv").write_text("image,level\n1_left,0\n")
+    capsys.readouterr()
+    d = load("eyepacs", folder, tmp_path / "cache")
+    assert len(d.y) + len(d.y_test) == len(whole.y) + len(whole.y_test) - 4 and d.classes == whole.classes
+    counts = ("1 *.csv (sampleSubmission.csv)", "3 labels without an image (10_left, 11_left, 7_left)",
+              "1 images without a label (8_left)")  # fmt: skip
+    assert capsys.readouterr().out == f"eyepacs: left out: {'; '.join(counts)}\n"
+
+
+def test_kaggle_s_own_test_set_of_eyepacs_joins_the_rest_or_stands_alone(tmp_path):
+    folder, cache = retina(tmp_path / "e", size=(8, 8)), tmp_path / "cache"
+    whole = load("eyepacs", folder, cache)
+    table = (folder / "trainLabels.csv").read_text().splitlines()
+    (folder / "test").mkdir()
+    for name in ("1_left", "0_right"):
+        (folder / f"train/{name}.jpeg").rename(folder / f"test/{name}.jpeg")
+    solved = [line for line in table if line.startswith(("1_left", "0_right"))]
+    (folder / "trainLabels.csv").write_text("\n".join(line for line in table if line not in solved))
+    solution = ["image,level,Usage", *(f"{line},Public" for line in solved)]
+    (folder / "retinopathy_solution.csv").write_text("\n".join(solution))
+    assert load("eyepacs", folder, cache).hash == whole.hash
+    (folder / "trainLabels.csv").unlink()
+    (folder / "retinopathy_solution.csv").write_text(
+        "\n".join(["image,level,Usage", *(f"{x},Private" for x in table[1:])])
+    )
+    for path in folder.glob("train/*"):
+        path.rename(folder / "test" / path.name)
+    assert load("eyepacs", folder, cache).hash == whole.hash
 
 
 def test_a_truncated_archive_of_photographs(tmp_path):

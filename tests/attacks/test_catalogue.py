@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks.calibration import halves_of_pool
 from lib.attacks import catalogue, shadow
@@ -38,6 +39,31 @@ def test_run_queries_reach_lira_and_rmia_only():
         np.testing.assert_allclose(same[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
+def test_combined_is_the_mean_of_two_ranks():
+    logits, y, member = ensemble(n_models=8, n=60)
+    logits[:, :9] = logits[:, [0]]  # examples that tie
+    y[:9] = y[0]
+    found = catalogue.run(logits, y, member)
+    assert len(np.unique(found["rmia"][0])) < 60
+    ranked = [stats.rankdata(found[name], axis=1) - 1 for name in ("lira_shrunk", "rmia")]
+    np.testing.assert_allclose(found["combined"], np.mean(ranked, axis=0) / 59, atol=1e-6)
+
+
+@pytest.mark.parametrize("only", [("combined",), ("rmia_offline", "lira"), ("gap", "lira_shrunk"), catalogue.HEADLINES])
+def test_some_attacks_alone_score_as_among_all(only):
+    logits, y, member = ensemble(n_models=8, n=60)
+    every, some = catalogue.run(logits, y, member), catalogue.run(logits, y, member, only=only)
+    assert set(some) == set(only)
+    for name in only:
+        np.testing.assert_array_equal(some[name], every[name])
+
+
+def test_every_attack_is_in_one_family():
+    members = [name for family in catalogue.FAMILIES.values() for name in family]
+    assert sorted(members) == sorted([*catalogue.NAMES, "label_only", "label_only_classwise"])
+    assert set(catalogue.FIXED[2:]) == {name for name in catalogue.NAMES if name.endswith("_classwise")}
+
+
 def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
     rng = np.random.default_rng(0)
     eyes = np.repeat(np.arange(40), 2)
@@ -59,6 +85,7 @@ def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
         ({"logits": np.zeros((300, 5))}, "logits: shape"),
         ({"member": np.zeros((16, 299), bool)}, "member: shape"),
         ({"y": np.full(300, 9)}, "y: values 9"),
+        ({"only": ("lira_pooled",)}, "only: .*'lira_pooled'.*; valid are gap"),
         ({"population_logits": np.zeros((16, 10, 5))}, "population_y: missing"),
     ],
 )

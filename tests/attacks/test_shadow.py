@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, special, stats
 
 from benchmarks.calibration import halves_of_pool
 from lib.attacks import catalogue, shadow
@@ -111,19 +111,111 @@ def test_order_of_models_and_of_examples_does_not_matter(attack):
     np.testing.assert_allclose(moved, attack(phi, member)[models][:, examples], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variance", ["example", "shrunk"])
 @pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.parametrize("n_models", [8, 16])
-def test_null_auc_is_one_half_only_if_the_pair_is_left_out(n_models, offline):
+def test_null_auc_is_one_half_only_if_the_pair_is_left_out(n_models, offline, variance):
     null = {"pair": [], "model": []}
     for seed in range(40):
         phi, member = leaky(seed, n_models, 300)
         alleged = catalogue.null_member(member, seed)
         for leave, values in null.items():
-            values.append(auc_influence_values(shadow.lira(phi, alleged, offline, leave=leave), alleged).mean())
+            scores = shadow.lira(phi, alleged, offline, variance, leave)
+            values.append(auc_influence_values(scores, alleged).mean())
     error = np.std(null["pair"]) / np.sqrt(40)
     assert abs(np.mean(null["pair"]) - 0.5) < 4 * error
-    if n_models == 8 and not offline:  # what leaving out the target alone would have reported
+    if n_models == 8 and not offline and variance == "example":  # what leaving out the target alone would have reported
         assert np.mean(null["model"]) < 0.47
+
+
+# ---- LiRA with shrunken variances ------------------------------------------------------------------------
+
+
+def shrunken(values, d0, common):
+    """Smyth (2004, equation 4) for one example: the t distribution of a new value, as scipy has it."""
+    d = len(values) - 1
+    variance = (d0 * common + d * np.var(values, ddof=1)) / (d0 + d)
+    return stats.t(d0 + d, np.mean(values), np.sqrt(variance * (1 + 1 / len(values))))
+
+
+def prior_of(samples):
+    """(d0, s0^2) of a list of samples: section 6.2 in plain loops; the equation for d0 is solved by bisection."""
+    variances = [np.var(values, ddof=1) for values in samples]
+    e, noise = [], []
+    for values, variance in zip(samples, variances, strict=True):
+        half = (len(values) - 1) / 2
+        e.append(np.log(max(variance, 1e-5 * np.median(variances))) - special.digamma(half) + np.log(half))
+        noise.append(special.polygamma(1, half))
+    if np.var(e) <= np.mean(noise):
+        squares = sum(((values - np.mean(values)) ** 2).sum() for values in samples)
+        return 1e9, squares / sum(len(values) - 1 for values in samples)
+    half = optimize.brentq(lambda x: special.polygamma(1, x) - np.var(e) + np.mean(noise), 1e-3, 1e6, xtol=1e-12)
+    return 2 * half, np.exp(np.mean(e) + special.digamma(half) - np.log(half))
+
+
+def varied(seed=0, n_models=12, n=60, freedom=5.0, leak=1.0, member=None):
+    """phi [M, N] whose examples differ in difficulty and in their two spreads, IN and OUT: sigma^2 = d0 / chi^2(d0)."""
+    rng = np.random.default_rng(seed)
+    member = halves_of_pool(rng, n_models, n) if member is None else member
+    spread = np.where(member, *np.sqrt(freedom / rng.chisquare(freedom, (2, n))))
+    return rng.normal(3, 2, n) + leak * member + spread * rng.normal(size=member.shape), member
+
+
+@pytest.mark.parametrize("freedom", [3.0, 1e6])
+@pytest.mark.parametrize("design", ["model", "pair", "subsets"])
+def test_shrunken_lira_equals_a_twin_in_plain_loops(design, freedom):
+    phi, member = varied(freedom=freedom, member=subsets(3, 12, 60) if design == "subsets" else None)
+    phi[:, 5] = 2.0  # an example without any spread
+    leave = None if design == "subsets" else design
+    online, offline = shadow.liras(phi, member, [(False, "shrunk"), (True, "shrunk")], leave)
+    for m in (0, 7):
+        others = np.delete(np.arange(12), [m, m ^ 1] if design == "pair" else [m])
+        sides = [[phi[others, i][side[others, i]] for i in range(60)] for side in (member, ~member)]
+        within, out = ([shrunken(v, *prior) for v in s] for s in sides for prior in [prior_of(s)])
+        ratio = [a.logpdf(x) - b.logpdf(x) for x, a, b in zip(phi[m], within, out, strict=True)]
+        np.testing.assert_allclose(online[m], ratio, rtol=1e-4, atol=1e-5)
+        # the normal deviate of the same tail, to which Wallace's formula comes near
+        deviate = stats.norm.isf([b.sf(x) for x, b in zip(phi[m], out, strict=True)])
+        near = np.abs(deviate) < 6
+        np.testing.assert_allclose(offline[m][near], deviate[near], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+@pytest.mark.parametrize("freedom", [3.0, 20.0])
+def test_the_prior_is_recovered_from_simulated_variances(n, freedom):
+    rng = np.random.default_rng(1)
+    variance = 0.7 * freedom / rng.chisquare(freedom, 20_000)
+    squares = variance * rng.chisquare(n - 1, 20_000)
+    d0, common = shadow.prior(n, squares)
+    assert d0 == pytest.approx(freedom, rel=0.25) and common == pytest.approx(0.7, rel=0.03)
+    n = rng.integers(3, 9, 20_000)  # examples in different numbers of models
+    d0, common = shadow.prior(n, variance * rng.chisquare(n - 1))
+    assert d0 == pytest.approx(freedom, rel=0.25) and common == pytest.approx(0.7, rel=0.03)
+    assert shadow.prior(4, np.full(100, 6.0)) == (np.inf, pytest.approx(2.0))  # all alike
+
+
+def test_without_a_prior_each_example_has_its_own_variance_and_with_an_infinite_one_all_share(monkeypatch):
+    phi, member = varied()
+    new = 1 + 1 / 5  # of the 6 models on either side, 5 without the pair: the mean is an estimate, too
+    own, pooled = (shadow.lira(phi, member, True, v) for v in ("example", "pooled"))
+    monkeypatch.setattr(shadow, "prior", lambda n, squares: (0.0, 1.0))
+    t = own * np.sqrt(4 / 5 / new)  # s^2 has Bessel's correction; t with 4 degrees of freedom
+    np.testing.assert_allclose(shadow.z_score(t, 1.0, 4), shadow.lira(phi, member, True, "shrunk"), rtol=1e-5)
+    monkeypatch.setattr(shadow, "prior", lambda n, squares: (np.inf, squares.sum() / (n - 1) / len(squares)))
+    np.testing.assert_allclose(shadow.lira(phi, member, True, "shrunk"), pooled / np.sqrt(new), rtol=1e-5)
+    log_ratios = [shadow.lira(phi, member, False, v) for v in ("pooled", "shrunk")]
+    np.testing.assert_allclose(np.diff(np.argsort(log_ratios, axis=2), axis=0), 0)  # but for 1/new and a constant alike
+
+
+def test_with_eight_models_shrunken_variances_tell_more_than_each_examples_own_or_one_for_all():
+    found = {variance: [] for variance in shadow.VARIANCES}
+    for seed in range(10):
+        phi, member = varied(seed, 8, 500)
+        for variance, aucs in found.items():
+            aucs.append(auc_influence_values(shadow.lira(phi, member, variance=variance), member).mean())
+    for other in ("example", "pooled"):
+        gain = np.subtract(found["shrunk"], found[other])
+        assert stats.ttest_1samp(gain, 0).statistic > 5, (other, gain.mean())
 
 
 # ---- RMIA ------------------------------------------------------------------------------------------------

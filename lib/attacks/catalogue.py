@@ -68,6 +68,7 @@ def run(
         population = signals(population_logits, population_y, only=("confidence",))["confidence"]
     for name in wanted & {"rmia", "rmia_offline"}:
         out[name] = rmia(confidence, member, population, name == "rmia_offline", gamma, a)
+    del confidence, population
     if "combined" in wanted:
         pairs = zip(out["lira_shrunk"], out["rmia"], strict=True)
         out["combined"] = np.stack(parallel(lambda pair: (ranks(pair[0]) + ranks(pair[1])) / 2, pairs))

@@ -74,7 +74,9 @@ def attack(seen, member, seed=0, groups=None, part=None) -> tuple[np.ndarray, np
 def log_odds(weights, x):
     """s = w' relu(W x + b) + c of each network: x [n, F] (or [3, n, F], a batch for each network) -> [3, n]."""
     first, bias, last, offset = weights
-    return torch.baddbmm(offset, torch.baddbmm(bias, x.expand(3, *x.shape[-2:]), first).relu(), last)[..., 0]
+    hidden = torch.baddbmm(bias, x.expand(3, *x.shape[-2:]), first).relu_()
+    # a product of a matrix and a vector for each network is five times as fast as one of three matrices of one column
+    return torch.stack([torch.mv(h, w) for h, w in zip(hidden, last[..., 0], strict=True)]) + offset[..., 0]
 
 
 def learn(x, label, parts, seed):

@@ -86,19 +86,20 @@ def norms_by_layer(loss, params, x, y, net):
 
     at = {name: x.new_zeros(len(y), layer.out_features) for name, layer in layers.items()}
     slopes, seen = grad(total, has_aux=True)(at)
-    # |g|^2 = sum over layers of |d|^2 |a|^2, and |d|^2 for a bias
-    size = {n: a.square().sum(1) + (layers[n].bias is not None) for n, a in seen.items()}
+    # |g|^2 = sum over layers of |d|^2 |a|^2, and |d|^2 for a bias, where they are trained
+    on = {n: (m.weight.requires_grad, m.bias is not None and m.bias.requires_grad) for n, m in layers.items()}
+    size = {n: a.square().sum(1) * on[n][0] + on[n][1] for n, a in seen.items()}
     return torch.sqrt(sum(d.square().sum(1) * size[n] for n, d in slopes.items()))
 
 
 def norms_for(net, loss, params, x, y):
     """The faster of the two functions above that is right for this network: tried on two examples x, y.
 
-    By layers only if every parameter is a linear layer's, and if both agree at weights of which none is 0: behind a
-    layer that starts at 0, gradients are 0 at first, and a wrong norm would not show.
+    By layers only if every trained parameter is a linear layer's, and if both agree at weights of which none is 0:
+    behind a layer that starts at 0, gradients are 0 at first, and a wrong norm would not show.
     """
     own = {id(p) for m in net.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters(recurse=False)}
-    if not all(id(p) in own for p in net.parameters()):
+    if not all(id(p) in own for p in net.parameters() if p.requires_grad):
         return norms_by_example
     by_layer = partial(norms_by_layer, net=net)
     moved = {n: p + torch.linspace(-0.1, 0.1, p.numel()).to(p).view_as(p) for n, p in params.items()}

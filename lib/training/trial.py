@@ -80,7 +80,7 @@ def trial(recipe, shape, n_classes, device):
 def random_states(used, device):
     """The states of all generators of random numbers: the global ones, and what objects hold and their functions name.
 
-    used: what is searched, through attributes, containers, closures and names, but not inside installed libraries.
+    used: what is searched, through attributes, elements, closures and names, but not inside libraries.
     """
     found = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
     found += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
@@ -94,16 +94,14 @@ def random_states(used, device):
             found.append(thing.get_state())
         elif isinstance(thing, np.random.Generator | np.random.RandomState | random.Random):
             found.append(thing)
-        elif isinstance(thing, dict | list | tuple | set):
-            todo += thing.values() if isinstance(thing, dict) else thing
         elif isinstance(thing, type | FunctionType) and (thing.__module__ or "").partition(".")[0] in LIBRARIES:
             continue
         elif isinstance(thing, FunctionType):
-            todo += [gc.get_referents(cell) for cell in thing.__closure__ or ()]
             codes = [thing.__code__]
             for code in codes:  # those of functions within it too
                 codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
                 todo += [thing.__globals__.get(name) for name in code.co_names]
-        elif hasattr(thing, "__dict__"):
-            todo += [dict(vars(thing)), type(thing)]
+            todo += thing.__closure__ or ()
+        else:
+            todo += gc.get_referents(thing)  # attributes, elements, a class and its bases, a method's object
     return [state.tolist() if torch.is_tensor(state) else pickle.dumps(state) for state in found]

@@ -1,14 +1,17 @@
 """What readers bring: what cannot be mapped over models, what is frozen, what draws random numbers."""
 
+import random
 from math import prod
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from lib.analysis import compare
-from lib.training import Recipe, ensemble, networks, step, train, trial
+from lib.training import Recipe, ensemble, networks, privacy, step, train, trial
 from tests.training.test_sharpness import REFERENCE, assert_is_the_twin
 
 HERE = "tests.training.test_trial"
@@ -226,3 +229,212 @@ def test_a_trial_changes_no_array_and_is_not_made_for_what_is_ours(table, tmp_pa
     np.testing.assert_array_equal(first.logits, second.logits)
     monkeypatch.setattr(step, "Stack", None)
     assert trial.trial(ours, (6,), 4, torch.device("cpu")) == ""
+
+
+# ---- frozen parameters ---------------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """Three layers, of which the middle one and the last bias do not train: frozen parameters, or buffers."""
+
+    def __init__(self, shape, n_classes, as_buffers):
+        super().__init__()
+        widths = [prod(shape), 8, 8, n_classes]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        for layer, name in ((self.layers[1], "weight"), (self.layers[1], "bias"), (self.layers[2], "bias")):
+            value = getattr(layer, name).requires_grad_(False)
+            if as_buffers:
+                delattr(layer, name)
+                layer.register_buffer(name, value.detach())
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer in self.layers[:2]:
+            x = layer(x).relu()
+        return self.layers[2](x)
+
+
+def frozen(shape, n_classes):
+    return Held(shape, n_classes, False)
+
+
+def buffered(shape, n_classes):
+    return Held(shape, n_classes, True)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["sam", "msam(m=3)", "swa", "adamw", "asam", "dpsam(clip=0.5)", "torch.optim:RMSprop", "own:clip"]
+)
+def test_frozen_parameters_are_as_buffers_and_do_not_move(table, tmp_path, optimizer):
+    """They stay out of weight decay, of SAM's norm, of averages and of private noise and norms."""
+    settings = dict(
+        optimizer=optimizer.replace("own:", f"{HERE}:"), rho=0.2, epochs=2, batch_size=8, lr=0.01, weight_decay=0.1
+    )
+    first, second = (
+        train(
+            Recipe(f"{HERE}:{name}", ema=0 if optimizer == "swa" else 0.5, **settings),
+            table,
+            2,
+            tmp_path,
+            "cpu",
+            quiet=True,
+        )
+        for name in ("frozen", "buffered")
+    )
+    np.testing.assert_allclose(first.logits, second.logits, rtol=1e-5, atol=1e-6)
+    start = step.initial_state(first.recipe, (6,), 4, range(2), torch.device("cpu"))
+    for k in range(2):
+        _, params, buffers = first.weights(k)
+        assert set(buffers) == {"layers.1.weight", "layers.1.bias", "layers.2.bias"}
+        for name, held in buffers.items():
+            assert torch.equal(held, start[1][name][k]), name
+        for name, weight in params.items():
+            assert not torch.equal(weight, start[0][name][k]), name
+
+
+def test_private_norms_leave_frozen_parameters_out():
+    torch.manual_seed(0)
+    net, x, y = frozen((6,), 4).double(), torch.randn(5, 6).double(), torch.arange(5) % 4
+    params, buffers = networks.parts(net)
+
+    def loss(params, x, y):
+        return F.cross_entropy(functional_call(net, (params, buffers), (x,)), y)
+
+    way = privacy.norms_for(net, loss, params, x[:2], y[:2])
+    assert way is not privacy.norms_by_example
+    for i, found in enumerate(way(loss, params, x, y)):
+        net.zero_grad()
+        F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]).backward()
+        wanted = torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]).norm()
+        torch.testing.assert_close(found, wanted)
+
+
+# ---- random numbers ------------------------------------------------------------------------------------------
+
+PRIVATE, LEGACY = np.random.default_rng(0), np.random.RandomState(0)
+
+
+class Depth(nn.Module):
+    """Stochastic depth: one batch in fifty skips a layer."""
+
+    def __init__(self, width, draw):
+        super().__init__()
+        self.layer, self.draw = nn.Linear(width, width), draw
+
+    def forward(self, x):
+        return x if self.training and self.draw() < 0.02 else x + self.layer(x)
+
+
+class Holder:
+    """Something that is no module and holds a generator."""
+
+    def __init__(self):
+        self.kept = {"draws": [torch.Generator().manual_seed(0)]}
+
+    def draw(self):
+        return torch.rand((), generator=self.kept["draws"][0])
+
+
+def from_closure():
+    hidden = random.Random(0)
+    return lambda: hidden.random()
+
+
+WAYS = {
+    "global": lambda: lambda: torch.rand(()),
+    "bernoulli": lambda: lambda: 1 - torch.bernoulli(torch.tensor(0.02)),
+    "python": lambda: random.random,
+    "numpy": lambda: np.random.rand,
+    "own": lambda: Holder().draw,
+    "closure": from_closure,
+    "module": lambda: lambda: min(PRIVATE.random() for _ in range(1)),
+    "legacy": lambda: lambda: LEGACY.rand(),
+}
+for way, make in WAYS.items():
+    globals()[f"depth_{way}"] = lambda shape, n, make=make: nn.Sequential(Depth(6, make()), nn.Linear(6, n))
+
+
+def dropped(shape, n_classes):
+    return Layers(shape, n_classes, nn.Dropout(0.001))
+
+
+def gumbel(shape, n_classes):
+    return Layers(shape, n_classes, lambda h: F.gumbel_softmax(h, 1e-3))
+
+
+def backwards(shape, n_classes):
+    """Random numbers in the backward pass alone."""
+
+    def noised(h):
+        if h.requires_grad:
+            h.register_hook(lambda g: g + 1e-6 * torch.randn_like(g))
+        return h
+
+    return Layers(shape, n_classes, noised)
+
+
+def smoothed(shape, n_classes):
+    """Random numbers in evaluation alone: what is predicted would not be repeatable."""
+
+    class Smoothed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x if self.training else x + 1e-3 * torch.randn_like(x))
+
+    return Smoothed(shape[0], n_classes)
+
+
+def counting(shape, n_classes):
+    """No random number, but a memory of how many batches there were, which SAM has twice."""
+    seen = []
+    return Layers(shape, n_classes, lambda h: seen.append(1) or h * (1 + 0.01 * len(seen)))
+
+
+def sown(shape, n_classes):
+    """Initial weights from NumPy: model k's would depend on how many were made before it."""
+    net = nn.Linear(shape[0], n_classes)
+    with torch.no_grad():
+        net.bias.copy_(torch.from_numpy(np.random.rand(n_classes)))
+    return net
+
+
+def noisy(gradient, params):
+    grads, aux = gradient(params)
+    return {n: g + 0.01 * torch.randn_like(g) for n, g in grads.items()}, aux
+
+
+class Langevin(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            p.add_(0.01 * torch.randn_like(p))
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"depth_{way}" for way in WAYS), "dropped", "gumbel", "backwards", "smoothed", "counting"]
+)
+def test_a_network_that_draws_random_numbers_is_refused_however_seldom_it_shows(table, name):
+    with pytest.raises(ValueError, match=f"arch='{HERE}:{name}' draws random numbers in training"):
+        ensemble.check(Recipe(f"{HERE}:{name}", "sam", 0.1, batch_size=8), table, 2)
+
+
+@pytest.mark.parametrize("optimizer", ["noisy", "Langevin"])
+def test_so_is_an_optimizer(table, optimizer):
+    with pytest.raises(ValueError, match=f"optimizers='{HERE}:{optimizer}' draws random numbers in training"):
+        ensemble.check(Recipe("mlp", f"{HERE}:{optimizer}", batch_size=8), table, 2)
+
+
+def test_so_are_initial_weights_that_are_no_function_of_the_seed(table):
+    with pytest.raises(ValueError, match=f"arch='{HERE}:sown' draws its initial weights elsewhere"):
+        ensemble.check(Recipe(f"{HERE}:sown", batch_size=8), table, 2)
+
+
+def still(shape, n_classes):
+    """Dropout that is off, and a generator that is not used in training."""
+    net = Layers(shape, n_classes, nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5).eval()))
+    net.unused = torch.Generator()
+    return net
+
+
+def test_what_could_draw_random_numbers_and_does_not_is_accepted(table):
+    ensemble.check(Recipe(f"{HERE}:still", "sam", 0.1, batch_size=8), table, 2)

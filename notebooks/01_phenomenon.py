@@ -339,7 +339,7 @@ display(figures.save(figures.phi_of_members(phis, member), run, "phi"))
 spread = compare.variances(ensembles)
 results.add(spread)
 show_table(spread)
-for metric in spread.metric.unique():
+for metric in spread.metric[spread.baseline == ""].unique():
     words = describe_sign(select(spread, metric=metric, **versus), *than)
     show_text(f"`{metric}`: {treatment} varies {words} {baseline}.")
 
@@ -443,7 +443,7 @@ figures.save(figure, run, "leakage_against_loss")
 flat = flatness.flatness_table(ensembles, run.rho)
 results.add(flat)
 show_table(flat)
-for metric in flat.metric.unique():
+for metric in flat.metric[flat.baseline == ""].unique():
     row = select(flat, metric=metric, **versus)
     words = describe_sign(row, "sharper than", "flatter than", "neither flatter nor sharper than")
     show_text(f"`{metric}`: {treatment} is {words} {baseline}.")

@@ -583,6 +583,9 @@ for name, move in moves.items():
 # and the only interpolator there is $w_0$. $G_\eta$ is a *model* of sharpness-awareness; it is not what SAM does to a
 # linear model.
 #
+# Nor could flatness choose between the interpolators. The Hessian of the squared loss of a linear model is $X^\top X/n$,
+# which does not depend on $w$: all of its minima are equally flat.
+#
 # **Method.** We run both. We measure the part of $w$ outside the row space and the distance from $w_0$, each relative
 # to $\lVert w_0\rVert$.
 
@@ -669,12 +672,14 @@ show_table(found)
 # %%
 words = ("higher", "lower", "not detectably different")
 steps = found[(found.optimizer == treatment) & (found.baseline == baseline)]
+steps = steps[~steps.metric.str.startswith("log_ratio")]
 said = steps.metric.groupby([describe_sign(row, *words) for row in steps.itertuples()]).agg(joined)
 for word, metrics in said.items():
     show_text(f"{treatment} against {baseline}, **{word}**: {metrics}.")
 
 # %% [markdown]
-# **How to read it.** $\phi$ has no ceiling: whatever stretches all outputs raises its variance for members and
+# **How to read it.** A row `log_ratio_...` is the log of the ratio of the two variances: -0.1 says that one is about a
+# tenth smaller. $\phi$ has no ceiling: whatever stretches all outputs raises its variance for members and
 # non-members alike, so look at the two together. $p_y$ lies in $[0, 1]$. Its variance falls both when non-members are
 # more uniformly right and when they are more uniformly unsure.
 
@@ -703,7 +708,7 @@ panels = {"phi": r"variance of $\phi$", "confidence": "variance of $p_y$"}
 figures.save(draw(drawn, r"$\rho$", panels, even=False, yscale="log"), run, "variance_and_radius")
 
 # %%
-for metric, rows in steps[steps.metric.str.endswith("across_examples")].groupby("metric", sort=False):
+for metric, rows in steps[steps.metric.str.match("(non)?member_.*across_examples")].groupby("metric", sort=False):
     each = [f"{describe_sign(row, *words)} at {row.rho:g}" for row in rows.itertuples()]
     show_text(f"`{metric}`, against radius 0: {', '.join(each)}.")
 
@@ -747,10 +752,11 @@ paths = np.array([tangent_path(ensembles[baseline], i) for i in kept])  # [model
 
 # %%
 sides, of_pairs = ("behind Σ", "others"), paths.reshape(-1, 2, *paths.shape[1:]).mean(1)
-tangent = [
-    intervals.row("variance_ratio", intervals.t_interval(of_pairs[:, side, j]), x=eta, series=name)
+tangent = [  # means and intervals on the log scale: no ratio falls below 0
+    intervals.row("variance_ratio", intervals.Estimate(*np.exp(found)), x=eta, series=name)
     for side, name in enumerate(sides)
     for j, eta in enumerate(tangent_etas)
+    for found in [intervals.t_interval(np.log(of_pairs[:, side, j]))]
 ]
 tangent = pd.DataFrame(tangent).assign(optimizer=lambda f: f.x.map("eta={:g}".format))
 predicted = tangent[(tangent.series == sides[1]) & (tangent.x > 0)]
@@ -807,4 +813,11 @@ for name in ("phi", "confidence"):
     metrics = [f"{who}_variance_{name}_across_examples" for who in ("nonmember", "member")]
     out, inside = (describe_sign(select(found, baseline, metric=m, optimizer=treatment), *than) for m in metrics)
     show_text(f"**Real networks, {name}.** On non-members {treatment} varies {out} {baseline}, on members {inside} it.")
+out = select(found, baseline, metric="nonmember_variance_phi_across_examples", optimizer=treatment)
+show_text(
+    "**What an engineer should do.** Do not infer privacy from flatness or from the spread of the outputs. Here the "
+    f"outputs of {treatment} on non-members vary {describe_sign(out, *than)} those of {baseline}; what a model leaks is "
+    "measured by the attacks of notebook 1, so run these on the model that you ship. If you want the contraction of the "
+    "theorem, penalize curvature on held-out examples: no optimizer that sees the training data alone can."
+)
 show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

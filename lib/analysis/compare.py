@@ -122,14 +122,15 @@ def variance_influence_values(ensemble, name, kind, members=False):
     return ratio_influence_values((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
 
 
-def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, test=False):
+def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, test=False, log_ratio_from=None):
     """One metric of every ensemble, and its paired differences from the first: a tidy frame.
 
     values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. rate: the metric is a
-    probability. shadow_correction: as in intervals.estimate.
+    probability. shadow_correction: as in intervals.estimate. log_ratio_from: as in intervals.paired.
     """
     first, values = next(iter(ensembles.values())), {label: values_of(e) for label, e in ensembles.items()}
-    return intervals.paired(values, metric, rate, shadow_correction=shadow_correction, **design(first, test))
+    how = design(first, test) | {"shadow_correction": shadow_correction}
+    return intervals.paired(values, metric, rate, log_ratio_from, **how)
 
 
 def design(ensemble, test=False):
@@ -173,21 +174,20 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     """Variance of phi and of p_y on non-members (or on members), in each of its meanings: a tidy frame.
 
     across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same within
-    each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator).
+    each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator). A pair also
+    has log_ratio_<metric>.
     """
     who, frames = "member" if members else "nonmember", []
     for name in ("phi", "confidence"):
         for kind in kinds:
             values_of = partial(variance_influence_values, name=name, kind=kind, members=members)
-            frames.append(compared(ensembles, values_of, f"{who}_variance_{name}_{kind}"))
+            frames.append(compared(ensembles, values_of, f"{who}_variance_{name}_{kind}", log_ratio_from=0.0))
     return pd.concat(frames, ignore_index=True)
 
 
 def ratio(values, reference):
-    """Ratio of the means of two matrices of influence values [M, N], as an Estimate (delta method, paired)."""
-    found, below = values.mean() / reference.mean(), reference.mean()
-    # A/B about (a, b):  a/b + (A - (a/b) B) / b
-    return estimate(found + (values - found * reference) / below)
+    """Ratio of the means of two matrices of influence values [M, N], an Estimate made on the log scale, paired."""
+    return Estimate(*np.exp(estimate(intervals.log_ratio_influence_values(values, reference))))
 
 
 def extremes(ensembles):
@@ -227,7 +227,7 @@ def leakage(ensembles, scored, fixed=catalogue.FIXED):
     """
     first, frames = next(iter(ensembles.values())), []
     for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
-        how = design(first) | {"threshold": 0.0 if attack in fixed else None}
+        how = design(first) | {"threshold": 0.0 if attack in fixed else None, "log_ratios": len(scored) > 1}
         found = {label: scored[label][attack] for label in ensembles}
         frames.append(intervals.table(found, np.array(first.member), **how).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)

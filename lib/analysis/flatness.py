@@ -35,11 +35,11 @@ def flatness(ensemble, rho, n_models=8, n_examples=512):
 
 
 def flatness_table(ensembles, rho):
-    """Mean `flatness` of each optimizer's minima and the paired differences, over pairs of models: a tidy frame."""
+    """Mean `flatness` of each optimizer's minima, paired differences and log ratios, over pairs of models: tidy."""
     found, frames = {label: flatness(e, rho).reshape(-1, 2, 2).mean(1) for label, e in ensembles.items()}, []
     for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
         values = {label: v[None, :, column] for label, v in found.items()}
-        frames.append(intervals.paired(values, metric, examples_only=True))  # here Student's t, over pairs
+        frames.append(intervals.paired(values, metric, False, 0.0, examples_only=True))  # here Student's t, over pairs
     return pd.concat(frames, ignore_index=True)
 
 

@@ -114,53 +114,68 @@ def row(metric, found, **more) -> dict:
     return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
 
 
-def paired(values, metric, rate=False, **how) -> pd.DataFrame:
+def paired(values, metric, rate=False, log_ratio_from=None, **how) -> pd.DataFrame:
     """Each optimizer's estimate of a metric, and the paired differences from the first optimizer: a tidy frame.
 
     values: dict optimizer -> influence values [M, N], of the same models and examples. rate: each optimizer's own value
     is a probability (a difference is not). how: further arguments of `estimate`. Columns TIDY; the baseline is "" for
     an optimizer's own value and the first optimizer's name for a difference (optimizer minus baseline).
+    log_ratio_from: where the metric's scale begins (0; 1/2 for an AUC). Then every difference also has a row
+    log_ratio_<metric>, unless one of the two values does not exceed it.
     """
     first, *others = values
     rows = [row(metric, estimate(v, rate=rate, **how), optimizer=k, baseline="") for k, v in values.items()]
     for name in others:
-        difference = estimate(values[name] - values[first], **how)
-        rows.append(row(metric, difference, optimizer=name, baseline=first))
+        found = {metric: values[name] - values[first]}
+        if log_ratio_from is not None and min(values[k].mean() for k in (first, name)) > log_ratio_from:
+            above = (values[k] - log_ratio_from for k in (name, first))
+            found[f"log_ratio_{metric}"] = log_ratio_influence_values(*above)
+        rows += [row(m, estimate(v, **how), optimizer=name, baseline=first) for m, v in found.items()]
     return pd.DataFrame(rows, columns=TIDY)
 
 
-def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, **how) -> pd.DataFrame:
+def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, log_ratios=False, **how) -> pd.DataFrame:
     """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
     scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Columns TIDY.
     Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), and, where an FPR is `reportable`, tpr@<fpr> and
-    realised_fpr@<fpr>. threshold: as in balanced_accuracy_influence_values (0.0 for catalogue.FIXED). how: columns and
-    examples_only, as in `estimate`; groups in `columns` also stay together in the halves on which thresholds are
-    learned. With examples_only and one or two models, no other model can give a threshold at an FPR, so it comes from
-    half of the target's own non-members (tpr_influence_values_within).
+    realised_fpr@<fpr>. With log_ratios a pair also has log_ratio_auc (of the excess above 1/2),
+    log_ratio_tpr@<fpr>, and log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in
+    balanced_accuracy_influence_values (0.0 for catalogue.FIXED). how: columns and examples_only, as in `estimate`;
+    groups in `columns` also stay together in the halves on which thresholds are learned. With examples_only and one or
+    two models, no other model can give a threshold at an FPR, so it comes from half of the target's own non-members
+    (tpr_influence_values_within).
     """
     how |= {"clusters": pairs(checked(next(iter(scores.values())), member)[1]), "level": level}
     learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
-    frames = [paired({k: auc_influence_values(s, member) for k, s in scores.items()}, "auc", True, **corrected)]
+    aucs = {k: auc_influence_values(s, member) for k, s in scores.items()}
+    frames = [paired(aucs, "auc", True, 0.5 if log_ratios else None, **corrected)]
     values = {k: balanced_accuracy_influence_values(s, member, threshold, **learned) for k, s in scores.items()}
     accuracy = paired(values, "balanced_accuracy", True, **corrected)
     # advantage = TPR - FPR = 2 balanced accuracy - 1; in a difference the 1 cancels
     advantage = (2 * accuracy[["value", "ci_low", "ci_high"]]).sub(accuracy.baseline == "", axis=0)
     frames += [accuracy, accuracy.assign(metric="advantage", **advantage)]
-    frames += at_rates(scores, member, fprs, seed, **how)
+    frames += at_rates(scores, member, fprs, seed, aucs if log_ratios else None, **how)
     return pd.concat(frames, ignore_index=True)
 
 
-def at_rates(scores, member, fprs=FPRS, seed=0, **how) -> list[pd.DataFrame]:
-    """The rows tpr@<fpr> and realised_fpr@<fpr> of `table`, a frame each, where an FPR is `reportable`."""
+def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.DataFrame]:
+    """The rows tpr@<fpr> and realised_fpr@<fpr> of `table`, a frame each, where an FPR is `reportable`.
+
+    aucs: the AUCs' influence values, dict optimizer -> [M, N]; without them there are no log ratios.
+    """
     alone, frames = how.get("examples_only", False) and len(member) < 3, []
     at_rate = tpr_influence_values
     if alone:
         at_rate = partial(tpr_influence_values_within, seed=seed, groups=how.get("columns"))
     for fpr in reportable(member, fprs, alone):
         both = {name: at_rate(s, member, fpr) for name, s in scores.items()}
-        for k, metric in enumerate((f"tpr@{fpr}", f"realised_fpr@{fpr}")):
-            frames.append(paired({name: found[k] for name, found in both.items()}, metric, True, **how))
+        tprs, realised = ({name: found[k] for name, found in both.items()} for k in (0, 1))
+        frames.append(paired(tprs, f"tpr@{fpr}", True, 0.0 if aucs else None, **how))
+        frames.append(paired(realised, f"realised_fpr@{fpr}", True, **how))
+        if aucs and min(v.mean() for k in aucs for v in (tprs[k], aucs[k] - 0.5)) > 0:
+            strict = {k: log_ratio_influence_values(tprs[k], aucs[k] - 0.5) for k in aucs}
+            frames.append(paired(strict, f"log_ratio_tpr@{fpr}_to_auc", **how).query("baseline != ''"))
     return frames
 
 
@@ -191,6 +206,16 @@ def ratio_influence_values(x, chosen) -> np.ndarray:
     mean = np.sum(x, axis=-1, keepdims=True, where=chosen) / n
     # mean + N/n 1{chosen} (x - mean), a ratio of means to first order
     return mean + np.where(chosen, x.shape[-1] / n * (x - mean), 0.0)
+
+
+def log_ratio_influence_values(x, y) -> np.ndarray:
+    """Influence values [M, N] of the log ratio of two positive metrics, from theirs, x and y [M, N], paired.
+
+    On this scale no interval of a relative change goes below -100%.
+    """
+    a, b = np.mean(x, dtype=np.float64), np.mean(y, dtype=np.float64)
+    # d log(a / b) = da / a - db / b
+    return np.log(a / b) + x / a - y / b
 
 
 def auc_influence_values(scores, member) -> np.ndarray:

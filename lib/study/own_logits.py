@@ -165,7 +165,7 @@ def page(out, ensembles, scored, fit, leaks, null):
         data = base64.b64encode((Path(out) / "figures" / f"{name}.png").read_bytes()).decode()
         pictures += f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>'
 
-    tables = (leaks[leaks.metric != "advantage"], fit, null)
+    tables = (leaks[~leaks.metric.str.contains("advantage|log_ratio")], fit, null)
     leakage, fits, control = (text.wide(rows, across=("metric",)).to_html(border=0) for rows in tables)
     title = f"Membership leakage: {', '.join(ensembles)}"
     body = f"""<h1>{html.escape(title)}</h1>

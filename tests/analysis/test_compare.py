@@ -76,6 +76,14 @@ def test_variances_are_numpy_variances_of_the_non_members(pair):
     assert frame["nonmember_variance_phi_across_models"] == pytest.approx(columns)
 
 
+def test_variances_are_compared_as_log_ratios_too(pair):
+    frame = compare.variances(pair).set_index(["baseline", "optimizer", "metric"])
+    for metric in ("nonmember_variance_phi_across_examples", "nonmember_variance_confidence_across_models"):
+        own = frame.value["", "sam", metric] / frame.value["", "sgd", metric]
+        log = frame.loc["sgd", "sam", f"log_ratio_{metric}"]
+        assert log.value == pytest.approx(np.log(own)) and log.ci_low < log.value < log.ci_high
+
+
 def test_leakage_has_every_attack_and_paired_differences(pair):
     scored = {name: compare.scores(e) for name, e in pair.items()}
     frame = compare.leakage(pair, scored)

@@ -398,6 +398,40 @@ def test_table_has_every_optimizer_and_its_difference_from_the_first():
         pd.testing.assert_frame_equal(part.drop(columns=["optimizer", "baseline"]).reset_index(drop=True), expected)
 
 
+def test_a_log_ratio_covers_the_truth_and_cannot_fall_below_minus_100_percent():
+    covered = 0
+    for seed in range(300):
+        noise = np.random.default_rng(seed).normal(size=(4, 12, 40))
+        below = 2 + 0.5 * noise[0] + 0.4 * noise[3][:, :1]  # common to both: pairs cancel
+        above = 0.6 * below + 0.3 * noise[1] + 0.3 * noise[2][:, :1]
+        found = intervals.estimate(intervals.log_ratio_influence_values(above, below))
+        covered += found.low <= np.log(0.6) <= found.high
+    assert 275 <= covered <= 297
+    assert intervals.estimate(intervals.log_ratio_influence_values(below, below)) == (0, 0, 0)
+    few = np.exp(np.random.default_rng(0).normal(size=(2, 4, 3)))
+    change = (few[0] - few[1]) / few[1].mean()  # the baseline taken as known, on the plain scale
+    assert intervals.estimate(change).low < -1
+    assert 0 < np.exp(intervals.estimate(intervals.log_ratio_influence_values(*few)).low) < 1
+
+
+def test_log_ratios_of_a_table_are_those_of_its_values_and_add_up():
+    a, member = example(n_models=16, n=400)
+    scores = {"sgd": a, "sam": a + 0.3 * member}
+    own, found = (intervals.table(scores, member, log_ratios=log).set_index(["baseline", "metric"]) for log in (0, 1))
+    pd.testing.assert_frame_equal(own.sort_index(), found.drop(index=set(found.index) - set(own.index)).sort_index())
+    new = found.loc["sgd"].value.filter(like="log_ratio")
+    value = found.loc[""].set_index("optimizer", append=True).value
+    assert set(new.index) == {
+        "log_ratio_auc",
+        *(f"log_ratio_tpr@{r}{to}" for r in (0.1, 0.01) for to in ("", "_to_auc")),
+    }
+    assert new["log_ratio_auc"] == pytest.approx(np.log((value["auc", "sam"] - 0.5) / (value["auc", "sgd"] - 0.5)))
+    for rate in (0.1, 0.01):
+        tpr = np.log(value[f"tpr@{rate}", "sam"] / value[f"tpr@{rate}", "sgd"])
+        assert new[f"log_ratio_tpr@{rate}"] == pytest.approx(tpr)
+        assert new[f"log_ratio_tpr@{rate}_to_auc"] == pytest.approx(tpr - new["log_ratio_auc"])
+
+
 def test_pairing_narrows_the_difference():
     rng = np.random.default_rng(1)
     a, member = example(n_models=16, n=300)

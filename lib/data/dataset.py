@@ -54,13 +54,13 @@ class Dataset:
         return len(self.classes)
 
 
-def load(name: str, data=None, cache=None) -> Dataset:
+def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
     """Load a data set of DATASETS; `data` is its path, `cache` the folder for decoded data (store/cache).
 
     `folder` reads images train/<class>/ and test/<class>/, also in an archive; an .npz holds x, y (or features, labels)
     and groups; other forms are those in which a data set is published. data=None looks in data/. Without a test part,
-    one is split off, in whole groups. What is left out (other files, empty classes, labels without an image) is counted
-    and printed. Raises FileNotFoundError for a missing path, ValueError for anything else.
+    one is split off, in whole groups; `seed` says which. What is left out (other files, empty classes, labels without
+    an image) is counted and printed. Raises FileNotFoundError for a missing path, ValueError for anything else.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -81,12 +81,12 @@ def load(name: str, data=None, cache=None) -> Dataset:
             need(not extra, f"the test part has labels {extra}; only those of the pool are valid")
             y_test = np.searchsorted(labels, y_test)
             return validate(replace(d, x_test=_examples("x_test", given["x_test"]), y_test=y_test))
-        # a share of the groups, stratified by their highest label: always the same ones
+        # a share of the groups, stratified by their highest label
         groups, top = _grouped(validate(d))
         share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
         n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
         need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
-        keep = np.isin(groups, _draw(top, n, seed=0, least=2))
+        keep = np.isin(groups, _draw(top, n, seed, least=2))
         d, test = replace(d, index=np.arange(len(d.y))), _subset(d, ~keep)
         return validate(replace(_subset(d, keep), x_test=test.x, y_test=test.y, groups_test=test.groups))
     except (ValueError, PermissionError) as error:

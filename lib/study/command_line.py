@@ -48,6 +48,10 @@ def execute(book, given, out):
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # knows of none that is installed: makes its own
 
+        async def start_kernel(self, **more):
+            # one thread: beside processes that train, two threads wait for each other (a cell of 2 s took 51 s)
+            await super().start_kernel(**more, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     print(f"{book.stem} -> {out}", flush=True)
     how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": ["--log-level=ERROR"]}

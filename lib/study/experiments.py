@@ -1,18 +1,19 @@
 """The experiments, declared once for `run.ensembles`, `--plan`, `--work`, the forecast and the check of the disk."""
 
 import json
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from lib import need
 from lib.analysis import compare
@@ -85,7 +86,7 @@ def main(run):
     return {name: of(run, name, run.n_models) for name in run.names}
 
 
-@experiment("radius sweep", "01", "04", essential=lambda run: [0.0])
+@experiment("radius sweep", "04", "05", essential=lambda run: [0.0])
 def radius_sweep(run):
     """The treatment's base without the rule (0.0), then the treatment at radii around the run's. Keys: rho."""
     # an optimizer whose text gives a radius has only that one; one without a radius has none
@@ -111,7 +112,39 @@ def at_own_length(run):
     return [(run.epochs, run.baseline), (run.epochs, run.treatment), (equal_compute(run)[run.epochs], run.baseline)]
 
 
-@experiment("length sweep", "01", "06", essential=at_own_length)
+def own_settings(run):
+    """The keys of the tuning with the run's own learning rate, weight decay and radius."""
+    rho = run.recipe(run.treatment).rho
+    return [(run.baseline, 0.0, run.lr, run.weight_decay), (run.treatment, rho, run.lr, run.weight_decay)]
+
+
+@experiment("tuning", "05", essential=own_settings)
+def tuning(run):
+    """Both optimizers at other learning rates and weight decays, the treatment at other radii too.
+
+    Keys: (optimizer, rho, lr, weight_decay), rho 0 for the baseline. run.tuning "full": every combination; "cross": at
+    most one value differs from the run's own. The baseline also has half the learning rate, a path to a higher loss.
+    """
+    own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
+    radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
+    for rho, factor, decay in product([0.0, *radii], (0.5, 1, 2, 4), decays):
+        n_changed = (rho not in (0, own)) + (factor != 1) + (decay != run.weight_decay)
+        if n_changed <= 1 + (run.tuning == "full" and factor >= 1) * 2 and (factor >= 1 or not rho):
+            name, lr = run.treatment if rho else run.baseline, factor * run.lr
+            found[name, rho, lr, decay] = of(run, name, n_models(run, "few"), rho=rho, lr=lr, weight_decay=decay)
+    return found
+
+
+@experiment("pools", "05")
+def pools(run):
+    """Both optimizers at several learning rates on pools drawn with other seeds. Keys: (seed, optimizer, lr)."""
+    return {
+        (seed, name, factor * run.lr): of(run, name, n_models(run, "few"), data, lr=factor * run.lr, seed=seed)
+        for (seed, data), name, factor in product(run.other_pools.items(), (run.baseline, run.treatment), (1, 2, 4))
+    }
+
+
+@experiment("length sweep", "05", essential=at_own_length)
 def length_sweep(run):
     """Both optimizers at every length; the baseline also at equal compute and in between. Keys: (epochs, optimizer)."""
     keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
@@ -158,9 +191,10 @@ def levels(run):
     batches = [b for b in (4 * run.batch_size, round(0.25 * run.batch_size)) if least <= b <= size]
     found |= {("batch size", f"{b}"): {"batch_size": b} for b in batches[:1]}
     found |= {("epochs", f"{e}"): {"epochs": e} for e in lengths(run)[-3:] if e != run.epochs}
+    found |= {("learning rate", f"{f * run.lr:g}"): {"lr": f * run.lr} for f in (2, 4)}
     noisy = plant(run.dataset, round(0.3 * len(run.dataset.y)), seed=run.seed)[0]
     found["label noise", "30%"] = {"dataset": noisy}
-    decay = 5e-3 if run.weight_decay != 5e-3 else 0.0
+    decay = 4 * run.weight_decay or 5e-4
     found["weight decay", f"{decay:g}"] = {"weight_decay": decay}
     twin = WITHOUT_NORM.get(run.arch) or {without: arch for arch, without in WITHOUT_NORM.items()}.get(run.arch)
     if twin:
@@ -168,7 +202,7 @@ def levels(run):
     return found
 
 
-@experiment("causes", "06", essential=lambda run: [("as it is", "as it is", n) for n in (run.baseline, run.treatment)])
+@experiment("causes", "05", essential=lambda run: [("as it is", "as it is", n) for n in (run.baseline, run.treatment)])
 def causes(run):
     """Both optimizers at every level of every factor. Keys: (factor, level, optimizer)."""
     found, names = levels(run), (run.baseline, run.treatment)
@@ -310,7 +344,7 @@ class Plan:
         for book, seconds in analyses.items():
             trained += frame.seconds[frame.notebook == book].sum()
             done = max(done, trained) + seconds
-        return max(done, frame.seconds.sum() + sum(analyses.values()) / torch.get_num_threads())
+        return max(done, frame.seconds.sum() + sum(analyses.values()) / (os.cpu_count() or 1))
 
     def say(self, *_):
         """Print a forecast if the last was some time ago. `train` calls it after each chunk of models."""

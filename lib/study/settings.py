@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Its n_examples and batch_size are upper bounds: a smaller data set is used whole.
 TABLE = dict(arch="mlp", optimizers="sgd,sam", rho=0.3, n_models=512, n_examples=2000, subset=0.5, epochs=40)
 TABLE |= dict(batch_size=64, lr=0.1, weight_decay=5e-4, augment=False, ema=0.0, seed=0, device="auto", engine="local")
-IMAGE = TABLE | dict(arch="cnn", rho=0.1, n_models=16, epochs=20)
+TABLE |= dict(tuning="full", n_pools=3)
+IMAGE = TABLE | dict(arch="cnn", rho=0.1, n_models=16, epochs=20, tuning="cross", n_pools=1)
 LARGE = IMAGE | dict(n_models=64, n_examples=50_000, batch_size=256)
 PRESETS = {
     "tiny": {
@@ -74,6 +75,10 @@ class Parameters(BaseModel):
     augment: bool | None = parameter("random flips and shifts in training, and as queries of the attacks")
     ema: float | None = parameter("decay of the moving average of the weights; 0: the last weights", ge=0, lt=1)
     seed: int | None = parameter("seed of everything", ge=0)
+    tuning: Literal["full", "cross"] | None = parameter(
+        "learning rates, weight decays and radii tried: full (every combination) or cross (one changed at a time)"
+    )
+    n_pools: int | None = parameter("pools, each drawn with a seed of its own, on which SAM's effect is measured", ge=1)
     device: str | None = parameter("auto, cpu, cuda, mps")
     engine: Literal[workers.ENGINES] | None = parameter("local, or ray (a cluster at RAY_ADDRESS, or this machine)")
     gpus: float | None = parameter("GPUs that a Ray task asks for, such as 0.25 (default 1 where there is one)", ge=0)
@@ -166,6 +171,19 @@ class Run:
     def is_small(self):
         """True for tables and small pictures, whose networks train quickly: experiments use more models and levels."""
         return not (self.dataset.is_image and min(self.dataset.x.shape[-2:]) >= 16)
+
+    @cached_property
+    def other_pools(self):
+        """The data drawn anew with the next seeds, n_pools - 1 of them: dict seed -> Dataset.
+
+        The test part is another one too, unless the data come with a test part of their own.
+        """
+        found, cache = {}, Path(self.store) / "cache"
+        for seed in range(self.seed + 1, self.seed + self.n_pools):
+            whole = load(self.parameters.dataset, self.data, cache, seed)
+            n = self.n_examples if self.n_examples < len(whole.y) - 1 else None
+            found[seed] = pool(whole, n, seed, len(self.dataset.y_test))
+        return found
 
     def recipe(self, optimizer, **changes):
         """The run's Recipe for one optimizer (or its text), with some fields changed."""

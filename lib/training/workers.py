@@ -182,16 +182,17 @@ def collect(recipe, dataset, waiting, where, n, quiet, notify):
 
 
 def n_processes(recipe, dataset, device):
-    """How many processes train this recipe at once: on a CPU one for each of this process's threads, if a model takes
-    LONG steps and memory suffices; else 1. Objects defined in `__main__` cannot be sent to other processes.
+    """How many processes train this recipe at once: on a CPU one for each core, if a model takes LONG steps and memory
+    suffices; else 1. LOKY_MAX_CPU_COUNT limits the cores. Objects of `__main__` cannot be sent to other processes.
     """
     steps = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.run_epochs
     if device.type != "cpu" or steps < LONG or "__main__" in f"{recipe.optimizer} {recipe.arch}":
         return 1
+    import loky
     import psutil
 
     room = psutil.virtual_memory().available // (OWN + 4 * dataset.x.nbytes)
-    return int(max(1, min(torch.get_num_threads(), room)))
+    return int(max(1, min(loky.cpu_count(), room)))
 
 
 def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import logging
+import os
 import sys
 import time
 from concurrent import futures

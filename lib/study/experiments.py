@@ -29,7 +29,7 @@ COLUMNS = (
     "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
 )
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
-ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "06": (6, 3.5), "07": (5, 0)}
+ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "05": (12, 12), "06": (6, 3.5), "07": (5, 0)}
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 

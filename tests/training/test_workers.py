@@ -45,9 +45,9 @@ def children():
 
 @pytest.fixture
 def two(monkeypatch):
-    """As if every ensemble were long, and this process had two threads."""
+    """As if every ensemble were long, and there were two cores."""
     monkeypatch.setattr(workers, "LONG", 0)
-    monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(loky, "cpu_count", lambda: 2)
 
 
 def test_two_processes_make_what_one_thread_makes(images, tmp_path, two, one_thread):
@@ -68,7 +68,7 @@ def test_what_a_process_raises_is_raised_here(images, tmp_path, two):
 
 def test_what_is_worth_processes(images, monkeypatch):
     long = Recipe("cnn", epochs=100, batch_size=8)  # 3 steps an epoch
-    monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(loky, "cpu_count", lambda: 4)
     assert workers.n_processes(long, images, CPU) == 4
     assert workers.n_processes(Recipe("cnn", epochs=33, batch_size=8), images, CPU) == 1
     assert workers.n_processes(long, images, torch.device("cuda")) == 1

@@ -86,6 +86,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
 
     for epoch in range(epochs):
         losses, accuracies = [], []
+        stack.switch("train")
         for at, (x, y) in enumerate(batches(recipe, inputs, examples, streams), epoch * per_epoch):
             lr = learning_rate(recipe, at, n_steps)
             context = step.rule_context(recipe, rho, stack.params, streams["rule"], at, lr)
@@ -93,12 +94,15 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
             losses.append(loss)
             accuracies.append(accuracy)
             if recipe.ema:  # an average over all steps, whose memory grows to 1 / (1 - ema) (Polyak & Juditsky 1992)
+                stack.switch("eval")
                 mean = mean or {n: w.clone() for n, w in stack.params.items()}
                 # m <- m + (1 - d) (w - m), d = min(ema, (1 + t) / (10 + t))
                 share = 1 - min(recipe.ema, (1 + at) / (10 + at))
                 torch._foreach_lerp_(list(mean.values()), list(stack.params.values()), share)
+                stack.switch("train")
         history[:, epoch, 0] = torch.stack(losses).mean(0).cpu().numpy()
         history[:, epoch, 1] = torch.stack(accuracies).mean(0).cpu().numpy()
+        stack.switch("eval")
         if epoch + 1 > swa_from:  # the mean at the ends of the last epochs (Izmailov et al. 2018, algorithm 1)
             n_averaged += 1
             # m_n = m_{n-1} + (w - m_{n-1}) / n
@@ -107,6 +111,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
         last = epoch + 1 == epochs
         if last and mean:
             stack.load(mean)
+        if last and (mean or any(hasattr(base, "eval") for base in stack.bases)):
             stack.refresh_batchnorm(batches(recipe, inputs, examples, streams))
         tick()
         stuck |= ~np.isfinite(history[:, epoch, 0])

@@ -80,16 +80,23 @@ class Stack:
             x = torch.linspace(-1, 1, 2 * int(np.prod(shape)), device=device).view(2, *shape)
             y = torch.arange(2, device=device)
             self.norms = privacy.norms_for(self.net, lambda p, x, y: self.loss_of_one(p, buffers, x, y)[0], one, x, y)
+        self.own = []  # of each model, the leaf tensors that a reader's own base steps on
         if not recipe.optimizer.has_own_base:
-            self.bases = [self.build_base(self.params)]
+            self.build_bases([self.params])
             self.update({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the base's state
         if compiled:
             self.gradient = compiled_once(self.gradient, device)
 
-    def build_base(self, params):
-        """The recipe's base optimizer on these tensors."""
-        recipe, fused = self.recipe, self.device.type in ("cpu", "cuda")
-        return recipe.optimizer.build(list(params.values()), recipe.lr, recipe.momentum, recipe.weight_decay, fused)
+    def build_bases(self, stacks):
+        """The recipe's base on each of these dicts of tensors: self.bases, and self.rates of their parameter groups."""
+        recipe, fused, start = self.recipe, self.device.type in ("cpu", "cuda"), self.recipe.lr
+        fixed = recipe.lr, recipe.momentum, recipe.weight_decay, fused
+        self.bases, self.rates = [recipe.optimizer.build(list(p.values()), *fixed) for p in stacks], []
+        for base in self.bases:
+            if "lr" not in inspect.signature(recipe.optimizer.base).parameters:
+                start = base.defaults.get("lr", start)  # a rate of its own, which the recipe's replaces
+            # as torch's schedulers do, the schedule scales each group's initial rate: here as a share of the recipe's
+            self.rates += [(group, group.get("lr", start) / start) for group in base.param_groups]
 
     def reset(self, recipe, ids):
         """Fresh weights for models `ids`; the base and the rule remember nothing. Returns the stack itself."""
@@ -99,12 +106,20 @@ class Stack:
         self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if "memory" in recipe.optimizer.wants else {}
         if recipe.optimizer.has_own_base:  # a base for each model: it may use norms of whole tensors
             self.own = [{n: p[k].clone().requires_grad_() for n, p in params.items()} for k in range(self.n_stacked)]
-            self.bases = [self.build_base(weights) for weights in self.own]
+            self.build_bases(self.own)
         else:
             for value in tree_flatten(list(self.bases[0].state.values()))[0]:
                 if torch.is_tensor(value):
                     value.zero_()
         return self
+
+    def switch(self, mode):
+        """Call train() or eval() of the bases that have it: schedule-free ones hold other weights for each."""
+        for k, (weights, base) in enumerate(zip(self.own, self.bases, strict=False)):
+            if hasattr(base, mode):
+                getattr(base, mode)()
+                for name, weight in weights.items():
+                    self.params[name][k].copy_(weight.detach())
 
     def load(self, params):
         """Put other weights in place."""
@@ -167,8 +182,8 @@ class Stack:
         else:
             grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
         self.buffers = {**self.buffers, **aux.buffers}
-        for group in (group for base in self.bases for group in base.param_groups):
-            group["lr"] = lr
+        for group, share in self.rates:
+            group["lr"] = lr * share
         if optimizer.has_own_base:
             self.update_each(
                 grads, aux.loss, lambda k, at: rule_of_one(at, *tree_map(lambda t: t[k], batch), alone=True)

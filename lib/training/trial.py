@@ -48,10 +48,12 @@ def trial(recipe, shape, n_classes, device):
             draws = [generator(one, "rule", k) for k in ids]
             used = stack.net, stack.eval_net, one.optimizer.rule, stack.bases
             before = random_states(used, device)
+            stack.switch("train")
             remembers = {"is_kth_step", "memory"} & one.optimizer.wants or one.optimizer.has_own_base
             for number in range(2 if remembers else 1):
                 context = step.rule_context(one, rho, stack.params, draws, number, one.lr)
                 stack.step(x, y, context, one.lr, is_kth_step=number == 0)
+            stack.switch("eval")
             stack.predict(x[0, :2])
             if random_states(used, device) != before:
                 return f"{DRAWS}: take out what does (dropout, say; a rule may ask for `noise`)"

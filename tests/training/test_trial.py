@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import update_bn
 
 from lib.analysis import compare
 from lib.training import Recipe, ensemble, networks, privacy, step, train, trial
-from tests.training.test_sharpness import REFERENCE, assert_is_the_twin
+from lib.training.recipe import learning_rate
+from tests.training.test_sharpness import REFERENCE, Twin, assert_is_the_twin
 
 HERE = "tests.training.test_trial"
 
@@ -438,3 +441,118 @@ def still(shape, n_classes):
 
 def test_what_could_draw_random_numbers_and_does_not_is_accepted(table):
     ensemble.check(Recipe(f"{HERE}:still", "sam", 0.1, batch_size=8), table, 2)
+
+
+# ---- the contract of an optimizer ----------------------------------------------------------------------------
+
+
+class Grouped(torch.optim.SGD):
+    """Biases at `factor` times the rate, in a group of their own."""
+
+    def __init__(self, params, lr=0.1, factor=10.0):
+        params = list(params)
+        biases, rest = ([p for p in params if (p.ndim == 1) == on] for on in (True, False))
+        super().__init__([{"params": rest}, {"params": biases, "lr": factor * lr}], lr=lr)
+
+
+class Silent(torch.optim.SGD):
+    """Takes no rate, and has one of its own: the recipe's is used."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=1e-3)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """The contract of Defazio et al. 2024, "The road less scheduled": in train mode the weights are
+    y = (1 - beta) z + beta x, in eval mode the average x; steps are made at y, in train mode alone."""
+
+    def __init__(self, params, lr=0.1, beta=0.8):
+        super().__init__(params, {"lr": lr})
+        self.beta, self.count, self.training = beta, 0, False
+
+    def switch(self, training):
+        if self.training != training and self.count:
+            for p, state in self.state.items():
+                p.data = torch.lerp(state["z"], state["x"], self.beta) if training else state["x"].clone()
+        self.training = training
+
+    def train(self):
+        self.switch(True)
+
+    def eval(self):
+        self.switch(False)
+
+    @torch.no_grad()
+    def step(self):
+        if not self.training:
+            raise RuntimeError("not in train mode")
+        self.count += 1
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p] or self.state[p].update(z=p.clone(), x=p.clone()) or self.state[p]
+            state["z"] -= self.param_groups[0]["lr"] * p.grad
+            state["x"].lerp_(state["z"], 1 / self.count)
+            p.copy_(torch.lerp(state["z"], state["x"], self.beta))
+
+
+@pytest.mark.parametrize("optimizer", ["Grouped", "Grouped(factor=0.0)", "Silent"])
+def test_the_schedule_scales_the_rate_of_each_group_as_torchs_schedulers_do(table, tmp_path, optimizer):
+    recipe = Recipe(optimizer=f"{HERE}:{optimizer}", epochs=3, batch_size=8, lr=0.05)
+    found = train(recipe, table, 2, tmp_path, "cpu", quiet=True)
+    twin = Twin(recipe, table, 1)
+    if optimizer == "Silent":
+        twin.base = torch.optim.SGD(twin.weights, lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(twin.base, lambda at: learning_rate(recipe, at, 15) / 0.05)
+    for _ in range(3):
+        for batch in twin.batches():
+            twin.gradient(twin.x[batch], twin.y[batch])  # leaves it in p.grad
+            twin.base.step()
+            schedule.step()
+    flat = torch.cat([p.detach().flatten() for p in twin.weights]).numpy()
+    np.testing.assert_allclose(found.store.rows["weights"].read()[1], flat, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["mlp", "mlp_bn"])
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_what_is_stored_and_measured_are_the_weights_of_evaluation(table, tmp_path, arch, ema):
+    """They are the average x, by hand; gradients are taken at y. BatchNorm's statistics are those of x."""
+    recipe = Recipe(arch, f"{HERE}:ScheduleFree", epochs=2, batch_size=8, lr=0.2, ema=ema)
+    found = train(recipe, table, 2, tmp_path, "cpu", quiet=True)
+    twin = Twin(recipe, table, 0)
+    z = x = parameters_to_vector(twin.weights).detach().clone()
+    means = []
+    for at in range(10):
+        if at % 5 == 0:
+            batches = twin.batches()
+        vector_to_parameters(0.2 * z + 0.8 * x, twin.weights)
+        z = z - learning_rate(recipe, at, 10) * twin.gradient(twin.x[batches[at % 5]], twin.y[batches[at % 5]])
+        x = x + (z - x) / (at + 1)
+        d = min(ema, (1 + at) / (10 + at))
+        means.append(d * means[-1] + (1 - d) * x if means else x)
+    vector_to_parameters(means[-1], twin.weights)
+    update_bn([twin.x[batch] for batch in twin.batches()], twin.net)
+    logits = twin.net.eval()(twin.x).detach()
+    np.testing.assert_allclose(found.logits[0, 0], logits, rtol=1e-3, atol=1e-4)
+    test = twin.net(torch.from_numpy(ensemble.inputs(table)[1])).argmax(-1).numpy()
+    assert found.history[0, -1, 2] == pytest.approx((test == table.y_test).mean())
+
+
+def test_schedule_free_optimizers_train_under_a_rule_and_one_at_a_time(table, tmp_path):
+    settings = dict(rho=0.1, epochs=3, batch_size=8, lr=0.2)
+    for arch, rule in (("mlp", "sam"), (f"{HERE}:gru", "looksam(k=2)"), ("mlp", f"{HERE}:clip")):
+        found = train(Recipe(arch, f"{rule}+{HERE}:ScheduleFree", **settings), table, 2, tmp_path, "cpu", quiet=True)
+        assert len(found.ids) == 2 and np.isfinite(found.logits).all()
+
+
+def test_the_package_schedulefree_as_its_readme_uses_it(table, tmp_path):
+    pytest.importorskip("schedulefree")
+    recipe = Recipe(optimizer="schedulefree:AdamWScheduleFree", epochs=2, batch_size=8, lr=0.01)
+    found = train(recipe, table, 2, tmp_path, "cpu", quiet=True)
+    twin = Twin(recipe, table, 0)
+    for epoch in range(2):
+        twin.base.train()
+        for at, batch in enumerate(twin.batches(), 5 * epoch):
+            twin.base.param_groups[0]["lr"] = learning_rate(recipe, at, 10)
+            twin.gradient(twin.x[batch], twin.y[batch])
+            twin.base.step()
+        twin.base.eval()
+    np.testing.assert_allclose(found.logits[0, 0], twin.net.eval()(twin.x).detach(), rtol=1e-3, atol=1e-4)

@@ -130,6 +130,8 @@ class Optimizer:
             return weight.detach().square().sum() / 2
 
         base = self.build([weight], 0.1, 0.9, 0.0)
+        if hasattr(base, "train"):  # a schedule-free one
+            base.train()
         if self.has_own_base and closure() and "closure" in inspect.signature(base.step).parameters:
             base.step(closure)
         return len(places) > 1

@@ -486,6 +486,7 @@ class ScheduleFree(torch.optim.Optimizer):
     def step(self):
         if not self.training:
             raise RuntimeError("not in train mode")
+        assert type(self.param_groups[0]["lr"]) is float  # NumPy's do not raise at 0 / 0, which RAdamScheduleFree needs
         self.count += 1
         for p in self.param_groups[0]["params"]:
             state = self.state[p] or self.state[p].update(z=p.clone(), x=p.clone()) or self.state[p]
@@ -538,7 +539,7 @@ def test_what_is_stored_and_measured_are_the_weights_of_evaluation(table, tmp_pa
 
 def test_schedule_free_optimizers_train_under_a_rule_and_one_at_a_time(table, tmp_path):
     settings = dict(rho=0.1, epochs=3, batch_size=8, lr=0.2)
-    for arch, rule in (("mlp", "sam"), (f"{HERE}:gru", "looksam(k=2)"), ("mlp", f"{HERE}:clip")):
+    for arch, rule in (("mlp", "sam"), (f"{HERE}:gru", "looksam(k=2)"), ("mlp", f"{HERE}:clip"), ("mlp", "dpsgd")):
         found = train(Recipe(arch, f"{rule}+{HERE}:ScheduleFree", **settings), table, 2, tmp_path, "cpu", quiet=True)
         assert len(found.ids) == 2 and np.isfinite(found.logits).all()
 

@@ -143,4 +143,4 @@ def learning_rate(recipe, step, n_steps):
     start, floor = (options["start"], options["floor"]) if recipe.optimizer.rule_name == "swa" else (1.0, 0.0)
     share = min(1.0, (step - rising) / max(start * n_steps - rising, 1e-9))
     # lr_t = lr (f + (1 - f)/2 (1 + cos(pi t / T)))
-    return float(recipe.lr * (floor + (1 - floor) / 2 * (1 + np.cos(np.pi * share))))  # NumPy's would not raise at 0 / 0
+    return float(recipe.lr * (floor + (1 - floor) / 2 * (1 + np.cos(np.pi * share))))  # NumPy's does not raise at 0 / 0

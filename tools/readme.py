@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lib.study import figures, settings, verdict
+from lib.study.results import read
 from lib.study.text import describe_sign, joined, percentage_points, sign
 from tools import costs
 
@@ -19,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs" / "reference"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIRA = ("", "lira", "lira_shrunk")  # the attack of the sweeps: runs since November 2026 have lira_shrunk and others
-FITS = 0.99  # a model that is right about so much of its training half is said to fit it
 WORDS = "**more**", "**less**", "no differently"
 
 
@@ -76,12 +76,12 @@ def answer():
     """The finding in two sentences, from the paired differences of every committed run."""
     made = runs().values()
     rows = [row for results in made for row in leaks(results)]
-    both, short = ([row for row in rows if (min(row.sgd, row.sam) >= FITS) == fit] for fit in (True, False))
+    both, short = ([row for row in rows if (min(row.sgd, row.sam) >= verdict.FITS) == fit] for fit in (True, False))
     signs = {sign(row) for row in rows}
     head = "Always, in these runs" if signs == {1} else "Not in these runs" if 1 not in signs else "Sometimes"
     return (
-        f"**{head}:** where both optimizers fit at least {FITS:.0%} of their training data, SAM leaks {counted(both)}; "
-        f"where one of them does not, {counted(short)}. At equal train loss, SAM "
+        f"**{head}:** where both optimizers fit at least {verdict.FITS:.0%} of their training data, SAM leaks "
+        f"{counted(both)}; where one of them does not, {counted(short)}. At equal train loss, SAM "
         f"leaks {counted([row for results in made for row in equal_loss(results)])} ({len(made)} runs; leakage is the "
         "AUC of the attack LiRA)."
     )
@@ -162,20 +162,14 @@ def equal():
 
 
 def verdicts():
-    """A row for each claim, a column for each run; the attacks of a run are counted in one cell."""
-    ledgers = {p.parent.name: verdict.ledger(verdict.read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
-    each = [ledger.claim.str.startswith("leaks_more_") for ledger in ledgers.values()]
-    counts = [
-        ledger[is_attack].verdict.value_counts() for ledger, is_attack in zip(ledgers.values(), each, strict=True)
-    ]
-    cells = [", ".join(f"{count[word]} {word}" for word in verdict.SHADES if word in count) for count in counts]
-    first = next(iter(ledgers.values()))
+    """A row for each claim, with the day from which its rule holds, and a column for each run."""
+    ledgers = {p.parent.name: verdict.ledger(read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
+    ledgers = {name: ledger.drop_duplicates("claim").set_index("claim") for name, ledger in ledgers.items()}
     rows = [
-        [row.statement, row.whose, *(ledger.set_index("claim").verdict[row.claim] for ledger in ledgers.values())]
-        for row in first[~each[0]].itertuples()
+        [row.statement, row.whose, row.since, *(ledger.verdict[row.Index] for ledger in ledgers.values())]
+        for row in next(iter(ledgers.values())).itertuples()
     ]
-    rows.insert(1, [f"SAM leaks more than SGD, by attack ({counts[0].sum()}).", "the paper's", *cells])
-    return table(["claim", "whose", *ledgers], rows)
+    return table(["claim", "whose", "since", *ledgers], rows)
 
 
 def failing():

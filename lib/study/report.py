@@ -125,7 +125,7 @@ def index(out, rows, titles):
 
     rows: of results.csv (results.read); titles: file name -> title.
     """
-    ledger = verdict.ledger(rows)
+    ledger, by_attack = verdict.ledger(rows), verdict.ledger(rows, verdict.BY_ATTACK)
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
     groups = filter(None, (", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values))
@@ -141,7 +141,9 @@ def index(out, rows, titles):
 An effect is a difference from the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
 {bullets([*(lines or ["nothing was run yet"]), *differing(out)])}
+<p>{html.escape(verdict.headline(rows))}</p>
 {verdict.table(ledger).to_html()}
+<details><summary>Each attack by itself</summary>{verdict.table(by_attack).to_html()}</details>
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
 <h2>Controls</h2><p>No attack should find anything in shuffled membership; every attack should find a planted leak.</p>
 {bullets(controls)}

@@ -1,48 +1,71 @@
-"""The paper's claims, and checks of ours, judged by rule: supported, contradicted, inconclusive or not run.
+"""The paper's claims, and checks of ours, judged by rule from the rows of results.csv.
 
 A claim predicts the sign of an effect, which is a paired difference with a 95% interval [low, high]. We count an effect
-as positive where it agrees with the claim. delta is the smallest effect that matters (DELTAS). There are three rules:
+as positive where it agrees with the claim. delta is the smallest effect that matters (DELTAS). There are four rules:
 
     more      supported if low > 0 and effect >= delta; contradicted if high < 0 and effect <= -delta
     not less  supported if low > -delta;                contradicted if high < 0 and effect <= -delta
     present   supported if low > 0 and effect >= delta; contradicted if high < delta (too small to matter, or reversed)
+    family    of attacks: supported if an effect is significant, positive and >= delta, and none is significant and
+              negative; contradicted the other way round; significant is what Holm's method rejects at 5% for them all
 
-Otherwise the test is inconclusive. A claim of several tests is not run if one of them has no numbers; else it is
-contradicted if one test is, supported if all are, and inconclusive in all other cases. A number in which there is no
-chance (the limits of the theorem) is its own interval; any other number without an interval decides nothing.
+Otherwise the test is inconclusive. Any other claim about several attacks (catalogue.HEADLINES) is supported, or
+contradicted, if it is so by each of them. Attacks that a run has not recorded are left out.
+
+A comparison is judged where it can be tested. "fit": both optimizers are right about 99% of their training halves.
+"learning": both do better than guessing on the test part, where the interval of the balanced accuracy, on a scale from
+0 for guessing to 1, lies above 0.1. "models": they are enough to tell a band of memorization from the others. A claim
+that needs one of these where it is not met is not testable here. Of several lengths of training, those that do not meet
+it are set aside.
+
+A claim of several tests is not run if one of them has no numbers; else it is not testable here if one is not,
+contradicted if one is, supported if all are, and inconclusive in all other cases. A number in which there is no chance
+(the limits of the theorem) is its own interval; any other number without an interval decides nothing.
+
+DELTAS were set on 23 November 2026 (23:27 UTC), when first results of digits and of CIFAR-10 (20:15 and 20:42) were
+known. Conditions, families and headline attacks were set on 26 November, when all runs committed up to then were known.
+`since` is the day from which a claim is judged by its present rule: only for later runs was the rule fixed beforehand.
 """
 
 import html
 import re
-from contextlib import nullcontext, suppress
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
+from scipy.stats import norm
 
-from lib.attacks.catalogue import NAMES
-from lib.study.results import COLUMNS, NUMBERS, read
+from lib.attacks.catalogue import FAMILIES, HEADLINES
+from lib.study.results import NUMBERS
+from lib.study.text import joined
 
 GROUP = ["run", "dataset", "arch"]
-LEDGER = [*GROUP, *"optimizer baseline claim whose statement verdict effect evidence n_models differs notebook".split()]
-SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3", "not run": "#ffffff"}
+KEY = [*GROUP, *"experiment coordinate attack metric optimizer baseline".split()]
+LEDGER = "optimizer baseline claim whose since statement verdict effect evidence n_models differs notebook".split()
+LEDGER = [*GROUP, *LEDGER]
+SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3"}
+SHADES |= {"not testable here": "#f7f2c4", "not run": "#ffffff"}
 DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's own value; of a distance
-UNITS = {"relative": "%", "strict": "%", "distance": ""}  # by the first word of a metric; all others are rates
+# by the first word of a metric: its unit, and what turns it into an effect; all others are rates
+UNITS = {"log": ("%", np.expm1), "variance": ("%", lambda ratio: ratio - 1), "distance": ("", np.asarray)}
+SKILL = "balanced_accuracy_above_chance"
+FITS, LEARNS, CEILING = 0.99, 0.1, 0.97  # least train accuracy; least low end of SKILL; an AUC that can hardly grow
 IMAGE, TABLE = ("resnet18", "wrn28_2", "vgg16"), ("mlp",)
 PAPER = {"cifar10": IMAGE, "cifar100": IMAGE, "eyepacs": IMAGE, "purchase100": TABLE, "texas100": TABLE}
 
 
 class Test(NamedTuple):
-    """Which rows of results.csv, or of `derived`, must follow the rule. The defaults are the main comparison.
+    """Which rows of results.csv must follow the rule. The defaults are the main comparison.
 
-    sign: -1 if the claim expects a negative effect. coordinate: how it begins. optimizer: None is the pair judged.
+    sign: -1 if the claim expects a negative effect. attack: a name, or several. coordinate: how it begins. optimizer:
+    None is the pair judged.
     """
 
     metric: str
     sign: int = 1
-    attack: str = ""
+    attack: str | tuple = ""
     experiment: str = "main"
     coordinate: str = ""
     optimizer: str | None = None
@@ -50,167 +73,219 @@ class Test(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline."""
+    """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline.
+
+    needs: conditions, of fit, learning, models, and unfit (the optimizer fits less than 99%, and less than the
+    baseline).
+    """
 
     name: str
     notebook: str
     statement: str
     tests: tuple
+    needs: str = "fit learning"
     whose: str = "the paper's"
+    since: str = "2026-11-26"
 
 
-OURS, AUC = "ours", Test("auc", attack="lira")  # checks of ours go beyond what the paper says
-BY_CONFIDENCE = dict(experiment="influence buckets", coordinate="by=influence on p_y")
+OURS, NONE, AUC = {"whose": "ours"}, {"needs": "", "since": "2026-11-23"}, Test("auc", attack=HEADLINES)
 BUCKETS, RARE = dict(experiment="influence buckets"), dict(experiment="sub-patterns", coordinate="shared by=1 to 2")
+ON_CONFIDENCE, ON_HITS = (BUCKETS | {"coordinate": f"by=influence on {of}"} for of in ("p_y", "correctness"))
+LENGTHS = dict(experiment="length sweep", coordinate="epochs=")
 EACH = "each − its baseline"
 SPREAD = [(signal, over) for over in ("examples", "models") for signal in ("confidence", "phi")]
 CLAIMS = (
-    Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),)),
-    *(Claim(f"leaks_more_{n}", "01", f"{{a}} leaks more than {{b}} under {n}.", (Test("auc", 1, n),)) for n in NAMES),
-    Claim("more_so_when_strict", "01", "Under lira, {a} leaks more at the lowest FPR, relatively more than in AUC.",
-          (Test("tpr@strictest", 1, "lira", coordinate="tpr@"), Test("strict_excess", 1, "lira", coordinate="tpr@"))),
-    Claim("at_every_length", "01", "{a} leaks more than {b} at every length of training.",
-          (AUC._replace(experiment="length sweep", coordinate="epochs="),), OURS),
-    Claim("at_equal_loss", "01", "{a} leaks more than {b} at equal train loss.",
-          (AUC._replace(experiment="equal train loss", coordinate="train_loss="),), OURS),
+    Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),), "learning"),
+    *(Claim(f"leaks_more_{name.lower().replace(' ', '_')}", "01", f"{{a}} leaks more than {{b}}: {name}.",
+            (Test("auc", 1, attacks, rule="family"),)) for name, attacks in FAMILIES.items()),
+    Claim("more_so_when_strict", "01", "{a} leaks more at the lowest FPR, relatively more than in AUC.",
+          (Test("tpr@lowest", 1, HEADLINES), Test("log_ratio_tpr@lowest_to_auc", 1, HEADLINES))),
+    Claim("at_every_length", "05", "{a} leaks more than {b} at every length of training that fits.",
+          (AUC._replace(**LENGTHS),), **OURS),
+    Claim("less_while_unfit", "05", "{a} leaks less than {b} at every length of training at which it fits less.",
+          (AUC._replace(sign=-1, **LENGTHS),), "unfit learning", **OURS),
+    Claim("at_equal_loss", "05", "{a} leaks more than {b} at equal train loss.",
+          (AUC._replace(experiment="equal train loss", coordinate="train_loss="),), "learning", **OURS),
     Claim("memorization_not_lower", "02", "On average, {a} memorizes no less than {b}.",
           (Test("mean_memorization", rule="not less"),)),
     Claim("memorization_in_the_middle", "02", "{a} has more examples than {b} with memorization from 0.6 to 0.85.",
-          (Test("memorization_share_0.6_0.85"),)),
+          (Test("memorization_share_0.6_0.85"),), "fit learning models"),
     Claim("memorizes_atypical", "06", "{a} memorizes the rarest known sub-patterns more than {b}.",
           (Test("mean_memorization", **RARE),)),
     Claim("gains_on_atypical", "06", "{a} tests better than {b} on the rarest known sub-patterns.",
-          (Test("test_accuracy", **RARE),)),
-    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few examples, not on others.",
+          (Test("test_accuracy", **RARE),), "learning"),
+    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few examples, not on others, "
+          "and more so than with shuffled membership.",
           (Test("gain_bucket_1", **BUCKETS), Test("gain_bucket_5", -1, rule="not less", **BUCKETS),
-           Test("gain_bucket_1_minus_5", **BUCKETS))),
+           Test("gain_bucket_1_minus_5", **BUCKETS), Test("gain_beyond_shuffled", **ON_HITS)), "learning"),
     Claim("gains_without_ties", "03", "The same by influence on confidence, which has no ties: bucket 1 gains most.",
-          (Test("gain_bucket_1_minus_5", **BY_CONFIDENCE),), OURS),
+          (Test("gain_bucket_1_minus_5", **ON_CONFIDENCE),), "learning", **OURS),
     Claim("influence_makes_buckets", "03", "Influence explains bucket 1's gain: shuffled membership gives less.",
-          (Test("gain_beyond_shuffled", **BY_CONFIDENCE),), OURS),
+          (Test("gain_beyond_shuffled", **ON_CONFIDENCE),), "learning", **OURS),
     Claim("beyond_difficulty", "03", "At similar difficulty, too, test points that depend on few examples gain more.",
-          (Test("gain_entropy_within_difficulty_1_minus_5", **BUCKETS),), OURS),
+          (Test("gain_entropy_within_difficulty_1_minus_5", **BUCKETS),), "learning", **OURS),
     *(Claim(f"varies_less_{s}_{over}", "01", f"On non-members, {{a}}'s {s} varies less across {over} than {{b}}'s.",
-            (Test(f"relative nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
+            (Test(f"log_ratio_nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
     Claim("fewer_extreme_nonmembers", "04", "{a} has fewer non-members with a confidence above 0.99 than {b}.",
           (Test("nonmember_share_above_0.99", -1),)),
     Claim("fewer_nonmembers_above", "04", "{a} has fewer non-members above its median member in confidence than {b}.",
-          (Test("nonmember_share_above_member_median", -1),), OURS),
+          (Test("nonmember_share_above_member_median", -1),), **OURS),
     Claim("theorem_conclusion", "04", "Theorem: penalizing curvature reduces the variance on non-members.",
-          (Test("relative variance", -1, "", "theorem: monte carlo", "spectrum=power law", "largest eta"),)),
+          (Test("variance_ratio", -1, "", "theorem: monte carlo", "spectrum=power law", "eta=10"),), **NONE),
     Claim("premise_interpolator", "04", "Premise: on a linear model, SAM does not end at the minimum 2-norm solution.",
-          (Test("distance_to_minimum_norm", 1, "", "theorem: limits", "case=linear model", "sam", "present"),), OURS),
+          (Test("distance_to_minimum_norm", 1, "", "theorem: limits", "case=linear model", "sam", "present"),),
+          **NONE, **OURS),
     Claim("premise_curvature", "04", "Premise: it is enough to penalize the curvature of the training data.",
-          (Test("relative variance", -1, "", "theorem: limits", "case=empirical curvature", "largest eta", "present"),),
-          OURS),
-    Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and {a} leaks more under lira.",
-          (Test("relative hessian_top_eigenvalue", -1), AUC)),
-    Claim("smaller_gap_larger_advantage", "01", "{a} narrows the generalization gap, yet lira's advantage grows.",
-          (Test("generalization_gap", -1), Test("advantage", attack="lira"))),
-    Claim("other_optimizers_alike", "01", "Every sharpness-aware optimizer leaks more under lira.",
-          (Test("auc", 1, "lira", "every optimizer", "optimizer=", EACH),)),
-    Claim("other_architectures_alike", "01", "Sharpness-aware training leaks more under lira in every architecture.",
-          (Test("auc", 1, "lira", "every arch", "arch=", EACH),)),
+          (Test("variance_ratio", -1, "", "theorem: limits", "case=empirical curvature", "eta=10", "present"),),
+          **NONE, **OURS),
+    Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and {a} leaks more.",
+          (Test("log_ratio_hessian_top_eigenvalue", -1), AUC)),
+    Claim("smaller_gap_larger_advantage", "01", "{a} narrows the generalization gap, yet the attacks' advantage grows.",
+          (Test("generalization_gap", -1), Test("advantage", attack=HEADLINES))),
+    Claim("other_optimizers_alike", "01", "Every sharpness-aware optimizer leaks more.",
+          (AUC._replace(experiment="every optimizer", optimizer=EACH),)),
+    Claim("other_architectures_alike", "01", "Sharpness-aware training leaks more in every architecture.",
+          (AUC._replace(experiment="every arch", optimizer=EACH),)),
 )  # fmt: skip
 ALIKE = ("other_optimizers_alike", "other_architectures_alike")  # these need more than one run can have by default
-
-
-def beside(out):
-    """The rows of the run in folder `out`, then of readable runs in the folders beside it, with a column run."""
-    own, found = Path(out).resolve() / "results.csv", [pd.DataFrame(columns=[*COLUMNS, "run"])]
-    for path in sorted(own.parents[1].glob("*/results.csv"), key=lambda path: (path != own, path)):
-        with nullcontext() if path == own else suppress(ValueError):
-            found.append(read(path).assign(run=path.parent.name))
-    return pd.concat([frame for frame in found if len(frame)] or found[:1], ignore_index=True)
+# the appendix: each attack by itself, its interval not corrected for the other attacks
+BY_ATTACK = tuple(Claim(f"leaks_more_{n}", "01", f"{{a}} leaks more than {{b}} under {n}.", (Test("auc", 1, n),))
+                  for attacks in FAMILIES.values() for n in attacks)  # fmt: skip
 
 
 def judge(effect, low, high, delta, rule="more"):
-    """(verdict, reason) by the rules at the top; the effect is positive where it agrees with the claim."""
+    """(verdict, reason) by the first three rules at the top; the effect is positive where it agrees with the claim."""
     more, less = low > 0 and effect >= delta, high < 0 and effect <= -delta
     rules = {"more": (more, less), "not less": (low > -delta, less), "present": (more, high < delta)}
     for holds, verdict in zip(rules[rule], ("supported", "contradicted"), strict=True):
         if holds:
             return verdict, verdict
     if np.isnan([effect, low, high]).any():
-        return "inconclusive", "no interval" if np.isfinite(effect) else "the baseline's own value is missing or 0"
+        return "inconclusive", "no interval"
     small = max(abs(low), abs(high)) < delta or not low <= 0 <= high
     return "inconclusive", "too small to matter" if small else "the interval contains 0"
 
 
+def holm(p, level=0.05):
+    """Which of the hypotheses with these p values [n] Holm's method (1979) rejects, at `level` for them all: bool [n].
+
+    Of p_(1) <= ... <= p_(n), each is rejected if p_(i) <= level / (n - i + 1) for it and all before it. NaN never is.
+    """
+    order, rejected = np.argsort(p), np.zeros(len(p), bool)
+    rejected[order] = np.logical_and.accumulate(np.asarray(p)[order] <= level / np.arange(len(p), 0, -1))
+    return rejected
+
+
+def judge_attacks(attacks, numbers, delta, rule="more"):
+    """(verdict, reason) on what several attacks say. numbers: [n, 3], the effect, low and high of each."""
+    if len(attacks) == 1:
+        return judge(*numbers[0], delta, "more" if rule == "family" else rule)
+    effect, low, high = numbers.T
+    if rule == "family":  # p of a normal distribution, whose 95% interval this is
+        with np.errstate(divide="ignore", invalid="ignore"):
+            real = holm(2 * norm.sf(2 * norm.ppf(0.975) * abs(effect) / (high - low)))
+        ways, enough = (real & (effect > 0), real & (effect < 0)), (real & (abs(effect) >= delta)).any()
+    else:
+        found = np.array([judge(*each, delta, rule)[0] for each in numbers])
+        ways = found == "supported", found == "contradicted"
+        enough = max(map(np.sum, ways)) == len(attacks)
+    up, down = (joined(np.array(attacks)[way]) for way in ways)
+    said = [f"{word} {by}" for word, by in (("for it:", up), ("against it:", down)) if by != "none"]
+    mixed = len(said) == 2
+    verdict = "inconclusive" if mixed or not enough else "supported" if up != "none" else "contradicted"
+    return verdict, "mixed, the attacks disagree: " * mixed + ("; ".join(said) or "significant by none")
+
+
 def combine(verdicts):
     """The verdict on a claim of several tests; without any, it is not run."""
-    worst_first = ("not run", "contradicted", "inconclusive", "supported")
+    worst_first = ("not run", "not testable here", "contradicted", "inconclusive", "supported")
     return next((v for v in worst_first if v in set(verdicts)), "not run")
 
 
-def derived(rows):
-    """Rows that claims test, computed from one group's recorded rows.
+def lookup(rows):
+    """dict of KEY -> (value, ci_low) of rows of results.csv."""
+    return dict(zip(map(tuple, rows[KEY].values), zip(rows.value, rows.ci_low, strict=True), strict=True))
 
-    "relative X": a difference in X over the baseline's own X (of the AUC: over its excess above 1/2). "tpr@strictest":
-    lira's TPR at the lowest FPR recorded; "strict_excess": its relative growth minus that of the AUC. "relative
-    variance" of "largest eta": the ratio of variances minus 1 under the strongest penalty, at each coordinate.
+
+def obstacle(known, row, needs):
+    """Why a comparison cannot be tested, in words; "" if it can, None if what would tell was not recorded.
+
+    known: as from `lookup`. Fit and learning are those at the row's own place in an experiment, else, if not recorded,
+    those of the main comparison.
     """
-    same = ["baseline", "attack", "metric"]
-    main = rows[(rows.experiment == "main") & (rows.coordinate == "")].drop_duplicates(["optimizer", *same])
-    own = main[main.baseline == ""].assign(baseline=main.optimizer)[[*same, *NUMBERS]]
-    pairs = main[main.baseline != ""].merge(own, "left", same, suffixes=("", "_own"))
-    start = pairs.value_own - 0.5 * (pairs.metric == "auc")
-    ratio = pairs.value / start.where(start > 0)
-    # Var(d / b) = (Var d + (d / b)^2 Var b) / b^2, taking d and b as independent
-    own_width = (pairs.ci_high_own - pairs.ci_low_own).fillna(0)
-    half = np.hypot(pairs.ci_high - pairs.ci_low, ratio * own_width) / 2 / start
-    relative = pairs.assign(value=ratio, ci_low=ratio - half, ci_high=ratio + half, metric="relative " + pairs.metric)
 
-    lira, rate = pairs.attack == "lira", pairs.metric.str.extract("^tpr@(.+)")[0].astype(float)
-    at = lira & (rate == rate[lira].min())
-    strict = pairs[at].assign(metric="tpr@strictest", coordinate=pairs.metric)
-    auc = relative[lira & (pairs.metric == "auc")][["optimizer", "baseline", *NUMBERS]]
-    both = relative[at].assign(coordinate=pairs.metric + ", growth beyond the AUC's", metric="strict_excess")
-    both = both.merge(auc, on=["optimizer", "baseline"], suffixes=("", "_auc"))
-    value = both.value - both.value_auc
-    half = np.hypot(both.ci_high - both.ci_low, both.ci_high_auc - both.ci_low_auc) / 2
-    excess = both.assign(value=value, ci_low=value - half, ci_high=value + half)
+    def look(metric, optimizer, baseline=""):
+        places, of = ((row.experiment, row.coordinate), ("main", "")), ("", metric, optimizer, baseline)
+        own, main = ((row.run, row.dataset, row.arch, *place, *of) for place in places)
+        return known.get(own, known.get(main, (np.nan, np.nan)))
 
-    eta = rows[(rows.metric == "variance_ratio") & rows.optimizer.str.startswith("eta=")]
-    eta = eta.loc[eta.optimizer.str[4:].astype(float).groupby([eta.experiment, eta.coordinate]).idxmax()]
-    eta = eta.assign(optimizer="largest eta", metric="relative variance", **(eta[NUMBERS] - 1))
-    return pd.concat([relative, strict, excess, eta])
+    pair, said, told = [row.optimizer, row.baseline], [], []
+    fits = [look("train_accuracy", name)[0] for name in pair]
+    fit = [f"{name.upper()} fits {100 * value:.3g}%" for name, value in zip(pair, fits, strict=True)]
+    if "fit" in needs.split():
+        told, said = fits, [said for said, value in zip(fit, fits, strict=True) if value < FITS]
+    if "unfit" in needs:
+        told, said = fits, [", ".join(fit)] * (fits[0] >= min(FITS, fits[1]))
+    if "learning" in needs:
+        lows = [look(SKILL, name)[1] for name in pair]
+        told, worst = told + lows, joined(n.upper() for n, low in zip(pair, lows, strict=True) if low <= LEARNS)
+        said += [f"{worst} may be guessing on the test part"] * (worst != "none")
+    if "models" in needs:
+        told = [*told, look(row.metric.replace("memorization_share", "band_is_resolved"), *pair)[0]]
+        said += [f"{row.n_models:.0f} models are too few to resolve the band"] * (told[-1] == 0)
+    return "; ".join(said) or (None if np.isnan(told).any() else "")
 
 
-def tested(rows, test, optimizer, baseline, notebook):
-    """A test on the rows of a group: a list of (verdict, effect, evidence, n_models), one for each coordinate."""
-    wanted = dict(metric=test.metric, attack=test.attack, experiment=test.experiment)
-    wanted |= dict(optimizer=optimizer, baseline=baseline)
-    found = rows[(rows[list(wanted)] == pd.Series(wanted)).all(axis=1)].drop_duplicates("coordinate")
-    at = found.coordinate.str.startswith(test.coordinate) if test.coordinate else found.coordinate == ""
-    here = (found.notebook.str[:2] == notebook) | (test.experiment == "main")  # notebooks share the main comparison
-    unit = UNITS.get(re.split("[ _]", test.metric)[0], " points")
+def tested(known, found, test, claim, pair):
+    """A test on rows of a group: a list of (verdict, effect, evidence, n_models), one for each coordinate.
+
+    known: as from `lookup`. found: the rows of the test's experiment and metric, their coordinates in a column `at`.
+    """
+    attacks = [test.attack] if isinstance(test.attack, str) else list(test.attack)
+    unit, change = UNITS.get(re.split("[ _]", test.metric)[0], (" points", np.asarray))
     delta, scale, form = DELTAS[unit], 100 if unit else 1, "+.1f" if unit else ".2g"
-    what = test.metric + f" of {test.attack}" * bool(test.attack)
     least = test.sign * delta * scale * (-1 if test.rule == "not less" else 1)
-    who = f"{optimizer} − {baseline}" if baseline else optimizer
-    evidence = f"{who}: {what} {'≥' if test.sign > 0 else '≤'} {least:+g}{unit}"
-    out = []
-    for row in found[at & here].itertuples():
-        low, high = sorted((test.sign * row.ci_low, test.sign * row.ci_high))
-        verdict, reason = judge(test.sign * row.value, low, high, delta, test.rule)
-        effect = f"{row.coordinate or what}: {scale * row.value:{form}}{unit}"
-        if row.ci_low < row.ci_high:
-            effect += f" [{scale * row.ci_low:{form}}, {scale * row.ci_high:{form}}]"
-        out.append((verdict, f"{effect}, {reason}", evidence, row.n_models))
-    return out or [("not run", "", f"{evidence} (not recorded)", np.nan)]
+    evidence = f"{test.optimizer or ' − '.join(pair)}: {test.metric}" + f" by {joined(attacks)}" * any(attacks)
+    evidence += f" {'≥' if test.sign > 0 else '≤'} {least:+g}{unit}" + f", needs {claim.needs}" * bool(claim.needs)
+    right = found.coordinate.str.startswith(test.coordinate) if test.coordinate else found.coordinate == ""
+    if test.optimizer != EACH:
+        who = (test.optimizer, "") if test.optimizer else pair
+        right &= (found.optimizer == who[0]) & (found.baseline == who[1])
+    found, out, aside = found[right & found.attack.isin(attacks)].drop_duplicates(["at", "attack"]), [], []
+    for at, rows in found.groupby("at", sort=False):
+        if (why := obstacle(known, next(rows.itertuples()), claim.needs)) != "":
+            aside += [f"{at}: {why}".removeprefix(": ")] if why else []
+            continue
+        numbers, effects = np.column_stack([change(rows[name]) for name in NUMBERS]), []
+        turned = test.sign * numbers[:, [0, 1, 2] if test.sign > 0 else [0, 2, 1]]
+        verdict, reason = judge_attacks(list(rows.attack), turned, delta, test.rule)
+        for row, (value, low, high) in zip(rows.itertuples(), (scale * numbers).tolist(), strict=True):
+            effect = f"{row.attack} {value:{form}}{unit}".lstrip() + f" [{low:{form}}, {high:{form}}]" * (low < high)
+            place = [getattr(row, name) for name in KEY[:6]]
+            a, b = (known.get((*place, "auc", name, ""), [0.5])[0] for name in (row.optimizer, row.baseline))
+            if test.metric == "auc" and CEILING <= max(a, b) < 1:
+                tpr = known.get((*place, "tpr@0.01", row.optimizer, row.baseline), [np.nan])[0]
+                effect += f" (near the ceiling: {logit(a) - logit(b):+.2f} in logit AUC"
+                effect += ")" if np.isnan(tpr) else f", {100 * tpr:+.1f} points in TPR at 1% FPR)"
+            effects.append(effect)
+        out.append((verdict, f"{at or test.metric}: {', '.join(effects)}, {reason}", evidence, rows.n_models.min()))
+    if not out:
+        verdict, said = ("not testable here", "") if aside else ("not run", " (not recorded)")
+        return [(verdict, "; ".join(aside), evidence + said, np.nan)]
+    return [*out[:-1], (out[-1][0], "; set aside: ".join([out[-1][1], *aside]), *out[-1][2:])]
 
 
 def setting(main, optimizer, baseline):
-    """In words: what of a group's setting differs from the paper's, and how well its baseline fits."""
+    """In words: what of a group's setting differs from the paper's, and how well both optimizers fit."""
     said = []
     for row in main[(main.optimizer == optimizer) & (main.baseline == baseline)][:1].itertuples():
         said += [f"data set {row.dataset}"] * (row.dataset not in PAPER)
         said += [f"architecture {row.arch}"] * (row.arch not in PAPER.get(row.dataset, IMAGE))
         said += [f"a pool of {row.n_examples:.0f} examples, not 50,000"] * (row.n_examples < 50_000)
         said += [f"{row.n_models:.0f} models, not 256"] * (row.n_models < 256)
-    fit = main.value[(main.metric == "train_accuracy") & (main.optimizer == baseline) & (main.baseline == "")]
-    return "; ".join(said + [f"{baseline} fits {v:.1%}" for v in fit[:1]])
+    fits = main[(main.metric == "train_accuracy") & (main.baseline == "") & main.optimizer.isin([optimizer, baseline])]
+    fits = fits.drop_duplicates("optimizer")
+    return "; ".join(said + [f"{name} fits {fit:.1%}" for name, fit in zip(fits.optimizer, fits.value, strict=True)])
 
 
 def sharp(rows):
@@ -219,42 +294,71 @@ def sharp(rows):
     return rows[(rows.baseline != "") & (radius > 0) & ~rows.optimizer.str.startswith("dpsam")]
 
 
-def ledger(results):
-    """The verdicts on rows of `read` or `beside`, a frame with the columns LEDGER.
+def ledger(results, claims=CLAIMS):
+    """The verdicts on rows of `read` or `beside`, a frame with the columns LEDGER. claims: CLAIMS, or BY_ATTACK.
 
     One row for each claim and group (run, dataset, arch) and, if the claim compares optimizers, for each
     sharpness-aware optimizer of the main comparison. Without any rows, every claim is not run.
     """
-    rows = results.assign(run=results.get("run", "")).reset_index(drop=True)
+    rows = results.assign(run=results.get("run", ""), at=results.coordinate).reset_index(drop=True)
     exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them
     rows = rows.assign(ci_low=rows.ci_low.fillna(exact), ci_high=rows.ci_high.fillna(exact))
-    lira = sharp(rows[(rows.metric == "auc") & (rows.attack == "lira") & (rows.coordinate == "")])
-    lira = lira[lira.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")  # main first
-    lira, out = lira.drop_duplicates([*GROUP, "optimizer"]), []
+    auc = sharp(rows[(rows.metric == "auc") & rows.attack.isin(HEADLINES) & (rows.coordinate == "")])
+    auc = auc[auc.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")  # main first
+    auc, out, known = auc.drop_duplicates([*GROUP, "optimizer", "attack"]), [], lookup(rows[::-1])  # the first counts
     for group, part in list(rows.groupby(GROUP, sort=False)) or [(("", "", ""), rows)]:
         main = part[(part.experiment == "main") & (part.coordinate == "")]
-        known = [part, derived(part)]
-        archs = lira[(lira.dataset == group[1]) & (lira.experiment == "main")]
-        for names, found in ((["optimizer"], lira[lira.index.isin(part.index)]), (["arch", "optimizer", "run"], archs)):
-            if found[names[0]].nunique() > 1:
-                about = dict(experiment=f"every {names[0]}", optimizer=EACH, baseline="", notebook="01")
-                at = [", ".join(map("=".join, zip(names, row, strict=True))) for row in found[names].values]
-                known.append(found.assign(coordinate=at, **about))
-        known = pd.concat(known)
+        found = {key: of for key, of in part.groupby(["experiment", "metric"], sort=False)}
+        rates = main.metric[main.metric.str.startswith("tpr@") & main.attack.isin(HEADLINES)].str[4:]
+        for rate in rates[rates.astype(float) == rates.astype(float).min()].unique():
+            for metric in ("tpr@{}", "log_ratio_tpr@{}_to_auc"):
+                recorded = main[main.metric == metric.format(rate)]
+                found["main", metric.format("lowest")] = recorded.assign(at=f"tpr@{rate}")
+        archs = auc[(auc.dataset == group[1]) & (auc.experiment == "main")]
+        for names, each in ((["optimizer"], auc[auc.index.isin(part.index)]), (["arch", "optimizer", "run"], archs)):
+            if each[names[0]].nunique() > 1:
+                at = [", ".join(map("=".join, zip(names, row, strict=True))) for row in each[names].values]
+                found[f"every {names[0]}", "auc"] = each.assign(at=at)
         pairs = sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]
-        for pair, claim in product(pairs, CLAIMS):
+        for pair, claim in product(pairs, claims):
             parts = []
             for test in claim.tests:
-                parts += tested(known, test, *((test.optimizer, "") if test.optimizer else pair), claim.notebook)
+                parts += tested(known, found.get((test.experiment, test.metric), rows[:0]), test, claim, pair)
             verdicts, effects, evidence, n_models = zip(*parts, strict=True)
             who = pair if any(test.optimizer is None for test in claim.tests) else ("", "")
-            statement = claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
-            found = combine(verdicts), "; ".join(filter(None, effects)), "; ".join(dict.fromkeys(evidence))
+            about = claim.name, claim.whose, claim.since, claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
+            said = combine(verdicts), "; ".join(filter(None, effects)), "; ".join(dict.fromkeys(evidence))
             theorem = claim.tests[0].experiment.startswith("theorem")
             differs = "a linear model on drawn data" if theorem else setting(main, *pair)
-            about = claim.name, claim.whose, statement
-            out.append([*group, *who, *about, *found, pd.Series(n_models).min(), differs, claim.notebook])
+            out.append([*group, *who, *about, *said, pd.Series(n_models).min(), differs, claim.notebook])
     return pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"], ignore_index=True)
+
+
+def headline(results):
+    """The answer in two sentences: what is leaked where both optimizers are tuned and fit, and at equal test accuracy.
+
+    results: rows of `read` or `beside`. A comparison counts as more or less if all headline attacks recorded say so.
+    """
+    rows, said = results.assign(run=results.get("run", "")), []
+    known = lookup(rows)
+    for experiment, metric, needs, where in (
+        ("tuned", "auc", "fit learning", "Where both optimizers are tuned and fit their data"),
+        ("frontier", "auc_at_equal_accuracy", "learning", "At equal test accuracy"),
+    ):
+        here = sharp(rows[(rows.experiment == experiment) & (rows.metric == metric) & rows.attack.isin(HEADLINES)])
+        why = np.array([obstacle(known, row, needs) for row in here.itertuples()], object)
+        fair = here[why == ""]
+        verdicts = [judge_attacks(list(of.attack), of[NUMBERS].to_numpy(), DELTAS[" points"])[0]
+                    for _, of in fair.groupby([*GROUP, "optimizer", "coordinate"])]  # fmt: skip
+        if verdicts:
+            more, less = (verdicts.count(v) for v in ("supported", "contradicted"))
+            low, middle, high = 100 * fair.value.quantile([0, 0.5, 1])
+            said.append(f"{where}, sharpness-aware training leaks more in {more} of {len(verdicts)} comparisons, less "
+                        f"in {less}: {middle:+.1f} points of AUC in the median, from {low:+.1f} to {high:+.1f} "
+                        f"({joined(fair.attack.unique())}).")  # fmt: skip
+        else:
+            said.append(f"{where}: " + ("; ".join(dict.fromkeys(filter(None, why))) or "not run") + ".")
+    return " ".join(said)
 
 
 def table(ledger):
@@ -262,6 +366,6 @@ def table(ledger):
     shown = [c for c in [*GROUP, "optimizer"] if ledger[c].nunique() > 1 + (c == "optimizer")]
     shown = ledger[shown + ["whose", "statement", "verdict", "effect", "evidence"]].rename(columns={"evidence": "test"})
     shade = {name: f"background-color: {c}; color: #1a1a1a; white-space: nowrap" for name, c in SHADES.items()}
-    style = shown.style.set_uuid("verdict").map(shade.get, subset=["verdict"])
+    style = shown.style.set_uuid(f"verdict{len(ledger)}").map(shade.get, subset=["verdict"])
     style = style.format(lambda cell: html.escape(str(cell)).replace("_", "_&#8203;"))  # lines may break there
     return style.set_properties(**{"text-align": "left", "vertical-align": "top"}).hide(axis="index")

@@ -184,7 +184,7 @@ def test_the_radius_sweep_of_notebook_04_meets_its_main_comparison(run):
     assert radius["0.3"] == pytest.approx(main, abs=1e-5) and len(radius) == 3
 
 
-def test_notebook_05_and_the_report_judge_every_claim_of_the_run(run):
+def test_notebook_07_and_the_report_judge_every_claim_of_the_run(run):
     ledger = pd.read_csv(run / "out" / "verdict.csv").set_index("claim").verdict
     not_run = {"other_architectures_alike", "memorizes_atypical", "gains_on_atypical"}
     assert set(ledger[ledger == "not run"].index) == not_run  # one architecture ran, on data of unknown sub-patterns

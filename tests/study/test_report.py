@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lib.study import command_line, own_logits, report, verdict
-from lib.study.results import COLUMNS
+from lib.study.results import COLUMNS, read
 from lib.study.settings import ROOT
 
 RUN = ROOT / "outputs" / "reference" / "digits"
@@ -67,9 +67,12 @@ def test_the_index_has_the_verdicts_first_and_links_to_every_page(made):
     assert {f"{p.stem}.html" for p in made.glob("[0-9]*.ipynb")} <= set(links)
     assert all((made / "report" / link).exists() for link in links)
     assert index.index("<table") < index.index(links[0])
-    ledger = verdict.ledger(verdict.read(made / "results.csv"))
+    rows = read(made / "results.csv")
+    ledger, by_attack = verdict.ledger(rows), verdict.ledger(rows, verdict.BY_ATTACK)
+    appendix = by_attack.verdict.value_counts()
     for name, count in ledger.verdict.value_counts().items():
-        assert f"{count} {name}" in index and index.count(f">{name}</td>") == count
+        assert f"{count} {name}" in index and index.count(f">{name}</td>") == count + appendix.get(name, 0)
+    assert verdict.headline(rows) in index
 
 
 def test_pages_hold_the_figures_and_the_mathematics(made):

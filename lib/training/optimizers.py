@@ -9,7 +9,7 @@ The text is parsed once, into an `Optimizer`, which travels with the recipe from
 import ast
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from types import SimpleNamespace
 
@@ -28,18 +28,18 @@ BASES = {
 RULES = {**sharpness.RULES, "dpsgd": privacy.dpsgd, "dpsam": privacy.dpsam}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Optimizer:
     """A rule with its options, on a base with its options. Two optimizers are equal if their texts are."""
 
     text: str  # in its canonical spelling
-    rule_name: str  # "plain": the base alone
-    rule: Callable
-    options: dict  # as given, without rho
-    base_name: str  # with its options
-    base: Callable
-    base_options: dict
-    rho: float | None  # radius among the options, if one was given
+    rule_name: str = field(compare=False)  # "plain": the base alone
+    rule: Callable = field(compare=False)
+    options: dict = field(compare=False)  # as given, without rho
+    base_name: str = field(compare=False)  # with its options
+    base: Callable = field(compare=False)
+    base_options: dict = field(compare=False)
+    rho: float | None = field(compare=False)  # radius among the options, if one was given
 
     @staticmethod
     def parse(text):
@@ -51,12 +51,6 @@ class Optimizer:
 
     def __str__(self):
         return self.text
-
-    def __eq__(self, other):
-        return isinstance(other, Optimizer) and self.text == other.text
-
-    def __hash__(self):
-        return hash(self.text)
 
     def __reduce__(self):  # another process imports a reader's own rule by its path
         return Optimizer.parse, (self.text,)

@@ -129,7 +129,11 @@ def epsilon(sigma, batch_size, n, steps, delta, queries=1):
     Kasiviswanathan 2019, theorem 27. Raises ValueError for numbers out of range, ImportError without dp-accounting.
     """
     _require("sigma", sigma, sigma >= 0, "zero or positive")
-    _check_run(batch_size, n, steps, delta, queries)
+    _require("n", n, n >= 1, "one example or more")
+    _require("batch_size", batch_size, 1 <= batch_size <= n, f"from 1 to the {n} examples")
+    _require("steps", steps, steps >= 1, "one or more")
+    _require("delta", delta, 0 < delta < 1, "between 0 and 1")
+    _require("queries", queries, queries >= 1, "one or more a step")
     try:
         import dp_accounting as dp
         from dp_accounting.rdp import RdpAccountant
@@ -149,7 +153,6 @@ def epsilon(sigma, batch_size, n, steps, delta, queries=1):
 def noise_for(target, batch_size, n, steps, delta, queries=1):
     """The smallest sigma whose epsilon is at most `target`: four significant digits, rounded up. As in `epsilon`."""
     _require("target", target, 0 < target < inf, "finite and positive")
-    _check_run(batch_size, n, steps, delta, queries)
 
     def excess(power):
         return log(epsilon(exp(power), batch_size, n, steps, delta, queries) + 1e-9) - log(target)
@@ -160,11 +163,3 @@ def noise_for(target, batch_size, n, steps, delta, queries=1):
     digit = 10.0 ** (floor(log10(sigma)) - 3)
     sigma = ceil(sigma / digit) * digit
     return float(f"{sigma if excess(log(sigma)) <= 0 else sigma + digit:.4g}")
-
-
-def _check_run(batch_size, n, steps, delta, queries):
-    _require("n", n, n >= 1, "one example or more")
-    _require("batch_size", batch_size, 1 <= batch_size <= n, f"from 1 to the {n} examples")
-    _require("steps", steps, steps >= 1, "one or more")
-    _require("delta", delta, 0 < delta < 1, "between 0 and 1")
-    _require("queries", queries, queries >= 1, "one or more a step")

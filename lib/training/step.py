@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lib.training import networks, privacy, sharpness
@@ -73,7 +73,7 @@ class Stack:
         params, self.buffers = initial_state(recipe, shape, n_classes, range(n_stacked), device)
         self.params = {name: in_format(p, self.channels_last) for name, p in params.items()}
         self.keep_losses = "losses" in recipe.optimizer.wants
-        self.gradient_of_one = self.by_autograd if alone else grad_and_value(self.loss_of_one, has_aux=True)
+        self.gradient_of_one = self.by_autograd if alone else grad(self.loss_of_one, has_aux=True)
         self.gradient = vmap(self.gradient_of_one) if n_stacked > 1 else self.gradient_of_one
         if "norms" in recipe.optimizer.wants:
             one, buffers = ({n: t[0] for n, t in part.items()} for part in (self.params, self.buffers))
@@ -143,34 +143,21 @@ class Stack:
 
             def gradient(at, index=None):
                 batch = (x, y) if index is None else (x[index], y[index])
-                if alone:
-                    grads, (_, aux) = self.gradient_of_one(at, buffers, *batch)
-                elif self.n_stacked == 1:
-                    grads, (_, aux) = self.gradient(at, buffers, *batch)
-                else:
-                    grads, (_, aux) = through_vmap(self.gradient, at, buffers, *batch)
-                return grads, aux
-
-            def losses(at):
-                return self.loss_of_one(at, buffers, x, y)[1].losses
+                if alone or self.n_stacked == 1:
+                    return (self.gradient_of_one if alone else self.gradient)(at, buffers, *batch)
+                return through_vmap(self.gradient, at, buffers, *batch)
 
             def per_example(at):
-                def of_example(at, x, y):
-                    loss, aux = self.loss_of_one(at, buffers, x[None], y[None])
-                    return loss, aux.accuracy
-
-                grads, (loss, hits) = vmap(grad_and_value(of_example, has_aux=True), (None, 0, 0))(at, x, y)
-                return grads, Pass(loss.mean(), hits.mean(), buffers, ())
+                each = grad(self.loss_of_one, has_aux=True)
+                grads, aux = vmap(each, (None, None, 0, 0))(at, buffers, x[:, None], y[:, None])
+                return grads, Pass(aux.loss.mean(), aux.accuracy.mean(), buffers, ())
 
             def norms(at):
                 return self.norms(lambda at, x, y: self.loss_of_one(at, buffers, x, y)[0], at, x, y)
 
-            def weighted(at, weight):
-                grads, (_, aux) = self.gradient_of_one(at, buffers, x, y, weight)
-                return grads, aux
-
-            offered = {"is_kth_step": is_kth_step, "size": len(y), "losses": losses, "per_example": per_example}
-            offered |= {"norms": norms, "weighted": weighted}
+            offered = {"is_kth_step": is_kth_step, "size": len(y), "per_example": per_example, "norms": norms}
+            offered["losses"] = lambda at: self.loss_of_one(at, buffers, x, y)[1].losses
+            offered["weighted"] = lambda at, weight: self.gradient_of_one(at, buffers, x, y, weight)
             found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
             return found if "memory" in wants else (*found, {})
 
@@ -178,7 +165,7 @@ class Stack:
         batch = *batch, {**context, "memory": self.memory} if self.memory else context
         if rule in (sharpness.plain, sharpness.swa):  # the gradient itself: mapping would only cost time
             whole = self.gradient if self.n_stacked > 1 else self.over_models(self.gradient)
-            grads, (_, aux) = whole(self.params, *batch[:3])
+            grads, aux = whole(self.params, *batch[:3])
         else:
             grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
         self.buffers = {**self.buffers, **aux.buffers}
@@ -193,7 +180,7 @@ class Stack:
         return aux.loss, aux.accuracy
 
     def loss_of_one(self, params, buffers, x, y, weight=None):
-        """(mean loss, Pass) of one model on x [B, ...], y [B]; the weighted sum of the losses with weight [B]."""
+        """(mean loss, Pass) of one model on x [B, ...], y [B]; with weight [B]: (weighted sum of the losses, Pass)."""
         running = {n: b.clone() for n, b in buffers.items() if n not in self.frozen}  # BatchNorm writes into these
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = functional_call(self.net, (params, {**buffers, **running}), (x,)).float()
@@ -204,11 +191,11 @@ class Stack:
         return aimed, Pass(loss, accuracy, running, losses)
 
     def by_autograd(self, params, *batch):
-        """(gradients, (aim, Pass)) of one model by ordinary autograd, for networks that torch.func.grad refuses."""
+        """(gradients, Pass) of one model by ordinary autograd, for networks that torch.func.grad refuses."""
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         aim, aux = self.loss_of_one(leaves, *batch)
         grads = torch.autograd.grad(aim, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, grads, strict=True)), tree_map(torch.Tensor.detach, (aim, aux))
+        return dict(zip(leaves, grads, strict=True)), tree_map(torch.Tensor.detach, aux)
 
     def over_models(self, function):
         """Map a one-model function over the leading axis. A single model skips vmap, which hides the memory format."""
@@ -283,19 +270,15 @@ def rule_context(recipe, rho, params, draws, number, lr):
     """What the rule asks for at step `number`, as tensors [M, ...]; the meaning of each is in sharpness.CONTEXT."""
     wants = recipe.optimizer.wants
     found = {"rho": rho, "rate": torch.full_like(rho, lr / recipe.lr), "step": torch.full_like(rho, number)}
-    sizes = {name: p.shape[1:] for name, p in params.items()}
 
     def stacked(draw):
         return torch.from_numpy(np.stack([draw(rng) for rng in draws])).to(rho.device)
 
     if "uniform" in wants:
-        found["uniform"] = stacked(lambda rng: rng.random(len(sizes), np.float32))
+        found["uniform"] = stacked(lambda rng: rng.random(len(params), np.float32))
     if "noise" in wants:
-        queries = recipe.optimizer.rule.queries
-        found["noise"] = {
-            name: stacked(lambda rng, size=size: rng.standard_normal((queries, *size), np.float32))
-            for name, size in sizes.items()
-        }
+        shapes = {name: (recipe.optimizer.rule.queries, *p.shape[1:]) for name, p in params.items()}
+        found["noise"] = {n: stacked(lambda rng, s=s: rng.standard_normal(s, np.float32)) for n, s in shapes.items()}
     return {name: value for name, value in found.items() if name in wants}
 
 
@@ -394,15 +377,10 @@ def compiled_once(function, device):
     return call
 
 
-def keep_freed_memory():
-    """Have the C library keep what is freed for the next step: given back, it costs a page fault for every 4 KB."""
-    with suppress(Exception):  # there is no mallopt but in glibc
-        library = ctypes.CDLL(None)
-        library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: blocks of up to 32 MB come from the heap
-        library.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which 1 GB may lie free
-
-
-keep_freed_memory()
+with suppress(Exception):  # there is no mallopt but in glibc
+    library = ctypes.CDLL(None)  # it keeps what is freed for the next step: given back, it costs a fault for every 4 KB
+    library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: blocks of up to 32 MB come from the heap
+    library.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which 1 GB may lie free
 
 
 def n_stacked_for(net, device):

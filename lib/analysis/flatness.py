@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from tqdm import tqdm
 
 from lib.attacks import intervals
@@ -58,6 +58,8 @@ def tangent_features(ensemble, k, chosen, most=100_000):
         # phi = z_y - logsumexp_{j != y} z_j
         return (logits * own).sum() - torch.logsumexp(logits.masked_fill(own, -torch.inf), 0)
 
-    own = F.one_hot(y, ensemble.dataset.n_classes).bool()
-    gradients = vmap(grad(phi), (None, 0, 0), chunk_size=64)({n: params[n] for n in names}, x, own)
-    return torch.cat([g.flatten(1) for g in gradients.values()], 1).double().numpy()
+    rows = []
+    for one, own in zip(x, F.one_hot(y, ensemble.dataset.n_classes).bool(), strict=True):
+        some = {n: params[n].detach().requires_grad_() for n in names}
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(phi(some, one, own), list(some.values()))]))
+    return torch.stack(rows).double().numpy()

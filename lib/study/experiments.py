@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,7 @@ from lib import need
 from lib.analysis import compare
 from lib.analysis.memorization import plant
 from lib.data.dataset import Dataset
-from lib.training import Recipe, ensemble, networks, privacy, train, workers
+from lib.training import Recipe, ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
 SIZES = {"sweep": (128, 64), "few": (64, 16), "private": (32, 8)}  # models of an ensemble: on small data, on images
@@ -233,9 +234,11 @@ def delta_of(run):
 def private_arch(run):
     """The run's network or its twin without BatchNorm, which mixes a batch's examples; None if private can't be run."""
     arch = WITHOUT_NORM.get(run.arch, run.arch)
-    net = networks.build(arch, run.dataset.x.shape[1:], run.dataset.n_classes)
-    asks_again = run.recipe(run.baseline).optimizer.asks_again()  # for gradients that no accountant counts
-    return None if networks.has_batchnorm(net) or asks_again else arch
+    recipe = replace(run.recipe(run.baseline), arch=arch, optimizer=on_base(run, "dpsgd"))
+    with suppress(ValueError):  # it gives no gradient of each example, or its base asks for more than are counted
+        ensemble.check(recipe, run.dataset, run.n_models, run.device)
+        return arch
+    return None
 
 
 @experiment("private", "06", essential=lambda run: [(run.baseline, np.inf)], is_private=True)

@@ -15,7 +15,6 @@ other argument has a default and is an option: looksam(k=5, alpha=0.7). A rule w
 import math
 
 import torch
-from torch.func import grad
 from torch.utils._pytree import tree_map
 
 CONTEXT = {
@@ -192,22 +191,18 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
     by less than the share `tolerance`, or after `steps` products.
     Source: Yao et al. 2020, "PyHessian", section 3.
     """
-    device = next(iter(params.values())).device
-    source = torch.Generator().manual_seed(seed)
-    vector = {k: torch.randn(p.shape, generator=source).to(device) for k, p in params.items()}
-    value = torch.zeros(())
-
-    def slope_along(params, vector):
-        slope = grad(loss)(params)
-        return sum((slope[k] * vector[k]).sum() for k in slope)
-
+    leaves = [p.detach().requires_grad_() for p in params.values()]
+    source, value = torch.Generator().manual_seed(seed), torch.zeros(())
+    slope = torch.autograd.grad(loss(dict(zip(params, leaves, strict=True))), leaves, create_graph=True)
+    vector = {n: torch.randn(p.shape, generator=source).to(p) for n, p in params.items()}
     for _ in range(steps):
         size = norm(vector) + 1e-30
-        vector = {k: v / size for k, v in vector.items()}
+        vector = {n: v / size for n, v in vector.items()}
         # Hv = grad (grad L(w) . v)
-        product = grad(slope_along)(params, vector)
+        product = torch.autograd.grad(slope, leaves, list(vector.values()), retain_graph=True, materialize_grads=True)
+        product = dict(zip(params, product, strict=True))
         # lambda = v'Hv for |v| = 1
-        before, value = value, sum((vector[k] * product[k]).sum() for k in vector)
+        before, value = value, dot(vector, product)
         if abs(value - before) <= tolerance * abs(value):
             break
         vector = product
@@ -220,11 +215,12 @@ def loss_rise_in_ball(loss, params, rho, steps=5):
     loss: dict of tensors -> scalar; rho > 0. A lower bound of the true maximum. Returns a scalar tensor.
     Source: the inner problem of SAM, Foret et al. 2021, eq. 1.
     """
-    offset = {k: torch.zeros_like(p) for k, p in params.items()}
+    offset = {n: torch.zeros_like(p) for n, p in params.items()}
     for _ in range(steps):
-        slope = grad(loss)({k: params[k] + offset[k] for k in params})
-        offset = ascend(offset, slope, 2 * rho / steps)
+        at = {n: (p + offset[n]).detach().requires_grad_() for n, p in params.items()}
+        slope = torch.autograd.grad(loss(at), list(at.values()), materialize_grads=True)
+        offset = ascend(offset, dict(zip(params, slope, strict=True)), 2 * rho / steps)
         # back onto the ball: e <- e min(1, rho / |e|)
         shrink = torch.clamp(rho / (norm(offset) + 1e-12), max=1.0)
-        offset = {k: e * shrink for k, e in offset.items()}
-    return loss({k: params[k] + offset[k] for k in params}) - loss(params)
+        offset = {n: e * shrink for n, e in offset.items()}
+    return loss({n: p + offset[n] for n, p in params.items()}) - loss(params)

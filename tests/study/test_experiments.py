@@ -147,6 +147,10 @@ def test_a_base_that_asks_again_within_a_step_has_no_private_twin(tmp_path):
     assert experiments.private_arch(small(tmp_path, optimizers="torch.optim:Adagrad,sam")) == "mlp"
 
 
+def test_neither_has_a_network_without_a_gradient_of_each_example(tmp_path):
+    assert experiments.private_arch(small(tmp_path, arch="tests.training.test_trial:gru")) is None
+
+
 # ---- the plan -----------------------------------------------------------------------------------------------
 
 

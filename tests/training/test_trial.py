@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import update_bn
 
-from lib.analysis import compare
+from lib.analysis import compare, flatness
 from lib.training import Recipe, ensemble, networks, privacy, step, train, trial
 from lib.training.recipe import learning_rate
 from tests.training.test_sharpness import REFERENCE, Twin, assert_is_the_twin
@@ -148,6 +148,19 @@ def test_so_are_images_augmented_averaged_and_asked_for_labels(images, tmp_path)
     assert answers.shape[1:] == (4, 48)
     with torch.no_grad():
         np.testing.assert_allclose(net(torch.from_numpy(ensemble.inputs(images)[0])), found.logits[1, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["gru", "old"])
+def test_flatness_and_tangent_features_are_measured_on_such_networks_too(table, tmp_path, arch):
+    found = train(Recipe(f"{HERE}:{arch}", epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
+    assert np.isfinite(flatness.flatness(found, 0.1)).all()
+    slopes = flatness.tangent_features(found, 0, np.arange(5))
+    net, _, _ = found.weights(0)
+    logits = net(torch.from_numpy(ensemble.inputs(table)[0][3:4]))[0]
+    own = F.one_hot(torch.tensor(table.y[3]), 4).bool()
+    (logits[own] - logits[~own].logsumexp(0)).sum().backward()
+    by_hand = torch.cat([p.grad.flatten() for p in reversed(list(net.parameters()))])
+    np.testing.assert_allclose(slopes[3], by_hand, rtol=1e-3, atol=1e-5)
 
 
 def test_one_at_a_time_is_the_same_gradient_as_stacked(table):

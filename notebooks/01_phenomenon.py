@@ -386,9 +386,10 @@ figures.save(figure, run, "radius_sweep")
 #
 # **Method.** We train for several numbers of epochs, from far short of fitting the training half to far beyond it. Each
 # training has its own full learning-rate schedule. Then we compare leakage at *equal epochs* and at *equal train loss*.
-# For the second we add intermediate baseline runs and interpolate their AUC, in log loss, at the loss that the other
-# reached. We say nothing where no baseline runs lie on both sides of that loss. Between two runs we draw a straight line
-# and the parabolas through one more run; the interval spans what all of them give.
+# For the second we add intermediate baseline runs and interpolate their AUC at the loss that the other reached: the logit
+# of the AUC over the log of the loss, by a monotone cubic (PCHIP) that never leaves the range of the two neighbouring
+# runs. We say nothing where no baseline runs lie on both sides of that loss. The interval holds the errors of all AUCs
+# and of all losses.
 
 # %%
 length_frame = compare.length_table(length_sweep)
@@ -400,6 +401,7 @@ equal_loss = compare.at_equal("train_loss", length_sweep, treatment, baseline)
 results.add(equal_loss, experiment="equal train loss", n_models=n_swept)
 if len(equal_loss):
     show_table(equal_loss, across=["coordinate"])
+equal_loss = equal_loss[equal_loss.attack == "lira_shrunk"]
 
 # %% [markdown]
 # The tables have differences of AUC, at equal epochs and at equal train loss. The figure shows two ways to move the train
@@ -429,7 +431,7 @@ figures.save(figure, run, "leakage_against_loss")
 # %% [markdown]
 # **How to read it.** Where the lines of the two optimizers cross, the sign of the effect turns. Where they coincide, the
 # train loss explains the leakage and the optimizer adds nothing. In the table, `between` gives the losses of the two
-# neighbouring baseline runs: the interval is wide where they are far apart and the curve bends.
+# neighbouring baseline runs. Where they are far apart, the curve between them may bend in a way that no interval knows.
 
 # %% [markdown]
 # ## How flat are the minima?

@@ -7,11 +7,13 @@ own value, and the first label for a paired difference from it.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.interpolate import KroghInterpolator
+from scipy.interpolate import PchipInterpolator
+from scipy.special import expit, logit
 from tqdm import tqdm
 
 from lib import need
@@ -348,41 +350,97 @@ def length_table(length_sweep):
     return pd.concat(frames, ignore_index=True)
 
 
-def at_equal(name, length_sweep, treatment, baseline, attack="lira_shrunk"):
-    """The AUC, treatment minus baseline, at every train_loss or test_accuracy (the name) that the treatment reached.
+def read_off(x, nodes, aucs, scale, slope):
+    """The AUC B(x) read off a curve: influence values of its AUCs [M, N], mean B(x), and of its coordinates, mean 0.
 
-    length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. The baseline's AUC is interpolated by
-    the straight line (in log loss) through its two neighbouring runs, and by the parabolas through them and the next
-    run on either side. The value is the mean of the differences; the interval spans the 95% intervals of all. Nothing
-    is said where no two runs enclose the treatment's, or where those that do differ by no more than noise. Raises
-    ValueError for ensembles of different models.
-    Columns beside the usual ones: epochs (of the treatment), coordinate, its value, and between (the baseline's two).
+    x, nodes: influence values [M, .] of the coordinates of the place and of the curve's k runs, rising; aucs: those of
+    the runs' AUCs [M, N]. scale: what the coordinate is interpolated in, and slope its derivative.
     """
-    values_of, test, scale, back, digits = {
-        "train_loss": (train_losses, False, np.log, np.exp, ".3g"),
-        "test_accuracy": (hits_on_test, True, float, float, ".4f"),
+    k, at, a = len(nodes), [v.mean() for v in (x, *nodes)], np.clip([v.mean() for v in aucs], 1e-9, 1 - 1e-9)
+    point = np.array([*map(scale, at), *logit(a)])
+
+    def logit_auc(point):
+        """The monotone cubic interpolant (PCHIP; Fritsch & Carlson 1980): always between the two neighbouring runs."""
+        return PchipInterpolator(point[1 : k + 1], point[k + 1 :])(point[0])
+
+    step = 1e-4 * np.diff(point[1 : k + 1]).min()
+    slopes = [(logit_auc(point + d) - logit_auc(point - d)) / (2 * step) for d in step * np.eye(len(point))]
+    b = expit(logit_auc(point))
+    # dB = B (1 - B) (sum_j P'_j dA_j / (A_j (1 - A_j))  +  sum of P' u'(x) dx over the place and the nodes)
+    of_aucs = sum(p * (v - m) / (m * (1 - m)) for p, v, m in zip(slopes[k + 1 :], aucs, a, strict=True))
+    moves = zip(slopes[: k + 1], at, (x, *nodes), strict=True)
+    return b + b * (1 - b) * of_aucs, b * (1 - b) * sum(p * slope(m) * (v - m) for p, m, v in moves)
+
+
+def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=""):
+    """A difference in AUC = what comes from fitting more or less + what remains at equal train loss: a tidy frame.
+
+    treated: the treatment's ensemble. own: the baseline's that it is compared with (at equal epochs, say); with None,
+    only what remains is given. curve: dict -> Ensemble, the baseline's runs along one path (epochs, or learning rate).
+    All hold the same models. name: the coordinate, train_loss or test_accuracy; x is the treated ensemble's, and B(x)
+    the AUC on the baseline's curve there: monotone, of the logit of the AUC over the log of the train loss (or over the
+    accuracy). For every headline attack
+
+        auc_total = A(treated) - A(own),   auc_from_fit = B(x) - A(own),   auc_at_equal_loss = A(treated) - B(x)
+
+    (auc_at_equal_accuracy for test_accuracy). The intervals hold the errors of all AUCs and coordinates, x too, as they
+    fall together in each model and example (delta method), but not the curve's shape between two runs. Without two runs
+    that enclose x and differ by more than noise, only auc_total is given. Columns beside the usual ones: attack,
+    coordinate, the name's, which is x, and between (the coordinates of the two). Raises ValueError for other models.
+    """
+    values_of, test, scale, slope, what, digits = {
+        "train_loss": (train_losses, False, np.log, np.reciprocal, "loss", ".3g"),
+        "test_accuracy": (hits_on_test, True, float, np.ones_like, "accuracy", ".4f"),
     }[name]
-    paired = len({tuple(e.ids) for e in length_sweep.values()}) == 1
-    need(paired, "length_sweep: its ensembles hold different models; keep_common_models first")
-    runs = {scale(values_of(e).mean()): e for (_, optimizer), e in length_sweep.items() if optimizer == baseline}
-    places, rows = np.array(sorted(runs)), []
-    aucs = np.array([auc_influence_values(runs[k], attack) for k in places], np.float32)
-    for (epochs, optimizer), e in length_sweep.items():
-        place = scale(values_of(e).mean())
-        right = int(np.searchsorted(places, place))
-        if optimizer != treatment or not 0 < right < len(places):
-            continue
-        ends = [right - 1, right]
-        before, after = (values_of(runs[k]) for k in places[ends])
-        apart = estimate(after - before, **design(e, test))
-        if apart.low <= 0 <= apart.high:
-            continue
-        curves = [ends, *([*ends, k] for k in (right - 2, right + 1) if 0 <= k < len(places))]
-        own = auc_influence_values(e, attack)
-        found = [auc_estimate(own - KroghInterpolator(places[k], aucs[k])(place), e.dataset) for k in curves]
-        hull = Estimate(np.mean([f.value for f in found]), min(f.low for f in found), max(f.high for f in found))
-        at, low, high = (format(back(x), digits) for x in (place, *places[ends]))
-        about = dict(optimizer=treatment, baseline=baseline, attack=attack, epochs=epochs, between=f"{low} and {high}")
-        about |= {name: back(place), "coordinate": f"{name}={at}, between={low} and {high}"}
-        rows.append(intervals.row("auc", hull, **about))
-    return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "epochs", "coordinate", name, "between"])
+    same = {tuple(e.ids) for e in (treated, *curve.values(), *([own] * (own is not None)))}
+    need(len(same) == 1, "curve, length_sweep: the ensembles hold different models; keep_common_models first")
+    runs = sorted(((values_of(e), e) for e in curve.values()), key=lambda run: run[0].mean())
+    x, at, nodes, between = values_of(treated), [values.mean() for values, _ in runs], [], ""
+    apart = [estimate(b[0] - a[0], **design(treated, test)).low > 0 for a, b in pairwise(runs)]
+    right = int(np.searchsorted(at, x.mean()))
+    if 0 < right < len(runs) and apart[right - 1]:  # beyond these two, the next on either side gives the curve's slope
+        first, last = (right > 1 and apart[right - 2]), (right + 1 < len(runs) and apart[right])
+        nodes = runs[right - 1 - first : right + 1 + last]
+        between = f"{at[right - 1]:{digits}} and {at[right]:{digits}}"
+    how = design(treated) | {"shadow_correction": SHADOW_CORRECTION}
+    groups = how["columns"], design(treated, True)["columns"]
+    if test and any(g is not None for g in groups):
+        n = np.shape(treated.member)[1]
+        one, two = (np.arange(k) if g is None else g for k, g in zip((n, x.shape[1]), groups, strict=True))
+        how["columns"] = np.append(one, n + two)  # no group of the pool is one of the test part
+    rows, about = [], {"optimizer": treatment, "baseline": baseline, "coordinate": coordinate, name: x.mean()}
+    for attack in catalogue.HEADLINES:
+        whole, parts = auc_influence_values(treated, attack), {}  # metric -> values of its AUCs, and of its coordinates
+        before = None if own is None else auc_influence_values(own, attack)
+        if own is not None:
+            parts["auc_total"] = whole - before, 0 * x
+        if nodes:
+            aucs = [auc_influence_values(e, attack) for _, e in nodes]
+            read, moved = read_off(x, [values for values, _ in nodes], aucs, scale, slope)
+            if own is not None:
+                parts["auc_from_fit"] = read - before, moved
+            parts[f"auc_at_equal_{what}"] = whole - read, -moved
+        for metric, (of_aucs, of_coordinates) in parts.items():
+            if test:  # the sum of two means is a mean over N + T columns
+                n, t, value = whole.shape[1], x.shape[1], of_aucs.mean()
+                values = value + np.hstack([(of_aucs - value) * (n + t) / n, of_coordinates * (n + t) / t])
+            else:
+                values = of_aucs + of_coordinates
+            rows.append(intervals.row(metric, estimate(values, **how), attack=attack, between=between, **about))
+    return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "coordinate", name, "between"])
+
+
+def at_equal(name, length_sweep, treatment, baseline):
+    """AUC, treatment minus baseline, at every train_loss or test_accuracy (the name) that the treatment reached: tidy.
+
+    length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. For every headline attack it is what
+    remains in `decomposition`; nothing is said where the baseline's runs do not enclose the treatment's. Columns beside
+    the usual ones: attack, epochs (the treatment's), coordinate, the name's, and between.
+    """
+    curve = {epochs: e for (epochs, optimizer), e in length_sweep.items() if optimizer == baseline}
+    treated = {epochs: e for (epochs, optimizer), e in length_sweep.items() if optimizer == treatment}
+    found = [decomposition(e, curve, None, treatment, baseline, name).assign(epochs=k) for k, e in treated.items()]
+    frame = pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True).assign(metric="auc")
+    digits = ".3g" if name == "train_loss" else ".4f"
+    at = [f"{name}={x:{digits}}, between={between}" for x, between in zip(frame[name], frame.between, strict=True)]
+    return frame.assign(coordinate=at)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from sklearn.metrics import balanced_accuracy_score
 
 from lib.analysis import compare, memorization
@@ -103,7 +104,8 @@ def sweep(base, treated):
 
 
 def at_equal_loss(base, treated):
-    return compare.at_equal("train_loss", sweep(base, treated), "sam", "sgd")
+    found = compare.at_equal("train_loss", sweep(base, treated), "sam", "sgd")
+    return found[found.attack == "rmia"].reset_index(drop=True)
 
 
 def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, capsys):
@@ -135,6 +137,7 @@ def test_equal_loss_refuses_ensembles_of_different_models(pair):
 
 def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):
     influence_values = np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
+    influence_values += 0.6 - influence_values.mean()
     runs = {
         "a": (1.0, influence_values),
         "b": (0.01, influence_values + 0.2),
@@ -143,25 +146,137 @@ def test_equal_loss_interpolates_and_never_extrapolates(monkeypatch):
     }
     made_up(monkeypatch, runs)
     found = at_equal_loss(["a", "b"], ["between", "beyond"])
-    assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: there it is cells + 0.1
-    assert found.value[0] == pytest.approx(0.05)
+    assert list(found.train_loss) == [pytest.approx(0.1)]  # half-way in log loss: there the odds are sqrt(6/4 * 8/2)
+    assert found.value[0] == pytest.approx(0.75 - np.sqrt(6) / (1 + np.sqrt(6)))
     assert found.coordinate[0] == "train_loss=0.1, between=0.01 and 1"
     assert (found.optimizer[0], found.baseline[0], found.epochs[0]) == ("sam", "sgd", 1)
+    every = compare.at_equal("train_loss", sweep(["a", "b"], ["between", "beyond"]), "sam", "sgd")
+    assert list(every.attack) == list(catalogue.HEADLINES) and (every.value == found.value[0]).all()
+    nothing = compare.at_equal("train_loss", sweep(["a", "b"], ["beyond"]), "sam", "sgd")
+    assert nothing.empty and {"attack", "epochs", "coordinate", "train_loss", "between"} <= set(nothing.columns)
 
 
-def test_equal_loss_says_more_only_if_every_curve_does(monkeypatch):
-    """The baseline bends: half-way between two runs it is .15 above the first, the straight line .1; the other, .12."""
-    influence_values = np.random.default_rng(0).normal(0.6, 0.001, (8, 40))
-    runs = {
-        "a": (1.0, influence_values),
-        "b": (0.01, influence_values + 0.2),
-        "c": (0.0001, influence_values),
-        "at": (0.1, influence_values + 0.12),
-    }
-    made_up(monkeypatch, runs)
-    assert at_equal_loss(["a", "b"], ["at"]).ci_low[0] > 0
-    found = at_equal_loss(["a", "b", "c"], ["at"]).iloc[0]
-    assert found.ci_low == pytest.approx(-0.03, abs=1e-3) and found.ci_high == pytest.approx(0.02, abs=1e-3)
+@pytest.mark.parametrize("bends", [(0.6, 0.8, 0.6), (0.5, 0.62, 0.97), (0.7, 0.71, 0.5)])
+def test_no_estimate_leaves_the_range_of_the_two_neighbouring_runs(monkeypatch, bends):
+    cells, places = np.random.default_rng(0).normal(0, 0.001, (8, 40)), np.geomspace(1, 1e-3, 4)
+    runs = {f"{x:g}": (x, cells + auc) for x, auc in zip(places, (*bends, 0.9), strict=True)}
+    inside = {f"at {x}": (x, cells + 0.5) for x in np.geomspace(0.98, 0.0011, 25)}
+    made_up(monkeypatch, runs | inside)
+    found = at_equal_loss(list(runs), list(inside))
+    known = 0.5 - found.value  # B at the treated losses
+    assert len(found) == 25
+    for x, auc in zip(found.train_loss, known, strict=True):
+        k = np.flatnonzero(places >= x)[-1]
+        low, high = sorted((*bends, 0.9)[k : k + 2])
+        assert low - 2e-4 <= auc <= high + 2e-4
+
+
+def drawn(seed, truth, m=16, n=60, t=None, error=0.3, spread=0.02):
+    """Influence values of the coordinates [M, N or T] and AUCs [M, N] of runs, given the truth: dict name -> both.
+
+    What a pair of models or an example does is partly common to all runs, and partly to a run's coordinate and AUC.
+    """
+    rng, made = np.random.default_rng(seed), {}
+
+    def noise(columns):
+        return (
+            np.repeat(rng.normal(size=(m // 2, 1)), 2, 0)
+            + rng.normal(size=(1, columns))
+            + rng.normal(size=(m, columns))
+        )
+
+    common = noise(n)
+    for name, (x, auc) in truth.items():
+        of_run, of_coordinate = noise(n), noise(t or n)
+        both = of_coordinate if t else (of_run + of_coordinate) / np.sqrt(2)
+        made[name] = x * (1 + error * both), auc + spread * (common + of_run)
+    return made
+
+
+def planted(monkeypatch, made, test=False):
+    monkeypatch.setattr(compare, "hits_on_test" if test else "train_losses", lambda e: made[e.name][0])
+    monkeypatch.setattr(compare, "auc_influence_values", lambda e, attack: made[e.name][1])
+    monkeypatch.setattr(catalogue, "HEADLINES", ("rmia",))
+
+
+def stand_in(name, m=16, n=60):
+    """One of `drawn`'s runs in the place of an ensemble."""
+    dataset = SimpleNamespace(groups=None, groups_test=None)
+    return SimpleNamespace(
+        name=name, ids=np.arange(m), member=np.arange(m)[:, None] % 2 == np.zeros(n), dataset=dataset
+    )
+
+
+def curve_auc(x):
+    """A baseline whose AUC is a known function of its train loss: straight in logit and log."""
+    return expit(0.1 - 0.35 * np.log(x))
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_the_parts_add_up_and_their_intervals_cover_the_truth(monkeypatch, test):
+    """The coordinates err by as much as the AUCs do. By accuracy: the same curve, read on the test part."""
+    name, what = ("test_accuracy", "accuracy") if test else ("train_loss", "loss")
+    auc = (lambda x: expit(-3 + 6 * x)) if test else curve_auc
+    places, place = ((0.5, 0.6, 0.7, 0.8), 0.64) if test else ((0.5, 0.25, 0.1, 0.04), 0.15)
+    truth = {f"run {x}": (x, auc(x)) for x in places} | {"sam": (place, auc(place) + 0.03)}
+    right = {"auc_total": auc(place) + 0.03 - auc(places[1]), f"auc_at_equal_{what}": 0.03}
+    right["auc_from_fit"] = right["auc_total"] - 0.03
+    monkeypatch.setattr(compare, "SHADOW_CORRECTION", 0.0)  # there are no shadows here
+    curve, error = {x: stand_in(f"run {x}") for x in places}, 0.03 if test else 0.15
+
+    def decomposed(seed, error):
+        planted(monkeypatch, drawn(seed, truth, t=80 if test else None, error=error), test)
+        found = compare.decomposition(stand_in("sam"), curve, curve[places[1]], "sam", "sgd", name, "epochs=4")
+        return found.set_index("metric")
+
+    frames = [decomposed(seed, error) for seed in range(250)]
+    for found in frames:
+        assert found.value["auc_total"] == pytest.approx(found.value.drop("auc_total").sum(), abs=1e-12)
+    covered = {k: np.mean([f.ci_low[k] <= value <= f.ci_high[k] for f in frames]) for k, value in right.items()}
+    assert all(0.90 <= share <= 0.98 for share in covered.values()), covered
+    wide, exact = (
+        [f.ci_high - f.ci_low for f in found] for found in (frames[:20], [decomposed(s, 0) for s in range(20)])
+    )
+    remains = f"auc_at_equal_{what}"  # without the coordinates' errors, the interval would be too narrow by a third
+    assert np.mean([w[remains] for w in wide]) > 1.3 * np.mean([w[remains] for w in exact])
+
+
+def test_a_bent_curve_is_followed_and_one_beyond_has_a_total_only(monkeypatch):
+    auc = lambda x: expit(0.2 - 0.3 * np.log(x) - 0.04 * np.log(x) ** 2)  # noqa: E731
+    truth = {f"run {x}": (x, auc(x)) for x in np.geomspace(0.6, 0.02, 7)}
+    truth |= {"sam": (0.13, 0.7), "far": (0.01, 0.7)}
+    planted(monkeypatch, drawn(0, truth, error=1e-4, spread=1e-4))
+    curve = {x: stand_in(name) for x, name in enumerate(truth) if name.startswith("run")}
+    found = compare.decomposition(stand_in("sam"), curve, curve[0], "sam", "sgd").set_index("metric").value
+    assert found["auc_at_equal_loss"] == pytest.approx(0.7 - auc(0.13), abs=2e-3)
+    assert found["auc_from_fit"] == pytest.approx(auc(0.13) - auc(0.6), abs=2e-3)
+    far = compare.decomposition(stand_in("far"), curve, curve[0], "sam", "sgd", coordinate="epochs=3")
+    assert list(far.metric) == ["auc_total"] and (far.coordinate[0], far.between[0]) == ("epochs=3", "")
+
+
+def test_groups_of_the_pool_and_of_the_test_part_are_kept_apart(monkeypatch):
+    truth = {"a": (0.5, 0.55), "b": (0.7, 0.65), "sam": (0.6, 0.64)}
+    planted(monkeypatch, drawn(0, truth, t=80, error=0.03), test=True)
+    ends = []
+    for groups, groups_test in ((None, None), (np.arange(60), None), (None, np.arange(80)), (np.arange(60) // 2, None)):
+        runs = {name: stand_in(name) for name in truth}
+        for e in runs.values():
+            e.dataset.groups, e.dataset.groups_test = groups, groups_test
+        curve = {name: runs[name] for name in "ab"}
+        found = compare.decomposition(runs["sam"], curve, None, "sam", "sgd", "test_accuracy")
+        ends.append((found.ci_low[0], found.ci_high[0]))
+    np.testing.assert_allclose(ends[1:3], [ends[0]] * 2, rtol=1e-9)
+    assert ends[3] != pytest.approx(ends[0], rel=1e-3)
+
+
+def test_trained_ensembles_decompose_with_a_total_that_the_contrast_has(pair):
+    curve = {5: pair["sgd"], 9: pair["sam"]}
+    for name in ("train_loss", "test_accuracy"):
+        found = compare.decomposition(pair["sam"], curve, pair["sgd"], "sam", "sgd", name)
+        assert set(found.attack) == set(catalogue.HEADLINES) and (found.metric == "auc_total").any()
+        total = found[found.metric == "auc_total"].set_index("attack").value
+        plain = compare.contrast(pair).query("metric == 'auc' and baseline == 'sgd'").set_index("attack").value
+        np.testing.assert_allclose(total, plain[total.index], atol=1e-12)
 
 
 def test_runs_that_differ_by_no_more_than_noise_bracket_nothing(monkeypatch):
@@ -232,7 +347,8 @@ def test_equal_accuracy_is_read_off_the_test_part(monkeypatch):
     monkeypatch.setattr(compare, "hits_on_test", lambda e: np.full((8, 30), float(e.name)))
     monkeypatch.setattr(compare, "auc_influence_values", lambda e, attack: values + auc[e.name])
     found = compare.at_equal("test_accuracy", sweep(["0.2", "0.4"], ["0.3"]), "sam", "sgd")
-    assert found.test_accuracy[0] == pytest.approx(0.3) and found.value[0] == pytest.approx(0.15)
+    read = 1 / (1 + np.sqrt(1 / (values.mean() + 0.1) - 1) * np.sqrt(1 / (values.mean() + 0.2) - 1))  # odds multiply
+    assert found.test_accuracy[0] == pytest.approx(0.3) and found.value[0] == pytest.approx(values.mean() + 0.3 - read)
     assert found.coordinate[0] == "test_accuracy=0.3000, between=0.2000 and 0.4000"
 
 

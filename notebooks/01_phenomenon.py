@@ -19,10 +19,11 @@
 # *Membership Privacy Risks of Sharpness-Aware Minimization* (arXiv 2310.00488) reports the opposite: SAM tests better
 # **and** leaks more.
 #
-# **What this notebook shows.** The answer depends on how far training has gone. As long as SAM fits its training data
-# less well than SGD does, it leaks less. Once both fit, it leaks more in most of our runs. So we compare the two at
-# equal epochs *and* at equal train loss. On the way you will see SAM's step and the attack LiRA written out in a few
-# lines, every attack side by side, and two controls. The last section sums up the run that you are looking at.
+# **What this notebook shows.** Two ensembles with the same settings, one trained with SGD and one with SAM: how they
+# test, how they fit, and how much each attack learns about their members. On the way you will see SAM's step and the
+# attack LiRA written out in a few lines, every attack side by side, and two controls. Whether the answer holds for tuned
+# settings, at equal loss and for other radii is the subject of notebook 5. The last section sums up the run that you are
+# looking at.
 #
 # **Why the comparison is fair.** We train two ensembles of models, one with each optimizer. Model $k$ of either
 # ensemble has the same half of the data, the same initial weights and the same order of batches. So every comparison is
@@ -35,7 +36,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython.display import display
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch.func import functional_call, grad
 
 from lib.analysis import compare, flatness, memorization
@@ -349,91 +349,6 @@ for metric in spread.metric[spread.baseline == ""].unique():
 # cannot be stretched like that.
 
 # %% [markdown]
-# ## More radius, more effect?
-#
-# **Claim.** If sharpness-awareness is the cause, a larger radius has a larger effect.
-#
-# **Method.** We train on the same halves, from the same weights and in the same orders, with several radii $\rho$.
-# Radius 0 is the base optimizer without the rule. (An optimizer without a radius has nothing to vary.)
-
-# %%
-# rho -> Ensemble and (epochs, optimizer) -> Ensemble, on the same models: LiRA gets stronger with more shadow models
-radius_sweep, length_sweep = compare.on_the_same(run.ensembles("radius sweep"), run.ensembles("length sweep"))
-n_swept = len(radius_sweep[0.0].ids)
-base = str(radius_sweep[0.0].recipe.optimizer)
-radius_frame = compare.radius_table(radius_sweep, treatment, base)
-results.add(radius_frame, experiment="radius sweep", n_models=n_swept)
-
-steps = radius_frame[radius_frame.baseline == base].sort_values("rho")
-panels = {"test_accuracy": "test accuracy", "train_loss": "train loss (nats)", "auc": "AUC of lira_shrunk"}
-figure, axes = plt.subplots(1, 3, figsize=(12.3, 3.4), layout="constrained")
-for axis, (metric, label) in zip(axes, panels.items(), strict=True):
-    rows = steps[(steps.metric == metric) & steps.attack.isin(["", "lira_shrunk"])]
-    figures.error_bars(axis, rows.rho, rows, 1)
-    axis.axhline(0, color="0.3", lw=1)
-    axis.set(xlim=(0, None), xlabel=r"$\rho$", ylabel=f"{label}: difference")
-figures.save(figure, run, "radius_sweep")
-
-# %% [markdown]
-# **How to read it.** Points are paired differences from radius 0. From left to right: what SAM gains, how well it fits
-# its training half, and what it leaks. If leakage rises only where the train loss falls, the cause may be the fit and
-# not the flatness. The next section separates the two.
-
-# %% [markdown]
-# ## Leakage at equal train loss
-#
-# **Claim.** The effect is a property of SAM, not of how far training has gone.
-#
-# **Method.** We train for several numbers of epochs, from far short of fitting the training half to far beyond it. Each
-# training has its own full learning-rate schedule. Then we compare leakage at *equal epochs* and at *equal train loss*.
-# For the second we add intermediate baseline runs and interpolate their AUC at the loss that the other reached: the logit
-# of the AUC over the log of the loss, by a monotone cubic (PCHIP) that never leaves the range of the two neighbouring
-# runs. We say nothing where no baseline runs lie on both sides of that loss. The interval holds the errors of all AUCs
-# and of all losses.
-
-# %%
-length_frame = compare.length_table(length_sweep)
-results.add(length_frame, experiment="length sweep", n_models=n_swept)
-equal_epochs = length_frame[(length_frame.baseline == baseline) & (length_frame.metric == "auc")]
-show_table(equal_epochs, across=["coordinate"])
-equal_epochs = equal_epochs[equal_epochs.attack == "lira_shrunk"]
-equal_loss = compare.at_equal("train_loss", length_sweep, treatment, baseline)
-results.add(equal_loss, experiment="equal train loss", n_models=n_swept)
-if len(equal_loss):
-    show_table(equal_loss, across=["coordinate"])
-equal_loss = equal_loss[equal_loss.attack == "lira_shrunk"]
-
-# %% [markdown]
-# The tables have differences of AUC, at equal epochs and at equal train loss. The figure shows two ways to move the train
-# loss: other numbers of epochs, and other radii. A point is a whole ensemble. All points use the same number of models,
-# because LiRA gets stronger with more shadow models.
-
-# %%
-by_length = length_frame.assign(series=length_frame.optimizer + ", epochs varied", label=length_frame.epochs)
-by_radius = radius_frame[radius_frame.rho > 0].assign(series=f"{treatment}, radius varied", label=radius_frame.rho)
-points = pd.concat([by_length, by_radius])
-points = points[(points.metric == "auc") & (points.attack == "lira_shrunk") & (points.baseline == "")]
-figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-for index, (series, rows) in enumerate(points.groupby("series", sort=False)):
-    rows = rows.sort_values("train_loss")
-    figures.error_bars(axis, rows.train_loss, rows, index, label=series)
-    for row in rows.itertuples():
-        look = dict(color=figures.COLOURS[index], fontsize=8, xytext=((6, -11), (6, 5), (-6, -14))[index])
-        axis.annotate(f"{row.label:.3g}", (row.train_loss, row.value), textcoords="offset points", **look)
-axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel="AUC of lira_shrunk")
-axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-axis.xaxis.set_major_formatter("{x:g}")
-axis.xaxis.set_minor_formatter(NullFormatter())
-axis.invert_xaxis()
-axis.legend()
-figures.save(figure, run, "leakage_against_loss")
-
-# %% [markdown]
-# **How to read it.** Where the lines of the two optimizers cross, the sign of the effect turns. Where they coincide, the
-# train loss explains the leakage and the optimizer adds nothing. In the table, `between` gives the losses of the two
-# neighbouring baseline runs. Where they are far apart, the curve between them may bend in a way that no interval knows.
-
-# %% [markdown]
 # ## How flat are the minima?
 #
 # **Claim.** The sharpness-aware minima are flatter.
@@ -548,17 +463,12 @@ leaks = text.joined(
     f"{describe_sign(row, *than)} {baseline} by {row.attack} ({percentage_points(row)})" for row in rows
 )
 top = select(flat, metric="hessian_top_eigenvalue", **versus)
-word = {1: "more", -1: "less", 0: "no difference"}
-lengths = text.joined(f"{word[text.sign(row)]} after {row.epochs}" for row in equal_epochs.itertuples())
-losses = text.joined(f"{word[text.sign(row)]} at {row.train_loss:.2g} nats" for row in equal_loss.itertuples())
 fits = text.joined(f"{select(accuracy, metric='train_accuracy', optimizer=n).value:.1%} ({n})" for n in run.names)
 flatter = describe_sign(top, "sharper than", "flatter than", "neither flatter nor sharper than")
 show_text(f"""
 - **Generalization.** {treatment} tests {better} {baseline} ({percentage_points(test)}). Train accuracies: {fits}.
 - **Leakage.** In AUC, {treatment} leaks {leaks}.
 - **Flatness.** By the largest Hessian eigenvalue, {treatment} ends {flatter} {baseline}.
-- **Equal epochs.** Leakage of {treatment} against {baseline}: {lengths} epochs.
-- **Equal train loss.** Leakage of {treatment} against {baseline}: {losses if len(equal_loss) else "nothing can be said"}.
 
 All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
 """)

@@ -12,14 +12,12 @@
 # ---
 
 # %% [markdown]
-# # 6. Beyond the paper: variants, causes, defences, and who pays
+# # 6. Beyond the paper: variants, defences, and who pays
 #
 # The paper speaks of sharpness-aware training *in general*, but compares a handful of optimizers at one strength
-# each. This notebook answers five questions that it leaves open:
+# each. This notebook answers three questions that it leaves open:
 #
 # - **Variants.** Which sharpness-aware optimizers trade privacy for accuracy, and which improve on neither?
-# - **Fair comparisons.** Does SAM still leak more at equal test accuracy, at equal train loss, at equal compute?
-# - **Causes.** Which change of the training switches the effect off?
 # - **Defences.** What does each cost in accuracy, and what does it buy in privacy?
 # - **Who pays.** Are the same classes and examples exposed as under SGD, or others?
 #
@@ -29,14 +27,13 @@
 # %% tags=["setup"]
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from IPython.display import display
 
 from lib.analysis import compare, interventions, memorization
 from lib.attacks import intervals
 from lib.study import experiments, figures, settings
 from lib.study.results import Results
-from lib.study.text import describe_sign, joined, number, percentage_points, select, show_table, show_text, sign
+from lib.study.text import joined, number, percentage_points, select, show_table, show_text, sign
 
 # %% tags=["parameters"]
 # Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
@@ -51,12 +48,12 @@ epochs: int = None  # epochs of the main comparison
 
 # %% tags=["setup"]
 run = settings.notebook_run(globals())
-few, fewer, swept = (experiments.n_models(run, kind) for kind in ("few", "private", "sweep"))
+few, fewer = (experiments.n_models(run, kind) for kind in ("few", "private"))
 results = Results("06_beyond", run, n_models=few)
 baseline, treatment = run.baseline, run.treatment
 than = ("more than", "less than", "no differently from")
 figures.style()
-show_text(run.describe() + f" Here an ensemble has {few} models, a private one {fewer}, one of a length {swept}.")
+show_text(run.describe() + f" Here an ensemble has {few} models, a private one {fewer}.")
 
 # %% [markdown]
 # ## Variants: who sits on the frontier?
@@ -64,7 +61,7 @@ show_text(run.describe() + f" Here an ensemble has {few} models, a private one {
 # **Claim.** Every sharpness-aware optimizer tests better than SGD and leaks more.
 #
 # **Method.** SAM and six of its relatives at their usual radius, and this run's own optimizer at the radii of notebook
-# 1; weight averaging (SWA), which finds flat minima without looking for them; and SharpReg, an earlier defence of the
+# 5; weight averaging (SWA), which finds flat minima without looking for them; and SharpReg, an earlier defence of the
 # paper, which looks for *sharp* minima. A variant changes one function, the one that turns gradients $g(w)$ into the
 # step's gradient. SAM's is $g(w + e)$ with $e = \rho\, g(w) / \lVert g(w) \rVert$.
 #
@@ -167,115 +164,6 @@ show_text(f"What beats {baseline}: {joined(label(*key) for key in beaten[baselin
 # of markers that rises to the right is the trade that the paper describes: accuracy is paid with privacy, whatever
 # the optimizer's name. A chain that falls to the right contradicts it. Far to the left are radii or options that do
 # not suit this data or this length of training; an author's defaults may be among them.
-
-# %% [markdown]
-# ## At equal test accuracy, equal train loss, equal compute
-#
-# **Claim.** At the same accuracy, or the same fit, or the same cost, SAM still leaks more.
-#
-# **Method.** The length sweep of notebook 1, in which both optimizers are trained for several numbers of epochs. At
-# *equal accuracy* and *equal train loss* we interpolate the baseline's AUC between two of its runs, at the point that
-# SAM reached: the logit of the AUC over the accuracy or over the log of the loss, by a monotone cubic (PCHIP). The
-# interval holds the errors of all AUCs and coordinates. Where the baseline's runs do not bracket the point, or its two
-# runs differ by no more than noise, we say nothing. The sentences are about `lira_shrunk`; results.csv has every headline
-# attack. At *equal compute* the baseline gets as many more epochs as a step of the other takes more gradients: twice
-# the epochs against SAM, whose step takes two.
-
-# %%
-lengths = run.ensembles("length sweep")
-base, sharp = ([e for (_, name), e in lengths.items() if name == kind] for kind in (baseline, treatment))
-accuracy, loss = (compare.at_equal(c, lengths, treatment, baseline) for c in ("test_accuracy", "train_loss"))
-pairs = experiments.equal_compute(run).items()  # epochs of the treatment, and of the baseline
-pairs = {e: more for e, more in pairs if (e, treatment) in lengths and (more, baseline) in lengths}
-compute = [
-    compare.contrast({baseline: lengths[more, baseline], treatment: lengths[e, treatment]}).assign(epochs=e)
-    for e, more in pairs.items()
-]
-compute = pd.concat(compute).query("baseline == @baseline and metric in ['auc', 'tpr@0.01', 'test_accuracy']")
-
-# %% [markdown]
-# By construction, what is read off the curve lies between the AUCs of the two neighbouring runs.
-
-# %%
-n_swept = len(base[0].ids)
-for kind, frame in (("test accuracy", accuracy), ("train loss", loss)):
-    results.add(frame, experiment=f"equal {kind}", n_models=n_swept)
-accuracy, loss = (frame[frame.attack == "lira_shrunk"] for frame in (accuracy, loss))
-curve = sorted((interventions.test_accuracy(e), compare.auc_influence_values(e).mean()) for e in base)
-for row in accuracy.itertuples():
-    own = compare.auc_influence_values(lengths[row.epochs, treatment]).mean()
-    right = np.searchsorted([x for x, _ in curve], row.test_accuracy)
-    (_, low), (_, high) = sorted(curve[right - 1 : right + 1], key=lambda point: point[1])
-    assert low - 1e-6 <= own - row.value <= high + 1e-6
-
-# %%
-for kind, frame in (("test accuracy", accuracy), ("train loss", loss)):
-    for row in frame.itertuples():
-        place = f"{treatment} after {row.epochs} epochs: {row.coordinate.replace('_', ' ')}"
-        said = f"{treatment} leaks {describe_sign(row, *than)} {baseline}: {percentage_points(row)} of AUC"
-        show_text(f"At equal {kind} ({place}), {said}.")
-place = [f"epochs={e}" for e in compute.epochs]
-results.add(compute, experiment="equal compute", coordinate=place, n_models=n_swept)
-for e, more in pairs.items():
-    gain, rise = (percentage_points(select(compute, baseline, epochs=e, metric=m, attack=a)) for m, a in shown)
-    show_text(f"At equal compute ({treatment} {e} epochs, {baseline} {more}): accuracy {gain}, AUC {rise}.")
-best = [max(map(interventions.test_accuracy, runs)) for runs in (base, sharp)]
-show_text(f"Best test accuracy over all lengths of training: {baseline} {best[0]:.1%}, {treatment} {best[1]:.1%}.")
-show_text(f"{len(accuracy)} of {treatment}'s {len(sharp)} runs could be compared at equal accuracy.")
-
-# %% [markdown]
-# **How to read it.** The three comparisons hold different things fixed, and none is *the* fair one. If you need a
-# given accuracy, look at the first. If you ask what sharpness adds beyond a closer fit, look at the second. If
-# compute is your limit, look at the third.
-
-# %% [markdown]
-# ## Why: what switches the effect off?
-#
-# **Claim.** The effect belongs to sharpness-aware training, not to a batch size, a length or a regularizer.
-#
-# **Method.** We change one thing at a time, for both optimizers, and measure anew the paired effect on the AUC (of
-# `lira_shrunk`; results.csv has every headline attack).
-# The grey band is the effect of the unchanged run. A level *switches the effect off* if two things hold: the interval
-# there no longer lies on the same side of zero, and the change from the unchanged run, also paired, excludes zero.
-
-# %%
-causes = run.ensembles("causes")
-effects = interventions.effect_table(causes)
-results.add(effects, experiment="causes", n_models=len(next(iter(causes.values())).ids))
-seen = effects[effects.attack == "lira_shrunk"]
-here, change = (seen[seen.metric == metric].reset_index(drop=True) for metric in ("auc", "auc_change"))
-levels = (here.factor + ": " + here.level).where(here.factor != here.level, here.factor)
-
-# %%
-figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(here) + 1.2), layout="constrained")
-for index, (_, rows) in enumerate(here.groupby("factor", sort=False)):
-    spread = [rows.value - rows.ci_low, rows.ci_high - rows.value]
-    axis.errorbar(rows.value, rows.index, xerr=spread, capsize=3, **figures.look(index) | {"linestyle": ""})
-axis.axvspan(here.ci_low[0], here.ci_high[0], color="0.88", zorder=0, label="as it is")
-axis.axvline(0, color="0.3", lw=1)
-axis.set(
-    yticks=range(len(here)), yticklabels=levels, xlabel=figures.plain(f"AUC of lira_shrunk, {treatment} − {baseline}")
-)
-axis.invert_yaxis()
-axis.legend(fontsize=9)
-figures.save(figure, run, "causes")
-
-# %%
-columns = ["factor", "level", "train_accuracy", "train_accuracy_treatment", "test_gain"]
-display(here[columns].style.format(precision=3).hide(axis="index"))
-was, now = sign(here.iloc[0]), [sign(row) for row in here.itertuples()]
-moved = [i for i, row in enumerate(change.itertuples()) if i and was and sign(row) == -was]
-off = joined(levels[i] for i in moved if now[i] != was)
-said = f"{treatment} leaks {describe_sign(here.iloc[0], *than)} {baseline}"
-show_text(f"As it is, {said}: {percentage_points(here.iloc[0])} of AUC.")
-if was:
-    show_text(f"**Switched off at**: {off}. Weakened, not off: {joined(levels[i] for i in moved if now[i] == was)}.")
-    show_text(f"Turned into its opposite at: {joined(levels[i] for i in moved if now[i] == -was)}.")
-
-# %% [markdown]
-# **How to read it.** Look first at `train_accuracy` (the baseline's) and `train_accuracy_treatment` (SAM's). A level that
-# keeps SAM from fitting its training half changes two things at once, and says little about sharpness. Label noise
-# also changes the examples: part of what leaks there is which wrong labels were learnt.
 
 # %% [markdown]
 # ## Defences: what each costs and buys
@@ -444,15 +332,6 @@ else:
 # %%
 more, less = (sum(leak == s for _, leak in signs.values()) for s in (1, -1))
 show_text(f"**Variants.** {more} of {len(signs)} sharpness-aware ensembles leak more than {baseline}, {less} less.")
-for e, more in pairs.items():
-    rise = describe_sign(select(compute, baseline, epochs=e, metric="auc", attack="lira_shrunk"), *than)
-    show_text(f"**At equal compute** ({e} and {more} epochs) {treatment} leaks {rise} {baseline}.")
-for name, frame in (("accuracy", accuracy), ("train loss", loss)):
-    found = [sign(row) for row in frame.itertuples()]
-    said = f"{treatment} leaks more in {found.count(1)} and less in {found.count(-1)} of {len(found)} comparisons."
-    show_text(f"**At equal {name}** {said if found else 'nothing can be compared.'}")
-show_text(f"**Causes.** {f'The effect is switched off by {off}' if was else 'There is no effect to switch off'}.")
-
 lowered = costs[(costs.baseline == "none") & (costs.attack == "lira_shrunk") & (costs.metric == "auc")]
 lowered = lowered[lowered.ci_high < 0].sort_values("value")
 said = joined(f"{row.optimizer} ({percentage_points(row)})" for row in lowered.itertuples())

@@ -81,7 +81,7 @@ def n_models(run, kind):
     return min(run.n_models, SIZES[kind][not run.is_small]) if run.subset == 0.5 else run.n_models
 
 
-@experiment("main", "01", "02", "03", "04")
+@experiment("main", "01", "02", "03", "04", "05")
 def main(run):
     """Every optimizer of the run. Keys: the optimizer."""
     return {name: of(run, name, run.n_models) for name in run.names}
@@ -138,10 +138,13 @@ def tuning(run):
 
 @experiment("pools", "05")
 def pools(run):
-    """Both optimizers at several learning rates on pools drawn with other seeds. Keys: (seed, optimizer, lr)."""
+    """The tuning at the run's own radius, on pools drawn with other seeds. Keys: (seed, optimizer, rho, lr, decay)."""
+    own = {0.0, run.recipe(run.treatment).rho}
     return {
-        (seed, name, factor * run.lr): of(run, name, n_models(run, "few"), data, lr=factor * run.lr, seed=seed)
-        for (seed, data), name, factor in product(run.other_pools.items(), (run.baseline, run.treatment), (1, 2, 4))
+        (seed, *key): Planned(replace(planned.recipe, seed=seed), planned.n_models, data)
+        for seed, data in run.other_pools.items()
+        for key, planned in tuning(run).items()
+        if key[1] in own and key[2] >= run.lr
     }
 
 

@@ -111,6 +111,35 @@ def test_sizes_of_the_sweeps(tmp_path):
     assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "private")] == [256] * 3
 
 
+def test_the_tuning_tries_every_combination_or_changes_one_thing_at_a_time(tmp_path):
+    run = small(tmp_path, weight_decay=0.01)
+    full = declared(run, "tuning")
+    rates, decays, radii = (0.1, 0.2, 0.4), (0.01, 0.04), (0.15, 0.3, 0.6)
+    wanted = {("sam", rho, lr, decay) for rho in radii for lr in rates for decay in decays}
+    wanted |= {("sgd", 0.0, lr, decay) for lr in rates for decay in decays} | {("sgd", 0.0, 0.05, 0.01)}
+    assert set(full) == wanted
+    for (name, rho, lr, decay), (recipe, *_) in full.items():
+        assert (str(recipe.optimizer), recipe.rho, recipe.lr, recipe.weight_decay) == (name, rho, lr, decay)
+    cross = declared(small(tmp_path, weight_decay=0.01, tuning="cross"), "tuning")
+    own = {"sgd": ("sgd", 0.0, 0.1, 0.01), "sam": ("sam", 0.3, 0.1, 0.01)}
+    assert all(sum(a != b for a, b in zip(key, own[key[0]], strict=True)) <= 1 for key in cross)
+    assert set(own.values()) < set(cross) < set(full) and len(cross) == 11
+    decays = {decay for *_, decay in declared(small(tmp_path, weight_decay=0), "tuning")}
+    assert decays == {0, 5e-4}
+
+
+def test_other_pools_are_other_examples_and_other_halves(tmp_path):
+    run = small(tmp_path, n_pools=3)
+    found = declared(run, "pools")
+    wanted = {key for key in declared(run, "tuning") if key[1] in (0.0, 0.3) and key[2] >= 0.1}
+    assert set(found) == {(seed, *key) for seed in (1, 2) for key in wanted}
+    pools = [run.dataset, *run.other_pools.values()]
+    assert len({pool.hash for pool in pools}) == 3 and len({pool.x_test.tobytes() for pool in pools}) == 3
+    assert {pool.x.shape for pool in pools} == {run.dataset.x.shape}
+    assert all(recipe.seed == seed for (seed, *_), (recipe, *_) in found.items())
+    assert declared(small(tmp_path, n_pools=1), "pools") == {}
+
+
 def test_levels_change_one_thing_at_a_time_and_the_run_comes_first(tmp_path):
     run = small(tmp_path)
     found = experiments.levels(run)

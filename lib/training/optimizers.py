@@ -114,22 +114,6 @@ class Optimizer:
         known = {"plain": 1, "swa": 1, "dpsgd": 1, "looksam": 1 + 1 / self.k}
         return 4 / 3 + self.all_options["gamma"] if self.rule_name == "esam" else known.get(self.rule_name, 2)
 
-    def asks_again(self):
-        """True if the base evaluates the loss more than once in a step, as L-BFGS does: tried on one weight."""
-        weight, places = torch.ones(1, 1, requires_grad=True), set()
-
-        def closure():
-            places.add(weight.item())
-            weight.grad = weight.detach().clone()
-            return weight.detach().square().sum() / 2
-
-        base = self.build([weight], 0.1, 0.9, 0.0)
-        if hasattr(base, "train"):  # a schedule-free one
-            base.train()
-        if self.has_own_base and closure() and "closure" in inspect.signature(base.step).parameters:
-            base.step(closure)
-        return len(places) > 1
-
 
 def split(texts):
     """The optimizers in a comma-separated text, as a tuple of texts. Commas within parentheses do not separate."""

@@ -25,6 +25,7 @@ from filelock import FileLock
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lib import need
 from lib.training import networks, privacy, sharpness
 from lib.training.recipe import generator
 
@@ -194,8 +195,9 @@ class Stack:
         """(gradients, Pass) of one model by ordinary autograd, for networks that torch.func.grad refuses."""
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         aim, aux = self.loss_of_one(leaves, *batch)
-        grads = torch.autograd.grad(aim, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, grads, strict=True)), tree_map(torch.Tensor.detach, aux)
+        aim.backward()
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+        return grads, tree_map(torch.Tensor.detach, aux)
 
     def over_models(self, function):
         """Map a one-model function over the leading axis. A single model skips vmap, which hides the memory format."""
@@ -221,6 +223,7 @@ class Stack:
             def closure(k=k, weights=weights, known=known):
                 now = {n: w.detach().clone() for n, w in weights.items()}
                 if any(not torch.equal(now[n], w) for n, w in known[0].items()):
+                    need(not self.recipe.optimizer.is_private, "no accountant counts a second gradient within a step")
                     moved, aux, _ = again(k, now)
                     known[:] = now, aux.loss, moved
                 for name, weight in weights.items():

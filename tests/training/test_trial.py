@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
 from lib.analysis import compare, flatness
 from lib.training import Recipe, ensemble, networks, privacy, step, train, trial
@@ -105,6 +106,15 @@ def old(shape, n_classes):
     return Layers(shape, n_classes, Old.apply)
 
 
+def saving(shape, n_classes):
+    """A checkpoint that is reentrant works in backward() alone."""
+
+    def between(h):
+        return checkpoint(torch.tanh, h, use_reentrant=True, preserve_rng_state=False) if h.requires_grad else h.tanh()
+
+    return Layers(shape, n_classes, between)
+
+
 def old_images(shape, n_classes):
     """A convolution, which is not stacked anyway."""
     return nn.Sequential(
@@ -119,7 +129,7 @@ def spectral(shape, n_classes):
 @pytest.mark.parametrize(
     "arch, optimizer, named",
     [("mlp", "clip", "optimizers"), ("mlp", "item", "optimizers"), ("mlp", "clip+torch.optim:RMSprop", "optimizers")]
-    + [(arch, "sgd", "arch") for arch in ("gru", "zeros", "branch", "old", "spectral")]
+    + [(arch, "sgd", "arch") for arch in ("gru", "zeros", "branch", "old", "saving", "spectral")]
     + [("gru", "clip", "arch"), ("lstm", "sam", "arch")],
 )
 def test_what_cannot_be_mapped_is_trained_one_at_a_time_as_in_the_plain_loop(

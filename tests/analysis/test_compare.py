@@ -258,7 +258,12 @@ def test_groups_of_the_pool_and_of_the_test_part_are_kept_apart(monkeypatch):
     truth = {"a": (0.5, 0.55), "b": (0.7, 0.65), "sam": (0.6, 0.64)}
     planted(monkeypatch, drawn(0, truth, t=80, error=0.03), test=True)
     ends = []
-    for groups, groups_test in ((None, None), (np.arange(60), None), (None, np.arange(80)), (np.arange(60) // 2, None)):
+    for groups, groups_test in (
+        (None, None),
+        (np.arange(60), None),
+        (None, np.arange(80)),
+        (np.arange(60) // 20, None),
+    ):
         runs = {name: stand_in(name) for name in truth}
         for e in runs.values():
             e.dataset.groups, e.dataset.groups_test = groups, groups_test
@@ -266,7 +271,7 @@ def test_groups_of_the_pool_and_of_the_test_part_are_kept_apart(monkeypatch):
         found = compare.decomposition(runs["sam"], curve, None, "sam", "sgd", "test_accuracy")
         ends.append((found.ci_low[0], found.ci_high[0]))
     np.testing.assert_allclose(ends[1:3], [ends[0]] * 2, rtol=1e-9)
-    assert ends[3] != pytest.approx(ends[0], rel=1e-3)
+    assert ends[3] != pytest.approx(ends[0], rel=0.01)
 
 
 def test_trained_ensembles_decompose_with_a_total_that_the_contrast_has(pair):

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from scipy.interpolate import PchipInterpolator
 from scipy.special import expit, logit
 from tqdm import tqdm
@@ -233,6 +234,52 @@ def leakage(ensembles, scored, fixed=catalogue.FIXED):
         found = {label: scored[label][attack] for label in ensembles}
         frames.append(intervals.table(found, np.array(first.member), **how).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
+
+
+def exposure_table(ensembles, scored, ids=None, attack="lira_shrunk", top=10):
+    """Who is exposed, and are the same examples exposed under other seeds? A tidy frame.
+
+    An example's exposure is its mean score (in nats, a log likelihood ratio) over the models that trained on it minus
+    the mean over those that did not; with a few models a share of models told rightly would take a few values only. The
+    rows `exposure` have the `top` highest, with Welch's interval over models, and the example's number (from `ids` [N])
+    as coordinate; being the highest of many they are high in part by chance. If each half of the pairs of models has
+    three models with and three without an example, each half also names the 1% most exposed of these examples, by
+    itself. exposed_in_both_halves is the share of the names of one half that are also the other's, with the interval of
+    Clopper and Pearson; by chance it would be exposed_by_chance. It is given for 1,000 such examples or more.
+    scored: dict optimizer -> dict attack -> scores [M, N].
+    """
+    first, rows = next(iter(ensembles.values())), []
+    member, y, ids = np.array(first.member), first.dataset.y, np.arange(len(first.dataset.y)) if ids is None else ids
+    halves = intervals.folds(member)
+    seen = np.array([[member[half].sum(0), (~member[half]).sum(0)] for half in halves])
+    known = np.flatnonzero((seen >= 3).all((0, 1)))
+    n_top = len(known) // 100
+
+    def exposure(scores, inside):
+        return np.mean(scores, 0, where=inside) - np.mean(scores, 0, where=~inside)
+
+    for label, e in ensembles.items():
+        about, found = dict(optimizer=label, baseline="", attack=attack), scored[label][attack].astype(float)
+        value = exposure(found, member)
+        for i in np.argsort(-value)[:top]:
+            within, without = (found[side, i] for side in (member[:, i], ~member[:, i]))
+            spread = stats.ttest_ind(within, without, equal_var=False).confidence_interval()
+            about["coordinate"] = f"example={ids[i]}"
+            rows.append(intervals.row("exposure", Estimate(value[i], *spread), **about))
+        if n_top < 10:
+            continue
+        named = []
+        for half in halves:
+            population = None if e.test_logits is None else e.test_logits[half]
+            given = e.logits[half][:, :, known], y[known], member[half][:, known], population, first.dataset.y_test
+            found = catalogue.run(*given, only=(attack,))[attack]
+            named.append(np.argsort(-exposure(found, member[half][:, known]))[:n_top])
+        both = intervals.proportion(len(np.intersect1d(*named)), n_top)
+        chance = Estimate(n_top / len(known), np.nan, np.nan)
+        about["coordinate"] = ""
+        rows.append(intervals.row("exposed_in_both_halves", both, **about))
+        rows.append(intervals.row("exposed_by_chance", chance, **about))
+    return pd.DataFrame(rows)
 
 
 def null_table(ensemble, seed, shuffles=5):

@@ -179,6 +179,27 @@ def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.Dat
     return frames
 
 
+def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFrame:
+    """Of those whom an attacker names, the share that are members, if a share `prevalence` of the candidates are.
+
+    frame: rows of `table`, with any further columns. Metrics precision@<fpr>,prevalence=<prevalence>, of the rows that
+    are no differences. TPR and FPR are those obtained at the attack's threshold. The interval combines the unfavourable
+    ends of their two intervals, then the favourable ones, so it holds the truth at least as often as both do. Where
+    nobody is named there is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
+    """
+    own, frames = frame[frame.baseline == ""] if "baseline" in frame else frame, []
+    for fpr in fprs:
+        tpr, false = (own[own.metric == f"{name}@{fpr}"] for name in ("tpr", "realised_fpr"))
+        for prevalence in prevalences:
+            found = tpr.assign(metric=f"precision@{fpr},prevalence={prevalence}")
+            for end, other in (("value", "value"), ("ci_low", "ci_high"), ("ci_high", "ci_low")):
+                # precision = pi TPR / (pi TPR + (1 - pi) FPR)
+                right, wrong = prevalence * tpr[end].to_numpy(), (1 - prevalence) * false[other].to_numpy()
+                found[end] = np.divide(right, right + wrong, out=np.full(len(tpr), np.nan), where=right + wrong > 0)
+            frames.append(found.dropna(subset="value"))
+    return pd.concat(frames, ignore_index=True)
+
+
 def evaluate(scores, member, **how) -> pd.DataFrame:
     """`table` of one ensemble's scores [M, N], without optimizer and baseline. how: the arguments of `table`."""
     return table({"": scores}, member, **how).drop(columns=["optimizer", "baseline"])

@@ -20,6 +20,7 @@ import pandas as pd
 
 from lib import need
 from lib.analysis import compare
+from lib.attacks import intervals
 from lib.attacks.membership import calibration_split
 from lib.data.sources import read_npz
 from lib.study import figures, report, text
@@ -34,15 +35,28 @@ ALWAYS = (  # limits of every audit
     "The highest of many AUCs is high in part by chance, and a stronger attack may exist: low values prove nothing.",
 )
 LEAST = 4  # members and non-members of a model: thresholds are learned on one half of them and judged on the other
+READ = {  # how to read a file that is no .npz; the arrays must be [M, N, C], [N] and [M, N]
+    ".csv": "np.loadtxt({!r}, delimiter=',')",
+    ".npy": "np.load({!r})",
+    ".pt": "torch.load({!r}, map_location='cpu').float().numpy()",
+}
 
 
 def models(name, given):
     """Models trained elsewhere, in the shape of an Ensemble: logits [M, Q, N, C], member, test_logits, dataset.
 
-    given: a path, or a dict of arrays. The population stands in for the test part; what is missing is None. `notes`
-    says what was changed. Raises ValueError naming the file, the array, what is wrong there and what is valid.
+    given: a path, or a dict of arrays. The population stands in for the test part; what is missing is None. Where the
+    models did not all train on the same examples, an example that fewer than three models trained on, or fewer than
+    three did not, is left out, if enough others remain: LiRA needs them. `notes` says what was changed, `kept` [N]
+    which examples of the file are judged. Raises ValueError naming the file, the array, what is wrong there and what is
+    valid.
     """
-    given = given if hasattr(given, "items") else read_npz(given, ARRAYS)
+    if not hasattr(given, "items"):
+        path = Path(given)
+        how = READ.get(path.suffix.lower().replace(".pth", ".pt"), "").format(path.name)
+        made = f"logits = {how}  # [M, N, C]\nnp.savez({path.stem + '.npz'!r}, logits=logits, y=y, member=member)"
+        need(not how, f"data={path.name!r}: valid is an .npz, which these two lines make:\n{made}")
+        given = read_npz(path, ARRAYS)
     arrays = {key: np.asarray(array) for key, array in given.items()}
 
     def refuse(key, wrong, valid, values=None):
@@ -58,8 +72,13 @@ def models(name, given):
     for key, array in arrays.items():
         refuse(key, key not in ARRAYS, f"the names {', '.join(ARRAYS)}")
         refuse(key, array.dtype.kind not in "biuf" + "US" * (key == "groups"), "real numbers")
-    if np.ndim(arrays.get("member")) == 1:  # one model
-        arrays["member"] = arrays["member"][None]
+    two = {"logits": "np.stack([np.zeros_like(z), z], -1)", "probabilities": "np.stack([1 - p, p], -1)"}
+    for key, how in two.items():
+        form, one = np.shape(arrays.get(key)), np.shape(arrays.get("member"))
+        column = form and (form[-1] == 1 or form == one)
+        refuse(key, column, f"two classes or more; make two of one output without its last axis, [M, N], by {how}")
+    if (member := arrays.get("member")) is not None and member.size in member.shape:  # one model: [N], [1, N] or [N, 1]
+        arrays["member"] = member.reshape(1, -1)
         arrays |= {k: a[None] for k, a in arrays.items() if k.endswith(("logits", "probabilities")) and a.ndim == 2}
     notes, form = [], "floats [M, N, C] or [M, Q, N, C], of two classes or more"
     for part in ["", "population_"][: 1 + any(key.startswith("population") for key in arrays)]:
@@ -68,44 +87,61 @@ def models(name, given):
         z, y = arrays.get(given), arrays.get(labels)
         refuse(given, {logits, probabilities} <= set(arrays), f"these or {logits}, not both")
         refuse(given, z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0, form)
+        (n, c), total = z.shape[-2:], z.sum(-1, dtype=float)
         if given == probabilities:
-            refuse(given, ~(z >= 0), "numbers from 0 to 1")
-            total = z.sum(-1, dtype=float)
-            refuse(given, ~(np.abs(total - 1) < 0.02), "classes that sum to 1", total)
+            refuse(given, ~(z >= 0), f"numbers from 0 to 1 (name the array {logits} if it holds logits or log p)")
+            refuse(given, ~(np.abs(total - 1) < 0.02), f"classes that sum to 1 (logits are named {logits})", total)
+            refuse(given, np.isin(z, (0, 1)).all(), "probabilities; these are labels only")
             # z = log p, and log of the smallest positive p where p = 0
             least, zero = z[z > 0].min(), np.mean(z == 0)
-            z = np.log(np.maximum(z, least))
+            z = np.log(np.maximum(z, least), dtype=np.promote_types(z.dtype, np.float32))
             note = f"We use the logarithms of {given} as logits; {zero:.2%} of them are 0 and count as {least:.2g}, the"
             notes.append(f"{note} smallest other one.")
         refuse(given, ~(z < np.inf), "numbers below infinity")
-        n, c = z.shape[-2:]
-        if np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
+        is_p = given == logits and (z >= 0).all() and (np.abs(total - 1) < 0.02).all()
+        refuse(given, is_p, f"logits; these are probabilities (they sum to 1): name the array {probabilities}")
+        if y is not None and np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
             y = y.argmax(1)
-        refuse(labels, np.shape(y) != (n,) or y.dtype.kind not in "iu", f"integers [{n}], or one-hot [{n}, {c}]")
-        refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}")
+        elif y is not None and y.size in np.shape(y):  # [N], [N, 1] or [1, N]
+            y = y.ravel()
+            moved = z.shape.index(len(y)) if len(y) != n and len(y) in z.shape else None
+            swapped = f"[M, N, C] with N = {len(y)} labels: np.moveaxis({given}, {moved}, -2) swaps the axes"
+            refuse(given, moved is not None, swapped)
+        refuse(labels, np.shape(y) != (n,), f"integers [{n}], or one-hot [{n}, {c}]")
+        refuse(labels, y != np.floor(y), "whole numbers", y)
+        one_too_high = ", so subtract 1" if y.min() == 1 and y.max() == c else ""
+        refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}{one_too_high}", y)
         arrays[logits], arrays[labels] = z if z.ndim == 4 else z[:, None], y.astype(np.int64)
 
     z, test, groups, y_test = (arrays.get(key) for key in ("logits", "population_logits", "groups", "population_y"))
     m, q, n, c = z.shape
     alike = test is None or test.shape == (m, q, test.shape[2], c)
     refuse("population_logits", not alike, f"{m} models, {q} queries and {c} classes, as in logits")
-    refuse("member", np.shape(arrays.get("member")) != (m, n), f"[M, N] = {(m, n)}, as in logits")
+    form = np.shape(arrays.get("member"))
+    swapped = ", so give member.T" if form == (n, m) else ""
+    refuse("member", form != (m, n), f"[M, N] = {(m, n)}, as in logits{swapped}")
     refuse("member", ~np.isin(arrays["member"], (0, 1)), "0 and 1")
     refuse("groups", groups is not None and groups.shape != (n,), f"[N] = {(n,)}")
-    member, one_each = arrays["member"].astype(bool), np.arange(n)
-    if groups is not None:
-        one_each = np.unique(groups, return_index=True)[1]
-    inside = member[:, one_each].sum(1)
-    few = (inside < LEAST) | (inside > len(one_each) - LEAST)
+
+    member, names = arrays["member"].astype(bool), np.arange(n) if groups is None else groups
+    seen = member.sum(0)
+    for kept in ((seen >= 3) & (seen <= m - 3), np.ones(n, bool)):  # those whom LiRA and RMIA can judge, or else all
+        one_each = np.unique(names[kept], return_index=True)[1]
+        inside = member[:, kept][:, one_each].sum(1)
+        few = (inside < LEAST) | (inside > len(one_each) - LEAST)
+        if not few.any():
+            break
     valid = f"{LEAST} members and {LEAST} non-members or more in each of the models [M]"
     refuse("member" if groups is None else "groups", few, valid, inside)
-    if (member != member[0]).any():  # the models did not all train on the same examples
-        seen = member.sum(0)
-        valid = f"1 to {m - 1} models for each of [N]; leave the others out, or give them as population_logits"
-        refuse("member", (m > 2) & ((seen == 0) | (seen == m)), valid, seen)
-    shared = {"y": arrays["y"], "member": member, "groups": groups, "population_y": y_test}
+    if not kept.all():
+        of_kept = None if groups is None else groups[kept]
+        z, member, arrays["y"], groups = z[:, :, kept], member[:, kept], arrays["y"][kept], of_kept
+        notes.append(f"{n - kept.sum()} of {n} examples are left out: LiRA and RMIA need three models that trained on "
+                     "an example, and three that did not.")  # fmt: skip
+    shared = {"member": member, "y": arrays["y"], "groups": groups, "population_y": y_test}
     dataset = SimpleNamespace(y=arrays["y"], groups=groups, y_test=y_test, groups_test=None)
-    return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, shared=shared, notes=notes)
+    about = dict(shared=shared, notes=notes, kept=kept)
+    return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, **about)
 
 
 def audit(given, out) -> pd.DataFrame:
@@ -129,11 +165,19 @@ def audit(given, out) -> pd.DataFrame:
     need(free, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")
     (Path(out) / "report").mkdir(parents=True, exist_ok=True)
 
+    print("".join(f"{name}: {note}\n" for name, one in ensembles.items() for note in one.notes), end="")
     scored = {name: compare.scores(one) for name, one in ensembles.items()}
     fit, leaks = compare.accuracies(ensembles).assign(attack=""), compare.leakage(ensembles, scored)
     null = compare.null_table(e, seed=0, shuffles=1).assign(optimizer=first, experiment="null control")
-    frame = pd.concat([fit.assign(experiment="main"), leaks.assign(experiment="main"), null], ignore_index=True)
-    about = {"notebook": "own_logits", "dataset": Path(out).resolve().name, "coordinate": ""}
+    found = [fit, leaks, intervals.precisions(leaks)]
+    if "lira_shrunk" in scored[first]:
+        found.append(compare.exposure_table(ensembles, scored, np.flatnonzero(e.kept)))
+    if not e.kept.all():
+        left_out = {"metric": "examples_left_out", "value": (~e.kept).sum(), "optimizer": first, "attack": ""}
+        found.append(pd.DataFrame([left_out]))
+    frame = pd.concat([*(rows.assign(experiment="main") for rows in found), null], ignore_index=True)
+    frame = frame.fillna({"coordinate": "", "baseline": ""})
+    about = {"notebook": "own_logits", "dataset": Path(out).resolve().name}
     frame = frame.assign(**about, n_models=len(e.member), n_examples=len(e.dataset.y)).reindex(columns=COLUMNS)
     write_atomic(path, frame.to_csv(index=False, float_format="%.6g"))
     write_atomic(Path(out) / "report" / "index.html", page(out, ensembles, scored, fit, leaks, null))

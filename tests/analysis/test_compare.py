@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from scipy.special import expit
 from sklearn.metrics import balanced_accuracy_score
 
@@ -519,3 +520,43 @@ def test_bfloat16_agrees_with_float32_within_intervals_and_another_learning_rate
     holds_zero = (frame.ci_low <= 0) & (frame.ci_high >= 0)
     assert holds_zero["bfloat16"].all(), frame.loc["bfloat16"]
     assert not holds_zero["slower"][["", "lira_shrunk"]].any(), frame.loc["slower"]
+
+
+def exposing(rng, n, m=16, exposed=20, leak=8.0, again=True):
+    """Logits that give the first `exposed` examples away, in half of the pairs only unless `again`: a stand-in."""
+    found = simulated(0.3, 1.0, m=m, n=n, seed=rng)
+    models = np.arange(m) // 2 % 2 == 0
+    gain = leak * found.member[:, :exposed] * (again | models)[:, None]
+    found.logits[:, 0, np.arange(exposed), found.dataset.y[:exposed]] += gain
+    return found
+
+
+def test_exposure_is_the_mean_score_of_the_models_with_minus_without_and_welchs_interval():
+    e = exposing(0, 200)
+    scored = {"sgd": compare.scores(e, only=("lira_shrunk",))}
+    frame = compare.exposure_table({"sgd": e}, scored, ids=np.arange(200) + 1000, top=3)
+    assert set(frame.metric) == {"exposure"} and len(frame) == 3  # 200 examples are too few for a top 1%
+    s, places = scored["sgd"]["lira_shrunk"].astype(float), frame.coordinate.str.removeprefix("example=").astype(int)
+    by_hand = np.array([s[e.member[:, i], i].mean() - s[~e.member[:, i], i].mean() for i in range(200)])
+    assert sorted(places - 1000) == sorted(np.argsort(by_hand)[-3:]) and (np.diff(frame.value) <= 0).all()
+    i = places[0] - 1000
+    a, b = s[e.member[:, i], i], s[~e.member[:, i], i]
+    parts = [x.var(ddof=1) / len(x) for x in (a, b)]
+    df = sum(parts) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, (a, b), strict=True))
+    half = stats.t.ppf(0.975, df) * np.sqrt(sum(parts))
+    np.testing.assert_allclose(frame.iloc[0][["ci_low", "ci_high"]].astype(float), [a.mean() - b.mean() - half,
+                               a.mean() - b.mean() + half])  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_the_same_examples_are_exposed_in_both_halves_only_if_they_are_exposed_at_all_seeds(again):
+    e = exposing(1, 2000, again=again)
+    member = e.member
+    frame = compare.exposure_table({"sgd": e}, {"sgd": compare.scores(e, only=("lira_shrunk",))})
+    frame = frame.set_index("metric")
+    assert frame.value["exposed_by_chance"] == 0.01
+    both = frame.loc["exposed_in_both_halves"]
+    assert (both.ci_low > 0.5 and both.value > 0.8) if again else both.ci_low < 0.01 < both.ci_high
+    few = SimpleNamespace(**{**vars(e), "logits": e.logits[:8], "member": member[:8], "test_logits": None})
+    found = compare.exposure_table({"sgd": few}, {"sgd": {"lira_shrunk": compare.signal(few, "phi")}})
+    assert set(found.metric) == {"exposure"}  # two models on either side in each half are too few

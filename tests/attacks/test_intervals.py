@@ -514,3 +514,32 @@ def test_the_coverage_test_can_fail(monkeypatch):
 
     monkeypatch.setattr(intervals, "estimate", narrow)
     assert calibration.coverage(8, 200, 40, fprs=(0.05,)).drop("realised_fpr@0.05", level=0).max() < 0.95
+
+
+# ---- precision -------------------------------------------------------------------------------------------
+
+
+def test_precision_follows_from_the_rates_and_the_prevalence():
+    rows = [("tpr@0.01", 0.2, 0.1, 0.3), ("realised_fpr@0.01", 0.02, 0.01, 0.03), ("auc", 0.6, 0.5, 0.7)]
+    frame = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(optimizer="a", baseline="")
+    nobody = frame.assign(optimizer="b", value=0.0)
+    difference = frame.assign(optimizer="b", baseline="a")
+    found = intervals.precisions(pd.concat([frame, nobody, difference])).set_index("metric")
+    assert set(found.optimizer) == {"a"} and set(found.index) == {f"precision@0.01,prevalence={p}" for p in (0.01, 0.1)}
+    # of 1,000 candidates 10 are members: 2 of them and 19.8 others are named
+    assert found.value["precision@0.01,prevalence=0.01"] == pytest.approx(2 / 21.8)
+    assert found.ci_low["precision@0.01,prevalence=0.01"] == pytest.approx(1 / (1 + 29.7))
+    assert found.ci_high["precision@0.01,prevalence=0.1"] == pytest.approx(30 / (30 + 9))
+
+
+def test_the_interval_of_precision_holds_what_new_models_and_examples_show():
+    """Scores are normal, members' higher by 1; the threshold is where the FPR is 1%."""
+    truth = 0.1 * stats.norm.sf(stats.norm.isf(0.01) - 1)
+    truth, held = truth / (truth + 0.9 * 0.01), []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        member = halves_of_pool(rng, 8, 1000)
+        frame = intervals.at_rates({"": rng.normal(size=member.shape) + member}, member, (0.01,))
+        found = intervals.precisions(pd.concat(frame), (0.01,), (0.1,)).iloc[0]
+        held.append(found.ci_low <= truth <= found.ci_high)
+    assert np.mean(held) >= 0.93

@@ -6,9 +6,12 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy import special
 
 from lib.analysis import compare
 from lib.attacks import catalogue, intervals, membership
+from lib.attacks.intervals import auc_influence_values
 from lib.attacks.signals import signals
 from lib.study import command_line, own_logits
 from lib.study.results import COLUMNS
@@ -132,6 +135,9 @@ def variants(one):
     more = {"population_logits": rng.normal(size=(m, 30, c)).astype(np.float32), "population_y": np.arange(30) % c}
     return {
         "one-hot": {**one, "y": np.eye(c)[one["y"]]},
+        "a column": {**one, "y": one["y"][:, None].astype(float), "member": one["member"].astype(np.float16)},
+        "a row": {**one, "y": one["y"][None].astype(np.int8)},
+        "log p": {**one, "logits": np.log(p / p.sum(-1, keepdims=True))},
         "integers": {**one, "member": one["member"].astype(int), "y": one["y"].astype(np.uint8)},
         "probabilities": {**less, "probabilities": p / p.sum(-1, keepdims=True)},
         "queries": {**one, "logits": np.stack([one["logits"]] * 2, 1)},
@@ -140,7 +146,10 @@ def variants(one):
     }
 
 
-@pytest.mark.parametrize("name", ["one-hot", "integers", "probabilities", "queries", "population", "groups"])
+SPELLINGS = "one-hot,a column,a row,log p,integers,probabilities,queries,population,groups".split(",")
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_other_spellings_of_the_same_are_read(name, tmp_path):
     one = given(n_models=6)
     e, plain = own_logits.models("x", variants(one)[name]), own_logits.models("x", one)
@@ -154,6 +163,12 @@ def test_other_spellings_of_the_same_are_read(name, tmp_path):
     assert ("test_accuracy" in set(compare.accuracies({"x": e}).metric)) == (name == "population")
     said = " ".join(own_logits.limits({"x": e}, True))
     assert ("logarithms" in said) == (name == "probabilities") and ("40 groups" in said) == (name == "groups")
+
+
+def test_probabilities_in_half_precision_sum_to_one_only_nearly_and_keep_their_digits():
+    e = own_logits.models("x", {**LESS, "probabilities": P.astype(np.float16)})
+    assert np.abs(P.astype(np.float16).sum(-1, dtype=float) - 1).max() > 1e-4 and e.logits.dtype == np.float32
+    np.testing.assert_allclose(special.softmax(e.logits[:, 0], -1), P, rtol=2e-3, atol=1e-6)
 
 
 def test_probabilities_of_zero_become_the_smallest_given():
@@ -188,7 +203,7 @@ def at(array, index, value):
 
 
 ONE = given()
-LESS = {k: ONE[k] for k in ("y", "member")}
+LESS, P = {k: ONE[k] for k in ("y", "member")}, special.softmax(ONE["logits"].astype(float), -1)
 NAN, OBJECTS = at(ONE["logits"], (3, 5, 1), np.nan), np.array([{}] * 80, object)
 FAULTS = {
     "x: logits: missing": {k: ONE[k] for k in ("y", "member")},
@@ -197,15 +212,30 @@ FAULTS = {
     "x: group: .*valid are the names logits": changed(group=np.zeros(80)),
     r"x: y: object of shape \(80,\)": changed(y=OBJECTS),
     r"x: y: int\d+ of shape \(79,\); valid are integers \[80\]": changed(y=ONE["y"][:79]),
-    "x: y: float64 of shape": changed(y=ONE["y"] + 0.5),
+    r"x: y: 0.5 at \[0\]; valid are whole": changed(y=ONE["y"] + 0.5),
+    r"x: y: nan at \[2\]; valid are whole": changed(y=at(ONE["y"].astype(float), 2, np.nan)),
+    r"x: y: 4 at \[3\]; valid are 0 to 3.*, so subtract 1": changed(y=ONE["y"] + 1),
+    r"x: y: -1 at \[3\]; valid are 0 to 3": changed(y=at(ONE["y"], 3, -1)),
     r"x: y: 4 at \[2\]; valid are 0 to 3": changed(y=at(ONE["y"], 2, 4)),
     r"x: y: .*\(80, 4\)": changed(y=np.zeros((80, 4))),
     r"x: member: bool of shape \(8, 79\); valid are \[M, N\] = \(8, 80\)": changed(member=ONE["member"][:, :79]),
     r"x: member: 2 at \[1, 3\]; valid are 0 and 1": changed(member=at(ONE["member"].astype(int), (1, 3), 2)),
     r"x: member: nan at \[0, 0\]": changed(member=at(ONE["member"].astype(float), (0, 0), np.nan)),
     r"x: member: 80 at \[4\]; valid are 4 members": changed(member=at(ONE["member"], 4, True)),
-    r"x: member: 8 at \[6\]; valid are 1 to 7": changed(member=at(ONE["member"], (slice(None), 6), True)),
-    r"x: member: 0 at \[7\]; valid are 1 to 7": changed(member=at(ONE["member"], (slice(None), 7), False)),
+    r"x: member: bool of shape \(80, 8\); .* give member.T": changed(member=ONE["member"].T),
+    r"x: logits: .*\(80, 8, 4\); .*N = 80 labels: np.moveaxis\(logits, 0, -2\)": changed(
+        logits=ONE["logits"].swapaxes(0, 1)
+    ),
+    r"x: logits: .*\(8, 4, 80\); .*np.moveaxis\(logits, 2, -2\)": changed(logits=ONE["logits"].swapaxes(1, 2)),
+    r"x: logits: float64 of shape .*name the array probabilities": changed(logits=P),
+    r"x: logits: float16 of shape .*name the array probabilities": changed(logits=P.astype(np.float16)),
+    r"x: population_logits: .*name the array population_prob": changed(population_logits=P, population_y=ONE["y"]),
+    r"x: probabilities: -\d.*name the array logits": {**LESS, "probabilities": np.log(P)},
+    r"x: probabilities: .* sum to 1 \(logits are named logits": {**LESS, "probabilities": np.abs(ONE["logits"])},
+    r"x: probabilities: .*labels only": {**LESS, "probabilities": np.eye(4)[ONE["logits"].argmax(-1)]},
+    r"x: logits: .*two classes or more; .*np.zeros_like\(z\), z\], -1": changed(logits=ONE["logits"][..., 0]),
+    r"x: probabilities: .*\(8, 80, 1\).*np.stack\(\[1 - p, p\], -1": {**LESS, "probabilities": P[..., :1]},
+    r"x: logits: .*\(80,\); .*two classes or more": {**LESS, "member": ONE["member"][0], "logits": P[0, :, 0]},
     r"x: logits: nan at \[3, 5, 1\]": changed(logits=NAN),
     r"x: logits: inf at \[0, 2, 0\]": changed(logits=at(ONE["logits"], (0, 2, 0), np.inf)),
     r"x: logits: int\d+ of shape": changed(logits=np.zeros((8, 80, 4), int)),
@@ -259,9 +289,84 @@ def test_files_that_are_no_archives_end_the_command_with_one_line(tmp_path, caps
     for name in ("text.npz", "empty.npz", "single.npy", "objects.npz", "short.npz", "absent.npz"):
         assert command_line.main(["--audit", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1 and name in said, said
+        lines = 3 if name == "single.npy" else 1  # with the two lines that make an .npz
+        assert said.startswith("error: ") and said.count("\n") == lines and name in said, said
         assert ("y: Object arrays" in said) == (name == "objects.npz")
     assert command_line.main(["--audit"]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.csv", "b.npy", "c.pt", "d.PTH"])
+def test_other_kinds_of_files_are_refused_with_the_two_lines_that_convert_them(name, tmp_path, monkeypatch):
+    one, path = given(), tmp_path / name
+    with pytest.raises(ValueError, match=f"data='{name}': valid is an .npz") as error:
+        own_logits.models("x", path)
+    _, *lines = str(error.value).split("\n")
+    monkeypatch.chdir(tmp_path)
+    if name == "a.csv":
+        np.savetxt(path, one["logits"][0], delimiter=",")
+    elif name == "b.npy":
+        np.save(path, one["logits"])
+    else:
+        torch.save(torch.from_numpy(one["logits"]), path)
+    exec("\n".join(lines), {"np": np, "torch": torch, "y": one["y"], "member": one["member"]})
+    with np.load(path.with_suffix(".npz")) as made:
+        found = made["logits"] if name != "a.csv" else made["logits"][None]
+        np.testing.assert_allclose(found, one["logits"][: len(found)], rtol=1e-6)
+
+
+def test_two_classes_take_labels_that_are_bools_and_one_model_a_column_of_members():
+    one = given(member=np.arange(80)[None] % 3 == 0, classes=2)
+    plain = own_logits.models("x", one)
+    for change in ({"y": one["y"].astype(bool)}, {"member": one["member"].T}, {"logits": one["logits"][0]}):
+        e = own_logits.models("x", {**one, **change})
+        np.testing.assert_array_equal(e.logits, plain.logits)
+        np.testing.assert_array_equal(e.dataset.y, plain.dataset.y)
+        np.testing.assert_array_equal(e.member, plain.member)
+
+
+def coins(n_models, n=300, seed=0):
+    """Members by coin flips, an example in all models and one in none; which have three models on either side."""
+    member = np.random.default_rng(seed).random((n_models, n)) < 0.5
+    member[:, 7], member[:, 11] = True, False
+    return member, (member.sum(0) >= 3) & ((~member).sum(0) >= 3)
+
+
+@pytest.mark.parametrize("design", ["coins", "one example"])
+def test_examples_without_enough_shadows_are_left_out_and_counted_and_the_others_judged(design, tmp_path, capsys):
+    member, enough = coins(10)
+    if design == "one example":
+        member = given(n_models=10, n=300)["member"]
+        member[:, 7] = np.arange(10) < 8
+        enough = np.arange(300) != 7
+    one, other = (given(member=member, leak=leak) for leak in (1.0, 2.0))
+    frame = own_logits.audit({"one": one, "other": other}, tmp_path)
+    assert auc(frame, "other").index.tolist() == list(catalogue.NAMES)
+    judged = {"logits": one["logits"][:, enough], "y": one["y"][enough], "member": member[:, enough]}
+    scores = catalogue.run(**judged, only=("rmia",))["rmia"]
+    expected = auc_influence_values(scores, judged["member"]).mean()
+    assert auc(frame, "one").value["rmia"] == pytest.approx(expected)
+    n_out = 300 - enough.sum()
+    assert set(frame.n_examples) == {enough.sum()} and 1 <= n_out < 100
+    assert frame[frame.metric == "examples_left_out"].value.tolist() == [n_out]
+    said = f"{n_out} of 300 examples are left out"
+    assert said in page(tmp_path) and f"one: {said}" in capsys.readouterr().out
+    exposed = frame[(frame.metric == "exposure") & (frame.optimizer == "one")].coordinate
+    assert len(exposed) == 10 and all(enough[int(name.removeprefix("example="))] for name in exposed)
+
+
+def test_where_no_example_has_enough_shadows_all_are_judged_by_the_attacks_that_need_none(tmp_path):
+    member, enough = coins(5)
+    assert not enough.any()
+    frame = own_logits.audit({"x": given(member=member)}, tmp_path)
+    assert auc(frame).attack.tolist() == ALONE and set(frame.n_examples) == {300}
+    assert "examples_left_out" not in set(frame.metric) and "LiRA and RMIA were left out" in page(tmp_path)
+
+
+def test_precision_is_recorded_for_people_who_are_rarely_members(tmp_path):
+    frame = own_logits.audit({"x": given(n_models=8, n=600)}, tmp_path)
+    found = frame[(frame.attack == "lira_shrunk") & (frame.experiment == "main")].set_index("metric").value
+    tpr, fpr = found["tpr@0.01"], found["realised_fpr@0.01"]
+    assert found["precision@0.01,prevalence=0.1"] == pytest.approx(0.1 * tpr / (0.1 * tpr + 0.9 * fpr))
 
 
 def test_the_results_of_a_study_are_not_overwritten(tmp_path):

@@ -39,7 +39,7 @@ from IPython.display import display
 from torch.func import functional_call, grad
 
 from lib.analysis import compare, flatness, memorization
-from lib.attacks import catalogue, membership, shadow
+from lib.attacks import catalogue, intervals, membership, shadow
 from lib.data.dataset import duplicates, inputs
 from lib.study import figures, settings, text
 from lib.study.results import Results
@@ -282,6 +282,16 @@ strict = own[own.metric.str.startswith(("tpr@", "realised_fpr@")) & own.attack.i
 show_table(strict, across=["attack", "optimizer"])
 
 # %% [markdown]
+# Here every second candidate is a member; in life it may be one in a hundred. The next table says how many of those whom
+# the attacker names were members, if 1% or 10% of the candidates are. That is $\pi\,\mathrm{TPR} / (\pi\,\mathrm{TPR} +
+# (1 - \pi)\,\mathrm{FPR})$ at the prevalence $\pi$.
+
+# %%
+precision = intervals.precisions(leak)
+results.add(precision)
+show_table(precision[precision.attack.isin(catalogue.HEADLINES)], across=["attack", "optimizer"])
+
+# %% [markdown]
 # And the paired differences. To the right of the line, the sharpness-aware ensemble leaks more.
 
 # %%
@@ -296,11 +306,35 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
     show_text(text.summary(frame[frame.optimizer == treatment], f"In {label}, {treatment} leaks", baseline))
 
 # %% [markdown]
-# The ROC curves of `lira_shrunk`, on logarithmic axes. At the strict end, on the left, an attack accuses few examples and is
-# nearly always right. The curves end where ten false positives are expected.
+# The ROC curves of `lira_shrunk`, on logarithmic axes. At the strict end, on the left, an attack accuses few examples
+# and is nearly always right. The curves end where ten false positives are expected.
 
 # %%
 figures.save(figures.roc(scored, member), run, "roc")
+
+# %% [markdown]
+# ### Who is exposed?
+#
+# **Claim.** It is not chance who is exposed: other models, from other seeds, expose the same examples.
+#
+# **Method.** An example's *exposure* is its mean score by `lira_shrunk` over the models trained on it, minus the mean over
+# the others. We cut the models into two halves and let each half, with its own models as shadows, name the 1% most
+# exposed. The table has the ten most exposed of all models, by their number in the pool. These are the highest of many,
+# so part of their height is chance.
+
+# %%
+exposed = compare.exposure_table(ensembles, scored)
+results.add(exposed)
+people = exposed[exposed.metric == "exposure"]
+show_table(people.assign(metric=people.coordinate, attack=""))
+for row in exposed[exposed.metric == "exposed_in_both_halves"].itertuples():
+    chance = select(exposed, metric="exposed_by_chance", optimizer=row.optimizer).value
+    share = f"{row.value:.0%} [{row.ci_low:.0%}, {row.ci_high:.0%}]"
+    show_text(
+        f"{row.optimizer}: {share} of those whom one half names, the other half names too; by chance {chance:.0%}."
+    )
+if "exposed_in_both_halves" not in set(exposed.metric):
+    show_text("Too few models or examples to compare two halves: it takes 12 models in halves, and 1,000 examples.")
 
 # %% [markdown]
 # ### An attacker who sees only the label

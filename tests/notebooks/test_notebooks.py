@@ -85,6 +85,15 @@ def test_the_numbers_of_notebook_01(run):
         assert found["sam", "sgd", metric] == pytest.approx(sam - sgd, abs=1e-5)
 
 
+def test_notebook_01_says_who_is_exposed_and_how_often_an_attacker_is_right(run):
+    one = recorded(run, "01_phenomenon")
+    people = one[one.metric == "exposure"]
+    assert (people.groupby("optimizer").size() == 10).all() and people.coordinate.str.match(r"example=\d+$").all()
+    for fpr in (0.01, 0.001):
+        known = one[(one.metric == f"tpr@{fpr}") & (one.baseline == "") & (one.value > 0)]
+        assert len(one[one.metric == f"precision@{fpr},prevalence=0.1"]) >= len(known)
+
+
 def test_the_sweeps_of_notebook_01_meet_its_main_comparison(run):
     """Tiny's sweeps have as many models as its main ensembles, so the same recipe has the same numbers."""
     main = numbers(run, "01_phenomenon")["sam", "sgd", "test_accuracy"]

@@ -38,7 +38,7 @@ from lib.training.store import write_atomic
 # %% tags=["parameters"]
 # Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
 preset: str = "default"  # tiny, default, small, fast, paper
-dataset: str = "digits"  # digits, subclasses, cifar10, cifar100, eyepacs, purchase100, texas100, folder, npz
+dataset: str = "digits"  # digits, mnist5k, cifar10, folder, npz, ...: docs/settings.md lists them
 data: str = None  # path, where the data set needs one
 arch: str = None  # mlp, cnn, resnet18, wrn28_2, vgg16_bn, ... or your own as package.module:name
 optimizers: str = None  # comma-separated, the first is the baseline: "sgd,sam,looksam"

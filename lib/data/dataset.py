@@ -83,7 +83,7 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
             return validate(replace(d, x_test=_examples("x_test", given["x_test"]), y_test=y_test))
         # a share of the groups, stratified by their highest label
         groups, top = _grouped(validate(d))
-        share = {"digits": 597 / 1797, "npz": 0.25}.get(name, 0.2)
+        share = {"digits": 597 / 1797, "mnist5k": 0.4, "npz": 0.25}.get(name, 0.2)
         n = max(len(top) - round(share * len(top)), 2 * d.n_classes)
         need(n < len(top), f"{len(top)} groups; two for each of {d.n_classes} classes and one to test on are needed")
         keep = np.isin(groups, _draw(top, n, seed, least=2))

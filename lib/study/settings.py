@@ -26,7 +26,7 @@ from lib.training.recipe import membership
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a preset gives, for tables and small pictures (an MLP) and for images (a convolutional network).
+# What a preset gives, for tables and small pictures (an MLP), for images (a convolutional network), for one data set.
 # Its n_examples and batch_size are upper bounds: a smaller data set is used whole.
 TABLE = dict(arch="mlp", optimizers="sgd,sam", rho=0.3, n_models=512, n_examples=2000, subset=0.5, epochs=40)
 TABLE |= dict(batch_size=64, lr=0.1, weight_decay=5e-4, augment=False, ema=0.0, seed=0, device="auto", engine="local")
@@ -38,8 +38,8 @@ PRESETS = {
         "table": TABLE | dict(n_models=16, n_examples=300, epochs=10, batch_size=32),
         "image": IMAGE | dict(n_models=8, n_examples=200, epochs=2, batch_size=32),
     },
-    "default": {"table": TABLE, "image": IMAGE},
-    "small": {"table": TABLE | dict(n_models=64), "image": IMAGE},
+    "default": {"table": TABLE, "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
+    "small": {"table": TABLE | dict(n_models=64), "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
     "fast": {"table": TABLE, "image": LARGE | dict(arch="resnet9", epochs=16)},
     "paper": {
         "table": TABLE | dict(n_examples=50_000, epochs=100),
@@ -234,7 +234,8 @@ def open_run(given):
         except OSError as error:
             raise ValueError(f"{name}={folder!r} can't be written ({error}): give a writable folder") from error
     whole = load(asked.dataset, asked.data, Path(asked.store) / "cache")
-    preset = PRESETS[asked.preset]["table" if Run(asked, whole).is_small else "image"]
+    kinds = PRESETS[asked.preset]
+    preset = kinds.get(asked.dataset) or kinds["table" if Run(asked, whole).is_small else "image"]
     values = {**preset, **asked.model_dump(exclude_none=True)}
     bound = None if asked.n_examples is None and len(whole.y) <= values["n_examples"] else values["n_examples"]
     # the models are asked about as many test points as each is trained on, or about all there are

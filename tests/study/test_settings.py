@@ -105,6 +105,12 @@ def test_every_preset_is_complete_and_valid(tmp_path):
             assert set(PARAMETERS) - set(values) == {"preset", "dataset", "data", "scores", "gpus", "store", "out"}
 
 
+def test_mnist5k_is_trained_whole_by_the_small_network(tmp_path):
+    run = settings.open_run({"preset": "small", "dataset": "mnist5k", "store": tmp_path / "s", "out": tmp_path / "o"})
+    assert (run.arch, run.n_examples, run.n_models, len(run.dataset.y_test)) == ("cnn", 3000, 16, 1500)
+    assert tiny(tmp_path, dataset="mnist5k").n_examples == 200
+
+
 def test_the_treatment_is_the_last_sharpness_aware_optimizer_that_is_not_private(tmp_path):
     run = tiny(tmp_path, optimizers="sgd,sam,asam,adam,dpsam(sigma=1.0)")
     assert (run.baseline, run.treatment) == ("sgd", "asam")

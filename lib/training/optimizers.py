@@ -101,11 +101,6 @@ class Optimizer:
             given["fused"] = True
         return self.base(params, **{**{n: v for n, v in given.items() if n in has}, **self.base_options})
 
-    def fingerprint(self):
-        """What the text alone does not say: every option's value, and the source of a reader's own rule and base."""
-        names = self.rule_name, self.base_name.partition("(")[0]
-        return {"options": self.all_options, "source": [networks.source_hash(name) for name in names]}
-
     def gradients_per_step(self):
         """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third."""
         if ":" in self.rule_name:  # counted, on two small tensors

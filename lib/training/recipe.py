@@ -89,8 +89,10 @@ class Recipe:
     def key(self):
         """What names the recipe's store: every field, and what the optimizer's and network's names do not say."""
         said = {field.name: getattr(self, field.name) for field in fields(self)}
-        source = {"optimizer": self.optimizer.fingerprint(), "arch": networks.source_hash(self.arch)}
-        return {"recipe": {**said, "optimizer": self.optimizer.text}, "own": source}
+        paths = self.optimizer.rule_name, self.optimizer.base_name.partition("(")[0]
+        own = {"options": self.optimizer.all_options, "source": [networks.source_hash(path) for path in paths]}
+        own = {"optimizer": own, "arch": networks.source_hash(self.arch)}
+        return {"recipe": {**said, "optimizer": self.optimizer.text}, "own": own}
 
 
 def generator(recipe, stream, k):

@@ -44,8 +44,8 @@ def write_atomic(path, text):
 
 
 def checksum(row):
-    """blake2b of the bytes of an array or a text, 16 hex digits."""
-    data = row.encode() if isinstance(row, str) else np.ascontiguousarray(row).data
+    """blake2b of the bytes of an array, or of a dict as JSON: 16 hex digits."""
+    data = json.dumps(row, sort_keys=True).encode() if isinstance(row, dict) else np.ascontiguousarray(row).data
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -149,7 +149,7 @@ class Store:
             with self.writing:  # two processes must not rewrite a header at once
                 for name, row in arrays.items():
                     self.rows[name].write(model, row)
-            text = json.dumps({**flag, "seal": seal(flag)})
+            text = json.dumps({**flag, "seal": checksum(flag)})
             write_atomic(self.folder / "done" / f"{model:05d}.json", text)
         except OSError as error:
             kept = f"{len(list(self.folder.glob('done/*.json')))} finished models are kept"
@@ -173,7 +173,7 @@ class Store:
     def fault(self, model, path):
         """What is wrong with the flag at `path` or the rows; "" if nothing: then it counts as verified."""
         flag = read_json(path)
-        if flag.pop("seal", None) != seal(flag):
+        if flag.pop("seal", None) != checksum(flag):
             return "its flag is unreadable or was changed"
         for name, wanted in flag["checksums"].items():
             if len(self.rows[name]) <= model:
@@ -182,11 +182,6 @@ class Store:
                 return f"{name}.npy has a wrong checksum"
         self.verified[model] = flag
         return ""
-
-
-def seal(flag):
-    """The checksum of a flag's content."""
-    return checksum(json.dumps(flag, sort_keys=True))
 
 
 def read_json(path):

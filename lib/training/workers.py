@@ -51,16 +51,15 @@ def train(
         train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet, notify)
     elif todo and n > 1:
         train_by_processes(recipe, dataset, todo, store, n, n_models, quiet, notify)
-    inputs = None
+    inputs, is_told = None, False
     while todo := missing(recipe, dataset, n_models, kept, where):  # here, and what others left or still train
         inputs = inputs or ensemble.Inputs(dataset, recipe, where)
-        trained = train_here(recipe, dataset, inputs, todo, kept, n_models, quiet, notify)
+        trained = train_here(recipe, dataset, inputs, todo, kept, n_models, quiet or is_told, notify)
         if not wait:
             return None
         if not trained:
-            print(f"another run is training {kept.folder.name}: waiting for it", flush=True)
-            while not any(is_free(kept, ids) for ids in todo):
-                time.sleep(0.5)
+            is_told = is_told or not print(f"another run is training {kept.folder.name}: waiting for it", flush=True)
+            time.sleep(0.5)
     return ensemble.finished(recipe, dataset, n_models, kept) if wait else None
 
 
@@ -92,14 +91,7 @@ def train_here(recipe, dataset, inputs, todo, kept, n_models=None, quiet=False, 
                 bar.update(recipe.run_epochs)
                 continue
             try:
-                began, parts, arrays = time.time(), [list(ids)], []
-                while parts:
-                    part = parts.pop(0)
-                    try:
-                        arrays.append(ensemble.train_chunk(recipe, inputs, part, bar.update, n_models))
-                    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                        parts[:0] = halves(part, recipe, inputs.device, error)
-                arrays = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
+                began, arrays = time.time(), train_or_halve(recipe, inputs, list(ids), bar.update, n_models)
                 seconds = time.time() - began
                 [one.result() for one in saved[-1:]]  # raises what went wrong in the writer
             except BaseException:
@@ -112,18 +104,22 @@ def train_here(recipe, dataset, inputs, todo, kept, n_models=None, quiet=False, 
     return len(saved)
 
 
-def halves(ids, recipe, device, error):
-    """The two halves of a chunk for which memory ran out. Raises ValueError for a single model, and any other error."""
-    if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words for it
-        raise error
-    if len(ids) == 1:
-        what = f"batch_size={recipe.batch_size}: the memory of {device} does not suffice for one {recipe.arch}"
-        raise ValueError(f"{what}: choose a smaller batch_size or arch") from error
+def train_or_halve(recipe, inputs, ids, tick, n_models):
+    """ensemble.train_chunk, by halves where memory runs out. Raises ValueError if it does for a single model."""
+    try:
+        return ensemble.train_chunk(recipe, inputs, ids, tick, n_models)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words for it
+            raise
+        what = f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one {recipe.arch}"
+        if len(ids) == 1:
+            raise ValueError(f"{what}: choose a smaller batch_size or arch") from error
     step.STACKS.clear()
     torch.cuda.empty_cache()
     few = len(ids) // 2
-    print(f"memory ran out on {device}: {few} models are trained at once instead of {len(ids)}", flush=True)
-    return ids[:few], ids[few:]
+    print(f"memory ran out on {inputs.device}: {few} models are trained at once instead of {len(ids)}", flush=True)
+    halves = [train_or_halve(recipe, inputs, part, tick, n_models) for part in (ids[:few], ids[few:])]
+    return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
 
 def save(kept, ids, arrays, lock, seconds, device):
@@ -138,20 +134,10 @@ def save(kept, ids, arrays, lock, seconds, device):
         lock.release()
 
 
-def is_free(kept, ids):
-    """True if a chunk is finished, or if no process is training it any more."""
-    lock = kept.claim(ids[0])
-    if lock:
-        lock.release()
-    return bool(lock) or all(kept.flag(k) for k in ids)
-
-
 def progress(recipe, todo, where, quiet):
     """A bar that counts the epochs of chunks."""
-    label = f"{recipe.optimizer} rho {recipe.rho}, {sum(map(len, todo))} models, {where}"
-    return tqdm(
-        total=recipe.run_epochs * len(todo), desc=label, unit="epoch", leave=False, disable=quiet, mininterval=1
-    )
+    label, total = f"{recipe.optimizer} rho {recipe.rho}, {sum(map(len, todo))} models, {where}", len(todo)
+    return tqdm(None, label, total * recipe.run_epochs, leave=False, disable=quiet, unit="epoch", mininterval=1)
 
 
 # ---- in other processes --------------------------------------------------------------------------------------

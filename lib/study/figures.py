@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 
 from lib.attacks import intervals
@@ -99,6 +100,52 @@ def roc(scored, member, attack="lira_shrunk"):
     axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)
     axis.legend(loc="lower right")
     return figure
+
+
+def leakage_against_accuracy(axis, rows, attack, chosen, fits=0.99):
+    """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
+
+    rows: of the experiment "tuning", each setting's own values and its paired differences from the tuned baseline.
+    Lines join the learning rates at one radius and weight decay, dotted unless it is the first. The settings (optimizer,
+    rho, lr, weight decay) in `chosen` are large. Those that fit less than the share `fits` of their half are hollow.
+    """
+    rows = rows.assign(rho=pd.to_numeric(rows.rho, errors="coerce").fillna(0))
+    rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)
+    fit, x, y = (
+        rows[(rows.metric == metric) & (rows.attack == by) & ((rows.baseline != "") == is_difference)]
+        .drop_duplicates(["optimizer", "rho", "lr", "decay"])
+        .set_index(["optimizer", "rho", "lr", "decay"])[["value", "ci_low", "ci_high"]]
+        for metric, by, is_difference in (
+            ("train_accuracy", "", False),
+            ("test_accuracy", "", True),
+            ("auc", attack, True),
+        )
+    )
+    x, y = (
+        100 * frame.reindex(fit.index).fillna(0.0) for frame in (x, y)
+    )  # the tuned baseline has no difference from itself
+    axis.axhline(0, color="0.4", lw=0.8)
+    axis.axvline(0, color="0.4", lw=0.8)
+    for index, ((name, rho), part) in enumerate(fit.groupby(level=["optimizer", "rho"], sort=False)):
+        colour, label = COLOURS[index % 10], plain(f"{name}, rho {rho:g}" if rho else name)
+        for k, (_, line) in enumerate(part.groupby(level="decay", sort=False)):
+            at = line.sort_index(level="lr").index
+            axis.plot(x.value[at], y.value[at], ":" if k else "-", color=colour, lw=1.2)
+        bars = (
+            [of.value[part.index] - of.ci_low[part.index], of.ci_high[part.index] - of.value[part.index]]
+            for of in (y, x)
+        )
+        axis.errorbar(x.value[part.index], y.value[part.index], *bars, color=colour, lw=0.6, alpha=0.6, linestyle="")
+        full = part.value >= fits
+        for at, face in ((part.index[full], colour), (part.index[~full], "white")):
+            named = label if face == colour or not full.any() else None
+            axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markerfacecolor=face, label=named)
+        for at in part.index.intersection(chosen):
+            axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markersize=12)
+    axis.set(
+        xlabel="test accuracy, minus the tuned baseline's, points",
+        ylabel=plain(f"AUC of {attack}, minus the tuned baseline's, points"),
+    )
 
 
 def phi_of_members(phis, member):

@@ -155,10 +155,10 @@ results.add(bounds, experiment="tuned", optimizer=treatment, baseline=baseline, 
 # **Claim.** No SGD is as accurate as SAM and leaks less.
 #
 # **Method.** Every setting is a point: its test accuracy and its leakage, as paired differences from tuned SGD with 95%
-# intervals. A line joins the learning rates of one optimizer at one radius; the tuned two
-# are large, and other weight decays dotted. Hollow points
-# fit less than 99% of their training half. A setting of SGD *is a better choice* than tuned SAM if its test accuracy is not clearly
-# lower and its leakage is clearly lower, at a level that allows for the number of settings (Bonferroni), and if both fit.
+# intervals. A line joins the learning rates of one optimizer at one radius; other weight decays are dotted. The tuned
+# two are large. Hollow points fit less than 99% of their training half. A setting of SGD *is a better choice* than tuned
+# SAM if its test accuracy is not clearly lower and its leakage is clearly lower, at a level that allows for the number of
+# settings (Bonferroni), and if both fit.
 
 # %%
 cells = compare.contrast({plain: made[plain]} | made)

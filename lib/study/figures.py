@@ -106,8 +106,8 @@ def leakage_against_accuracy(axis, rows, attack, chosen, fits=0.99):
     """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
 
     rows: of the experiment "tuning", each setting's own values and its paired differences from the tuned baseline.
-    Lines join the learning rates at one radius and weight decay, dotted unless it is the first. The settings (optimizer,
-    rho, lr, weight decay) in `chosen` are large. Those that fit less than the share `fits` of their half are hollow.
+    Lines join the learning rates at one radius and weight decay, dotted unless it is the first. Settings in `chosen`
+    (optimizer, rho, lr, weight decay) are large; those that fit less than the share `fits` of their half are hollow.
     """
     rows = rows.assign(rho=pd.to_numeric(rows.rho, errors="coerce").fillna(0))
     rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)

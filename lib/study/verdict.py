@@ -219,20 +219,18 @@ def obstacle(known, row, needs):
         own, main = ((row.run, row.dataset, row.arch, *place, *of) for place in places)
         return known.get(own, known.get(main, (np.nan, np.nan)))
 
-    pair, said, told = [row.optimizer, row.baseline], [], []
-    fits = [look("train_accuracy", name)[0] for name in pair]
+    pair = row.optimizer, row.baseline
+    fits, lows = [look("train_accuracy", name)[0] for name in pair], [look(SKILL, name)[1] for name in pair]
+    band = look(row.metric.replace("memorization_share", "band_is_resolved"), *pair)[0]
     fit = [f"{name.upper()} fits {100 * value:.3g}%" for name, value in zip(pair, fits, strict=True)]
-    if "fit" in needs.split():
-        told, said = fits, [said for said, value in zip(fit, fits, strict=True) if value < FITS]
-    if "unfit" in needs:
-        told, said = fits, [", ".join(fit)] * (fits[0] >= min(FITS, fits[1]))
-    if "learning" in needs:
-        lows = [look(SKILL, name)[1] for name in pair]
-        told, worst = told + lows, joined(n.upper() for n, low in zip(pair, lows, strict=True) if low <= LEARNS)
-        said += [f"{worst} may be guessing on the test part"] * (worst != "none")
-    if "models" in needs:
-        told = [*told, look(row.metric.replace("memorization_share", "band_is_resolved"), *pair)[0]]
-        said += [f"{row.n_models:.0f} models are too few to resolve the band"] * (told[-1] == 0)
+    guess = [f"{name.upper()} may be guessing on the test part" for name in pair]
+    checks = {  # condition: the numbers that tell, and what is wrong with them
+        "fit": (fits, [said for said, value in zip(fit, fits, strict=True) if value < FITS]),
+        "unfit": (fits, fit * (fits[0] >= min(FITS, fits[1]))),
+        "learning": (lows, [said for said, low in zip(guess, lows, strict=True) if low <= LEARNS]),
+        "models": ([band], [f"{row.n_models:.0f} models are too few to resolve the band"] * (band == 0)),
+    }
+    told, said = (sum((checks[need][k] for need in needs.split()), []) for k in (0, 1))
     return "; ".join(said) or (None if np.isnan(told).any() else "")
 
 
@@ -284,8 +282,7 @@ def setting(main, optimizer, baseline):
         said += [f"a pool of {row.n_examples:.0f} examples, not 50,000"] * (row.n_examples < 50_000)
         said += [f"{row.n_models:.0f} models, not 256"] * (row.n_models < 256)
     fits = main[(main.metric == "train_accuracy") & (main.baseline == "") & main.optimizer.isin([optimizer, baseline])]
-    fits = fits.drop_duplicates("optimizer")
-    return "; ".join(said + [f"{name} fits {fit:.1%}" for name, fit in zip(fits.optimizer, fits.value, strict=True)])
+    return "; ".join(said + [f"{row.optimizer} fits {row.value:.1%}" for row in fits[:2].itertuples()])
 
 
 def sharp(rows):
@@ -339,25 +336,25 @@ def headline(results):
 
     results: rows of `read` or `beside`. A comparison counts as more or less if all headline attacks recorded say so.
     """
-    rows, said = results.assign(run=results.get("run", "")), []
-    known = lookup(rows)
+    rows = results.assign(run=results.get("run", ""))
+    rows, known, said = rows[rows.attack.isin(HEADLINES) & (rows.baseline != "")], lookup(rows), []
     for experiment, metric, needs, where in (
         ("tuned", "auc", "fit learning", "Where both optimizers are tuned and fit their data"),
         ("frontier", "auc_at_equal_accuracy", "learning", "At equal test accuracy"),
     ):
-        here = sharp(rows[(rows.experiment == experiment) & (rows.metric == metric) & rows.attack.isin(HEADLINES)])
+        here = rows[(rows.experiment == experiment) & (rows.metric == metric)]
         why = np.array([obstacle(known, row, needs) for row in here.itertuples()], object)
-        fair = here[why == ""]
-        verdicts = [judge_attacks(list(of.attack), of[NUMBERS].to_numpy(), DELTAS[" points"])[0]
-                    for _, of in fair.groupby([*GROUP, "optimizer", "coordinate"])]  # fmt: skip
-        if verdicts:
-            more, less = (verdicts.count(v) for v in ("supported", "contradicted"))
+        fair, answer = here[why == ""], "; ".join(dict.fromkeys(filter(None, why))) or "not run"
+        if len(fair):
+            each = fair.groupby([*GROUP, "optimizer", "coordinate"])
+            found = [judge_attacks(list(of.attack), of[NUMBERS].to_numpy(), DELTAS[" points"])[0] for _, of in each]
             low, middle, high = 100 * fair.value.quantile([0, 0.5, 1])
-            said.append(f"{where}, sharpness-aware training leaks more in {more} of {len(verdicts)} comparisons, less "
-                        f"in {less}: {middle:+.1f} points of AUC in the median, from {low:+.1f} to {high:+.1f} "
-                        f"({joined(fair.attack.unique())}).")  # fmt: skip
-        else:
-            said.append(f"{where}: " + ("; ".join(dict.fromkeys(filter(None, why))) or "not run") + ".")
+            answer = (
+                f"sharpness-aware training leaks more in {found.count('supported')} of {len(found)} cases, less in "
+                f"{found.count('contradicted')}; by {joined(fair.attack.unique())}, it changes the AUC by "
+                f"{middle:+.1f} points in the median, from {low:+.1f} to {high:+.1f}"
+            )
+        said.append(f"{where}: {answer}.")
     return " ".join(said)
 
 

@@ -376,8 +376,8 @@ def test_the_headline_counts_tuned_and_fitted_comparisons_and_says_what_was_not_
         rows += headlines("auc", value, **at) + fitted(sam=sam, **at)
     rows += headlines("auc_at_equal_accuracy", -0.013, experiment="frontier", dataset="a") + fitted(dataset="a")
     tuned, equal = verdict.headline(frame(rows)).split(" At equal")
-    assert "more in 1 of 3 comparisons, less in 1: +0.0 points" in tuned and "from -1.0 to +2.0" in tuned
-    assert "more in 0 of 1 comparisons, less in 1: -1.3 points" in equal and "lira_shrunk, rmia and combined" in equal
+    assert "more in 1 of 3 cases, less in 1;" in tuned and "+0.0 points in the median, from -1.0 to +2.0" in tuned
+    assert "more in 0 of 1 cases, less in 1; by lira_shrunk, rmia and combined" in equal and "-1.3" in equal
     unfit = [r for r in rows if r["dataset"] == "d"]
     assert "SAM fits 80%" in verdict.headline(frame(unfit))
 

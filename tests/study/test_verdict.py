@@ -182,7 +182,12 @@ def test_too_small_an_effect_is_inconclusive_and_a_wide_interval_too():
 
 def test_a_log_ratio_is_judged_as_a_relative_change_that_never_falls_below_minus_100_percent():
     metric, claim = "log_ratio_nonmember_variance_phi_across_models", "varies_less_phi_models"
-    for value, half, wanted in ((-0.5, 0.1, "supported"), (-0.04, 0.01, "inconclusive"), (5, 1, "contradicted")):
+    for value, half, wanted in (
+        (-0.5, 0.1, "supported"),
+        (-0.1, 0.2, "inconclusive"),
+        (-0.04, 0.01, "inconclusive"),
+        (5, 1, "contradicted"),
+    ):
         assert verdicts(frame([*fitted(), row(metric, value, half)]))[claim] == wanted
     found = judged(frame([*fitted(), row(metric, -5, 3)]), claim)
     assert found.verdict == "supported" and "-99.3% [-100.0, -86.5]" in found.effect  # e^-5 - 1, e^-8 - 1, e^-2 - 1

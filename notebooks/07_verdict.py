@@ -62,7 +62,8 @@ figures.style()
 here = Path(run.out).resolve().name
 rows = beside(run.out)
 own = rows[rows.run == here]
-show_text(verdict.headline(rows))
+everything = verdict.ledger(rows)
+show_text(verdict.headline(everything))
 
 # %% [markdown]
 # ## What there is to judge
@@ -151,7 +152,7 @@ show_text(f"{judged} claims were judged. Nearly all use 95% intervals, of which 
 # **Method.** The same rule on every run beside this one, one column each.
 
 # %%
-everything, columns = verdict.ledger(rows), {}
+columns = {}
 for group, part in everything.groupby(verdict.GROUP, sort=False):
     for optimizer in filter(None, part.optimizer.unique()):
         of_pair = part[part.optimizer.isin([optimizer, ""])].set_index("claim")  # "": claims that compare no optimizers
@@ -274,7 +275,7 @@ else:
         f"{before:.3f} under {run.baseline} and {after:.3f} under {run.treatment}; the change is {share:.0%} of what "
         f"{run.baseline} leaks."
     )
-    show_text(f"**Tune {run.baseline} before you replace it.** {verdict.headline(own)}")
+    show_text(f"**Tune {run.baseline} before you replace it.** {verdict.headline(ledger)}")
     show_text(
         f"**Neither optimizer protects anyone.** With an AUC of {max(before, after):.3f}, "
         + ("members can be told: " if max(before, after) > 0.55 else "few members can be told; even so, ")

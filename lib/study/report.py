@@ -141,7 +141,7 @@ def index(out, rows, titles):
 An effect is a difference from the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
 {bullets([*(lines or ["nothing was run yet"]), *differing(out)])}
-<p>{html.escape(verdict.headline(rows))}</p>
+<p>{html.escape(verdict.headline(ledger))}</p>
 {verdict.table(ledger).to_html()}
 <details><summary>Each attack by itself</summary>{verdict.table(by_attack).to_html()}</details>
 <details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>

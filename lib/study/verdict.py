@@ -43,7 +43,7 @@ from lib.study.text import joined
 
 GROUP = ["run", "dataset", "arch"]
 KEY = [*GROUP, *"experiment coordinate attack metric optimizer baseline".split()]
-LEDGER = "optimizer baseline claim whose since statement verdict effect evidence n_models differs notebook".split()
+LEDGER = "optimizer baseline claim whose since statement verdict effect size evidence n_models differs notebook".split()
 LEDGER = [*GROUP, *LEDGER]
 SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3"}
 SHADES |= {"not testable here": "#f7f2c4", "not run": "#ffffff"}
@@ -100,6 +100,10 @@ CLAIMS = (
             (Test("auc", 1, attacks, rule="family"),)) for name, attacks in FAMILIES.items()),
     Claim("more_so_when_strict", "01", "{a} leaks more at the lowest FPR, relatively more than in AUC.",
           (Test("tpr@lowest", 1, HEADLINES), Test("log_ratio_tpr@lowest_to_auc", 1, HEADLINES))),
+    Claim("more_when_tuned", "05", "{a} leaks more than {b} where both are tuned.",
+          (AUC._replace(experiment="tuned"),), **OURS),
+    Claim("more_at_equal_accuracy", "05", "{a}, tuned, leaks more than a {b} of the same test accuracy.",
+          (Test("auc_at_equal_accuracy", 1, HEADLINES, "frontier", "both tuned"),), "learning", **OURS),
     Claim("at_every_length", "05", "{a} leaks more than {b} at every length of training that fits.",
           (AUC._replace(**LENGTHS),), **OURS),
     Claim("less_while_unfit", "05", "{a} leaks less than {b} at every length of training at which it fits less.",
@@ -235,7 +239,7 @@ def obstacle(known, row, needs):
 
 
 def tested(known, found, test, claim, pair):
-    """A test on rows of a group: a list of (verdict, effect, evidence, n_models), one for each coordinate.
+    """A test on rows of a group: for each coordinate (verdict, effect, its size, evidence, n_models), in a list.
 
     known: as from `lookup`. found: the rows of the test's experiment and metric, their coordinates in a column `at`.
     """
@@ -266,10 +270,11 @@ def tested(known, found, test, claim, pair):
                 effect += f" (near the ceiling: {logit(a) - logit(b):+.2f} in logit AUC"
                 effect += ")" if np.isnan(tpr) else f", {100 * tpr:+.1f} points in TPR at 1% FPR)"
             effects.append(effect)
-        out.append((verdict, f"{at or test.metric}: {', '.join(effects)}, {reason}", evidence, rows.n_models.min()))
+        said, size = f"{at or test.metric}: {', '.join(effects)}, {reason}", np.median(scale * numbers[:, 0])
+        out.append((verdict, said, size, evidence, rows.n_models.min()))
     if not out:
         verdict, said = ("not testable here", "") if aside else ("not run", " (not recorded)")
-        return [(verdict, "; ".join(aside), evidence + said, np.nan)]
+        return [(verdict, "; ".join(aside), np.nan, evidence + said, np.nan)]
     return [*out[:-1], (out[-1][0], "; set aside: ".join([out[-1][1], *aside]), *out[-1][2:])]
 
 
@@ -295,7 +300,8 @@ def ledger(results, claims=CLAIMS):
     """The verdicts on rows of `read` or `beside`, a frame with the columns LEDGER. claims: CLAIMS, or BY_ATTACK.
 
     One row for each claim and group (run, dataset, arch) and, if the claim compares optimizers, for each
-    sharpness-aware optimizer of the main comparison. Without any rows, every claim is not run.
+    sharpness-aware optimizer of the main comparison. Without any rows, every claim is not run. size: the first effect
+    in the units of the evidence, or the median of several attacks.
     """
     rows = results.assign(run=results.get("run", ""), at=results.coordinate).reset_index(drop=True)
     exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them
@@ -321,41 +327,34 @@ def ledger(results, claims=CLAIMS):
             parts = []
             for test in claim.tests:
                 parts += tested(known, found.get((test.experiment, test.metric), rows[:0]), test, claim, pair)
-            verdicts, effects, evidence, n_models = zip(*parts, strict=True)
+            verdicts, effects, sizes, evidence, n_models = zip(*parts, strict=True)
             who = pair if any(test.optimizer is None for test in claim.tests) else ("", "")
             about = claim.name, claim.whose, claim.since, claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
-            said = combine(verdicts), "; ".join(filter(None, effects)), "; ".join(dict.fromkeys(evidence))
+            said = combine(verdicts), "; ".join(filter(None, effects)), sizes[0], "; ".join(dict.fromkeys(evidence))
             theorem = claim.tests[0].experiment.startswith("theorem")
             differs = "a linear model on drawn data" if theorem else setting(main, *pair)
             out.append([*group, *who, *about, *said, pd.Series(n_models).min(), differs, claim.notebook])
     return pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"], ignore_index=True)
 
 
-def headline(results):
-    """The answer in two sentences: what is leaked where both optimizers are tuned and fit, and at equal test accuracy.
-
-    results: rows of `read` or `beside`. A comparison counts as more or less if all headline attacks recorded say so.
-    """
-    rows = results.assign(run=results.get("run", ""))
-    rows, known, said = rows[rows.attack.isin(HEADLINES) & (rows.baseline != "")], lookup(rows), []
-    for experiment, metric, needs, where in (
-        ("tuned", "auc", "fit learning", "Where both optimizers are tuned and fit their data"),
-        ("frontier", "auc_at_equal_accuracy", "learning", "At equal test accuracy"),
-    ):
-        here = rows[(rows.experiment == experiment) & (rows.metric == metric)]
-        why = np.array([obstacle(known, row, needs) for row in here.itertuples()], object)
-        fair, answer = here[why == ""], "; ".join(dict.fromkeys(filter(None, why))) or "not run"
+def headline(ledger):
+    """The answer in two sentences: who leaks more where both are tuned and fit, and at equal test accuracy."""
+    answer = []
+    for claim, where in (("more_when_tuned", "Where both optimizers are tuned and fit"),
+                         ("more_at_equal_accuracy", "At equal test accuracy")):  # fmt: skip
+        found = ledger[ledger.claim == claim]
+        fair = found[~found.verdict.isin(["not run", "not testable here"])]
+        why = "; ".join(filter(None, found.effect.unique()))
+        said = f"not testable here ({why})" if why else "not run"
         if len(fair):
-            each = fair.groupby([*GROUP, "optimizer", "coordinate"])
-            found = [judge_attacks(list(of.attack), of[NUMBERS].to_numpy(), DELTAS[" points"])[0] for _, of in each]
-            low, middle, high = 100 * fair.value.quantile([0, 0.5, 1])
-            answer = (
-                f"sharpness-aware training leaks more in {found.count('supported')} of {len(found)} cases, less in "
-                f"{found.count('contradicted')}; by {joined(fair.attack.unique())}, it changes the AUC by "
-                f"{middle:+.1f} points in the median, from {low:+.1f} to {high:+.1f}"
+            more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
+            low, middle, high = fair["size"].quantile([0, 0.5, 1])
+            said = (
+                f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes the "
             )
-        said.append(f"{where}: {answer}.")
-    return " ".join(said)
+            said += f"AUC by {middle:+.1f} points, from {low:+.1f} to {high:+.1f} (medians of {joined(HEADLINES)})"
+        answer.append(f"{where}: {said}.")
+    return " ".join(answer)
 
 
 def table(ledger):

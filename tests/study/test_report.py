@@ -72,7 +72,7 @@ def test_the_index_has_the_verdicts_first_and_links_to_every_page(made):
     appendix = by_attack.verdict.value_counts()
     for name, count in ledger.verdict.value_counts().items():
         assert f"{count} {name}" in index and index.count(f">{name}</td>") == count + appendix.get(name, 0)
-    assert verdict.headline(rows) in index
+    assert verdict.headline(ledger) in index
 
 
 def test_pages_hold_the_figures_and_the_mathematics(made):

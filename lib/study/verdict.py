@@ -349,10 +349,8 @@ def headline(ledger):
         if len(fair):
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
             low, middle, high = fair["size"].quantile([0, 0.5, 1])
-            said = (
-                f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes the "
-            )
-            said += f"AUC by {middle:+.1f} points, from {low:+.1f} to {high:+.1f} (medians of {joined(HEADLINES)})"
+            said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes "
+            said += f"the AUC by {middle:+.1f} points, from {low:+.1f} to {high:+.1f} (medians of {joined(HEADLINES)})"
         answer.append(f"{where}: {said}.")
     return " ".join(answer)
 

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
+from lib.attacks import catalogue
 from lib.study import figures, settings, verdict
 from lib.study.results import read
 from lib.study.text import describe_sign, joined, percentage_points, sign
@@ -19,7 +19,7 @@ from tools import costs
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs" / "reference"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LIRA = ("", "lira", "lira_shrunk")  # the attack of the sweeps: runs since November 2026 have lira_shrunk and others
+HEADLINES = catalogue.HEADLINES
 WORDS = "**more**", "**less**", "no differently"
 
 
@@ -33,98 +33,56 @@ def runs():
     return {p.parent.name: pd.read_csv(p, keep_default_na=False, na_values=numbers) for p in paths}
 
 
+def tuned_runs():
+    """The committed runs in which both optimizers were tuned."""
+    return {name: found for name, found in runs().items() if (found.experiment == "tuned").any()}
+
+
 def lengths(results):
     """SAM minus SGD in the length sweep, with columns epochs and the train accuracies sgd and sam."""
-    rows = results[(results.experiment == "length sweep") & results.attack.isin(LIRA)]
+    rows = results[(results.experiment == "length sweep") & results.attack.isin(["", HEADLINES[0]])]
     rows = rows.assign(epochs=rows.coordinate.str.removeprefix("epochs=").astype(int))
     own = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")]
     fits = own.pivot(index="epochs", columns="optimizer", values="value")
     return rows[rows.baseline == "sgd"].join(fits, on="epochs").sort_values("epochs")
 
 
-def leaks(results):
-    """The rows of `lengths` on LiRA's AUC, as named tuples."""
-    return list(lengths(results).query("metric == 'auc'").itertuples())
-
-
-def equal_loss(results):
-    """SAM minus SGD in LiRA's AUC at equal train loss, as named tuples."""
-    rows = results[(results.experiment == "equal train loss") & (results.notebook == "01_phenomenon")]
-    return list(rows[rows.attack.isin(LIRA)].itertuples())
-
-
-def title(results):
-    """'digits, mlp: 128 models on halves of 1200', the models being those of the length sweep."""
-    first = results[results.experiment == "length sweep"].iloc[0]
+def title(results, experiment="length sweep"):
+    """'digits, mlp: 128 models on halves of 1200', the models being those of an experiment."""
+    first = results[results.experiment == experiment].iloc[0]
     return f"{first.dataset}, {first.arch}: {first.n_models} models on halves of {first.n_examples}"
 
 
 # ---- the finding --------------------------------------------------------------------------------------------
 
 
-def counted(rows):
-    """'more in 3 of 5 comparisons, less in 1', from differences; 'in none' of none."""
-    signs = [sign(row) for row in rows]
-    kinds = [(word, signs.count(s)) for s, word in ((1, "more"), (-1, "less"), (0, "no differently")) if s in signs]
-    if not kinds:
-        return "in none"
-    (word, count), *others = kinds
-    return f"{word} in {count} of {len(signs)} comparisons" + "".join(f", {word} in {n}" for word, n in others)
-
-
 def answer():
-    """The finding in two sentences, from the paired differences of every committed run."""
-    made = runs().values()
-    rows = [row for results in made for row in leaks(results)]
-    both, short = ([row for row in rows if (min(row.sgd, row.sam) >= verdict.FITS) == fit] for fit in (True, False))
-    signs = {sign(row) for row in rows}
-    head = "Always, in these runs" if signs == {1} else "Not in these runs" if 1 not in signs else "Sometimes"
-    return (
-        f"**{head}:** where both optimizers fit at least {verdict.FITS:.0%} of their training data, SAM leaks "
-        f"{counted(both)}; where one of them does not, {counted(short)}. At equal train loss, SAM "
-        f"leaks {counted([row for results in made for row in equal_loss(results)])} ({len(made)} runs; leakage is the "
-        "AUC of the attack LiRA)."
-    )
+    """The headline of all committed runs, and in a word whether SAM leaks more where both are tuned and fit."""
+    rows = pd.concat([read(path).assign(run=path.parent.name) for path in sorted(REFERENCE.glob("*/results.csv"))])
+    ledger = verdict.ledger(rows)
+    found = ledger.verdict[ledger.claim == "more_when_tuned"]
+    fair = found[~found.isin(["not run", "not testable here"])]
+    word = "Yes, in these runs" if (fair == "supported").all() else "Not in these runs"
+    word = "Sometimes" if fair.nunique() > 1 else word if len(fair) else "Not testable in these runs"
+    return f"**{word}.** {verdict.headline(rows)}"
 
 
-def ends():
-    """Where SAM leaks more, less or no differently after the longest training."""
-    last = {name: sign(leaks(results)[-1]) for name, results in runs().items()}
-    said = [
-        f"{word} on {joined(name for name, s in last.items() if s == wanted)}"
-        for wanted, word in ((1, "more"), (-1, "less"), (0, "no differently"))
-        if wanted in last.values()
-    ]
-    return f"After the longest training SAM leaks {'; '.join(said)}."
+def chosen(results):
+    """The tuned settings of SGD and SAM: tuples (optimizer, rho, lr, weight decay), SGD's first."""
+    rows = results[(results.experiment == "tuned") & results.metric.isin(["chosen_lr", "chosen_weight_decay"])]
+    rows = rows.assign(rho=pd.to_numeric(rows.rho).fillna(0.0))
+    wide = rows.pivot(index=["rho", "optimizer"], columns="metric", values="value").sort_index()
+    return [(name, rho, row.chosen_lr, row.chosen_weight_decay) for (rho, name), row in wide.iterrows()]
 
 
 def finding(runs):
-    """The study in one picture: what SAM gains in test accuracy and what it costs in LiRA's AUC, epoch by epoch.
-
-    runs: dict title -> frame as from `lengths`.
-    """
-    columns = min(3, len(runs))
-    lines = -(-len(runs) // columns)
-    size = (4.9 * columns, 3.7 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for spare in axes.flat[len(runs) :]:
-        spare.set_axis_off()
-    for axis, (heading, frame) in zip(axes.flat, runs.items(), strict=False):
-        for index, (metric, label) in enumerate(
-            {"auc": "leakage: AUC of LiRA", "test_accuracy": "test accuracy"}.items()
-        ):
-            rows = 100 * frame[frame.metric == metric].set_index("epochs")[["value", "ci_low", "ci_high"]]
-            figures.error_bars(axis, np.arange(len(rows)) + 0.06 * index, rows, 1 - index, label)
-        fits = frame[frame.metric == "auc"]
-        ticks = [f"{row.epochs} epochs\nfit {100 * row.sgd:.0f}, {row.sam:.0%}" for row in fits.itertuples()]
-        axis.set_xticks(range(len(ticks)), ticks, fontsize=9)
-        axis.axhline(0, color="0.3", lw=1)
-        axis.set(title=heading, ylabel="SAM minus SGD, points")
-        axis.margins(x=0.12)
-    if len(runs) < axes.size:  # the empty place is for the legend
-        axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", fontsize=12)
-    else:
-        axes[0, 0].legend(fontsize=10)
+    """The study in one picture: leakage against accuracy of every setting tried, a panel for each run."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 4.6), layout="constrained", squeeze=False)
+    for axis, frame in zip(axes.flat, runs.values(), strict=True):
+        tried = frame[frame.experiment == "tuning"]
+        figures.leakage_against_accuracy(axis, tried, HEADLINES[0], chosen(frame))
+        axis.set_title(title(frame, "tuning"), fontsize=10)
+        axis.legend(fontsize=9)
     return figure
 
 
@@ -137,27 +95,75 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
+def tuned():
+    """A row for each run: the settings that were chosen, and the differences between the two."""
+    header = "run", "SGD", "SAM", "fit", "test accuracy, SAM − SGD", *(f"AUC of `{a}`" for a in HEADLINES), "range"
+    rows = []
+    for found in tuned_runs().values():
+        settings_of = [
+            f"lr {lr:g}, decay {decay:g}" + f", rho {rho:g}" * (rho > 0) for _, rho, lr, decay in chosen(found)
+        ]
+        here = found[(found.experiment == "tuned") & (found.coordinate == "")]
+        fits = here[(here.metric == "train_accuracy") & (here.baseline == "")].value.map("{:.1%}".format)
+        steps = here[here.baseline == "sgd"]
+        cells = [percentage_points(row) for row in steps[steps.metric == "test_accuracy"].itertuples()]
+        cells += [percentage_points(row) for row in steps[steps.metric == "auc"].itertuples()]
+        ends = found[found.metric == "auc_among_the_best"].value
+        rows.append(
+            (
+                title(found, "tuned"),
+                *settings_of,
+                ", ".join(fits),
+                *cells,
+                f"{100 * ends.min():+.1f} to {100 * ends.max():+.1f}",
+            )
+        )
+    return table(header, rows)
+
+
+def pools():
+    """A row for each pool of each run: SAM minus SGD, tuned and at equal settings."""
+    header = "run", "pool", "test accuracy, SAM − SGD", *(f"AUC of `{a}`" for a in HEADLINES)
+    rows = []
+    for found in tuned_runs().values():
+        for place, at in found[found.experiment == "pools"].groupby("coordinate", sort=False):
+            steps = at[at.metric.isin(["test_accuracy", "auc"])].sort_values("metric", ascending=False, kind="stable")
+            rows.append((title(found, "pools"), place, *map(percentage_points, steps.itertuples())))
+    return table(header, rows)
+
+
 def results():
     """A row for each run and number of epochs: what SAM gains, what it leaks."""
-    header = "run", "epochs", "SGD fits", "SAM fits", "test accuracy, SAM − SGD", "LiRA AUC, SAM − SGD", "SAM leaks"
+    header = (
+        "run",
+        "epochs",
+        "SGD fits",
+        "SAM fits",
+        "test accuracy, SAM − SGD",
+        f"AUC of `{HEADLINES[0]}`",
+        "SAM leaks",
+    )
     rows = []
-    for found in runs().values():
+    for found in tuned_runs().values():
         for epochs, at in lengths(found).groupby("epochs"):
             test, auc = (at[at.metric == metric].iloc[0] for metric in ("test_accuracy", "auc"))
-            differences = percentage_points(test), percentage_points(auc), describe_sign(auc, *WORDS)
+            said = describe_sign(auc, *WORDS) if min(auc.sgd, auc.sam) >= verdict.FITS else "not testable"
+            differences = percentage_points(test), percentage_points(auc), said
             rows.append((title(found), epochs, f"{auc.sgd:.1%}", f"{auc.sam:.1%}", *differences))
     return table(header, rows)
 
 
 def equal():
-    """A row for each run and train loss at which both optimizers can be compared."""
-    header = "run", "train loss (nats), and the SGD runs about it", "LiRA AUC, SAM − SGD", "SAM leaks"
+    """A row for each run, radius and path: the difference in AUC, from fit and at equal train loss."""
+    header = "run", "rho", "SGD's path", "total", "from fitting more or less", "at equal train loss"
     rows = []
-    for found in runs().values():
-        for row in equal_loss(found):
-            at = dict(part.split("=") for part in row.coordinate.split(", "))
-            where = f"{at['train_loss']} ({at['between']})"
-            rows.append((title(found), where, percentage_points(row), describe_sign(row, *WORDS)))
+    for found in tuned_runs().values():
+        split = found[(found.experiment == "decomposition") & (found.attack == HEADLINES[0])]
+        split = split[split.coordinate.str.startswith("path=")]
+        for (path, rho), at in split.groupby(["coordinate", "rho"], sort=False):
+            said = {row.metric: percentage_points(row) for row in at.itertuples()}
+            cells = [said.get(f"auc_{part}", "not bracketed") for part in ("total", "from_fit", "at_equal_loss")]
+            rows.append((title(found, "decomposition"), rho, path.removeprefix("path="), *cells))
     return table(header, rows)
 
 
@@ -255,7 +261,15 @@ def on_gpu():
 
 
 TABLES = {"answer": answer, "costs": what_it_costs, "parameters": parameters, "presets": presets, "verdict": verdicts}
-TABLES |= {"ends": ends, "results": results, "equal": equal, "failing": failing, "bench": bench, "faults": faults}
+TABLES |= {
+    "tuned": tuned,
+    "pools": pools,
+    "results": results,
+    "equal": equal,
+    "failing": failing,
+    "bench": bench,
+    "faults": faults,
+}
 TABLES |= {"gpu": on_gpu}
 
 
@@ -272,7 +286,7 @@ def filled(text):
 def main():
     """Write the picture and the pages."""
     figures.style()
-    finding({title(found): lengths(found) for found in runs().values()}).savefig(REFERENCE / "finding.png")
+    finding(tuned_runs()).savefig(REFERENCE / "finding.png")
     for page in PAGES:
         page.write_text(filled(page.read_text()))
 

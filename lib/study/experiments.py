@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
 from lib import need
 from lib.analysis import compare
@@ -23,7 +24,7 @@ from lib.data.dataset import Dataset
 from lib.training import Recipe, ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
-SIZES = {"sweep": (128, 64), "few": (64, 16), "private": (32, 8)}  # models of an ensemble: on small data, on images
+SIZES = {"sweep": (128, 16), "few": (64, 8), "private": (32, 8)}  # models of an ensemble: on small data, on images
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = (
@@ -385,9 +386,12 @@ class Plan:
         n = min(len(run.dataset.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
         data = run.dataset
         few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the processes that will train
         with tempfile.TemporaryDirectory() as folder:
             train(recipe, few, 2, folder, run.device, quiet=True)
             seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
+        torch.set_num_threads(threads)
         return work(recipe, n, 1) / median(seconds)
 
     def describe(self):

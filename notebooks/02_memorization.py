@@ -98,12 +98,16 @@ np.testing.assert_allclose(standard_error, library.se, atol=1e-12)
 # %% [markdown]
 # We estimate memorization of two outputs: of *correctness*, as the paper does, and of the *confidence* $p_y$ in the true
 # label, which is finer and is what attacks look at. `memorization.csv`, beside this copy, keeps every example's
-# estimates under its index in the data set as loaded.
+# estimates under its index in the data as loaded.
 
 # %%
 outputs = {kind: {n: compare.signal(e, kind) for n, e in ensembles.items()} for kind in ("correct", "confidence")}
 mem = {kind: {n: memorization.memorization(v, member) for n, v in of.items()} for kind, of in outputs.items()}
-frame = memorization.per_example(mem, run.dataset).round(5)
+index = np.arange(len(run.dataset.y)) if run.dataset.index is None else run.dataset.index
+frame = pd.DataFrame({"index": index, "class": np.array(run.dataset.classes)[run.dataset.y]})
+for kind, of in mem.items():
+    for name, found in of.items():
+        frame[f"{kind}_{name}"], frame[f"{kind}_{name}_se"] = found.value.round(5), found.se.round(5)
 write_atomic(Path(run.out) / "memorization.csv", frame.to_csv(index=False))
 for kind in outputs:
     middle, most = np.quantile(mem[kind][baseline].se, [0.5, 0.95])

@@ -33,6 +33,7 @@ from IPython.display import display
 from lib.analysis import compare, influence, memorization
 from lib.analysis.influence import buckets, cross_fitted, gains, influence_entropy
 from lib.attacks import catalogue, intervals
+from lib.attacks.intervals import ratio_influence_values
 from lib.study import figures, settings
 from lib.study.results import Results
 from lib.study.text import describe_sign, percentage_points, select, show_table, show_text, sign
@@ -265,7 +266,10 @@ for kind, values, true in (("correctness", correct, label), ("p_y", confidence, 
     panels[f"{kind}, true"] = panel(gains(gain[treatment], true, "bucket"))
     panels[f"{kind}, shuffled"] = panel(control)
     for name in run.names[1:]:
-        steps = [influence.step_influence_values(gain[name], found) for found in (true, fake)]
+        steps = [  # influence values [M, T] of the gain in the first bucket minus the last
+            ratio_influence_values(gain[name], f == 0) - ratio_influence_values(gain[name], f == n_buckets - 1)
+            for f in (true, fake)
+        ]
         beyond = intervals.row("gain_beyond_shuffled", intervals.estimate(steps[0] - steps[1]), optimizer=name)
         excess.append(beyond | {"coordinate": f"by=influence on {kind}"})
 excess = pd.DataFrame(excess).assign(baseline=baseline)

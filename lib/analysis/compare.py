@@ -422,11 +422,10 @@ def read_off(x, nodes, aucs, scale, slope):
 def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=""):
     """A difference in AUC = what comes from fitting more or less + what remains at equal train loss: a tidy frame.
 
-    treated: the treatment's ensemble. own: the baseline's that it is compared with (at equal epochs, say); with None,
-    only what remains is given. curve: dict -> Ensemble, the baseline's runs along one path (epochs, or learning rate).
-    All hold the same models. name: the coordinate, train_loss or test_accuracy; x is the treated ensemble's, and B(x)
-    the AUC on the baseline's curve there: monotone, of the logit of the AUC over the log of the train loss (or over the
-    accuracy). For every headline attack
+    treated: the treatment's ensemble; own: the baseline's that it is compared with (at equal epochs, say). curve: dict
+    -> Ensemble, the baseline's runs along one path (epochs, or learning rate). All hold the same models. name: the
+    coordinate, train_loss or test_accuracy; x is the treated ensemble's, and B(x) the AUC on the baseline's curve there,
+    monotone: of its logit over the log of the train loss (or over the accuracy). For every headline attack
 
         auc_total = A(treated) - A(own),   auc_from_fit = B(x) - A(own),   auc_at_equal_loss = A(treated) - B(x)
 
@@ -439,8 +438,8 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
         "train_loss": (train_losses, False, np.log, np.reciprocal, "loss", ".3g"),
         "test_accuracy": (hits_on_test, True, float, np.ones_like, "accuracy", ".4f"),
     }[name]
-    same = {tuple(e.ids) for e in (treated, *curve.values(), *([own] * (own is not None)))}
-    need(len(same) == 1, "curve, length_sweep: the ensembles hold different models; keep_common_models first")
+    same = len({tuple(e.ids) for e in (treated, own, *curve.values())}) == 1
+    need(same, "curve, length_sweep: the ensembles hold different models; keep_common_models first")
     runs = sorted(((values_of(e), e) for e in curve.values()), key=lambda run: run[0].mean())
     x, at, nodes, between = values_of(treated), [values.mean() for values, _ in runs], [], ""
     apart = [estimate(b[0] - a[0], **design(treated, test)).low > 0 for a, b in pairwise(runs)]
@@ -457,16 +456,12 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
         how["columns"] = np.append(one, n + two)  # no group of the pool is one of the test part
     rows, about = [], {"optimizer": treatment, "baseline": baseline, "coordinate": coordinate, name: x.mean()}
     for attack in catalogue.HEADLINES:
-        whole, parts = auc_influence_values(treated, attack), {}  # metric -> values of its AUCs, and of its coordinates
-        before = None if own is None else auc_influence_values(own, attack)
-        if own is not None:
-            parts["auc_total"] = whole - before, 0 * x
+        whole, before = (auc_influence_values(e, attack) for e in (treated, own))
+        parts = {"auc_total": (whole - before, 0 * x)}  # metric -> influence values of its AUCs, and of its coordinates
         if nodes:
             aucs = [auc_influence_values(e, attack) for _, e in nodes]
             read, moved = read_off(x, [values for values, _ in nodes], aucs, scale, slope)
-            if own is not None:
-                parts["auc_from_fit"] = read - before, moved
-            parts[f"auc_at_equal_{what}"] = whole - read, -moved
+            parts |= {"auc_from_fit": (read - before, moved), f"auc_at_equal_{what}": (whole - read, -moved)}
         for metric, (of_aucs, of_coordinates) in parts.items():
             if test:  # the sum of two means is a mean over N + T columns
                 n, t, value = whole.shape[1], x.shape[1], of_aucs.mean()
@@ -485,9 +480,13 @@ def at_equal(name, length_sweep, treatment, baseline):
     the usual ones: attack, epochs (the treatment's), coordinate, the name's, and between.
     """
     curve = {epochs: e for (epochs, optimizer), e in length_sweep.items() if optimizer == baseline}
-    treated = {epochs: e for (epochs, optimizer), e in length_sweep.items() if optimizer == treatment}
-    found = [decomposition(e, curve, None, treatment, baseline, name).assign(epochs=k) for k, e in treated.items()]
-    frame = pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True).assign(metric="auc")
-    digits = ".3g" if name == "train_loss" else ".4f"
+    any_one, digits = next(iter(curve.values())), ".3g" if name == "train_loss" else ".4f"
+    frames = [
+        decomposition(e, curve, any_one, treatment, baseline, name).assign(epochs=epochs)
+        for (epochs, optimizer), e in length_sweep.items()
+        if optimizer == treatment
+    ]
+    frame = pd.concat(frames, ignore_index=True)
+    frame = frame[frame.metric.str.startswith("auc_at_equal")].assign(metric="auc").reset_index(drop=True)
     at = [f"{name}={x:{digits}}, between={between}" for x, between in zip(frame[name], frame.between, strict=True)]
     return frame.assign(coordinate=at)

@@ -94,11 +94,6 @@ def cross_fitted(form, member):
     return labels
 
 
-def step_influence_values(difference, label):
-    """Influence values [M, T] of the mean difference [M, T] in the first bucket of label [M, T] minus the last."""
-    return ratio_influence_values(difference, label == 0) - ratio_influence_values(difference, label == label.max())
-
-
 def gains(difference, label, name, total=False):
     """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a frame.
 

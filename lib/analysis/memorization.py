@@ -67,19 +67,6 @@ def checked(values, member, same=False):
     return values, member
 
 
-def per_example(found, dataset):
-    """A frame with a row for each example: its index in the data as loaded, class, estimates and standard errors.
-
-    found: dict output -> dict optimizer -> Memorization.
-    """
-    index = np.arange(len(dataset.y)) if dataset.index is None else dataset.index
-    frame = pd.DataFrame({"index": index, "class": np.array(dataset.classes)[dataset.y]})
-    for kind, of in found.items():
-        for name, m in of.items():
-            frame[f"{kind}_{name}"], frame[f"{kind}_{name}_se"] = m.value, m.se
-    return frame
-
-
 def band_shares(memorized):
     """Share of the examples in each of BANDS: [N] -> [5]."""
     return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)

@@ -266,8 +266,8 @@ def test_groups_of_the_pool_and_of_the_test_part_are_kept_apart(monkeypatch):
         for e in runs.values():
             e.dataset.groups, e.dataset.groups_test = groups, groups_test
         curve = {name: runs[name] for name in "ab"}
-        found = compare.decomposition(runs["sam"], curve, None, "sam", "sgd", "test_accuracy")
-        ends.append((found.ci_low[0], found.ci_high[0]))
+        found = compare.decomposition(runs["sam"], curve, runs["a"], "sam", "sgd", "test_accuracy")
+        ends.append((found.ci_low[2], found.ci_high[2]))
     np.testing.assert_allclose(ends[1:3], [ends[0]] * 2, rtol=1e-9)
     assert ends[3][1] - ends[3][0] > 1.5 * (ends[0][1] - ends[0][0])
 

@@ -216,10 +216,6 @@ def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
     whole = blobs()
     part = pool(pool(whole, 40, seed=1), 20, seed=2)
     np.testing.assert_array_equal(whole.x[part.index], part.x)
-    found = memorization.memorization(coins(10, 20), halves(10, 20))
-    frame = memorization.per_example({"correct": {"sgd": found}}, part)
-    assert list(frame["index"]) == list(part.index) and frame["class"][3] == whole.classes[whole.y[part.index[3]]]
-    np.testing.assert_array_equal(frame.correct_sgd, found.value)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import sys
 
 import jupytext
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from sklearn.datasets import load_digits
 
 from lib.attacks import catalogue
 from lib.study import verdict
@@ -141,6 +143,12 @@ def test_notebook_02_says_that_eight_models_resolve_no_band(run):
     main = recorded(run, "02_memorization", optimizer="sam", baseline="sgd")
     flags = main[main.metric.str.startswith("band_is_resolved_")]
     assert len(flags) == 5 and (flags.value == 0).all()  # tiny has 16 models, 8 of them without each example
+
+
+def test_notebook_02_names_every_example_by_its_index_in_the_data_as_loaded(run):
+    table = pd.read_csv(run / "out" / "memorization.csv")
+    np.testing.assert_array_equal(load_digits().target[table["index"]], table["class"])
+    assert len(set(table["index"])) == len(table) == 300 and table.correct_sam.between(-1, 1).all()
 
 
 def test_planted_labels_and_twins_move_apart_in_notebook_02(run):

@@ -424,7 +424,7 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
 
     treated: the treatment's ensemble; own: the baseline's that it is compared with (at equal epochs, say). curve: dict
     -> Ensemble, the baseline's runs along one path (epochs, or learning rate). All hold the same models. name: the
-    coordinate, train_loss or test_accuracy; x is the treated ensemble's, and B(x) the AUC on the baseline's curve there,
+    coordinate, train_loss or test_accuracy; x is the treated ensemble's, B(x) the AUC on the baseline's curve there,
     monotone: of its logit over the log of the train loss (or over the accuracy). For every headline attack
 
         auc_total = A(treated) - A(own),   auc_from_fit = B(x) - A(own),   auc_at_equal_loss = A(treated) - B(x)

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from concurrent import futures
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,7 @@ ENGINES = ("local", "ray")
 LONG = 100  # steps of one model from which a process of its own is worth starting
 OWN = 1e9  # bytes of memory that a process takes, about
 PATIENCE = 30  # seconds that a Ray cluster has to answer
+tell_once = cache(print)  # in each process
 RETRIES = 5  # times that Ray trains a chunk again after its worker was lost
 
 
@@ -46,7 +48,7 @@ def train(
     kept = ensemble.open_store(recipe, dataset, store)
     todo, n = missing(recipe, dataset, n_models, kept, where), n_processes(recipe, dataset, where)
     if todo and (why := trial.trial(recipe, dataset.x.shape[1:], dataset.n_classes, where)):
-        print(why, flush=True)
+        tell_once(why)
     if todo and engine == "ray":
         train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet, notify)
     elif todo and n > 1:

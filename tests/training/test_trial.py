@@ -1,6 +1,7 @@
 """What readers bring: what cannot be mapped over models, what is frozen, what draws random numbers."""
 
 import random
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from lib.analysis import compare, flatness
-from lib.training import Recipe, ensemble, networks, privacy, step, train, trial
+from lib.training import Recipe, ensemble, networks, privacy, step, train, trial, workers
 from lib.training.recipe import learning_rate
 from tests.training.test_sharpness import REFERENCE, Twin, assert_is_the_twin
 
@@ -140,13 +141,13 @@ def test_what_cannot_be_mapped_is_trained_one_at_a_time_as_in_the_plain_loop(
     arch = arch if arch == "mlp" else f"{HERE}:{arch}"
     optimizer = optimizer if optimizer in ("sgd", "sam") else f"{HERE}:{optimizer}"
     recipe = Recipe(arch, optimizer, rho=0.1, epochs=2, batch_size=8, lr=0.01 if "RMS" in optimizer else 0.5)
+    workers.tell_once.cache_clear()
     found = train(recipe, table, 4, tmp_path, "cpu", quiet=True)
+    train(replace(recipe, seed=1), table, 4, tmp_path, "cpu", quiet=True)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.startswith(f"{named}='") and "one at a time" in said and "issue" not in said
     for k in (0, 3):
         assert_is_the_twin(found, table, k, rtol=1e-3, atol=1e-5)
-    train(recipe, table, 4, tmp_path, "cpu", quiet=True)
-    assert not capsys.readouterr().out  # nothing was left to train
 
 
 def test_so_are_images_augmented_averaged_and_asked_for_labels(images, tmp_path):

@@ -19,7 +19,7 @@ LIRAS = {  # (offline, variance), as in shadow.liras
     "lira_offline": (True, "example"),
     "lira_offline_shrunk": (True, "shrunk"),
 }
-# the attacks that speak for all where one number is wanted; fixed before any result of theirs was known
+# the attacks that speak for all where one number is wanted, since 26 November 2026 (docs/results.md)
 HEADLINES = ("lira_shrunk", "rmia", "combined")
 # the attacks whose own decision is score > 0
 FIXED = ("gap", "loss", "confidence_classwise", "entropy_classwise", "m_entropy_classwise", "neural_classwise")

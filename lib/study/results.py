@@ -24,6 +24,7 @@ COLUMNS = "notebook experiment dataset arch optimizer baseline rho coordinate at
 PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
 PLACES = "data scores store out device engine gpus".split()  # parameters that say where a run is made, not what it is
 SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment ema seed".split()
+SETTINGS += ["tuning", "n_pools"]
 
 
 def read(path):

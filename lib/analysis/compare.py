@@ -217,8 +217,7 @@ def scores(ensemble, member=None, only=catalogue.NAMES):
     member = np.array(ensemble.member if member is None else member)
     data, n_in = ensemble.dataset, member.sum(0)
     if min(n_in.min(), len(member) - n_in.max()) < 3:
-        found = catalogue.single(ensemble.logits[:, 0], data.y, member, groups=data.groups)
-        return {name: found[name] for name in catalogue.NAMES if name in found}
+        only = catalogue.ALONE
     population = ensemble.test_logits, data.y_test
     return catalogue.run(ensemble.logits, data.y, member, *population, groups=data.groups, only=only)
 

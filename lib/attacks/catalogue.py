@@ -9,9 +9,10 @@ from lib.attacks.shadow import liras, rmia
 from lib.attacks.signals import TINY, parallel, signals
 from lib.attacks.thresholds import classwise, yeom
 
-NAMES = tuple(
+# those that look at one model alone
+ALONE = tuple(
     "gap loss confidence confidence_classwise entropy entropy_classwise m_entropy m_entropy_classwise neural "
-    "neural_classwise lira lira_shrunk lira_offline lira_offline_shrunk rmia rmia_offline combined".split()
+    "neural_classwise".split()
 )
 LIRAS = {  # (offline, variance), as in shadow.liras
     "lira": (False, "example"),
@@ -19,6 +20,7 @@ LIRAS = {  # (offline, variance), as in shadow.liras
     "lira_offline": (True, "example"),
     "lira_offline_shrunk": (True, "shrunk"),
 }
+NAMES = (*ALONE, *LIRAS, "rmia", "rmia_offline", "combined")
 # the attacks that speak for all where one number is wanted, since 26 November 2026 (docs/results.md)
 HEADLINES = ("lira_shrunk", "rmia", "combined")
 # the attacks whose own decision is score > 0
@@ -53,15 +55,16 @@ def run(
     both = (population_logits is None) == (population_y is None)
     need(both, "population_y: missing or without population_logits; valid are both or neither")
     need(set(only) <= set(NAMES), f"only: {[*only]}; valid are {', '.join(NAMES)}")
-    wanted = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}
-    alone, out, seen = wanted - {*LIRAS, "rmia", "rmia_offline", "combined"}, {}, None
-    if alone:
+    wanted, out, seen = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}, {}, {}
+    if wanted & {*ALONE}:
         seen = signals(logits if len(shape) == 3 else logits[:, 0], y)
-    shown = seen if alone and len(shape) == 3 else signals(logits, y, only=("phi", "confidence"))
-    phi, confidence, population = shown["phi"], shown["confidence"], None
-    if alone:
-        out = of_signals(seen, y, member, seed, groups)
-    del seen, shown
+        phi, confidence = seen["phi"], seen["confidence"]
+        out = of_single_models(seen, y, member, seed, groups)
+    if wanted <= {*ALONE}:
+        return {name: out[name] for name in NAMES if name in only}
+    if not seen or len(shape) == 4:
+        phi, confidence = signals(logits, y, only=("phi", "confidence")).values()
+    population = None
     kinds = {name: kind for name, kind in LIRAS.items() if name in wanted}
     out |= zip(kinds, liras(phi, member, kinds.values()), strict=True)
     if population_logits is not None:
@@ -85,38 +88,23 @@ def ranks(scores):
     return out
 
 
-def single(logits, y, member, seed=0, groups=None):
-    """The attacks of `run` that need no shadow models: a dict name -> scores [M, N] float32.
+def of_single_models(seen, y, member, seed=0, groups=None):
+    """The attacks in ALONE, given the signals of the plain input, some of which are changed in their place.
 
-    logits: [M, N, C] on the plain input; the rest as in `run`. Thresholds are learned on one half of each model's
-    members and non-members, and judge the other half.
+    Thresholds are learned on one half of each model's members and non-members, and judge the other half.
     """
-    return of_signals(signals(logits, y), y, member, seed, groups)
-
-
-def of_signals(seen, y, member, seed, groups):
-    """`single`, given the signals, which are used up."""
     member = checked(seen["phi"], member)[1]
     half = calibration_split(member, seed, y, groups)
-    # phi orders as confidence does, and -log(entropy) as -entropy; but these do not tie in float32
-    out = {
-        "gap": seen["correct"].astype(np.float32),
-        "loss": yeom(seen.pop("log_confidence"), member, half=half),
-        "confidence": seen["phi"],
-        "entropy": minus_log(seen.pop("entropy")),
-        "m_entropy": minus_log(seen.pop("modified_entropy")),
-    }
-    levels = [out[name] for name in ("confidence", "entropy", "m_entropy")]
-    for name, values in zip(("confidence", "entropy", "m_entropy"), levels, strict=True):
-        out[f"{name}_classwise"] = classwise(values, member, y, part=half)
-    out["neural"], own, part = neural.attack(levels, member, seed, groups)
+    for values in (seen["entropy"], seen["modified_entropy"]):
+        # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
+        np.negative(np.log(np.maximum(values, np.float32(TINY), out=values), out=values), out=values)
+    levels = {"confidence": seen["phi"], "entropy": seen["entropy"], "m_entropy": seen["modified_entropy"]}
+    out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen.pop("log_confidence"), member, half=half)}
+    out |= levels
+    out |= {f"{name}_classwise": classwise(values, member, y, part=half) for name, values in levels.items()}
+    out["neural"], own, part = neural.attack(list(levels.values()), member, seed, groups)
     out["neural_classwise"] = classwise(out["neural"], member, y, part=part, own=own)
     return out
-
-
-def minus_log(entropy):
-    """-log(entropy), in its place; it orders as -entropy does, but does not tie where a model is nearly certain."""
-    return np.negative(np.log(np.maximum(entropy, np.float32(TINY), out=entropy), out=entropy), out=entropy)
 
 
 def null_member(member, seed=0, groups=None) -> np.ndarray:

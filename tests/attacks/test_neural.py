@@ -111,7 +111,7 @@ def test_finds_a_shape_of_the_output_that_confidence_cannot():
     rest[:, np.arange(200), y] = -np.inf
     p = 0.4 * np.exp(rest) / np.exp(rest).sum(-1, keepdims=True)
     p[:, np.arange(200), y] = 0.6 + 0.01 * rng.normal(size=(24, 200))
-    out = catalogue.single(np.log(p), y, member)
+    out = catalogue.run(np.log(p), y, member, only=catalogue.ALONE)
     auc = {name: auc_influence_values(scores, member).mean() for name, scores in out.items()}
     assert abs(auc["confidence"] - 0.5) < 0.05 and auc["neural"] > auc["confidence"] + 0.35
     assert auc["neural_classwise"] > auc["confidence_classwise"] + 0.3
@@ -159,7 +159,7 @@ def test_survives_certain_and_constant_outputs():
     logits[0] = 0.0  # one model says nothing
     logits[1] *= 1e4
     logits[2, :5, 0] = -np.inf
-    scores = catalogue.single(logits, y, member)["neural"]
+    scores = catalogue.run(logits, y, member, only=catalogue.ALONE)["neural"]
     assert np.isfinite(scores).all()
     assert auc_influence_values(scores, member)[0].mean() == pytest.approx(0.5, abs=0.1)
 

@@ -59,7 +59,7 @@ def test_gap_and_yeom_equal_their_closed_forms():
     rng = np.random.default_rng(0)
     member, y = halves_of_pool(rng, 6, 80), rng.integers(0, 3, 80)
     logits = rng.normal(size=(6, 80, 3)) + 2 * member[..., None] * np.eye(3)[y]
-    out = catalogue.single(logits, y, member, seed=3)
+    out = catalogue.run(logits, y, member, seed=3, only=catalogue.ALONE)
     correct = logits.argmax(-1) == y
     gap = [correct[m, member[m]].mean() - correct[m, ~member[m]].mean() for m in range(6)]
     assert balanced_accuracy_influence_values(out["gap"], member, 0.0).mean() == pytest.approx(0.5 + np.mean(gap) / 2)

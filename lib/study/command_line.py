@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lib import need
 from lib.study import experiments, own_logits, report, settings
 from lib.study.settings import ROOT
 from lib.training.store import write_atomic
@@ -26,8 +27,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p
 def chosen(words):
     """The notebooks that begin with these words, or all of them."""
     for word in words:
-        if not any(book.name.startswith(word) for book in NOTEBOOKS):
-            raise ValueError(f"notebook {word!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
+        known = any(book.name.startswith(word) for book in NOTEBOOKS)
+        need(known, f"notebook {word!r} is unknown: choose from {', '.join(b.stem for b in NOTEBOOKS)}")
     return [book for book in NOTEBOOKS if not words or book.name.startswith(tuple(words))]
 
 

@@ -102,10 +102,9 @@ def checked(given):
         return Parameters(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        name = first["loc"][0]
-        if name not in Parameters.model_fields:
-            known = ", ".join(Parameters.model_fields)
-            raise ValueError(f"unknown parameter {name!r}: the parameters are {known}") from None
+        name, known = first["loc"][0], Parameters.model_fields
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}: the parameters are {', '.join(known)}") from None
         about = Parameters.model_fields[name].description
         raise ValueError(f"{name}={first['input']!r} is not valid: {first['msg']} ({name}: {about})") from None
 
@@ -201,8 +200,8 @@ class Run:
         dataset: the pool, where a notebook draws it from results. Empty if the experiment does not suit this run.
         """
         planned = experiments.declared(self, name, dataset)
-        if any(one.is_drawn for one in planned.values()):
-            raise ValueError(f"dataset=None: {name!r} needs the pool that its notebook draws from results")
+        missing = any(one.is_drawn for one in planned.values())
+        need(not missing, f"dataset=None: {name!r} needs the pool that its notebook draws from results")
         found, experiment = {}, experiments.EXPERIMENTS[name]
         for key, (recipe, n_models, data, _) in planned.items():
             found[key] = train(recipe, data, n_models, self.store, self.device, self.engine, self.gpus)
@@ -270,15 +269,14 @@ def published_scores(path, n):
 
 def check(run):
     """Raise ValueError naming the parameter if any main ensemble of the run could not be trained or compared."""
-    if len(set(run.names)) != len(run.names) or "" in run.names or len(run.names) < 2:
-        raise ValueError(f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
+    fine = len({*run.names} - {""}) == len(run.names) >= 2
+    need(fine, f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
     workers.check(run.engine, run.gpus)
     recipes = [run.recipe(name) for name in run.names]  # raises what is wrong with the optimizers and the device
-    if recipes[0].optimizer.rule_name != "plain":
-        bases = ", ".join(BASES)
-        raise ValueError(f"optimizers={run.optimizers!r}: the first is the baseline, one of {bases}, or your own")
-    if any(recipe.optimizer.has_radius for recipe in recipes) and run.rho <= 0:
-        raise ValueError(f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
+    first = f"the first is the baseline, one of {', '.join(BASES)}, or your own"
+    need(recipes[0].optimizer.rule_name == "plain", f"optimizers={run.optimizers!r}: {first}")
+    fine = run.rho > 0 or not any(recipe.optimizer.has_radius for recipe in recipes)
+    need(fine, f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for recipe in recipes:
         ensemble.check(recipe, run.dataset, run.n_models, run.device)
     member = membership(recipes[0], run.n_examples, range(run.n_models), run.dataset.groups)
@@ -292,11 +290,9 @@ def check(run):
     # attacks leave one model out, and need two more; buckets are formed on one half of the models, judged on the other
     half = np.arange(run.n_models) // 2 % 2 == 0
     counts = [np.minimum(part.sum(0), (~part).sum(0)) for part in (member, member[half], member[~half])]
-    if np.any(np.min(counts, axis=1) < [3, 2, 2]):
-        raise ValueError(
-            f"subset={run.subset}: of n_models={run.n_models}, only {counts[0].min()} train on some example, or not on "
-            "it; 3 must, and 2 in either half of the models: train more models, or choose a subset nearer to 0.5"
-        )
+    few = f"subset={run.subset}: of n_models={run.n_models}, only {counts[0].min()} train on some example, or not on it"
+    must = "3 must, and 2 in either half of the models: train more models, or choose a subset nearer to 0.5"
+    need(np.all(np.min(counts, axis=1) >= [3, 2, 2]), f"{few}; {must}")
 
 
 def notebook_run(namespace):

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
+from lib import need
+
 pd.set_option("styler.html.mathjax", False, "display.html.use_mathjax", False)  # a $ in a table is a dollar
 
 
@@ -55,8 +57,7 @@ def select(frame, baseline="", **columns):
     """
     wanted = columns | ({"baseline": baseline} if baseline or "baseline" in frame else {})
     found = frame[(frame[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} rows have {wanted}; valid is what exactly one row has")
+    need(len(found) == 1, f"{len(found)} rows have {wanted}; valid is what exactly one row has")
     return found.iloc[0]
 
 

@@ -345,4 +345,15 @@ show_text(f"**Who pays.** {said}.")
 for (name, other, metric), (size, value) in atypical.items():
     who = f"{name} − {other}" if other else name
     show_text(f"**Atypical sub-patterns.** `{metric}` of {who} is largest where {size} share a pattern ({value:.3f}).")
+free = [
+    name for name in lowered.optimizer if select(costs, "none", optimizer=name, metric="test_accuracy").ci_high >= 0
+]
+advice = f"These lower the leakage here without a measurable loss of accuracy: {joined(free)}."
+if private:
+    cheapest = guard[(guard.baseline == baseline) & (guard.metric == "test_accuracy")].sort_values("value").iloc[-1]
+    price = (
+        f"{cheapest.optimizer} at {cheapest.coordinate.replace('=', ' ')}: {percentage_points(cheapest)} of accuracy"
+    )
+    advice += f" Only the private optimizers bound what *any* attack can learn; the least it costs here is {price}."
+show_text(f"**What to do.** {advice} An optimizer's name is no defence: audit the model that you ship.")
 show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

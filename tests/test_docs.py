@@ -165,13 +165,6 @@ def test_the_finding_and_its_picture_come_first():
     assert "<!-- answer -->\n**" in first and "](outputs/reference/finding.png)" in first
 
 
-def test_signs_are_counted():
-    more, less, neither = (type("Row", (), {"ci_low": low, "ci_high": low + 1}) for low in (0.5, -1.5, -0.5))
-    assert readme.counted([more, more, less]) == "more in 2 of 3 comparisons, less in 1"
-    assert readme.counted([neither, neither]) == "no differently in 2 of 2 comparisons"
-    assert readme.counted([]) == "in none"
-
-
 def headings(text):
     return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", text, flags=re.M)}
 

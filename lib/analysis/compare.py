@@ -59,10 +59,22 @@ def common_ids(ensembles):
     return sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles)))
 
 
+def kept(ensemble, key, make):
+    """The array make(), kept with the ensemble while it is small: notebooks ask for the same arrays again and again."""
+    made = vars(ensemble).setdefault("made", {})
+    if key not in made:
+        found = make()
+        if found.size > 2**20:
+            return found
+        made[key] = found
+        found.flags.writeable = False
+    return made[key]
+
+
 def signal(ensemble, name, test=False):
     """A signal (lib.attacks.signals) of the plain input: [M, N] on the pool, [M, T] on the test part."""
     logits, y = (ensemble.test_logits, ensemble.dataset.y_test) if test else (ensemble.logits, ensemble.dataset.y)
-    return signals(logits[:, 0], y, only=(name,))[name]
+    return kept(ensemble, (name, test), lambda: signals(logits[:, 0], y, only=(name,))[name])
 
 
 def hits_on_test(ensemble):
@@ -103,7 +115,8 @@ def headline_scores(ensemble):
 
 def auc_influence_values(ensemble, attack="lira_shrunk"):
     """Influence values [M, N] of the AUC of a headline attack."""
-    return intervals.auc_influence_values(headline_scores(ensemble)[attack], np.array(ensemble.member))
+    scores, member = headline_scores(ensemble)[attack], np.array(ensemble.member)
+    return kept(ensemble, attack, lambda: intervals.auc_influence_values(scores, member))
 
 
 def auc_estimate(values, dataset, level=0.95):

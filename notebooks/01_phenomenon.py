@@ -271,7 +271,7 @@ show_table(own[own.metric.isin(["auc", "balanced_accuracy"])], across=["metric",
 
 # %% [markdown]
 # `combined` is the mean of an example's ranks by `lira_shrunk` and by `rmia`. These three are the *headline* attacks:
-# wherever this study compares whole ensembles by one number, it reports each of them. They were chosen beforehand.
+# wherever this study compares whole ensembles by one number, it reports each of them, whatever they say.
 #
 # The strict end: how many members can an attacker name while hardly anyone is accused wrongly? The FPR obtained should
 # be close to the one asked for. RMIA compares an example with a finite number of others, so its scores tie, and it

@@ -72,11 +72,14 @@ def models(name, given):
     for key, array in arrays.items():
         refuse(key, key not in ARRAYS, f"the names {', '.join(ARRAYS)}")
         refuse(key, array.dtype.kind not in "biuf" + "US" * (key == "groups"), "real numbers")
-    two = {"logits": "np.stack([np.zeros_like(z), z], -1)", "probabilities": "np.stack([1 - p, p], -1)"}
-    for key, how in two.items():
+    for key in ("logits", "probabilities"):
         form, one = np.shape(arrays.get(key)), np.shape(arrays.get("member"))
-        column = form and (form[-1] == 1 or form == one)
-        refuse(key, column, f"two classes or more; make two of one output without its last axis, [M, N], by {how}")
+        if form and (form[-1] == 1 or form == one):  # a column, as of a sigmoid
+            is_p = ((arrays[key] >= 0) & (arrays[key] <= 1)).all()
+            how = "probabilities=np.stack([1 - p, p], -1)" if is_p else "logits=np.stack([np.zeros_like(z), z], -1)"
+            refuse(
+                key, True, f"two classes or more: of one output for two classes, without a last axis of 1, save {how}"
+            )
     if (member := arrays.get("member")) is not None and member.size in member.shape:  # one model: [N], [1, N] or [N, 1]
         arrays["member"] = member.reshape(1, -1)
         arrays |= {k: a[None] for k, a in arrays.items() if k.endswith(("logits", "probabilities")) and a.ndim == 2}
@@ -98,8 +101,9 @@ def models(name, given):
             note = f"We use the logarithms of {given} as logits; {zero:.2%} of them are 0 and count as {least:.2g}, the"
             notes.append(f"{note} smallest other one.")
         refuse(given, ~(z < np.inf), "numbers below infinity")
-        is_p = given == logits and (z >= 0).all() and (np.abs(total - 1) < 0.02).all()
-        refuse(given, is_p, f"logits; these are probabilities (they sum to 1): name the array {probabilities}")
+        alike = given == logits and (z >= 0).all() and np.ptp(total) <= 0.04 * total.mean()
+        said = f"logits; these are probabilities (they sum to {total.mean():.3g}): name the array {probabilities}"
+        refuse(given, alike, said)
         if y is not None and np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
             y = y.argmax(1)
         elif y is not None and y.size in np.shape(y):  # [N], [N, 1] or [1, N]

@@ -229,13 +229,19 @@ FAULTS = {
     r"x: logits: .*\(8, 4, 80\); .*np.moveaxis\(logits, 2, -2\)": changed(logits=ONE["logits"].swapaxes(1, 2)),
     r"x: logits: float64 of shape .*name the array probabilities": changed(logits=P),
     r"x: logits: float16 of shape .*name the array probabilities": changed(logits=P.astype(np.float16)),
+    r"x: logits: .*they sum to 100\): name the array prob": changed(logits=100 * P),
     r"x: population_logits: .*name the array population_prob": changed(population_logits=P, population_y=ONE["y"]),
     r"x: probabilities: -\d.*name the array logits": {**LESS, "probabilities": np.log(P)},
     r"x: probabilities: .* sum to 1 \(logits are named logits": {**LESS, "probabilities": np.abs(ONE["logits"])},
     r"x: probabilities: .*labels only": {**LESS, "probabilities": np.eye(4)[ONE["logits"].argmax(-1)]},
-    r"x: logits: .*two classes or more; .*np.zeros_like\(z\), z\], -1": changed(logits=ONE["logits"][..., 0]),
-    r"x: probabilities: .*\(8, 80, 1\).*np.stack\(\[1 - p, p\], -1": {**LESS, "probabilities": P[..., :1]},
-    r"x: logits: .*\(80,\); .*two classes or more": {**LESS, "member": ONE["member"][0], "logits": P[0, :, 0]},
+    r"x: logits: .*two classes or more: .*save logits=np.stack\(\[np.zeros_like\(z\), z\], -1": changed(
+        logits=ONE["logits"][..., 0]
+    ),
+    r"x: probabilities: .*\(8, 80, 1\).*save probabilities=np.stack\(\[1 - p, p\], -1": {
+        **LESS,
+        "probabilities": P[..., :1],
+    },
+    r"x: logits: .*\(80,\); .*save probabilities=np.stack": {**LESS, "member": ONE["member"][0], "logits": P[0, :, 0]},
     r"x: logits: nan at \[3, 5, 1\]": changed(logits=NAN),
     r"x: logits: inf at \[0, 2, 0\]": changed(logits=at(ONE["logits"], (0, 2, 0), np.inf)),
     r"x: logits: int\d+ of shape": changed(logits=np.zeros((8, 80, 4), int)),

@@ -128,8 +128,13 @@ def models(name, given):
     refuse("groups", groups is not None and groups.shape != (n,), f"[N] = {(n,)}")
 
     member, names = arrays["member"].astype(bool), np.arange(n) if groups is None else groups
-    seen = member.sum(0)
-    for kept in ((seen >= 3) & (seen <= m - 3), np.ones(n, bool)):  # those whom LiRA and RMIA can judge, or else all
+    enough = (member.sum(0) >= 3) & (member.sum(0) <= m - 3)
+    sides = 2.0 * member[:, enough] - 1
+    partner = (sides @ sides.T).argmin(1)  # the model that shares the fewest members
+    alike = (member == member[partner]).any(0)
+    if (partner[partner] == np.arange(m)).all() and alike[enough].sum() < 0.05 * enough.sum():
+        enough &= ~alike  # pairs but for a few examples, which would keep LiRA from leaving out the target's partner
+    for kept in (enough, np.ones(n, bool)):  # those whom LiRA and RMIA can judge, or else all
         one_each = np.unique(names[kept], return_index=True)[1]
         inside = member[:, kept][:, one_each].sum(1)
         few = (inside < LEAST) | (inside > len(one_each) - LEAST)
@@ -140,8 +145,10 @@ def models(name, given):
     if not kept.all():
         of_kept = None if groups is None else groups[kept]
         z, member, arrays["y"], groups = z[:, :, kept], member[:, kept], arrays["y"][kept], of_kept
-        notes.append(f"{n - kept.sum()} of {n} examples are left out: LiRA and RMIA need three models that trained on "
-                     "an example, and three that did not.")  # fmt: skip
+        notes.append(
+            f"{n - kept.sum()} of {n} examples are left out: LiRA and RMIA need three models that trained on "
+            "an example, three that did not and, if models come in complementary pairs, one of each pair."
+        )
     shared = {"member": member, "y": arrays["y"], "groups": groups, "population_y": y_test}
     dataset = SimpleNamespace(y=arrays["y"], groups=groups, y_test=y_test, groups_test=None)
     about = dict(shared=shared, notes=notes, kept=kept)

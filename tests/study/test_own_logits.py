@@ -337,13 +337,18 @@ def coins(n_models, n=300, seed=0):
     return member, (member.sum(0) >= 3) & ((~member).sum(0) >= 3)
 
 
-@pytest.mark.parametrize("design", ["coins", "one example"])
+@pytest.mark.parametrize("design", ["coins", "one example", "a broken pair"])
 def test_examples_without_enough_shadows_are_left_out_and_counted_and_the_others_judged(design, tmp_path, capsys):
     member, enough = coins(10)
     if design == "one example":
         member = given(n_models=10, n=300)["member"]
         member[:, 7] = np.arange(10) < 8
         enough = np.arange(300) != 7
+    if design == "a broken pair":  # five models on either side, but no model's partner is the other's complement
+        member = given(n_models=10, n=300)["member"]
+        member[:, 7] = np.arange(10) < 5
+        enough = np.arange(300) != 7
+        assert membership.partners(member) is None and membership.partners(member[:, enough]) is not None
     one, other = (given(member=member, leak=leak) for leak in (1.0, 2.0))
     frame = own_logits.audit({"one": one, "other": other}, tmp_path)
     assert auc(frame, "other").index.tolist() == list(catalogue.NAMES)

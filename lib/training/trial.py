@@ -76,7 +76,8 @@ def trial(recipe, shape, n_classes, device):
     each = plain and not unfit and kind.is_private
     need(not each, f"{names['arch']} gives no gradient of each example, which {kind} needs: it {plain}")
     need(not unfit, f"{names['arch']} {unfit}")
-    raise ValueError(f"{names['optimizers']} {alone}; it was tried on {names['arch']}")
+    form = "a rule returns (grads, aux), or (grads, aux, memory) if it asks for memory, with grads like params"
+    raise ValueError(f"{names['optimizers']} {alone}; it was tried on {names['arch']}; {form}")
 
 
 def random_states(used, device):

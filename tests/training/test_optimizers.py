@@ -180,8 +180,6 @@ BAD = {
     "dpsam(sigma=-1.0)": "sigma=-1.0 of dpsam must lie between 0",
     "gsam(alpha=-3.0)": "alpha=-3.0 of gsam must lie between 0",
     "sam(rho=1e999)": "rho=inf of sam must be finite",
-    "lib.training.networks:mlp": "lib.training.networks:mlp is no rule: on two small tensors it fails",
-    "os.path:join": "no rule",
     "swa(start=1.5)": "start=1.5 of swa must lie between 0 and 1",
     "sgd+sam": "rule\\+base is needed",
     "sam+sam": "rule\\+base is needed",
@@ -229,6 +227,16 @@ def test_a_private_rule_is_refused_on_batchnorm_and_stays_private_at_rho_zero(im
 def test_all_that_a_rule_asks_for_is_offered_or_an_option():
     rules = [Optimizer.parse(name) for name in optimizers.RULES if name != "plain"]
     assert set(sharpness.LIMITS) <= {option for rule in rules for option in rule.all_options}
+
+
+@pytest.mark.parametrize(
+    "text, passes",
+    [("sgd", 1), ("adamw", 1), ("swa", 1), ("sam", 2), ("sharpreg", 2), ("looksam(k=3)", 4 / 3), ("looksam(k=1)", 2)]
+    + [("msam(m=7)", 2), ("esam(gamma=0.25)", 1 + 1 / 3 + 0.25), ("dpsgd", 1), ("dpsam", 2), ("looksam(k=999999)", 1)]
+    + [("own_optimizers:signed", 1), ("own_optimizers:heavy(k=3)+adamw", 1)],
+)
+def test_the_passes_of_a_step_are_counted(own, text, passes):
+    assert Optimizer.parse(text).gradients_per_step() == pytest.approx(passes, abs=1e-5)
 
 
 # ---- a reader's own -----------------------------------------------------------------------------------------

@@ -270,6 +270,8 @@ class Needy(torch.optim.SGD):
     "arch, optimizer, says",
     [
         ("mlp", "own:unfit", "optimizers='own:unfit' fails"),
+        ("mlp", "lib.training.networks:mlp", "optimizers='lib.training.networks:mlp' fails"),
+        ("mlp", "os.path:join", "optimizers='os.path:join' fails.*a rule returns .grads, aux.*"),
         ("own:untrainable", "sam", "arch='own:untrainable' fails"),
         ("own:untrainable", "own:clip", "arch='own:untrainable' fails"),
         ("own:all_frozen", "sgd", "arch='own:all_frozen' has no parameter that is trained"),

@@ -123,7 +123,7 @@ class Store:
 
     def claim(self, start):
         """The lock on the chunk of models that begins with `start`, held by us; None if another process trains it."""
-        lock = FileLock(self.folder / "claims" / f"{start:05d}.lock", thread_local=False)  # another thread frees it
+        lock = FileLock(self.folder / "claims" / f"{start:05d}.lock")
         try:
             lock.acquire(timeout=0)
             return lock

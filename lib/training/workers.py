@@ -39,7 +39,7 @@ def train(
 
     engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,
     seconds) is called after each chunk of models. wait=False: models that other processes are training are left to
-    them, and None is returned. Models that diverged are named and left out with their partners: see Ensemble.ids.
+    them, and None is returned. Diverged models are named and left out with their partners: see Ensemble.ids.
     Raises ValueError naming the parameter before anything is trained.
     """
     check(engine, gpus)
@@ -81,29 +81,30 @@ def missing(recipe, dataset, n_models, kept, device):
 
 
 def train_here(recipe, dataset, inputs, todo, kept, n_models=None, quiet=False, notify=None):
-    """Train those of the chunks that no other process has claimed: how many. One is saved while the next trains."""
+    """Train and save those of the chunks that no other process has claimed: how many."""
     kept.check_disk(ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
-    saved = []
-    with progress(recipe, todo, "here", quiet) as bar, futures.ThreadPoolExecutor(1) as writer:
+    n_trained = 0
+    with progress(recipe, todo, "here", quiet) as bar:
         for ids in todo:
             lock = kept.claim(ids[0])
-            if lock is None or all(kept.flag(k) for k in ids):  # another process trains it, or has just finished it
+            try:
+                if lock is None or all(kept.flag(k) for k in ids):  # another process trains it, or has just finished it
+                    bar.update(recipe.run_epochs)
+                    continue
+                began, arrays = time.time(), train_or_halve(recipe, inputs, list(ids), bar.update, n_models)
+                seconds, n_trained = time.time() - began, n_trained + 1
+                notes = {"seconds": seconds / len(ids), "device": str(inputs.device), "torch": torch.__version__}
+                for place, k in enumerate(ids):
+                    if kept.flag(k) is None:
+                        status = "diverged" if arrays["stuck"][place] else "finished"
+                        rows = {n: arrays[n][place] for n in kept.rows if n != "weights" or k < ensemble.KEEP_WEIGHTS}
+                        kept.save(k, rows, status=status, **notes)
+            finally:
                 if lock:
                     lock.release()
-                bar.update(recipe.run_epochs)
-                continue
-            try:
-                began, arrays = time.time(), train_or_halve(recipe, inputs, list(ids), bar.update, n_models)
-                seconds = time.time() - began
-                [one.result() for one in saved[-1:]]  # raises what went wrong in the writer
-            except BaseException:
-                lock.release()
-                raise
-            saved.append(writer.submit(save, kept, ids, arrays, lock, seconds / len(ids), inputs.device))
             if notify:
                 notify(recipe, len(inputs.y), len(ids), seconds)
-    [one.result() for one in saved]
-    return len(saved)
+    return n_trained
 
 
 def train_or_halve(recipe, inputs, ids, tick, n_models):
@@ -114,26 +115,13 @@ def train_or_halve(recipe, inputs, ids, tick, n_models):
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words for it
             raise
         what = f"batch_size={recipe.batch_size}: the memory of {inputs.device} does not suffice for one {recipe.arch}"
-        if len(ids) == 1:
-            raise ValueError(f"{what}: choose a smaller batch_size or arch") from error
+        need(len(ids) > 1, f"{what}: choose a smaller batch_size or arch")
     step.STACKS.clear()
     torch.cuda.empty_cache()
     few = len(ids) // 2
     print(f"memory ran out on {inputs.device}: {few} models are trained at once instead of {len(ids)}", flush=True)
     halves = [train_or_halve(recipe, inputs, part, tick, n_models) for part in (ids[:few], ids[few:])]
     return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-
-
-def save(kept, ids, arrays, lock, seconds, device):
-    """Save those of the models that the store lacks, and free their claim. seconds: of one model."""
-    try:
-        for place, k in enumerate(ids):
-            if kept.flag(k) is None:
-                status = "diverged" if arrays["stuck"][place] else "finished"
-                rows = {n: arrays[n][place] for n in kept.rows if n != "weights" or k < ensemble.KEEP_WEIGHTS}
-                kept.save(k, rows, status=status, seconds=seconds, device=str(device), torch=torch.__version__)
-    finally:
-        lock.release()
 
 
 def progress(recipe, todo, where, quiet):
@@ -235,10 +223,8 @@ def check(engine, gpus=0.0):
             asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
             subprocess.run(asked, timeout=PATIENCE, check=True, capture_output=True)
     except (OSError, OverflowError, ValueError, subprocess.SubprocessError) as error:
-        raise ValueError(
-            f"RAY_ADDRESS={address!r} does not answer within {PATIENCE} s ({error}): host:port or ray://host:port of a "
-            "cluster (`ray start --head`) is needed; unset it to start Ray on this machine"
-        ) from error
+        form = "host:port or ray://host:port of a cluster (`ray start --head`), or unset to start Ray on this machine"
+        raise ValueError(f"RAY_ADDRESS={address!r} does not answer within {PATIENCE} s ({error}): {form}") from error
 
 
 def train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet=False, notify=None):

@@ -63,23 +63,17 @@ def resnet9(shape, n_classes):
         layers = [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
 
-    def residual(width):
-        return Residual(nn.Sequential(block(width, width), block(width, width)))
-
-    first = [block(shape[0], 64), block(64, 128, True), residual(128), block(128, 256, True)]
+    first = [block(shape[0], 64), block(64, 128, True), Residual(block(128, 128), block(128, 128))]
+    first.append(block(128, 256, True))
     head = [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(512, n_classes)]
-    return he_normal(nn.Sequential(*first, block(256, 512, True), residual(512), *head))
+    return he_normal(nn.Sequential(*first, block(256, 512, True), Residual(block(512, 512), block(512, 512)), *head))
 
 
-class Residual(nn.Module):
-    """x + f(x)."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
+class Residual(nn.Sequential):
+    """x + f(x), f being the layers one after another."""
 
     def forward(self, x):
-        return x + self.inner(x)
+        return x + super().forward(x)
 
 
 class PreActivation(nn.Module):

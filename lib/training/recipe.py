@@ -52,29 +52,25 @@ class Recipe:
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "rho", rho if optimizer.has_radius else 0.0)  # so one store serves SGD at every rho
         sign, side = (-1, "negative") if optimizer.rule_name == "sharpreg" else (1, "positive")
-        least = optimizer.least_batch
-        known = f"one of {', '.join(networks.MODELS)}, or package.module:name"
-        for name, holds, valid in (
-            ("arch", self.arch in networks.MODELS or ":" in self.arch, known),
-            ("rho", min(sign * np.atleast_1d(self.rho), default=-1) >= 0, f"zero or {side}"),
-            ("lr", self.lr > 0, "positive"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("momentum", optimizer.base_name != "nesterov" or self.momentum > 0, "positive for nesterov"),
-            ("weight_decay", self.weight_decay >= 0, "zero or positive"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= least, f"at least {least}, two examples for each of msam's shards"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
-            ("stop", 0 < self.stop <= 1, "in (0, 1]"),
-            ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
-            ("subset", 0 < self.subset < 1, "strictly between 0 and 1"),
-            ("queries", 1 <= self.queries <= 18, "between 1 and 18"),
-            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
-            ("ema", not self.ema or optimizer.rule_name != "swa", "0 for swa, which is an average already"),
-            ("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
-            ("seed", self.seed >= 0, "zero or positive"),
+        least, known = optimizer.least_batch, f"one of {', '.join(networks.MODELS)}, or package.module:name"
+        for names, is_valid, valid in (
+            ("arch", lambda v: v in networks.MODELS or ":" in v, known),
+            ("rho", lambda v: min(sign * np.atleast_1d(v), default=-1) >= 0, f"zero or {side}"),
+            ("lr", lambda v: v > 0, "positive"),
+            ("momentum warmup smoothing ema", lambda v: 0 <= v < 1, "in [0, 1)"),
+            ("momentum", lambda v: v > 0 or optimizer.base_name != "nesterov", "positive for nesterov"),
+            ("weight_decay seed", lambda v: v >= 0, "zero or positive"),
+            ("epochs", lambda v: v >= 1, "at least 1"),
+            ("batch_size", lambda v: v >= least, f"at least {least}" + ", two for each of msam's shards" * (least > 1)),
+            ("stop", lambda v: 0 < v <= 1, "in (0, 1]"),
+            ("subset", lambda v: 0 < v < 1, "strictly between 0 and 1"),
+            ("queries", lambda v: 1 <= v <= 18, "between 1 and 18"),
+            ("ema", lambda v: v == 0 or optimizer.rule_name != "swa", "0 for swa, which is an average already"),
+            ("precision", lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
         ):
-            need(holds, f"{name}={getattr(self, name)!r} is not valid: it must be {valid}")
+            for name in names.split():
+                value = getattr(self, name)
+                need(is_valid(value), f"{name}={value!r} is not valid: it must be {valid}")
 
     @property
     def run_epochs(self):
@@ -128,9 +124,8 @@ def whole_groups(draw, groups, size, tries=50):
                 taken[group], left = True, left - sizes[group]
         if not left:
             return np.flatnonzero(taken[groups])
-    raise ValueError(
-        f"n_examples={len(groups)}: no {size} examples made of whole groups were found: choose another number"
-    )
+    what = f"no {size} examples made of whole groups were found: choose another number"
+    raise ValueError(f"n_examples={len(groups)}: {what}")
 
 
 def learning_rate(recipe, step, n_steps):

@@ -59,8 +59,7 @@ class Rows:
 
     def header(self, rows):
         """NumPy's header; it has one length for any number of rows, so it can be rewritten in place."""
-        out = BytesIO()
-        about = {"descr": self.dtype.str, "fortran_order": False, "shape": (rows, *self.shape)}
+        out, about = BytesIO(), {"descr": self.dtype.str, "fortran_order": False, "shape": (rows, *self.shape)}
         np.lib.format.write_array_header_1_0(out, about)
         return out.getvalue()
 
@@ -68,14 +67,14 @@ class Rows:
         """Whole rows in the file; 0 if it is absent, or if its header is damaged or that of another array."""
         try:
             with open(self.path, "rb") as file:
-                header = file.read(self.header_bytes)
-            rows = (self.path.stat().st_size - self.header_bytes) // self.row_bytes
+                header, size = file.read(self.header_bytes), file.seek(0, os.SEEK_END)
         except OSError:
             return 0
         # a truncated file has fewer rows than its header says, which is right about everything else
         digits = header.partition(b"'shape': (")[2].partition(b",")[0]
         counted = int(digits) if digits.isdigit() else -1
-        return min(rows, counted) if counted > 0 and header == self.header(counted) else 0
+        fine = counted > 0 and header == self.header(counted)
+        return min(counted, (size - self.header_bytes) // self.row_bytes) if fine else 0
 
     def read(self):
         """Read-only memory map [len(self), *shape]."""
@@ -108,7 +107,7 @@ class Store:
         for path in Path(root).glob(f"{name}-*/recipe.json"):
             said = read_json(path)
             version = said.pop("store_version", None)
-            what = f"{path.parent.name} was written by version {version} of the store, this is {VERSION}"
+            what = f"version {version} of the store wrote {path.parent.name}, this is {VERSION}"
             fine = version == VERSION or said != json.loads(json.dumps(key))
             need(fine, f"store={str(root)!r}: {what}: give another folder, or remove that one to train its models anew")
         self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
@@ -149,8 +148,7 @@ class Store:
             with self.writing:  # two processes must not rewrite a header at once
                 for name, row in arrays.items():
                     self.rows[name].write(model, row)
-            text = json.dumps({**flag, "seal": checksum(flag)})
-            write_atomic(self.folder / "done" / f"{model:05d}.json", text)
+            write_atomic(self.folder / "done" / f"{model:05d}.json", json.dumps({**flag, "seal": checksum(flag)}))
         except OSError as error:
             kept = f"{len(list(self.folder.glob('done/*.json')))} finished models are kept"
             raise ValueError(f"store={str(self.folder.parent)!r} can't be written ({error}); {kept}") from error

@@ -107,7 +107,7 @@ class Store:
         for path in Path(root).glob(f"{name}-*/recipe.json"):
             said = read_json(path)
             version = said.pop("store_version", None)
-            what = f"version {version} of the store wrote {path.parent.name}, this is {VERSION}"
+            what = f"{path.parent.name} was written by version {version} of the store, this is {VERSION}"
             fine = version == VERSION or said != json.loads(json.dumps(key))
             need(fine, f"store={str(root)!r}: {what}: give another folder, or remove that one to train its models anew")
         self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}

@@ -30,6 +30,7 @@ known. Conditions, families and headline attacks were set on 26 November, when a
 import html
 import re
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ SHADES |= {"not testable here": "#f7f2c4", "not run": "#ffffff"}
 DELTAS = {" points": 0.002, "%": 0.05, "": 0.01}  # of a rate; of the baseline's own value; of a distance
 # by the first word of a metric: its unit, and what turns it into an effect; all others are rates
 UNITS = {"log": ("%", np.expm1), "variance": ("%", lambda ratio: ratio - 1), "distance": ("", np.asarray)}
+EACH = "each − its baseline"
 SKILL = "balanced_accuracy_above_chance"
 FITS, LEARNS, CEILING = 0.99, 0.1, 0.97  # least train accuracy; least low end of SKILL; an AUC that can hardly grow
 IMAGE, TABLE = ("resnet18", "wrn28_2", "vgg16"), ("mlp",)
@@ -61,7 +63,7 @@ class Test(NamedTuple):
     """Which rows of results.csv must follow the rule. The defaults are the main comparison.
 
     sign: -1 if the claim expects a negative effect. attack: a name, or several. coordinate: how it begins. optimizer:
-    None is the pair judged.
+    "" is the pair judged; EACH, every row's own pair.
     """
 
     metric: str
@@ -69,7 +71,7 @@ class Test(NamedTuple):
     attack: str | tuple = ""
     experiment: str = "main"
     coordinate: str = ""
-    optimizer: str | None = None
+    optimizer: str = ""
     rule: str = "more"
 
 
@@ -77,94 +79,45 @@ class Claim(NamedTuple):
     """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline.
 
     needs: conditions, of fit, learning, models, and unfit (the optimizer fits less than 99%, and less than the
-    baseline).
+    baseline). since: the day of its present rule.
     """
 
     name: str
     notebook: str
+    whose: str
+    since: str
+    needs: str
     statement: str
     tests: tuple
-    needs: str = "fit learning"
-    whose: str = "the paper's"
-    since: str = "2026-11-26"
 
 
-OURS, NONE, AUC = {"whose": "ours"}, {"needs": "", "since": "2026-11-23"}, Test("auc", attack=HEADLINES)
-BUCKETS, RARE = dict(experiment="influence buckets"), dict(experiment="sub-patterns", coordinate="shared by=1 to 2")
-ON_CONFIDENCE, ON_HITS = (BUCKETS | {"coordinate": f"by=influence on {of}"} for of in ("p_y", "correctness"))
-LENGTHS = dict(experiment="length sweep", coordinate="epochs=")
-EACH = "each − its baseline"
-SPREAD = [(signal, over) for over in ("examples", "models") for signal in ("confidence", "phi")]
-CLAIMS = (
-    Claim("generalizes_better", "01", "{a} tests better than {b}.", (Test("test_accuracy"),), "learning"),
-    *(Claim(f"leaks_more_{name.lower().replace(' ', '_')}", "01", f"{{a}} leaks more than {{b}}: {name}.",
-            (Test("auc", 1, attacks, rule="family"),)) for name, attacks in FAMILIES.items()),
-    Claim("more_so_when_strict", "01", "{a} leaks more at the lowest FPR, relatively more than in AUC.",
-          (Test("tpr@lowest", 1, HEADLINES), Test("log_ratio_tpr@lowest_to_auc", 1, HEADLINES))),
-    Claim("more_when_tuned", "05", "{a} leaks more than {b} where both are tuned.",
-          (AUC._replace(experiment="tuned"),), **OURS),
-    Claim("more_at_equal_accuracy", "05", "{a}, tuned, leaks more than {b} of the same test accuracy.",
-          (Test("auc_at_equal_accuracy", 1, HEADLINES, "frontier", "both tuned"),), "learning", **OURS),
-    Claim("at_every_length", "05", "{a} leaks more than {b} at every length of training that fits.",
-          (AUC._replace(**LENGTHS),), **OURS),
-    Claim("less_while_unfit", "05", "{a} leaks less than {b} at every length of training at which it fits less.",
-          (AUC._replace(sign=-1, **LENGTHS),), "unfit learning", **OURS),
-    Claim("at_equal_loss", "05", "{a} leaks more than {b} at equal train loss.",
-          (AUC._replace(experiment="equal train loss", coordinate="train_loss="),), "learning", **OURS),
-    Claim("memorization_not_lower", "02", "On average, {a} memorizes no less than {b}.",
-          (Test("mean_memorization", rule="not less"),)),
-    Claim("memorization_in_the_middle", "02", "{a} has more examples than {b} with memorization from 0.6 to 0.85.",
-          (Test("memorization_share_0.6_0.85"),), "fit learning models"),
-    Claim("memorizes_atypical", "06", "{a} memorizes the rarest known sub-patterns more than {b}.",
-          (Test("mean_memorization", **RARE),)),
-    Claim("gains_on_atypical", "06", "{a} tests better than {b} on the rarest known sub-patterns.",
-          (Test("test_accuracy", **RARE),), "learning"),
-    Claim("gains_where_few_help", "03", "{a} gains over {b} on test points that depend on few examples only; "
-          "shuffled membership shows less.",
-          (Test("gain_bucket_1", **BUCKETS), Test("gain_bucket_5", -1, rule="not less", **BUCKETS),
-           Test("gain_bucket_1_minus_5", **BUCKETS), Test("gain_beyond_shuffled", **ON_HITS)), "learning"),
-    Claim("gains_without_ties", "03", "The same by influence on confidence, which has no ties: bucket 1 gains most.",
-          (Test("gain_bucket_1_minus_5", **ON_CONFIDENCE),), "learning", **OURS),
-    Claim("influence_makes_buckets", "03", "Influence explains bucket 1's gain: shuffled membership gives less.",
-          (Test("gain_beyond_shuffled", **ON_CONFIDENCE),), "learning", **OURS),
-    Claim("beyond_difficulty", "03", "At similar difficulty, too, test points that depend on few examples gain more.",
-          (Test("gain_entropy_within_difficulty_1_minus_5", **BUCKETS),), "learning", **OURS),
-    *(Claim(f"varies_less_{s}_{over}", "01", f"On non-members, {{a}}'s {s} varies less across {over} than {{b}}'s.",
-            (Test(f"log_ratio_nonmember_variance_{s}_across_{over}", -1),)) for s, over in SPREAD),
-    Claim("fewer_extreme_nonmembers", "04", "{a} has fewer non-members with a confidence above 0.99 than {b}.",
-          (Test("nonmember_share_above_0.99", -1),)),
-    Claim("fewer_nonmembers_above", "04", "{a} has fewer non-members above its median member in confidence than {b}.",
-          (Test("nonmember_share_above_member_median", -1),), **OURS),
-    Claim("theorem_conclusion", "04", "Theorem: penalizing curvature reduces the variance on non-members.",
-          (Test("variance_ratio", -1, "", "theorem: monte carlo", "spectrum=power law", "eta=10"),), **NONE),
-    Claim("premise_interpolator", "04", "Premise: on a linear model, SAM does not end at the minimum 2-norm solution.",
-          (Test("distance_to_minimum_norm", 1, "", "theorem: limits", "case=linear model", "sam", "present"),),
-          **NONE, **OURS),
-    Claim("premise_curvature", "04", "Premise: it is enough to penalize the curvature of the training data.",
-          (Test("variance_ratio", -1, "", "theorem: limits", "case=empirical curvature", "eta=10", "present"),),
-          **NONE, **OURS),
-    Claim("flatter_yet_leaks_more", "01", "{a}'s minima are flatter than {b}'s, and {a} leaks more.",
-          (Test("log_ratio_hessian_top_eigenvalue", -1), AUC)),
-    Claim("smaller_gap_larger_advantage", "01", "{a} narrows the generalization gap, yet the attacks' advantage grows.",
-          (Test("generalization_gap", -1), Test("advantage", attack=HEADLINES))),
-    Claim("other_optimizers_alike", "01", "Every sharpness-aware optimizer leaks more.",
-          (AUC._replace(experiment="every optimizer", optimizer=EACH),)),
-    Claim("other_architectures_alike", "01", "Sharpness-aware training leaks more in every architecture.",
-          (AUC._replace(experiment="every arch", optimizer=EACH),)),
-)  # fmt: skip
+def in_table():
+    """The claims of claims.csv, which has a row for each test; a claim's first row says what its tests share."""
+    table = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False, dtype={"notebook": str})
+    table["attack"] = table.attack.map(lambda name: HEADLINES if name == "headline" else name)
+    for _, rows in table.groupby("name", sort=False):
+        yield Claim(*rows[[*Claim._fields[:-1]]].values[0], tuple(map(Test._make, rows[[*Test._fields]].values)))
+
+
+def about_attacks(name, what, attacks):
+    """The claim that sharpness-aware training leaks more by these attacks, with one verdict for them all."""
+    about = f"leaks_more_{name.lower().replace(' ', '_')}", "01", "the paper's", "2026-11-26", "fit learning"
+    return Claim(*about, f"{{a}} leaks more than {{b}}{what}{name}.", (Test("auc", attack=attacks, rule="family"),))
+
+
+CLAIMS = [*in_table()]
+CLAIMS[1:1] = [about_attacks(name, ": ", attacks) for name, attacks in FAMILIES.items()]
 ALIKE = ("other_optimizers_alike", "other_architectures_alike")  # these need more than one run can have by default
 # the appendix: each attack by itself, its interval not corrected for the other attacks
-BY_ATTACK = tuple(Claim(f"leaks_more_{n}", "01", f"{{a}} leaks more than {{b}} under {n}.", (Test("auc", 1, n),))
-                  for attacks in FAMILIES.values() for n in attacks)  # fmt: skip
+BY_ATTACK = [about_attacks(name, " under ", name) for attacks in FAMILIES.values() for name in attacks]
 
 
 def judge(effect, low, high, delta, rule="more"):
     """(verdict, reason) by the first three rules at the top; the effect is positive where it agrees with the claim."""
     more, less = low > 0 and effect >= delta, high < 0 and effect <= -delta
-    rules = {"more": (more, less), "not less": (low > -delta, less), "present": (more, high < delta)}
-    for holds, verdict in zip(rules[rule], ("supported", "contradicted"), strict=True):
-        if holds:
-            return verdict, verdict
+    holds, fails = {"more": (more, less), "not less": (low > -delta, less), "present": (more, high < delta)}[rule]
+    if holds or fails:
+        return ("supported" if holds else "contradicted",) * 2
     if np.isnan([effect, low, high]).any():
         return "inconclusive", "no interval"
     small = max(abs(low), abs(high)) < delta or not low <= 0 <= high
@@ -194,10 +147,10 @@ def judge_attacks(attacks, numbers, delta, rule="more"):
         found = np.array([judge(*each, delta, rule)[0] for each in numbers])
         ways = found == "supported", found == "contradicted"
         enough = max(map(np.sum, ways)) == len(attacks)
-    up, down = (joined(np.array(attacks)[way]) for way in ways)
-    said = [f"{word} {by}" for word, by in (("for it:", up), ("against it:", down)) if by != "none"]
+    sides = ("for", ways[0]), ("against", ways[1])
+    said = [f"{word} it: {joined(np.array(attacks)[way])}" for word, way in sides if way.any()]
     mixed = len(said) == 2
-    verdict = "inconclusive" if mixed or not enough else "supported" if up != "none" else "contradicted"
+    verdict = "inconclusive" if mixed or not enough else "supported" if ways[0].any() else "contradicted"
     return verdict, "mixed, the attacks disagree: " * mixed + ("; ".join(said) or "significant by none")
 
 
@@ -217,11 +170,13 @@ def obstacle(known, row, needs):
     fits, lows = [look("train_accuracy", name)[0] for name in pair], [look(SKILL, name)[1] for name in pair]
     band = look(row.metric.replace("memorization_share", "band_is_resolved"), *pair)[0]
     fit = [f"{name.upper()} fits {100 * value:.3g}%" for name, value in zip(pair, fits, strict=True)]
-    guess = [f"{name.upper()} may be guessing on the test part" for name in pair]
     checks = {  # condition: the numbers that tell, and what is wrong with them
         "fit": (fits, [said for said, value in zip(fit, fits, strict=True) if value < FITS]),
         "unfit": (fits, fit * (fits[0] >= min(FITS, fits[1]))),
-        "learning": (lows, [said for said, low in zip(guess, lows, strict=True) if low <= LEARNS]),
+        "learning": (
+            lows,
+            [f"{pair[k].upper()} may be guessing on the test part" for k in (0, 1) if lows[k] <= LEARNS],
+        ),
         "models": ([band], [f"{row.n_models:.0f} models are too few to resolve the band"] * (band == 0)),
     }
     told, said = (sum((checks[need][k] for need in needs.split()), []) for k in (0, 1))
@@ -319,7 +274,7 @@ def ledger(results, claims=CLAIMS):
             for test in claim.tests:
                 parts += tested(known, found.get((test.experiment, test.metric), rows[:0]), test, claim, pair)
             verdicts, effects, sizes, evidence, n_models = zip(*parts, strict=True)
-            who = pair if any(test.optimizer is None for test in claim.tests) else ("", "")
+            who = pair if any(not test.optimizer for test in claim.tests) else ("", "")
             about = claim.name, claim.whose, claim.since, claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
             worst = next(v for v in reversed(SHADES) if v in verdicts)
             said = worst, "; ".join(filter(None, effects)), sizes[0], "; ".join(dict.fromkeys(evidence))

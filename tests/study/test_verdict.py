@@ -1,6 +1,6 @@
 """The ledger: its rule at the boundaries, verdicts that flip with the data, partial results, several runs."""
 
-from itertools import combinations
+from itertools import combinations, product
 from statistics import NormalDist
 
 import numpy as np
@@ -14,6 +14,7 @@ from lib.study.settings import ROOT
 
 REFERENCE = sorted((ROOT / "outputs" / "reference").glob("*/results.csv"))
 ONE_RUN = [claim for claim in verdict.CLAIMS if claim.name not in verdict.ALIKE]
+SPREAD = list(product(("confidence", "phi"), ("examples", "models")))
 OPPOSITE = {"supported": "contradicted", "contradicted": "supported"}
 
 
@@ -49,6 +50,10 @@ def penalty(eta, value, coordinate, experiment="theorem: monte carlo", **more):
     return row("variance_ratio", value, 0.01, **(about | more))
 
 
+def claim_of(tests):
+    return verdict.Claim("conjunction", "01", "ours", "2026-11-26", "fit learning", "{a}, {b}", tests)
+
+
 def frame(rows):
     return pd.DataFrame(list(rows), columns=COLUMNS)
 
@@ -81,7 +86,7 @@ def everything(sign=1):
     out += [row("gain_beyond_shuffled", 0.01 * sign, coordinate="by=influence on correctness", **buckets)]
     for metric in ("nonmember_share_above_member_median", "nonmember_share_above_0.99", "generalization_gap"):
         out += [row(metric, -0.01 * sign)]
-    for metric in ("hessian_top_eigenvalue", *(f"nonmember_variance_{s}_across_{o}" for s, o in verdict.SPREAD)):
+    for metric in ("hessian_top_eigenvalue", *(f"nonmember_variance_{s}_across_{o}" for s, o in SPREAD)):
         out += [row(f"log_ratio_{metric}", -0.5 * sign, 0.1)]
     for experiment, at in (("theorem: monte carlo", "spectrum=power law, n/d=0.5"),
                            ("theorem: limits", "case=empirical curvature")):  # fmt: skip
@@ -157,7 +162,7 @@ def test_a_conjunction(parts, wanted):
             tests.append(verdict.Test("test_accuracy", **at))
             rows += fitted(sam=0.5 if part == "t" else 1, **at)
             rows += [row("test_accuracy", {"c": -0.01, "i": 0.0}.get(part, 0.01), **at)] * (part != "n")
-        claim = verdict.Claim("conjunction", "01", "{a}, {b}", tuple(tests))
+        claim = claim_of(tuple(tests))
         assert judged(frame(rows), "conjunction", claims=(claim,)).verdict == wanted
 
 

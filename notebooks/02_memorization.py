@@ -204,7 +204,8 @@ display(figures.save(figure, run, "planted"))
 
 ranks = {when: stats.rankdata(m) / n_pool for when, m in planted.items()}  # the share of the pool memorized less
 for kind, rows in kinds.items():
-    change = intervals.t_interval(ranks["after"][rows] - ranks["before"][rows])
+    # of a single row: Student's t interval
+    change = intervals.estimate((ranks["after"][rows] - ranks["before"][rows])[None], examples_only=True)
     moved = intervals.row("rank_change_of_planted", change)
     now = {"metric": "rank_of_planted", "value": ranks["after"][rows].mean()}
     frame = pd.DataFrame([moved, now]).assign(optimizer=baseline)

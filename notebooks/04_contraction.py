@@ -756,7 +756,7 @@ tangent = [  # means and intervals on the log scale: no ratio falls below 0
     intervals.row("variance_ratio", intervals.Estimate(*np.exp(found)), x=eta, series=name)
     for side, name in enumerate(sides)
     for j, eta in enumerate(tangent_etas)
-    for found in [intervals.t_interval(np.log(of_pairs[:, side, j]))]
+    for found in [intervals.estimate(np.log(of_pairs[None, :, side, j]), examples_only=True)]
 ]
 tangent = pd.DataFrame(tangent).assign(optimizer=lambda f: f.x.map("eta={:g}".format))
 predicted = tangent[(tangent.series == sides[1]) & (tangent.x > 0)]

@@ -1,7 +1,7 @@
 """What the paper leaves open: tables of its variants, of what switches the effect off, of defences, and of who pays.
 
 `found` and `ensembles` are dicts label -> Ensemble of the same models, the baseline first, as in lib.analysis.compare.
-An AUC is that of each headline attack (column attack), or of the one that the argument `attack` names.
+An AUC is that of each headline attack (column attack).
 """
 
 from types import SimpleNamespace
@@ -12,33 +12,15 @@ import pandas as pd
 from lib.analysis import compare
 from lib.analysis.memorization import exposure, spearman
 from lib.attacks import catalogue, intervals
-from lib.attacks.intervals import SHADOW_CORRECTION, estimate, row
-
-
-def dominated(found, level=0.95, attack="lira_shrunk"):
-    """Which other ensembles beat each one: dict label -> list of labels, empty on the Pareto frontier.
-
-    b beats a if it tests better or leaks less (in AUC), with the paired interval clear of 0, and its estimate of the
-    other quantity is not worse. The intervals allow for the number of pairs compared (Bonferroni).
-    """
-    accuracy = {label: compare.hits_on_test(e) for label, e in found.items()}
-    leak = {label: compare.auc_influence_values(e, attack).astype(np.float32) for label, e in found.items()}
-    data, strict = next(iter(found.values())).dataset, 1 - (1 - level) / max(1, len(found) * (len(found) - 1))
-
-    def beats(b, a):
-        better = estimate(accuracy[b] - accuracy[a], level=strict, columns=data.groups_test)
-        tighter = compare.auc_estimate(leak[a] - leak[b], data, strict)
-        return max(better.low, tighter.low) > 0 and min(better.value, tighter.value) >= 0
-
-    return {a: [b for b in found if b != a and beats(b, a)] for a in found}
+from lib.attacks.intervals import SHADOW_CORRECTION, row
 
 
 def effect_table(found):
-    """The treatment's effect on AUC at every level, and its change from the run as it is: a tidy frame.
+    """The treatment's effect on AUC at every level (auc), and its change from the run as it is (auc_change): tidy.
 
     found: dict (factor, level, optimizer) -> Ensemble, with the baseline and the run as it is first. A level with a
-    missing ensemble is left out. Metrics: auc, auc_change. Columns beside the usual ones: attack, factor, level,
-    coordinate, train_accuracy (the baseline's), train_accuracy_treatment and test_gain.
+    missing ensemble is left out. Columns beside the usual ones: attack, factor, level, coordinate, train_accuracy (the
+    baseline's), train_accuracy_treatment and test_gain.
     """
     baseline, treatment = dict.fromkeys(name for *_, name in found)
     rows, as_it_is = [], {}
@@ -50,18 +32,13 @@ def effect_table(found):
         about["coordinate"] = f"{factor}={level}"
         about["train_accuracy"] = compare.on_pool(base, "correct").mean()
         about["train_accuracy_treatment"] = compare.on_pool(treated, "correct").mean()
-        about["test_gain"] = test_accuracy(treated) - test_accuracy(base)
+        about["test_gain"] = compare.hits_on_test(treated).mean() - compare.hits_on_test(base).mean()
         for attack in catalogue.HEADLINES:
             effect = compare.auc_influence_values(treated, attack) - compare.auc_influence_values(base, attack)
             change = effect - as_it_is.setdefault(attack, effect)
             for metric, values in (("auc", effect), ("auc_change", change)):
                 rows.append(row(metric, compare.auc_estimate(values, base.dataset), attack=attack, **about))
     return pd.DataFrame(rows)
-
-
-def test_accuracy(ensemble):
-    """Mean test accuracy: a float."""
-    return float(compare.hits_on_test(ensemble).mean())
 
 
 def tempered(ensemble, temperature):
@@ -71,21 +48,9 @@ def tempered(ensemble, temperature):
 
 
 def defence_table(found):
-    """Accuracies, and every metric of the headline attacks and of a threshold on the confidence: a tidy frame.
-
-    found: dict label -> Ensemble, the undefended one first.
-    """
+    """Accuracies, and every metric of the headline attacks and of a threshold on the confidence: a tidy frame."""
     scored = {k: compare.headline_scores(e) | {"confidence": compare.signal(e, "phi")} for k, e in found.items()}
     return pd.concat([compare.accuracies(found), compare.leakage(found, scored)], ignore_index=True)
-
-
-def private_table(found):
-    """`defence_table` of private optimizers: a tidy frame with the columns epsilon and coordinate.
-
-    found: dict (optimizer, epsilon) -> Ensemble, the baseline with epsilon inf first.
-    """
-    frame = compare.split_labels(defence_table(found), "epsilon")
-    return frame.assign(coordinate=["" if np.isinf(e) else f"epsilon={e:g}" for e in frame.epsilon])
 
 
 def within(ensembles, parts, accuracy):

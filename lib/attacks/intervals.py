@@ -46,9 +46,9 @@ def estimate(
     together (a patient's two eyes), default none do. The variance is that of Cameron, Gelbach & Miller (2011, equation
     2.10); see also Owen (2007) and, for readers and cases, Gallas (2006). The quantile is Student's t, with
     Satterthwaite's degrees of freedom. rate: the mean is a probability, so the interval is made on the logit scale.
-    shadow_correction: see the top of this file. examples_only: the interval is about new examples only; for one model's
-    AUC it is DeLong's. With one cluster, or one (group of) example(s), the interval is (nan, nan). Raises ValueError
-    unless the matrix is finite and clusters (columns) has an entry for each row (column).
+    shadow_correction: see the top of this file. examples_only: it is about new examples only (DeLong's for one
+    model's AUC, Student's t for a single row). With one cluster, or one (group of) example(s), it is (nan, nan). Raises
+    ValueError unless the matrix is finite and clusters (columns) has an entry for each row (column).
     """
     x = np.asarray(influence_values)
     need(x.ndim == 2 and x.size, f"influence_values: shape {x.shape}; valid is a matrix [M, N]")
@@ -90,20 +90,10 @@ def estimate(
     return Estimate(value, float(low), float(high))
 
 
-def t_interval(values, level=0.95) -> Estimate:
-    """Mean of independent values [n] with Student's t interval; (nan, nan) for a single value."""
-    mean, half = float(np.mean(values)), np.nan
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * stats.sem(values))
-    return Estimate(mean, mean - half, mean + half)
-
-
-def proportion(found, n, level=0.95) -> Estimate:
+def proportion(found, n) -> Estimate:
     """found of n independent trials, with the interval of Clopper & Pearson (1934); a tie may count half."""
-    low, high, tail = np.floor(found), np.ceil(found), (1 - level) / 2
-    below = stats.beta.ppf(tail, low, n - low + 1) if low > 0 else 0.0
-    above = stats.beta.ppf(1 - tail, high + 1, n - high) if high < n else 1.0
-    return Estimate(float(found / n), float(below), float(above))
+    low, high = (stats.binomtest(int(k), n).proportion_ci() for k in (np.floor(found), np.ceil(found)))
+    return Estimate(float(found / n), float(low.low), float(high.high))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -134,7 +124,7 @@ def paired(values, metric, rate=False, log_ratio_from=None, **how) -> pd.DataFra
     return pd.DataFrame(rows, columns=TIDY)
 
 
-def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, log_ratios=False, **how) -> pd.DataFrame:
+def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, **how) -> pd.DataFrame:
     """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
     scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Columns TIDY.
@@ -146,7 +136,7 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, level=0.95, log_rat
     two models, no other model can give a threshold at an FPR, so it comes from half of the target's own non-members
     (tpr_influence_values_within).
     """
-    how |= {"clusters": pairs(checked(next(iter(scores.values())), member)[1]), "level": level}
+    how["clusters"] = pairs(checked(next(iter(scores.values())), member)[1])
     learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
     aucs = {k: auc_influence_values(s, member) for k, s in scores.items()}
     frames = [paired(aucs, "auc", True, 0.5 if log_ratios else None, **corrected)]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import xlogy
 
+from lib import need
 from lib.analysis.memorization import checked
 from lib.attacks import intervals
 from lib.attacks.intervals import ratio_influence_values
@@ -43,9 +44,8 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
     the level of classes of different sizes compares. part: "positive" keeps the positive influences, "absolute" the
     sizes of all. Raises ValueError for another part, or a test example whose class has no training example.
     """
-    if part not in ("positive", "absolute"):
-        raise ValueError(f"part={part!r}; valid are 'positive' and 'absolute'")
-    values, y, y_test = np.asarray(values), np.asarray(y), np.asarray(y_test)
+    need(part in ("positive", "absolute"), f"part={part!r}; valid are 'positive' and 'absolute'")
+    values, y, y_test = map(np.asarray, (values, y, y_test))
     if same_class and (lost := set(y_test.tolist()) - set(y.tolist())):
         raise ValueError(f"y_test: class {min(lost)} has no training example; valid are the classes of y")
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
@@ -70,8 +70,7 @@ def buckets(score, n=5, within=None, seed=0, classes=None):
     Raises ValueError for NaN, and unless 2 <= n <= the size of the smallest group.
     """
     frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes})
-    if frame.score.isna().any():
-        raise ValueError("score: NaN; valid are numbers")
+    need(frame.score.notna().all(), "score: NaN; valid are numbers")
     order = np.random.default_rng(seed).permutation(len(frame))
     frame = frame.iloc[order]
     if classes is not None:
@@ -79,8 +78,7 @@ def buckets(score, n=5, within=None, seed=0, classes=None):
         frame = frame.assign(score=(of_class.rank(method="first") - 0.5) / of_class.transform("size"))
     own = frame.groupby("group").score
     smallest, out = own.size().min(), np.empty(len(frame), int)
-    if not 2 <= n <= smallest:
-        raise ValueError(f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (of its smallest group)")
+    need(2 <= n <= smallest, f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (or group)")
     out[order] = (own.rank(method="first") - 1) * n // own.transform("size")
     return out
 

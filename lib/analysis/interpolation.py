@@ -11,6 +11,8 @@ import numpy as np
 from scipy.linalg import eigh, qr, solve_triangular
 from scipy.special import ndtr, owens_t
 
+from lib import need
+
 EPS, INF = np.finfo(float).eps, 1e300  # eta = INF gives the limit eta = inf to the last digit
 
 
@@ -135,8 +137,7 @@ def spectrum(kind, d) -> np.ndarray:
     rank = np.arange(1, d + 1)
     spikes = np.where(rank <= max(1, d // 10), 81.0, 1.0)
     kinds = {"isotropic": np.ones(d), "power law": 1 / rank, "spiked": spikes}
-    if kind not in kinds:
-        raise ValueError(f"kind={kind!r}; valid are {', '.join(kinds)}")
+    need(kind in kinds, f"kind={kind!r}; valid are {', '.join(kinds)}")
     return d * kinds[kind] / kinds[kind].sum()
 
 
@@ -165,19 +166,18 @@ def gradient_descent(x, y, rho=0.0, steps=4000) -> np.ndarray:
 def _finite(name, value, least=-np.inf, most=np.inf):
     """value as floats, all finite and from `least` to `most`."""
     value = np.asarray(value, float)
-    bad = ~(np.isfinite(value) & (value >= least) & (value <= most))
-    if bad.any():
-        raise ValueError(f"{name}={value[bad][0]}; valid are finite numbers from {least:g} to {most:g}")
+    for bad in value[~(np.isfinite(value) & (value >= least) & (value <= most))].flat:
+        raise ValueError(f"{name}={bad}; valid are finite numbers from {least:g} to {most:g}")
     return value
 
 
 def _system(x, y, outputs=True):
     """x [n, d] and y [n] (or [n, k] if `outputs`) as floats, where every y has infinitely many solutions w."""
     x, y = _finite("x", x), _finite("y", y)
-    if x.ndim != 2 or not 0 < len(x) < x.shape[1] or np.linalg.matrix_rank(x) < len(x):
-        raise ValueError(f"x: shape {x.shape}, or dependent rows; valid is [n, d] with n < d, of full row rank")
-    if y.shape[:1] != x.shape[:1] or y.ndim > 1 + outputs:
-        raise ValueError(f"y: shape {y.shape}; valid is ({len(x)},){f' or ({len(x)}, k)' * outputs}")
+    fits = x.ndim == 2 and 0 < len(x) < x.shape[1] and np.linalg.matrix_rank(x) == len(x)
+    need(fits, f"x: shape {x.shape}, or dependent rows; valid is [n, d] with n < d, of full row rank")
+    fits = y.shape[:1] == x.shape[:1] and y.ndim <= 1 + outputs
+    need(fits, f"y: shape {y.shape}; valid is ({len(x)},){f' or ({len(x)}, k)' * outputs}")
     return x, y
 
 

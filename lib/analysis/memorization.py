@@ -53,17 +53,12 @@ def memorization(values, member) -> Memorization:
 def checked(values, member, same=False):
     """values [M, N or T] and member [M, N] as arrays, or a ValueError that says what is wrong."""
     values, member = np.asarray(values), np.asarray(member)
-    if member.dtype != bool or member.ndim != 2:
-        raise ValueError(f"member: {member.dtype} {member.shape}; valid are bools [M, N]")
-    if values.ndim != 2 or len(values) != len(member) or (same and values.shape != member.shape):
-        raise ValueError(f"values: shape {values.shape}; valid is {member.shape if same else (len(member), 'T')}")
-    if not np.isfinite(values).all():
-        raise ValueError("values: NaN or infinity; valid are finite numbers")
-    fewest = min(member.sum(0).min(), (~member).sum(0).min())
-    if fewest < 2:
-        raise ValueError(
-            f"n_models={len(member)}: an example is in or out of only {fewest}; valid are 2 or more of each"
-        )
+    need(member.dtype == bool and member.ndim == 2, f"member: {member.dtype} {member.shape}; valid are bools [M, N]")
+    fits = values.ndim == 2 and (values.shape == member.shape if same else len(values) == len(member))
+    need(fits, f"values: shape {values.shape}; valid is {member.shape if same else (len(member), 'T')}")
+    need(np.isfinite(values).all(), "values: NaN or infinity; valid are finite numbers")
+    fewest, n = min(member.sum(0).min(), (~member).sum(0).min()), len(member)
+    need(fewest >= 2, f"n_models={n}: an example is in or out of only {fewest}; valid are 2 or more of each")
     return values, member
 
 
@@ -77,8 +72,7 @@ def resolved_bands(n_out, least=0.8):
 
     The estimate of an example that its members get right is one of the n_out + 1 numbers 1 - k / n_out. A band is
     resolved if an example in its middle (of the outer ones: 0.05 and 0.925) has its estimate there with probability
-    `least` or more, and one in the middle of another band with 1 - least or less. Narrow bands need many models, on
-    account of both the lattice and the noise.
+    `least` or more, and one in the middle of another band with 1 - least or less.
     """
     edges, k = np.array([0.0, *EDGES, 1.0]), np.arange(n_out + 1)
     middle, lands = (edges[:-1] + edges[1:]) / 2, np.digitize(np.round(1 - k / n_out, 9), EDGES)
@@ -89,8 +83,8 @@ def resolved_bands(n_out, least=0.8):
     return np.where(own, landing >= least, landing <= 1 - least).all(1)
 
 
-def jackknife(statistic, member, groups=20, level=0.95):
-    """Intervals of statistic(rows, columns) -> [K], a vector of some models and some examples: a list of K Estimates.
+def jackknife(statistic, member, groups=20):
+    """95% intervals of statistic(rows, columns) -> [K], of some models and some examples: a list of K Estimates.
 
     Delete-a-group jackknife (Efron & Tibshirani 1993, section 11.7) over pairs of models and over examples. The two
     variances are added, so an interval is about new models and new examples. rows, columns: arrays of indices.
@@ -106,7 +100,7 @@ def jackknife(statistic, member, groups=20, level=0.95):
         variance, spread = variance + part, spread + part**2 / (g - 1)
     # df = V^2 / sum_k V_k^2 / (G_k - 1)  (Satterthwaite)
     df = np.divide(variance**2, spread, out=np.full_like(spread, groups - 1.0), where=spread > 0)
-    half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance)
+    half = stats.t.ppf(0.975, df) * np.sqrt(variance)
     return [intervals.Estimate(*map(float, triple)) for triple in zip(value, value - half, value + half, strict=True)]
 
 

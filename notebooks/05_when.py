@@ -211,7 +211,9 @@ for key, gain, leaks in better:
 # %%
 others = run.ensembles("pools")  # (seed, optimizer, rho, lr, weight_decay) -> Ensemble
 own_rho, rows = run.recipe(treatment).rho, []
-own_pool = {(run.seed, *key): e for key, e in made.items() if key[1] in (0.0, own_rho) and key[2] >= run.lr}
+n_fewer = len(next(iter(others.values())).ids) if others else few  # LiRA gets stronger with more models
+own_pool = {(run.seed, *key): e.only(e.ids[:n_fewer]) for key, e in made.items() if key[1] in (0.0, own_rho)}
+own_pool = {key: e for key, e in own_pool.items() if key[3] >= run.lr}
 for seed in (run.seed, *run.other_pools):
     found = {key[1:]: e for key, e in (own_pool | others).items() if key[0] == seed}
     right = {key: compare.on_pool(e, "correct", members=False).mean() for key, e in found.items()}
@@ -223,7 +225,7 @@ for seed in (run.seed, *run.other_pools):
             about = {"coordinate": f"seed={seed}, {kind}", "kind": kind, "settings": of}
             rows.append(frame[frame.baseline == baseline].assign(**about))
 pools = pd.concat(rows, ignore_index=True)
-results.add(pools, experiment="pools", rho=f"{own_rho:g}")
+results.add(pools, experiment="pools", rho=f"{own_rho:g}", n_models=n_fewer)
 steps = pools[pools.metric.isin(["auc", "test_accuracy"])].assign(
     what=lambda f: f.metric + (" of " + f.attack).where(f.attack != "", "")
 )

@@ -48,7 +48,7 @@ epochs: int = None  # epochs of the main comparison
 
 # %% tags=["setup"]
 run = settings.notebook_run(globals())
-few, fewer = (experiments.n_models(run, kind) for kind in ("few", "private"))
+few, fewer = (experiments.n_models(run, kind) for kind in ("few", "fewer"))
 results = Results("06_beyond", run, n_models=few)
 baseline, treatment = run.baseline, run.treatment
 than = ("more than", "less than", "no differently from")

@@ -24,7 +24,7 @@ from lib.data.dataset import Dataset
 from lib.training import Recipe, ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
-SIZES = {"sweep": (128, 16), "few": (64, 8), "private": (32, 8)}  # models of an ensemble: on small data, on images
+SIZES = {"sweep": (128, 16), "few": (64, 8), "fewer": (32, 8)}  # models of an ensemble: on small data, on images
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = (
@@ -142,7 +142,7 @@ def pools(run):
     """The tuning at the run's own radius, on pools drawn with other seeds. Keys: (seed, optimizer, rho, lr, decay)."""
     own = {0.0, run.recipe(run.treatment).rho}
     return {
-        (seed, *key): Planned(replace(planned.recipe, seed=seed), planned.n_models, data)
+        (seed, *key): Planned(replace(planned.recipe, seed=seed), n_models(run, "fewer"), data)
         for seed, data in run.other_pools.items()
         for key, planned in tuning(run).items()
         if key[1] in own and key[2] >= run.lr
@@ -248,7 +248,7 @@ def private_arch(run):
 @experiment("private", "06", essential=lambda run: [(run.baseline, np.inf)], is_private=True)
 def private(run):
     """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon)."""
-    arch, recipe, size = private_arch(run), run.recipe(run.baseline), n_models(run, "private")
+    arch, recipe, size = private_arch(run), run.recipe(run.baseline), n_models(run, "fewer")
     if arch is None:
         return {}
     found = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}

@@ -106,9 +106,9 @@ def test_keys_are_those_that_the_notebooks_expect(tmp_path):
 def test_sizes_of_the_sweeps(tmp_path):
     given = {"preset": "default", "n_models": 256, "n_examples": 1000}
     run = small(tmp_path, **given)
-    assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "private")] == [128, 64, 32]
+    assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "fewer")] == [128, 64, 32]
     run = small(tmp_path, **given, subset=0.4)  # each model draws its own subset: few would miss examples
-    assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "private")] == [256] * 3
+    assert [experiments.n_models(run, kind) for kind in ("sweep", "few", "fewer")] == [256] * 3
 
 
 def test_the_tuning_tries_every_combination_or_changes_one_thing_at_a_time(tmp_path):

@@ -499,10 +499,16 @@ leaks = text.joined(
 top = select(flat, metric="hessian_top_eigenvalue", **versus)
 fits = text.joined(f"{select(accuracy, metric='train_accuracy', optimizer=n).value:.1%} ({n})" for n in run.names)
 flatter = describe_sign(top, "sharper than", "flatter than", "neither flatter nor sharper than")
+found = own[(own.optimizer == treatment) & (own.metric == "auc")]
+best, simple = found.loc[found.value.idxmax()], select(found, attack="confidence")
 show_text(f"""
 - **Generalization.** {treatment} tests {better} {baseline} ({percentage_points(test)}). Train accuracies: {fits}.
 - **Leakage.** In AUC, {treatment} leaks {leaks}.
 - **Flatness.** By the largest Hessian eigenvalue, {treatment} ends {flatter} {baseline}.
+
+**What an engineer should do.** Audit with the strongest attack, not the simplest: under {treatment}, `{best.attack}` has an
+AUC of {best.value:.3f}, a threshold on the confidence {simple.value:.3f}. A better test accuracy is no sign that less is
+revealed. Before you choose between {baseline} and {treatment}, tune both and look at notebook 5.
 
 All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
 """)

@@ -142,22 +142,20 @@ class Stack:
         def rule_of_one(params, buffers, x, y, context, alone=False):
             """(gradients, Pass, memory) of one model by the rule. alone: outside of the map over the models."""
 
+            over_stack = self.gradient if self.n_stacked == 1 else partial(through_vmap, self.gradient)
+            call, loss = self.gradient_of_one if alone else over_stack, self.loss_of_one
+
             def gradient(at, index=None):
-                batch = (x, y) if index is None else (x[index], y[index])
-                if alone or self.n_stacked == 1:
-                    return (self.gradient_of_one if alone else self.gradient)(at, buffers, *batch)
-                return through_vmap(self.gradient, at, buffers, *batch)
+                return call(at, buffers, x, y) if index is None else call(at, buffers, x[index], y[index])
 
             def per_example(at):
-                each = grad(self.loss_of_one, has_aux=True)
-                grads, aux = vmap(each, (None, None, 0, 0))(at, buffers, x[:, None], y[:, None])
+                each = vmap(grad(loss, has_aux=True), (None, None, 0, 0))
+                grads, aux = each(at, buffers, x[:, None], y[:, None])
                 return grads, Pass(aux.loss.mean(), aux.accuracy.mean(), buffers, ())
 
-            def norms(at):
-                return self.norms(lambda at, x, y: self.loss_of_one(at, buffers, x, y)[0], at, x, y)
-
-            offered = {"is_kth_step": is_kth_step, "size": len(y), "per_example": per_example, "norms": norms}
-            offered["losses"] = lambda at: self.loss_of_one(at, buffers, x, y)[1].losses
+            offered = {"is_kth_step": is_kth_step, "size": len(y), "per_example": per_example}
+            offered["norms"] = lambda at: self.norms(lambda at, x, y: loss(at, buffers, x, y)[0], at, x, y)
+            offered["losses"] = lambda at: loss(at, buffers, x, y)[1].losses
             offered["weighted"] = lambda at, weight: self.gradient_of_one(at, buffers, x, y, weight)
             found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
             return found if "memory" in wants else (*found, {})
@@ -211,8 +209,8 @@ class Stack:
         """One step of the base optimizer on the stacked weights."""
         for name, weight in self.params.items():
             # torch's fused update assumes that weight and gradient lie alike in memory, and does not check
-            grad = grads[name]
-            weight.grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
+            fits = grads[name].stride() == weight.stride()
+            weight.grad = grads[name] if fits else torch.empty_like(weight).copy_(grads[name])
         self.bases[0].step()
 
     def update_each(self, grads, losses, again):
@@ -250,8 +248,7 @@ class Stack:
             return call(params, self.buffers).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
         params = {name: in_format(p, last) for name, p in self.params.items()}
-        # on a CPU, what its cache holds
-        block = min(250, 1000 // self.n_stacked) if self.device.type == "cpu" else 2000
+        block = min(250, 1000 // self.n_stacked) if self.device.type == "cpu" else 2000  # what a CPU's cache holds
         return np.concatenate([logits(part) for part in x.split(block)], axis=1)
 
     @torch.no_grad()
@@ -300,11 +297,9 @@ class ThroughVmap(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, function, *leaves):
-        stacked = [
-            leaf.expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
-            for leaf, dim in zip(leaves, in_dims[1:], strict=True)
-        ]
-        found = function(*stacked)
+        pairs = zip(leaves, in_dims[1:], strict=True)
+        n = info.batch_size
+        found = function(*(t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in pairs))
         return found, (0,) * len(found)
 
 

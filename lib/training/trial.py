@@ -45,9 +45,8 @@ def trial(recipe, shape, n_classes, device):
             x = torch.randn(len(ids), one.batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
             y = torch.arange(one.batch_size, device=device).remainder(n_classes).expand(len(ids), -1)
             rho = torch.tensor(one.rho_of(ids), dtype=torch.float32, device=device)
-            draws = [generator(one, "rule", k) for k in ids]
-            used = stack.net, stack.eval_net, one.optimizer.rule, stack.bases
-            before = random_states(used, device)
+            draws, used = [generator(one, "rule", k) for k in ids], [stack.net, stack.eval_net, stack.bases]
+            before = random_states(one.optimizer.rule, *used)
             stack.switch("train")
             remembers = {"is_kth_step", "memory"} & one.optimizer.wants or one.optimizer.has_own_base
             for number in range(2 if remembers else 1):
@@ -55,7 +54,7 @@ def trial(recipe, shape, n_classes, device):
                 stack.step(x, y, context, one.lr, is_kth_step=number == 0)
             stack.switch("eval")
             stack.predict(x[0, :2])
-            if random_states(used, device) != before:
+            if random_states(one.optimizer.rule, *used) != before:
                 return f"{DRAWS}: take out what does (dropout, say; a rule may ask for `noise`)"
             gradient = stack.over_models(stack.gradient_of_one)
             first, again = (gradient(stack.params, stack.buffers, x[:, :8], y[:, :8])[1].loss for _ in range(2))
@@ -80,31 +79,27 @@ def trial(recipe, shape, n_classes, device):
     raise ValueError(f"{names['optimizers']} {alone}; it was tried on {names['arch']}; {form}")
 
 
-def random_states(used, device):
+def random_states(*used):
     """The states of all generators of random numbers: the global ones, and what objects hold and their functions name.
 
     used: what is searched, through attributes, elements, closures and names, but not inside libraries.
     """
-    found = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
-    found += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    todo, seen = list(used), {}
+    todo, seen, found = [*used, torch.default_generator, *torch.cuda.default_generators], {}, []
+    todo += [random.random.__self__, np.random.rand.__self__]
     while todo:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, torch.Tensor | ModuleType):
             continue
         seen[id(thing)] = thing
-        if isinstance(thing, torch.Generator):
-            found.append(thing.get_state())
-        elif isinstance(thing, np.random.Generator | np.random.RandomState | random.Random):
-            found.append(thing)
+        if isinstance(thing, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            found.append(thing.get_state().tolist() if isinstance(thing, torch.Generator) else thing)
         elif isinstance(thing, type | FunctionType) and (thing.__module__ or "").partition(".")[0] in LIBRARIES:
             continue
         elif isinstance(thing, FunctionType):
-            codes = [thing.__code__]
-            for code in codes:  # those of functions within it too
+            for code in (codes := [thing.__code__]):  # those of functions within it too
                 codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
                 todo += [thing.__globals__.get(name) for name in code.co_names]
             todo += thing.__closure__ or ()
         else:
             todo += gc.get_referents(thing)  # attributes, elements, a class and its bases, a method's object
-    return [state.tolist() if torch.is_tensor(state) else pickle.dumps(state) for state in found]
+    return [pickle.dumps(one) for one in found]

@@ -62,13 +62,11 @@ def common_ids(ensembles):
 def kept(ensemble, key, make):
     """The array make(), kept with the ensemble while it is small: notebooks ask for the same arrays again and again."""
     made = vars(ensemble).setdefault("made", {})
-    if key not in made:
-        found = make()
-        if found.size > 2**20:
-            return found
-        made[key] = found
+    found = made[key] if key in made else make()
+    if found.size <= 2**20:
         found.flags.writeable = False
-    return made[key]
+        made[key] = found
+    return found
 
 
 def signal(ensemble, name, test=False):
@@ -141,8 +139,8 @@ def variance_influence_values(ensemble, name, kind, members=False):
 def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, test=False, log_ratio_from=None):
     """One metric of every ensemble, and its paired differences from the first: a tidy frame.
 
-    values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. rate: the metric is a
-    probability. shadow_correction: as in intervals.estimate. log_ratio_from: as in intervals.paired.
+    values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. rate, shadow_correction and
+    log_ratio_from: as in intervals.paired.
     """
     first, values = next(iter(ensembles.values())), {label: values_of(e) for label, e in ensembles.items()}
     how = design(first, test) | {"shadow_correction": shadow_correction}
@@ -187,11 +185,10 @@ def contrast(ensembles):
 
 
 def variances(ensembles, kinds=("across_examples", "across_models"), members=False):
-    """Variance of phi and of p_y on non-members (or on members), in each of its meanings: a tidy frame.
+    """Variance of phi and of p_y on non-members (or on members), and log ratios, in each of its meanings: a tidy frame.
 
     across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same within
-    each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator). A pair also
-    has log_ratio_<metric>.
+    each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator).
     """
     who, frames = "member" if members else "nonmember", []
     for name in ("phi", "confidence"):
@@ -254,10 +251,10 @@ def exposure_table(ensembles, scored, ids=None, attack="lira_shrunk", top=10):
     An example's exposure is its mean score (in nats, a log likelihood ratio) over the models that trained on it minus
     the mean over those that did not; with a few models a share of models told rightly would take a few values only. The
     rows `exposure` have the `top` highest, with Welch's interval over models, and the example's number (from `ids` [N])
-    as coordinate; being the highest of many they are high in part by chance. If each half of the pairs of models has
-    three models with and three without an example, each half also names the 1% most exposed of these examples, by
-    itself. exposed_in_both_halves is the share of the names of one half that are also the other's, with the interval of
-    Clopper and Pearson; by chance it would be exposed_by_chance. It is given for 1,000 such examples or more.
+    as coordinate; being the highest of many they are high in part by chance. Each half of the pairs of models also
+    names, by itself, the 1% most exposed of the examples that three of its models or more have, and three have not.
+    exposed_in_both_halves is the share of one half's names that are also the other's, with the interval of Clopper and
+    Pearson; by chance it would be exposed_by_chance. It is given for 1,000 such examples or more.
     scored: dict optimizer -> dict attack -> scores [M, N].
     """
     first, rows = next(iter(ensembles.values())), []
@@ -288,9 +285,8 @@ def exposure_table(ensembles, scored, ids=None, attack="lira_shrunk", top=10):
             named.append(np.argsort(-exposure(found, member[half][:, known]))[:n_top])
         both = intervals.proportion(len(np.intersect1d(*named)), n_top)
         chance = Estimate(n_top / len(known), np.nan, np.nan)
-        about["coordinate"] = ""
-        rows.append(intervals.row("exposed_in_both_halves", both, **about))
-        rows.append(intervals.row("exposed_by_chance", chance, **about))
+        for metric, estimated in (("exposed_in_both_halves", both), ("exposed_by_chance", chance)):
+            rows.append(intervals.row(metric, estimated, **about | {"coordinate": ""}))
     return pd.DataFrame(rows)
 
 
@@ -431,7 +427,7 @@ def read_off(x, nodes, aucs, scale, slope):
     return b + b * (1 - b) * of_aucs, b * (1 - b) * sum(p * slope(m) * (v - m) for p, m, v in moves)
 
 
-def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=""):
+def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=None):
     """A difference in AUC = what comes from fitting more or less + what remains at equal train loss: a tidy frame.
 
     treated: the treatment's ensemble; own: the baseline's that it is compared with (at equal epochs, say). curve: dict
@@ -444,7 +440,8 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
     (auc_at_equal_accuracy for test_accuracy). The intervals hold the errors of all AUCs and coordinates, x too, as they
     fall together in each model and example (delta method), but not the curve's shape between two runs. Without two runs
     that enclose x and differ by more than noise, only auc_total is given. Columns beside the usual ones: attack,
-    coordinate, the name's, which is x, and between (the coordinates of the two). Raises ValueError for other models.
+    coordinate (default: x and between), the name's, which is x, and between (the coordinates of the two). Raises
+    ValueError for other models.
     """
     values_of, test, scale, slope, what, digits = {
         "train_loss": (train_losses, False, np.log, np.reciprocal, "loss", ".3g"),
@@ -460,12 +457,11 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
         first, last = (right > 1 and apart[right - 2]), (right + 1 < len(runs) and apart[right])
         nodes = runs[right - 1 - first : right + 1 + last]
         between = f"{at[right - 1]:{digits}} and {at[right]:{digits}}"
-    how = design(treated) | {"shadow_correction": SHADOW_CORRECTION}
-    groups = how["columns"], design(treated, True)["columns"]
-    if test and any(g is not None for g in groups):
-        n = np.shape(treated.member)[1]
-        one, two = (np.arange(k) if g is None else g for k, g in zip((n, x.shape[1]), groups, strict=True))
+    how, data, n = design(treated) | {"shadow_correction": SHADOW_CORRECTION}, treated.dataset, treated.member.shape[1]
+    if test and not (data.groups is None and data.groups_test is None):
+        one, two = (np.arange(k) if g is None else g for k, g in ((n, data.groups), (x.shape[1], data.groups_test)))
         how["columns"] = np.append(one, n + two)  # no group of the pool is one of the test part
+    coordinate = f"{name}={x.mean():{digits}}, between={between}" if coordinate is None else coordinate
     rows, about = [], {"optimizer": treatment, "baseline": baseline, "coordinate": coordinate, name: x.mean()}
     for attack in catalogue.HEADLINES:
         whole, before = (auc_influence_values(e, attack) for e in (treated, own))
@@ -476,7 +472,7 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
             parts |= {"auc_from_fit": (read - before, moved), f"auc_at_equal_{what}": (whole - read, -moved)}
         for metric, (of_aucs, of_coordinates) in parts.items():
             if test:  # the sum of two means is a mean over N + T columns
-                n, t, value = whole.shape[1], x.shape[1], of_aucs.mean()
+                t, value = x.shape[1], of_aucs.mean()
                 values = value + np.hstack([(of_aucs - value) * (n + t) / n, of_coordinates * (n + t) / t])
             else:
                 values = of_aucs + of_coordinates
@@ -492,13 +488,10 @@ def at_equal(name, length_sweep, treatment, baseline):
     the usual ones: attack, epochs (the treatment's), coordinate, the name's, and between.
     """
     curve = {epochs: e for (epochs, optimizer), e in length_sweep.items() if optimizer == baseline}
-    any_one, digits = next(iter(curve.values())), ".3g" if name == "train_loss" else ".4f"
     frames = [
-        decomposition(e, curve, any_one, treatment, baseline, name).assign(epochs=epochs)
+        decomposition(e, curve, next(iter(curve.values())), treatment, baseline, name).assign(epochs=epochs)
         for (epochs, optimizer), e in length_sweep.items()
         if optimizer == treatment
     ]
-    frame = pd.concat(frames, ignore_index=True)
-    frame = frame[frame.metric.str.startswith("auc_at_equal")].assign(metric="auc").reset_index(drop=True)
-    at = [f"{name}={x:{digits}}, between={between}" for x, between in zip(frame[name], frame.between, strict=True)]
-    return frame.assign(coordinate=at)
+    frame = pd.concat(frames)
+    return frame[frame.metric.str.startswith("auc_at_equal")].assign(metric="auc").reset_index(drop=True)

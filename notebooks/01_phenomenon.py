@@ -347,11 +347,13 @@ if "exposed_in_both_halves" not in set(exposed.metric):
 # over it comes from distance to the decision boundary. SAM moves the boundary away from *every* example, so it may look
 # safer here. The targets are the models whose weights are kept. The size of the shift or of the noise is chosen on other
 # models. No change at all is one of the choices, since an easy example is right under every shift whether it was a
-# member or not. `null_auc` is the AUC with shuffled membership, where 0.5 is right.
+# member or not. Of images, at most a thousand examples are asked about. `null_auc` is the AUC with shuffled membership,
+# where 0.5 is right.
 
 # %%
 n_targets = 16 if run.is_small else 8
-labels = compare.label_only_table(ensembles, n_targets, device_of(run.device))
+n_asked = None if run.is_small else 1000
+labels = compare.label_only_table(ensembles, n_targets, device_of(run.device), n_asked)
 results.add(labels)
 show_table(labels[labels.metric.isin(["auc", "balanced_accuracy", "null_auc"])])
 row = select(labels, attack="label_only", metric="auc", **versus)

@@ -232,16 +232,19 @@ def scores(ensemble, member=None, only=catalogue.NAMES):
     return catalogue.run(ensemble.logits, data.y, member, *population, groups=data.groups, only=only)
 
 
-def leakage(ensembles, scored, fixed=catalogue.FIXED):
+def leakage(ensembles, scored, fixed=catalogue.FIXED, rows=slice(None)):
     """Every metric of every attack: a tidy frame with the column attack.
 
-    scored: dict optimizer -> dict attack -> scores [M, N]. fixed: the attacks whose own decision is score > 0.
+    scored: dict optimizer -> dict attack -> scores [M, N]. fixed: the attacks whose own decision is score > 0. rows:
+    the examples of the pool that the scores are about, if not all.
     """
     first, frames = next(iter(ensembles.values())), []
+    member, groups = np.array(first.member)[:, rows], first.dataset.groups
     for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
         how = design(first) | {"threshold": 0.0 if attack in fixed else None, "log_ratios": len(scored) > 1}
+        how["columns"] = None if groups is None else groups[rows]
         found = {label: scored[label][attack] for label in ensembles}
-        frames.append(intervals.table(found, np.array(first.member), **how).assign(attack=attack))
+        frames.append(intervals.table(found, member, **how).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -322,29 +325,36 @@ def planted_table(scored, member, place, n_pairs=PLANTED // 2):
     return frame.assign(baseline="", n_models=2 * len(pairs))
 
 
-def label_only_table(ensembles, n_models=16, device="cpu"):
+def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     """Every metric of the attacks that see predicted labels only, on models whose weights are kept: a tidy frame.
 
     label_only, label_only_classwise (with a threshold for each class) and label_once, which asks for the unchanged
-    example only. null_auc: label_only's AUC on shuffled membership. Column n_models: how many models were asked.
+    example only. null_auc: label_only's AUC on shuffled membership. At most n_examples of the pool, drawn at random,
+    are asked about. Columns n_models and n_examples: how many were.
     """
     ids = models_with_weights(ensembles.values(), n_models)
     asked, scored, nulls = {label: e.only(ids) for label, e in ensembles.items()}, {}, []
     first = next(iter(asked.values()))
-    member, y, groups = np.array(first.member), first.dataset.y, first.dataset.groups
+    n, data = first.dataset.y.size, first.dataset
+    rows = np.sort(np.random.default_rng(0).permutation(n)[: n_examples or n])
+    member, y, groups = (
+        np.array(first.member)[:, rows],
+        data.y[rows],
+        None if data.groups is None else data.groups[rows],
+    )
     half = intervals.calibration_split(member, 0, y, groups)
     shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
     for label, e in asked.items():
-        answers = label_answers(e, device)
+        answers = label_answers(e, device, rows)
         found = label_only.scores(answers, member)
         by_class = thresholds.classwise(found, member, y, part=half)
-        once = signal(e, "correct")
+        once = signal(e, "correct")[:, rows]
         scored[label] = {"label_only": found, "label_only_classwise": by_class, "label_once": once}
         values = [intervals.auc_influence_values(label_only.scores(answers, alleged), alleged) for alleged in shuffled]
         null = intervals.paired({label: np.mean(values, axis=0)}, "null_auc", True, columns=groups)
         nulls.append(null.assign(attack="label_only"))
-    table = leakage(asked, scored, fixed=("label_only_classwise", "label_once"))
-    return pd.concat([table, *nulls], ignore_index=True).assign(n_models=len(ids))
+    table = leakage(asked, scored, ("label_only_classwise", "label_once"), rows)
+    return pd.concat([table, *nulls], ignore_index=True).assign(n_models=len(ids), n_examples=len(rows))
 
 
 def label_only_of_one(ensemble, place, n_models=16, device="cpu"):

@@ -341,7 +341,7 @@ class Plan:
         used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
         fixed, each = ANALYSIS.get(book, ANALYSIS["07"])
         seconds = fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
-        asked = ASKED * len(self.run.names) * len(self.run.dataset.y) if used and book == "01" else 0
+        asked = ASKED * len(self.run.names) * min(1000, len(self.run.dataset.y)) if used and book == "01" else 0
         return seconds + asked / frame.rate.iloc[0] if asked and not self.run.is_small else seconds
 
     def seconds_left(self, frame):

@@ -31,7 +31,6 @@ import html
 import re
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -59,57 +58,26 @@ IMAGE, TABLE = ("resnet18", "wrn28_2", "vgg16"), ("mlp",)
 PAPER = {"cifar10": IMAGE, "cifar100": IMAGE, "eyepacs": IMAGE, "purchase100": TABLE, "texas100": TABLE}
 
 
-class Test(NamedTuple):
-    """Which rows of results.csv must follow the rule. The defaults are the main comparison.
-
-    sign: -1 if the claim expects a negative effect. attack: a name, or several. coordinate: how it begins. optimizer:
-    "" is the pair judged; EACH, every row's own pair.
-    """
-
-    metric: str
-    sign: int = 1
-    attack: str | tuple = ""
-    experiment: str = "main"
-    coordinate: str = ""
-    optimizer: str = ""
-    rule: str = "more"
+def leaks_more(groups, what):
+    """The claims that an optimizer leaks more by some attacks, a row for each. groups: dict name -> attacks."""
+    about = dict(notebook="01", whose="the paper's", since="2026-11-26", needs="fit learning", metric="auc", sign=1)
+    about |= dict(experiment="main", coordinate="", optimizer="", rule="family")
+    for name, attacks in groups.items():
+        claim = f"leaks_more_{name.lower().replace(' ', '_')}"
+        yield about | dict(name=claim, statement=f"{{a}} leaks more than {{b}}{what}{name}.", attack=" ".join(attacks))
 
 
-class Claim(NamedTuple):
-    """A claim, the notebook that tests it, and its tests. {a} is the optimizer, {b} the baseline.
-
-    needs: conditions, of fit, learning, models, and unfit (the optimizer fits less than 99%, and less than the
-    baseline). since: the day of its present rule.
-    """
-
-    name: str
-    notebook: str
-    whose: str
-    since: str
-    needs: str
-    statement: str
-    tests: tuple
-
-
-def in_table():
-    """The claims of claims.csv, which has a row for each test; a claim's first row says what its tests share."""
-    table = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False, dtype={"notebook": str})
-    table["attack"] = table.attack.map(lambda name: HEADLINES if name == "headline" else name)
-    for _, rows in table.groupby("name", sort=False):
-        yield Claim(*rows[[*Claim._fields[:-1]]].values[0], tuple(map(Test._make, rows[[*Test._fields]].values)))
-
-
-def about_attacks(name, what, attacks):
-    """The claim that sharpness-aware training leaks more by these attacks, with one verdict for them all."""
-    about = f"leaks_more_{name.lower().replace(' ', '_')}", "01", "the paper's", "2026-11-26", "fit learning"
-    return Claim(*about, f"{{a}} leaks more than {{b}}{what}{name}.", (Test("auc", attack=attacks, rule="family"),))
-
-
-CLAIMS = [*in_table()]
-CLAIMS[1:1] = [about_attacks(name, ": ", attacks) for name, attacks in FAMILIES.items()]
+# claims.csv has a row for each test of a claim; what all its tests share stands in the first. {a} is the optimizer, {b}
+# the baseline. needs: conditions, also "unfit" (the optimizer fits less than 99%, and less than the baseline). sign: -1
+# if the claim expects a negative effect. attack: none, "headline", or names with spaces between. coordinate: how it
+# begins. optimizer: "" is the pair judged; EACH, every row's own pair. rule: as above.
+CLAIMS = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False, dtype={"notebook": str})
+CLAIMS["attack"] = CLAIMS.attack.replace("headline", " ".join(HEADLINES))
+CLAIMS = pd.concat([CLAIMS[:1], pd.DataFrame(leaks_more(FAMILIES, ": ")), CLAIMS[1:]], ignore_index=True)
 ALIKE = ("other_optimizers_alike", "other_architectures_alike")  # these need more than one run can have by default
 # the appendix: each attack by itself, its interval not corrected for the other attacks
-BY_ATTACK = [about_attacks(name, " under ", name) for attacks in FAMILIES.values() for name in attacks]
+EACH_ATTACK = {name: [name] for attacks in FAMILIES.values() for name in attacks}
+BY_ATTACK = pd.DataFrame(leaks_more(EACH_ATTACK, " under "))
 
 
 def judge(effect, low, high, delta, rule="more"):
@@ -183,24 +151,24 @@ def obstacle(known, row, needs):
     return "; ".join(said) or (None if np.isnan(told).any() else "")
 
 
-def tested(known, found, test, claim, pair):
+def tested(known, found, test, needs, pair):
     """A test on rows of a group: for each coordinate (verdict, effect, its size, evidence, n_models), in a list.
 
     known: as in `obstacle`. found: the rows of the test's experiment and metric, their coordinates in a column `at`.
     """
-    attacks = [test.attack] if isinstance(test.attack, str) else list(test.attack)
+    attacks = test.attack.split(" ")
     unit, change = UNITS.get(re.split("[ _]", test.metric)[0], (" points", np.asarray))
     delta, scale, form = DELTAS[unit], 100 if unit else 1, "+.1f" if unit else ".2g"
     least = test.sign * delta * scale * (-1 if test.rule == "not less" else 1)
     evidence = f"{test.optimizer or ' − '.join(pair)}: {test.metric}" + f" by {joined(attacks)}" * any(attacks)
-    evidence += f" {'≥' if test.sign > 0 else '≤'} {least:+g}{unit}" + f", needs {claim.needs}" * bool(claim.needs)
+    evidence += f" {'≥' if test.sign > 0 else '≤'} {least:+g}{unit}" + f", needs {needs}" * bool(needs)
     right = found.coordinate.str.startswith(test.coordinate) if test.coordinate else found.coordinate == ""
     if test.optimizer != EACH:
         who = (test.optimizer, "") if test.optimizer else pair
         right &= (found.optimizer == who[0]) & (found.baseline == who[1])
     found, out, aside = found[right & found.attack.isin(attacks)].drop_duplicates(["at", "attack"]), [], []
     for at, rows in found.groupby("at", sort=False):
-        if (why := obstacle(known, next(rows.itertuples()), claim.needs)) != "":
+        if (why := obstacle(known, next(rows.itertuples()), needs)) != "":
             aside += [f"{at}: {why}".removeprefix(": ")] if why else []
             continue
         numbers, effects = np.column_stack([change(rows[name]) for name in NUMBERS]), []
@@ -269,16 +237,16 @@ def ledger(results, claims=CLAIMS):
                 at = [", ".join(map("=".join, zip(names, row, strict=True))) for row in each[names].values]
                 found[f"every {names[0]}", "auc"] = each.assign(at=at)
         pairs = sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]
-        for pair, claim in product(pairs, claims):
-            parts = []
-            for test in claim.tests:
-                parts += tested(known, found.get((test.experiment, test.metric), rows[:0]), test, claim, pair)
+        for pair, (name, tests) in product(pairs, claims.groupby("name", sort=False)):
+            claim, parts = next(tests.itertuples()), []
+            for test in tests.itertuples():
+                parts += tested(known, found.get((test.experiment, test.metric), rows[:0]), test, claim.needs, pair)
             verdicts, effects, sizes, evidence, n_models = zip(*parts, strict=True)
-            who = pair if any(not test.optimizer for test in claim.tests) else ("", "")
-            about = claim.name, claim.whose, claim.since, claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
+            who = pair if (tests.optimizer == "").any() else ("", "")
+            about = name, claim.whose, claim.since, claim.statement.format(a=pair[0].upper(), b=pair[1].upper())
             worst = next(v for v in reversed(SHADES) if v in verdicts)
             said = worst, "; ".join(filter(None, effects)), sizes[0], "; ".join(dict.fromkeys(evidence))
-            theorem = claim.tests[0].experiment.startswith("theorem")
+            theorem = claim.experiment.startswith("theorem")
             differs = "a linear model on drawn data" if theorem else setting(main, *pair)
             out.append([*group, *who, *about, *said, pd.Series(n_models).min(), differs, claim.notebook])
     return pd.DataFrame(out, columns=LEDGER).drop_duplicates([*GROUP, "optimizer", "claim"], ignore_index=True)

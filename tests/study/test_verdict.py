@@ -13,7 +13,8 @@ from lib.study.results import COLUMNS, NUMBERS, beside, read
 from lib.study.settings import ROOT
 
 REFERENCE = sorted((ROOT / "outputs" / "reference").glob("*/results.csv"))
-ONE_RUN = [claim for claim in verdict.CLAIMS if claim.name not in verdict.ALIKE]
+NAMES = list(verdict.CLAIMS.name.unique())
+ONE_RUN = [name for name in NAMES if name not in verdict.ALIKE]
 SPREAD = list(product(("confidence", "phi"), ("examples", "models")))
 OPPOSITE = {"supported": "contradicted", "contradicted": "supported"}
 
@@ -51,7 +52,8 @@ def penalty(eta, value, coordinate, experiment="theorem: monte carlo", **more):
 
 
 def claim_of(tests):
-    return verdict.Claim("conjunction", "01", "ours", "2026-11-26", "fit learning", "{a}, {b}", tests)
+    about = verdict.CLAIMS.iloc[0].to_dict() | dict(name="conjunction", needs="fit learning", statement="{a}, {b}")
+    return pd.DataFrame([about | test for test in tests])
 
 
 def frame(rows):
@@ -159,30 +161,30 @@ def test_a_conjunction(parts, wanted):
         tests, rows = [], []
         for k, part in enumerate(order):
             at = dict(experiment="length sweep", coordinate=f"epochs={k}")
-            tests.append(verdict.Test("test_accuracy", **at))
+            tests.append(dict(metric="test_accuracy", **at))
             rows += fitted(sam=0.5 if part == "t" else 1, **at)
             rows += [row("test_accuracy", {"c": -0.01, "i": 0.0}.get(part, 0.01), **at)] * (part != "n")
-        claim = claim_of(tuple(tests))
-        assert judged(frame(rows), "conjunction", claims=(claim,)).verdict == wanted
+        claim = claim_of(tests)
+        assert judged(frame(rows), "conjunction", claims=claim).verdict == wanted
 
 
 def test_every_claim_can_be_supported_and_turns_with_the_data():
     for_it, against = verdicts(everything()), verdicts(everything(-1))
-    assert set(for_it) == {c.name for c in verdict.CLAIMS}
-    for claim in ONE_RUN:
-        assert for_it[claim.name] == "supported", claim.name
-        assert against[claim.name] == "contradicted", claim.name
+    assert set(for_it) == set(NAMES)
+    for name in ONE_RUN:
+        assert for_it[name] == "supported", name
+        assert against[name] == "contradicted", name
     assert for_it["other_optimizers_alike"] == for_it["other_architectures_alike"] == "not run"
 
 
-@pytest.mark.parametrize("claim", ONE_RUN, ids=lambda c: c.name)
-def test_a_claim_without_one_of_its_rows_is_not_run(claim, monkeypatch):
-    monkeypatch.setattr(verdict, "CLAIMS", (claim,))  # judging all the others takes forty times as long
-    results, test = everything(), claim.tests[0]
-    attacks = [test.attack] if isinstance(test.attack, str) else test.attack
+@pytest.mark.parametrize("name", ONE_RUN)
+def test_a_claim_without_one_of_its_rows_is_not_run(name):
+    claim = verdict.CLAIMS[verdict.CLAIMS.name == name]  # judging all the others takes forty times as long
+    results, test = everything(), claim.iloc[0]
+    attacks = test.attack.split(" ")
     about = results.metric.str.startswith(test.metric.removesuffix("lowest"))
     about &= results.attack.isin(attacks) & (results.experiment == test.experiment)
-    whole, lacking = (judged(rows, claim.name, claims=(claim,)) for rows in (results, results[~about]))
+    whole, lacking = (judged(rows, name, claims=claim) for rows in (results, results[~about]))
     assert whole.verdict == "supported" and lacking.verdict == "not run" and about.any()
     assert test.metric in lacking.evidence and "not recorded" in lacking.evidence
 
@@ -246,8 +248,8 @@ def test_the_strongest_penalty_is_judged_at_each_setting():
 
 # ---- what can be tested --------------------------------------------------------------------------------------
 
-LEAKAGE = [c.name for c in verdict.CLAIMS if c.name.startswith("leaks_more_")]
-THEOREM = [c.name for c in verdict.CLAIMS if c.tests[0].experiment.startswith("theorem")]
+LEAKAGE = [name for name in NAMES if name.startswith("leaks_more_")]
+THEOREM = list(verdict.CLAIMS.name[verdict.CLAIMS.experiment.str.startswith("theorem")])
 
 
 def planted(sgd=1.0, sam=1.0, skill=0.9, resolved=1.0):
@@ -343,7 +345,7 @@ def test_a_family_is_corrected_for_its_attacks():
         assert verdicts(rows)["leaks_more_threshold_on_one_output"] == wanted
         alone = judged(rows, "leaks_more_gap", claims=verdict.BY_ATTACK)
         assert alone.verdict == "supported"
-    assert [c.name[11:] for c in verdict.BY_ATTACK] == [n for names in catalogue.FAMILIES.values() for n in names]
+    assert [name[11:] for name in verdict.BY_ATTACK.name] == [n for names in catalogue.FAMILIES.values() for n in names]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,8 @@ def test_buckets_by_correctness_must_beat_shuffled_membership_too():
 
 
 def test_every_claim_has_a_date_and_none_is_older_than_the_first_ledger():
-    dates = pd.to_datetime([c.since for c in verdict.CLAIMS])
+    dates = pd.to_datetime(verdict.CLAIMS.drop_duplicates("name").since)
+    assert dates.notna().all()
     assert dates.min() == pd.Timestamp("2026-11-23") and (verdict.ledger(everything()).since != "").all()
 
 
@@ -482,7 +485,7 @@ def test_the_reference_runs_are_judged_as_their_rows_say_and_flip(path):
 def test_an_empty_file_is_a_ledger_of_claims_not_run(tmp_path, text):
     (tmp_path / "results.csv").write_text(text)
     found = verdict.ledger(read(tmp_path / "results.csv"))
-    assert set(found.verdict) == {"not run"} and set(found.claim) == {c.name for c in verdict.CLAIMS}
+    assert set(found.verdict) == {"not run"} and set(found.claim) == set(NAMES)
     assert "not run" in verdict.table(found).to_html()
 
 

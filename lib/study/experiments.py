@@ -27,9 +27,7 @@ from lib.training.store import place, read_json
 SIZES = {"sweep": (128, 16), "few": (64, 8), "fewer": (32, 8)}  # models of an ensemble: on small data, on images
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
-COLUMNS = (
-    "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes".split()
-)
+COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
 ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "05": (12, 12), "06": (6, 3.5), "07": (5, 0)}
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
@@ -140,13 +138,11 @@ def tuning(run):
 @experiment("pools", "05")
 def pools(run):
     """The tuning at the run's own radius, on pools drawn with other seeds. Keys: (seed, optimizer, rho, lr, decay)."""
-    own = {0.0, run.recipe(run.treatment).rho}
-    return {
-        (seed, *key): Planned(replace(planned.recipe, seed=seed), n_models(run, "fewer"), data)
-        for seed, data in run.other_pools.items()
-        for key, planned in tuning(run).items()
-        if key[1] in own and key[2] >= run.lr
-    }
+    own, found = {0.0, run.recipe(run.treatment).rho}, {}
+    for (seed, data), (key, planned) in product(run.other_pools.items(), tuning(run).items()):
+        if key[1] in own and key[2] >= run.lr:
+            found[(seed, *key)] = Planned(replace(planned.recipe, seed=seed), n_models(run, "fewer"), data)
+    return found
 
 
 @experiment("length sweep", "05", essential=at_own_length)
@@ -177,9 +173,7 @@ def on_base(run, rule):
     return rule if run.baseline == "sgd" else f"{rule}+{run.baseline}"
 
 
-@experiment(
-    "variants", "06", essential=lambda run: [(name, run.recipe(name).rho) for name in (run.baseline, run.treatment)]
-)
+@experiment("variants", "06", essential=lambda run: [(n, run.recipe(n).rho) for n in (run.baseline, run.treatment)])
 def variants(run):
     """The baseline at 0.0, every rule at its radius, the treatment at those of its sweep. Keys: (optimizer, rho)."""
     names = [on_base(run, rule) for rule in (*VARIANTS, "sharpreg", "swa")]
@@ -197,8 +191,7 @@ def levels(run):
     found |= {("batch size", f"{b}"): {"batch_size": b} for b in batches[:1]}
     found |= {("epochs", f"{e}"): {"epochs": e} for e in lengths(run)[-3:] if e != run.epochs}
     found |= {("learning rate", f"{f * run.lr:g}"): {"lr": f * run.lr} for f in (2, 4)}
-    noisy = plant(run.dataset, round(0.3 * len(run.dataset.y)), seed=run.seed)[0]
-    found["label noise", "30%"] = {"dataset": noisy}
+    found["label noise", "30%"] = {"dataset": plant(run.dataset, round(0.3 * len(run.dataset.y)), seed=run.seed)[0]}
     decay = 4 * run.weight_decay or 5e-4
     found["weight decay", f"{decay:g}"] = {"weight_decay": decay}
     twin = WITHOUT_NORM.get(run.arch) or {without: arch for arch, without in WITHOUT_NORM.items()}.get(run.arch)
@@ -263,8 +256,7 @@ def private(run):
 
 def declared(run, name, dataset=None):
     """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
-    if name not in EXPERIMENTS:
-        raise ValueError(f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
+    need(name in EXPERIMENTS, f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
     declare, pool = EXPERIMENTS[name].declare, EXPERIMENTS[name].pool
     if not pool:
         return declare(run)
@@ -332,7 +324,7 @@ class Plan:
         # models at less than half of the best rate waited for the compiler
         told = {kind: np.array(found) for kind, found in told.items() if found}
         known = (rates or {}) | {kind: found[2 * found > found.max()].mean() for kind, found in told.items()}
-        frame = pd.DataFrame(rows, columns=[*COLUMNS, "kind", "at_once"])
+        frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "kind", "at_once"])
         rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan))) * frame.at_once
         return frame.assign(seconds=1e6 * frame.megagradients / rate, rate=rate).drop(columns=["kind", "at_once"])
 
@@ -375,16 +367,16 @@ class Plan:
         Pools that a notebook draws are left to it.
         """
         self.notebooks, run = self.notebooks if book else [], self.run
+        where = run.store, run.device, run.engine, run.gpus
         for _, first, (recipe, n_models, data, is_drawn) in self.ensembles:
             if book in (None, first) and not is_drawn:
-                where = run.store, run.device, run.engine, run.gpus
                 train(recipe, data, n_models, *where, quiet=quiet, notify=self.say, wait=False)
 
     def trial(self, optimizer):
         """Gradients of one example a second that a process makes by an optimizer's text: from a few steps, just now."""
         run, recipe = self.run, self.run.recipe(optimizer)
-        n = min(len(run.dataset.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
         data = run.dataset
+        n = min(len(data.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
         few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the processes that will train

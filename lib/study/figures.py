@@ -111,19 +111,12 @@ def leakage_against_accuracy(axis, rows, attack, chosen, fits=0.99):
     """
     rows = rows.assign(rho=pd.to_numeric(rows.rho, errors="coerce").fillna(0))
     rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)
-    fit, x, y = (
-        rows[(rows.metric == metric) & (rows.attack == by) & ((rows.baseline != "") == is_difference)]
-        .drop_duplicates(["optimizer", "rho", "lr", "decay"])
-        .set_index(["optimizer", "rho", "lr", "decay"])[["value", "ci_low", "ci_high"]]
-        for metric, by, is_difference in (
-            ("train_accuracy", "", False),
-            ("test_accuracy", "", True),
-            ("auc", attack, True),
-        )
-    )
-    x, y = (
-        100 * frame.reindex(fit.index).fillna(0.0) for frame in (x, y)
-    )  # the tuned baseline has no difference from itself
+    setting = ["optimizer", "rho", "lr", "decay"]
+    rows = rows.drop_duplicates([*setting, "baseline", "attack", "metric"]).set_index(setting)
+    fit = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value
+    differences = rows[rows.baseline != ""].groupby(["metric", "attack"])[["value", "ci_low", "ci_high"]]
+    pair = (differences.get_group(key).reindex(fit.index) for key in (("test_accuracy", ""), ("auc", attack)))
+    x, y = (100 * frame.fillna(0.0) for frame in pair)  # the tuned baseline has no difference from itself
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
     for index, ((name, rho), part) in enumerate(fit.groupby(level=["optimizer", "rho"], sort=False)):
@@ -131,21 +124,17 @@ def leakage_against_accuracy(axis, rows, attack, chosen, fits=0.99):
         for k, (_, line) in enumerate(part.groupby(level="decay", sort=False)):
             at = line.sort_index(level="lr").index
             axis.plot(x.value[at], y.value[at], ":" if k else "-", color=colour, lw=1.2)
-        bars = (
-            [of.value[part.index] - of.ci_low[part.index], of.ci_high[part.index] - of.value[part.index]]
-            for of in (y, x)
-        )
-        axis.errorbar(x.value[part.index], y.value[part.index], *bars, color=colour, lw=0.6, alpha=0.6, linestyle="")
-        full = part.value >= fits
+        across, up = x.loc[part.index], y.loc[part.index]
+        bars = ([of.value - of.ci_low, of.ci_high - of.value] for of in (up, across))
+        axis.errorbar(across.value, up.value, *bars, color=colour, lw=0.6, alpha=0.6, linestyle="")
+        full = part >= fits
         for at, face in ((part.index[full], colour), (part.index[~full], "white")):
             named = label if face == colour or not full.any() else None
             axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markerfacecolor=face, label=named)
         for at in part.index.intersection(chosen):
             axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markersize=12)
-    axis.set(
-        xlabel="test accuracy, minus the tuned baseline's, points",
-        ylabel=plain(f"AUC of {attack}, minus the tuned baseline's, points"),
-    )
+    less = "minus the tuned baseline's, points"
+    axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack}, {less}"))
 
 
 def phi_of_members(phis, member):

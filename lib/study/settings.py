@@ -34,18 +34,14 @@ TABLE |= dict(tuning="full", n_pools=3)
 IMAGE = TABLE | dict(arch="cnn", rho=0.1, n_models=16, epochs=20, tuning="cross", n_pools=1)
 LARGE = IMAGE | dict(n_models=64, n_examples=50_000, batch_size=256)
 PRESETS = {
-    "tiny": {
-        "table": TABLE | dict(n_models=16, n_examples=300, epochs=10, batch_size=32),
-        "image": IMAGE | dict(n_models=8, n_examples=200, epochs=2, batch_size=32),
-    },
+    "tiny": {"table": TABLE | dict(n_models=16, n_examples=300, epochs=10, batch_size=32),
+             "image": IMAGE | dict(n_models=8, n_examples=200, epochs=2, batch_size=32)},
     "default": {"table": TABLE, "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
     "small": {"table": TABLE | dict(n_models=64), "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
     "fast": {"table": TABLE, "image": LARGE | dict(arch="resnet9", epochs=16)},
-    "paper": {
-        "table": TABLE | dict(n_examples=50_000, epochs=100),
-        "image": LARGE | dict(arch="resnet18", n_models=256, epochs=100, augment=True),
-    },
-}
+    "paper": {"table": TABLE | dict(n_examples=50_000, epochs=100),
+              "image": LARGE | dict(arch="resnet18", n_models=256, epochs=100, augment=True)},
+}  # fmt: skip
 
 
 def parameter(about, default=None, **limits):
@@ -101,22 +97,19 @@ def checked(given):
     try:
         return Parameters(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        name, known = first["loc"][0], Parameters.model_fields
+        first, known = error.errors()[0], Parameters.model_fields
+        name = first["loc"][0]
         if name not in known:
             raise ValueError(f"unknown parameter {name!r}: the parameters are {', '.join(known)}") from None
-        about = Parameters.model_fields[name].description
-        raise ValueError(f"{name}={first['input']!r} is not valid: {first['msg']} ({name}: {about})") from None
+        about = f"{first['msg']} ({name}: {known[name].description})"
+        raise ValueError(f"{name}={first['input']!r} is not valid: {about}") from None
 
 
 def parse(arguments):
     """(words, parameters, what to do: "run" or flag) of a command line: --name value, or NAME=value as make has it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.study",
-        description="Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    about = "Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too."
+    parser = argparse.ArgumentParser("python -m lib.study", description=about, allow_abbrev=False)
+    parser.argument_default = argparse.SUPPRESS
     for name, about in Parameters.model_fields.items():
         flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         parser.add_argument(*flags, dest=name, help=about.description)
@@ -213,11 +206,13 @@ class Run:
     def describe(self):
         """The run in one sentence."""
         data, size = self.dataset, round(self.subset * self.n_examples)
-        return (
+        said = (
             f"**{data.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, each on {size} "
-            f"of {self.n_examples} examples of {data.n_classes} classes, tested on {len(data.y_test)}; {self.epochs} "
-            f"epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
         )
+        said += (
+            f"of {self.n_examples} examples of {data.n_classes} classes, tested on {len(data.y_test)}; {self.epochs} "
+        )
+        return said + f"epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
 
 
 def open_run(given):
@@ -242,9 +237,8 @@ def open_run(given):
     chosen = pool(whole, bound, values["seed"], n_test)
     published = None
     if asked.scores is not None:
-        held = len(whole.y) if whole.index is None else len(whole.y) + len(whole.y_test)  # with a test part split off
-        found = published_scores(asked.scores, held)
-        published = found if chosen.index is None else found[chosen.index]
+        held = len(whole.y) + (whole.index is not None) * len(whole.y_test)  # with a test part split off
+        published = published_scores(asked.scores, held)[slice(None) if chosen.index is None else chosen.index]
     values["n_examples"] = len(chosen.y)
     values.setdefault("gpus", float(ensemble.device_of(values["device"]).type == "cuda"))
     if asked.batch_size is None:
@@ -281,12 +275,10 @@ def check(run):
         ensemble.check(recipe, run.dataset, run.n_models, run.device)
     member = membership(recipes[0], run.n_examples, range(run.n_models), run.dataset.groups)
     taught = member @ np.eye(run.dataset.n_classes, dtype=int)[run.dataset.y]  # [M, C] examples of each class
-    if not taught.all():
-        k, c = np.argwhere(taught == 0)[0]
-        raise ValueError(
-            f"n_examples={run.n_examples}: model {k} would train on none of class {run.dataset.classes[c]!r}, which "
-            f"has {np.bincount(run.dataset.y)[c]} in the pool: take more examples, or leave the class out"
-        )
+    for k, c in np.argwhere(taught == 0)[:1]:
+        what = f"model {k} would train on none of class {run.dataset.classes[c]!r}, which has "
+        what += f"{np.bincount(run.dataset.y)[c]} in the pool: take more examples, or leave the class out"
+        raise ValueError(f"n_examples={run.n_examples}: {what}")
     # attacks leave one model out, and need two more; buckets are formed on one half of the models, judged on the other
     half = np.arange(run.n_models) // 2 % 2 == 0
     counts = [np.minimum(part.sum(0), (~part).sum(0)) for part in (member, member[half], member[~half])]

@@ -58,8 +58,7 @@ class Inputs:
         sides = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)]
         down, right = (np.array(sides[q // 2]) + 1) * self.border
         window = (..., slice(down, down + self.shape[1]), slice(right, right + self.shape[2]))
-        seen = self.padded[window], self.padded_test[window]
-        return tuple(image.flip(-1) for image in seen) if q % 2 else seen
+        return tuple(x[window].flip(-1) if q % 2 else x[window] for x in (self.padded, self.padded_test))
 
 
 # ---- the training loop ---------------------------------------------------------------------------------------
@@ -151,11 +150,10 @@ def batches(recipe, inputs, examples, streams):
     for at in range(0, per_epoch * size, size):
         batch = index[:, at : at + size]
         if recipe.augment:
-            change = (part[:, at : at + size].flatten(0, 1) for part in (shift, flip))
-            x = inputs.crop(batch.flatten(), *change).unflatten(0, batch.shape)
+            x = inputs.crop(batch.flatten(), *(part[:, at : at + size].flatten(0, 1) for part in (shift, flip)))
         else:
-            x = inputs.x.index_select(0, batch.flatten()).unflatten(0, batch.shape)  # whole rows: faster than x[batch]
-        yield x, inputs.y[batch]
+            x = inputs.x.index_select(0, batch.flatten())  # whole rows: faster than x[batch]
+        yield x.unflatten(0, batch.shape), inputs.y[batch]
 
 
 # ---- finished models -----------------------------------------------------------------------------------------
@@ -176,8 +174,7 @@ class Ensemble:
 
     def rows(self, name):
         """The array `name` of these models: a memory map if they are the first ones, without a gap."""
-        found = self.store.rows[name].read()
-        n = len(self.ids)
+        found, n = self.store.rows[name].read(), len(self.ids)
         return found[:n] if np.array_equal(self.ids, np.arange(n)) else found[self.ids]
 
     logits = property(lambda self: self.rows("logits"))
@@ -202,8 +199,7 @@ class Ensemble:
 
 def finished(recipe, dataset, n_models, kept):
     """The Ensemble of models 0..n_models-1, which the store has; diverged ones are named and left out, in pairs."""
-    lost = {k for k in range(n_models) if kept.flag(k)["status"] == "diverged"}
-    if lost:
+    if lost := {k for k in range(n_models) if kept.flag(k)["status"] == "diverged"}:
         print(f"{kept.folder.name}: models {sorted(lost)} diverged: they and their partners are left out", flush=True)
     ids = np.array([k for k in range(n_models) if not {k, k ^ 1} & lost], int)
     return Ensemble(recipe, dataset, kept, ids)
@@ -227,8 +223,8 @@ def layout(recipe, dataset):
     n, t, c = len(dataset.y), len(dataset.y_test), dataset.n_classes
     kind = np.float16 if recipe.queries * n * c >= HALF else np.float32
     logits = {"logits": ((recipe.queries, n, c), kind), "test_logits": ((recipe.queries, t, c), kind)}
-    history, weights = ((recipe.epochs, 3), np.float32), ((n_weights,), np.float32)
-    return {**logits, "member": ((n,), bool), "history": history, "weights": weights}
+    rest = {"history": ((recipe.epochs, 3), np.float32), "weights": ((n_weights,), np.float32)}
+    return {**logits, "member": ((n,), bool), **rest}
 
 
 def stored_bytes(recipe, dataset, ids):
@@ -240,8 +236,7 @@ def stored_bytes(recipe, dataset, ids):
 def device_of(name="auto"):
     """torch.device of auto, cpu, cuda, cuda:1 or mps. Raises ValueError naming `device` if it is not there."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    numbered = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    known = "auto", *there, *numbered
+    known = "auto", *there, *(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     need(name in known, f"device={name!r} is not available on this machine: choose auto, {', '.join(there)}")
     return torch.device(there[0] if name == "auto" else name)
 

@@ -83,8 +83,8 @@ class Optimizer:
     @cached_property
     def all_options(self):
         """Every option of the rule with its value, given or default."""
-        defaults = {a.name: a.default for a in inspect.signature(self.rule).parameters.values()}
-        return {n: v for n, v in defaults.items() if v is not inspect.Parameter.empty} | self.options
+        arguments = inspect.signature(self.rule).parameters.values()
+        return {a.name: a.default for a in arguments if a.default is not a.empty} | self.options
 
     @property
     def k(self):

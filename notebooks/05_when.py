@@ -261,7 +261,11 @@ if len(run.other_pools) == 0:
 radius_sweep, lengths = compare.on_the_same(run.ensembles("radius sweep"), run.ensembles("length sweep"))
 n_swept = len(radius_sweep[0.0].ids)
 by_epochs = {epochs: e for (epochs, name), e in lengths.items() if name == baseline}
-length_frame = compare.length_table(lengths)
+frames = []
+for epochs in sorted({k for k, _ in lengths}):
+    both = {name: e for (k, name), e in lengths.items() if k == epochs}
+    frames.append(compare.contrast(both).assign(epochs=epochs, coordinate=f"epochs={epochs}"))
+length_frame = pd.concat(frames, ignore_index=True)
 results.add(length_frame, experiment="length sweep", n_models=n_swept)
 ends = sorted(epochs for epochs, name in lengths if name == treatment)
 split = pd.concat(

@@ -403,18 +403,6 @@ def radius_table(radius_sweep, treatment, baseline, table=contrast):
     return split_labels(table({(treatment if rho else baseline, rho): e for rho, e in radius_sweep.items()}), "rho")
 
 
-def length_table(length_sweep):
-    """`contrast` at every number of epochs: a tidy frame with the columns epochs and coordinate.
-
-    length_sweep: dict (epochs, optimizer) -> Ensemble, at each number of epochs the baseline first.
-    """
-    frames = []
-    for epochs in tqdm(sorted({e for e, _ in length_sweep}), "lengths", delay=2, leave=False):
-        here = {name: e for (length, name), e in length_sweep.items() if length == epochs}
-        frames.append(contrast(here).assign(epochs=epochs, coordinate=f"epochs={epochs}"))
-    return pd.concat(frames, ignore_index=True)
-
-
 def read_off(x, nodes, aucs, scale, slope):
     """The AUC B(x) read off a curve: influence values of its AUCs [M, N], mean B(x), and of its coordinates, mean 0.
 

@@ -100,8 +100,7 @@ def of_single_models(seen, y, member, seed=0, groups=None):
         np.negative(np.log(np.maximum(values, np.float32(TINY), out=values), out=values), out=values)
     levels = {"confidence": seen["phi"], "entropy": seen["entropy"], "m_entropy": seen["modified_entropy"]}
     out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen.pop("log_confidence"), member, half=half)}
-    out |= levels
-    out |= {f"{name}_classwise": classwise(values, member, y, part=half) for name, values in levels.items()}
+    out |= levels | {f"{name}_classwise": classwise(s, member, y, part=half) for name, s in levels.items()}
     out["neural"], own, part = neural.attack(list(levels.values()), member, seed, groups)
     out["neural_classwise"] = classwise(out["neural"], member, y, part=part, own=own)
     return out
@@ -110,14 +109,12 @@ def of_single_models(seen, y, member, seed=0, groups=None):
 def null_member(member, seed=0, groups=None) -> np.ndarray:
     """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
-    Given to an attack in the place of `member`, with the real logits, it gives AUC 1/2 if there is no fault.
-
-    Each complementary pair's halves are drawn anew, with the sizes that they had. So LiRA and RMIA with leave="pair"
-    have AUC 1/2 in expectation, and learned thresholds accuracy 1/2, up to O(1/N); with leave="model" the number of IN
-    models gives the target away. groups [N] (a patient's two eyes) stay whole, as members if their first example is
-    one: they trade places with groups of their size, and the two sides of a pair with each other, at random. Without
-    pairs, one permutation of the examples serves all models, whatever the groups: halves that really overlap more then
-    also do so in the null, and LiRA finds a trace of that.
+    In the place of `member`, with the real logits, it gives AUC (and the accuracy of learned thresholds) 1/2, up to
+    O(1/N), if there is no fault. LiRA and RMIA must leave out the pair. Each pair's halves are drawn anew, with the
+    sizes that they had. groups [N] (a patient's two eyes) stay whole, as members if their first example is one: they
+    trade places with groups of their size, and the two sides of a pair with each other, at random. Without pairs, one
+    permutation of the examples serves all models, whatever the groups: halves that really overlap more then also do so
+    in the null, and LiRA finds a trace of that.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:

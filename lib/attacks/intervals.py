@@ -155,11 +155,9 @@ def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.Dat
     aucs: the AUCs' influence values, dict optimizer -> [M, N]; without them there are no log ratios.
     """
     alone, frames = how.get("examples_only", False) and len(member) < 3, []
-    at_rate = tpr_influence_values
-    if alone:
-        at_rate = partial(tpr_influence_values_within, seed=seed, groups=how.get("columns"))
+    within = partial(tpr_influence_values_within, seed=seed, groups=how.get("columns"))
     for fpr in reportable(member, fprs, alone):
-        both = {name: at_rate(s, member, fpr) for name, s in scores.items()}
+        both = {name: (within if alone else tpr_influence_values)(s, member, fpr) for name, s in scores.items()}
         tprs, realised = ({name: found[k] for name, found in both.items()} for k in (0, 1))
         frames.append(paired(tprs, f"tpr@{fpr}", True, 0.0 if aucs else None, **how))
         frames.append(paired(realised, f"realised_fpr@{fpr}", True, **how))
@@ -181,11 +179,10 @@ def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFra
     for fpr in fprs:
         tpr, false = (own[own.metric == f"{name}@{fpr}"] for name in ("tpr", "realised_fpr"))
         for prevalence in prevalences:
-            found = tpr.assign(metric=f"precision@{fpr},prevalence={prevalence}")
-            for end, other in (("value", "value"), ("ci_low", "ci_high"), ("ci_high", "ci_low")):
-                # precision = pi TPR / (pi TPR + (1 - pi) FPR)
-                right, wrong = prevalence * tpr[end].to_numpy(), (1 - prevalence) * false[other].to_numpy()
-                found[end] = np.divide(right, right + wrong, out=np.full(len(tpr), np.nan), where=right + wrong > 0)
+            right = prevalence * tpr[["value", "ci_low", "ci_high"]]
+            wrong = (1 - prevalence) * false[["value", "ci_high", "ci_low"]].to_numpy()
+            # precision = pi TPR / (pi TPR + (1 - pi) FPR)
+            found = tpr.assign(metric=f"precision@{fpr},prevalence={prevalence}", **right / (right + wrong))
             frames.append(found.dropna(subset="value"))
     return pd.concat(frames, ignore_index=True)
 
@@ -264,9 +261,7 @@ def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, g
     half = calibration_split(member, seed, groups=groups).astype(np.uint16) if threshold is None else None
 
     def of_target(m):
-        limit = threshold
-        if threshold is None:
-            limit = best_thresholds(scores[m], member[m], half[m], 2)[1 - half[m]]
+        limit = best_thresholds(scores[m], member[m], half[m], 2)[1 - half[m]] if threshold is None else threshold
         right = (scores[m] > limit) == member[m]
         return (ratio_influence_values(right, member[m]) + ratio_influence_values(right, ~member[m])) / 2
 

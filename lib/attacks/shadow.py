@@ -23,8 +23,8 @@ def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarr
     phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; member: [M, N] bool. offline: use the OUT
     models only and return a z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4; their
     code has a two-sided density). variance: one of VARIANCES. leave: "pair" leaves out the target and its partner,
-    "model" the target only; None is "pair" where the models are complementary, else "model". Raises ValueError if
-    an example would have fewer than 2 OUT (or IN) shadows.
+    "model" the target only, None the partner if there is one. Raises ValueError if an example would have fewer than 2
+    OUT (or IN) shadows.
     """
     return liras(phi, member, [(offline, variance)], leave)[0]
 
@@ -34,7 +34,7 @@ def liras(phi, member, kinds, leave=None) -> list[np.ndarray]:
     if np.ndim(phi) == 3:
         return mean_over(liras(phi[:, q], member, kinds, leave) for q in range(phi.shape[1]))
     for _, variance in kinds:
-        need(variance in VARIANCES, f"variance: {variance!r}; valid are {', '.join(map(repr, VARIANCES))}")
+        need(variance in VARIANCES, f"variance: {variance!r}; valid are {[*VARIANCES]}")
     phi, inside = checked(phi, member)
     online = not all(offline for offline, _ in kinds)
     require_shadows(inside, 2, online)
@@ -140,8 +140,8 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
         found = ([rmia(confidence[:, q], member, z, offline, gamma, a, leave)] for q, z in enumerate(each))
         return mean_over(found)[0]
     p, inside = checked(confidence, member)
-    outside = ~inside
     require_shadows(inside, 1, not offline)
+    outside = ~inside
     all_in, all_out = statistics(p, inside), statistics(p, outside)
     total_z = None if population is None else population.sum(0, dtype=np.float64)
     scores = np.empty(p.shape, np.float32)
@@ -169,7 +169,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
 
 
 def mean_over(queries):
-    """The mean of several lists of arrays, entry by entry: a list of arrays."""
+    """The mean of several lists of arrays, entry by entry."""
     total, count = None, 0
     for found in queries:
         total, count = found if total is None else list(map(np.add, total, found)), count + 1
@@ -179,21 +179,17 @@ def mean_over(queries):
 def left_out_together(member, leave) -> list[np.ndarray]:
     """Targets with the same shadows, as arrays of indices: each set is attacked by all the models outside of it."""
     partner, own = partners(member), np.arange(len(member))
-    fine = leave in (None, "model") or leave == "pair" and partner is not None
-    need(fine, f"leave: {leave!r}; valid are None, 'model' and, for complementary models, 'pair'")
-    if partner is None or leave == "model":
-        return list(own[:, None])
-    return list(np.stack([own, partner], 1)[own < partner])
+    valid = [None, "model"] if partner is None else [None, "model", "pair"]
+    need(leave in valid, f"leave: {leave!r}; valid are {valid} ('pair' if models are complementary)")
+    return list(own[:, None] if partner is None or leave == "model" else np.stack([own, partner], 1)[own < partner])
 
 
 def require_shadows(member, least, online=True):
     """Raise ValueError unless `least` OUT (and, online, IN) models remain for every example when one is left out."""
-    n_in, n = member.sum(0), len(member)
-    short = (n - n_in <= least) | (online & (n_in <= least))
-    for i in np.flatnonzero(short)[:1]:
-        valid = f"at least {least + 1} {'IN and OUT' if online else 'OUT'} models for every example"
-        found = f"example {i} is in {n_in[i]} of n_models = {n}"
-        raise ValueError(f"member: {found}; valid are {valid} (n_models >= {2 * least + 2} in halves)")
+    n_in, n, sides = member.sum(0), len(member), "IN and OUT" if online else "OUT"
+    valid = f"at least {least + 1} {sides} models for every example (n_models >= {2 * least + 2} in halves)"
+    for i in np.flatnonzero((n - n_in <= least) | (online & (n_in <= least))):
+        raise ValueError(f"member: example {i} is in {n_in[i]} of n_models = {n}; valid are {valid}")
 
 
 def statistics(x, chosen):

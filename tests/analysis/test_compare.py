@@ -338,13 +338,6 @@ def test_a_radius_sweep_is_compared_with_radius_zero(pair):
         assert frame[("sam", "sgd", 0.4, *what)] == 0
 
 
-def test_a_length_sweep_is_compared_at_each_length(pair):
-    runs = {(5, "sgd"): pair["sgd"], (5, "sam"): pair["sam"], (9, "sgd"): pair["sgd"], (2, "sgd"): pair["sam"]}
-    frame = compare.length_table(runs)
-    assert frame.epochs.unique().tolist() == [2, 5, 9] and set(frame[frame.baseline != ""].epochs) == {5}
-    assert set(frame[frame.epochs == 5].coordinate) == {"epochs=5"}
-
-
 def test_equal_accuracy_is_read_off_the_test_part(monkeypatch):
     auc, values = {"0.2": 0.1, "0.4": 0.2, "0.3": 0.3}, np.random.default_rng(0).normal(0.6, 0.1, (8, 40))
     monkeypatch.setattr(compare, "hits_on_test", lambda e: np.full((8, 30), float(e.name)))

@@ -254,14 +254,15 @@ def ledger(results, claims=CLAIMS):
 
 def headline(ledger):
     """The answer in two sentences: who leaks more where both are tuned and fit, and at equal test accuracy."""
-    answer = []
+    answer, absent = [], "not run"
     for claim, where in (("more_when_tuned", "Where both optimizers are tuned and fit"),
-                         ("more_at_equal_accuracy", "At equal test accuracy, if the baseline reaches it")):  # fmt: skip
+                         ("more_at_equal_accuracy", "At equal test accuracy")):  # fmt: skip
         found = ledger[ledger.claim == claim]
         fair = found[~found.verdict.isin(["not run", "not testable here"])]
         why = "; ".join(filter(None, found.effect.unique()))
-        said = f"not testable here ({why})" if why else "not run"
+        said = f"not testable here ({why})" if why else absent
         if len(fair):
+            absent = "nothing to compare, no setting of the baseline that was tried is as accurate"
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
             low, middle, high = fair["size"].quantile([0, 0.5, 1])
             said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes "

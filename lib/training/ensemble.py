@@ -79,19 +79,16 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     alone = bool(trial.trial(recipe, inputs.shape, inputs.n_classes, inputs.device))
     stack = step.stack_for(recipe, inputs, ids, n_models or len(ids), n_steps, alone)
     swa_from = optimizer.all_options["start"] * recipe.epochs if optimizer.rule_name == "swa" else np.inf
-    mean, n_averaged = None, 0
+    mean, n_averaged, stuck = None, 0, np.zeros(len(ids), bool)
     history = np.full((len(ids), recipe.epochs, 3), np.nan, np.float32)
-    stuck = np.zeros(len(ids), bool)
 
     for epoch in range(epochs):
-        losses, accuracies = [], []
+        steps = []
         stack.switch("train")
         for at, (x, y) in enumerate(batches(recipe, inputs, examples, streams), epoch * per_epoch):
             lr = learning_rate(recipe, at, n_steps)
             context = step.rule_context(recipe, rho, stack.params, streams["rule"], at, lr)
-            loss, accuracy = stack.step(x, y, context, lr, is_kth_step=at % optimizer.k == 0)
-            losses.append(loss)
-            accuracies.append(accuracy)
+            steps.append(stack.step(x, y, context, lr, is_kth_step=at % optimizer.k == 0))
             if recipe.ema:  # an average over all steps, whose memory grows to 1 / (1 - ema) (Polyak & Juditsky 1992)
                 stack.switch("eval")
                 mean = mean or {n: w.clone() for n, w in stack.params.items()}
@@ -99,8 +96,8 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
                 share = 1 - min(recipe.ema, (1 + at) / (10 + at))
                 torch._foreach_lerp_(list(mean.values()), list(stack.params.values()), share)
                 stack.switch("train")
-        history[:, epoch, 0] = torch.stack(losses).mean(0).cpu().numpy()
-        history[:, epoch, 1] = torch.stack(accuracies).mean(0).cpu().numpy()
+        for column, found in enumerate(zip(*steps, strict=True)):  # losses, then accuracies
+            history[:, epoch, column] = torch.stack(found).mean(0).cpu().numpy()
         stack.switch("eval")
         if epoch + 1 > swa_from:  # the mean at the ends of the last epochs (Izmailov et al. 2018, algorithm 1)
             n_averaged += 1
@@ -119,8 +116,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
         if stuck.all():
             break
         if last or (epoch + 1) % max(1, epochs // 5) == 0:
-            hits = stack.predict(inputs.x_test).argmax(-1) == inputs.y_test.cpu().numpy()
-            history[:, epoch, 2] = hits.mean(-1)
+            history[:, epoch, 2] = (stack.predict(inputs.x_test).argmax(-1) == inputs.y_test.cpu().numpy()).mean(-1)
 
     queries = [inputs.query(q) for q in range(recipe.queries)]
     state = [*stack.params.values(), *stack.buffers.values()]

@@ -90,8 +90,8 @@ class Stack:
 
     def build_bases(self, stacks):
         """The recipe's base on each of these dicts of tensors: self.bases, and self.rates of their parameter groups."""
-        recipe, fused, start = self.recipe, self.device.type in ("cpu", "cuda"), self.recipe.lr
-        fixed = recipe.lr, recipe.momentum, recipe.weight_decay, fused
+        recipe, start = self.recipe, self.recipe.lr
+        fixed = start, recipe.momentum, recipe.weight_decay, self.device.type in ("cpu", "cuda")
         self.bases, self.rates = [recipe.optimizer.build(list(p.values()), *fixed) for p in stacks], []
         for base in self.bases:
             if "lr" not in inspect.signature(recipe.optimizer.base).parameters:
@@ -184,12 +184,11 @@ class Stack:
         state = {**params, **buffers, **running}  # functional_call puts newly assigned buffers into it
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = functional_call(self.net, state, (x,)).float()
-        running = {n: state[n] for n in running}
         cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
         loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
         losses = cross_entropy(logits, reduction="none") if self.keep_losses or weight is not None else ()
         aimed = loss if weight is None else (weight * losses).sum()
-        return aimed, Pass(loss, accuracy, running, losses)
+        return aimed, Pass(loss, accuracy, {n: state[n] for n in running}, losses)
 
     def by_autograd(self, params, *batch):
         """(gradients, Pass) of one model by ordinary autograd, for networks that torch.func.grad refuses."""

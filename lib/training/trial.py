@@ -71,10 +71,10 @@ def trial(recipe, shape, n_classes, device):
     if not alone:
         named = names["arch" if plain else "optimizers"]
         return f"{named}: models are trained one at a time, since a step that maps over them {plain or mapped}"
-    unfit, kind = fault("sgd", True), recipe.optimizer
-    each = plain and not unfit and kind.is_private
-    need(not each, f"{names['arch']} gives no gradient of each example, which {kind} needs: it {plain}")
+    unfit = fault("sgd", True)
     need(not unfit, f"{names['arch']} {unfit}")
+    lacks = plain and recipe.optimizer.is_private
+    need(not lacks, f"{names['arch']} gives no gradient of each example, which {recipe.optimizer} needs: it {plain}")
     form = "a rule returns (grads, aux), or (grads, aux, memory) if it asks for memory, with grads like params"
     raise ValueError(f"{names['optimizers']} {alone}; it was tried on {names['arch']}; {form}")
 

@@ -146,15 +146,12 @@ def collect(recipe, dataset, waiting, where, n, quiet, notify):
 
     notify is told of the chunks after the first n, whose time is partly the compiler's.
     """
-    done = 0
     with progress(recipe, list(waiting.values()), where, quiet) as bar:
-        while waiting:
-            for future in futures.wait(waiting, return_when=futures.FIRST_COMPLETED).done:
-                seconds, done = future.result(), done + 1
-                bar.update(recipe.run_epochs)
-                if notify and done > n:
-                    notify(recipe, len(dataset.y), len(waiting[future]), seconds / n)
-                del waiting[future]
+        for done, future in enumerate(futures.as_completed(waiting), 1):
+            seconds = future.result()
+            bar.update(recipe.run_epochs)
+            if notify and done > n:
+                notify(recipe, len(dataset.y), len(waiting[future]), seconds / n)
 
 
 def n_processes(recipe, dataset, device):
@@ -172,7 +169,7 @@ def n_processes(recipe, dataset, device):
 
 
 def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):
-    """Have n processes train the chunks. They are kept, with their compiled code, for the ensembles that follow.
+    """Have n processes train the chunks; they are kept, with their compiled code, for the ensembles that follow.
 
     If a process is lost, the chunks that the store lacks are left to the caller.
     """
@@ -261,7 +258,6 @@ def connected(tries=2):
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": there}, **own)
             except Exception as error:  # of many kinds, a bare Exception among them if it started too slowly
-                if not tries:
-                    raise ValueError(f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}") from error
+                need(tries, f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}")
                 ray.shutdown()
     return ray

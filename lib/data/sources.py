@@ -87,10 +87,7 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
 
 
 def _find(name: str, data) -> Path:
-    """The first of FILES in the folder `data` (None: data/), else `data` itself, with an archive's suffix or without.
-
-    Raises FileNotFoundError, or ValueError if `data` can be no path.
-    """
+    """The first of FILES in folder `data` (None: data/), else `data` itself, with an archive's suffix or without."""
     known = FILES.get(name, ())
     fine = known if data is None else isinstance(data, str | os.PathLike) and str(data)
     need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
@@ -158,8 +155,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     forms = "; or ".join(", ".join(names) for names in NAMES)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (the test part and groups are optional)")
-    unread = sorted({*held} - {*names, "groups"})
-    return arrays | {"left_out": _counted({"arrays": unread})}
+    return arrays | {"left_out": _counted({"arrays": sorted({*held} - {*names, "groups"})})}
 
 
 def read_npz(path, names) -> dict[str, np.ndarray | None]:
@@ -310,12 +306,12 @@ def _retina(files, left: dict) -> dict[str, np.ndarray]:
     table = graded.merge(shown, "outer", "image")  # sorted by image
     left["labels without an image"] += table.image[table.pixels.isna()].tolist()
     left["images without a label"] += table.image[table.level.isna()].tolist()
-    table = table[table.level.notna() & table.pixels.notna()]
+    table = table.dropna(subset=["level", "pixels"])
     fine = table.image.str.fullmatch(EYE) & table.level.isin(list("01234")) & ~table.image.duplicated(keep=False)
     odd = table[~fine][["image", "level"]].values.tolist()
-    what = "<patient>_left or <patient>_right, once among the images and once in a table with a level 0..4"
-    need(len(table), f"no image has a label: it holds {_counted(left)}; {what}, is needed")
-    need(not odd, f"image and level are {odd[:3]}, {len(odd)} in all; {what}, is needed")
+    what = "<patient>_left or <patient>_right, once among the images and once in a table with a level 0..4, is needed"
+    need(len(table), f"no image has a label: it holds {_counted(left)}; {what}")
+    need(not odd, f"image and level are {odd[:3]}, {len(odd)} in all; {what}")
     y = np.array(GRADES)[table.level.astype(int)]
     return {"x": np.stack(table.pixels), "y": y, "groups": table.image.str.extract(EYE)[0].to_numpy(str)}
 
@@ -331,10 +327,9 @@ def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
     patients = patients.sort_values("sum", ascending=False, kind="stable")  # those without referable disease come last
     well = (patients["size"] - patients["sum"]).cumsum()
     keep = np.isin(groups, patients.index[(patients["sum"] > 0) | (well <= is_ill.sum())])
-    left = f"{(~keep).sum()} images below grade 2, of which there are more than of the others"
-    left_out = "; ".join(filter(None, [str(left_out), left]))
+    more = f"{(~keep).sum()} images below grade 2, of which there are more than of the others"
     # 4 (x - G * x) + 128, G a Gaussian of a tenth of the side
     x = x[keep].astype(np.float32)
     x = (4 * (x - gaussian_filter(x, np.multiply(x.shape, (0, 0, 0.1, 0.1)))) + 128).clip(0, 255).astype(np.uint8)
     y = np.where(is_ill, "referable", "not referable")[keep]
-    return {"x": x, "y": y, "groups": groups[keep], "left_out": left_out}
+    return {"x": x, "y": y, "groups": groups[keep], "left_out": "; ".join(filter(None, [str(left_out), more]))}

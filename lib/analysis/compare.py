@@ -39,9 +39,8 @@ def keep_common_models(ensembles, essential=None):
     while len(common := common_ids(kept.values())) < enough and spare:
         print(f"left out, because too many of its models diverged: {spare[0]}")
         del kept[spare.pop(0)]
-    if len(common) < 8:
-        what = f"n_models: only {len(common)} models finished under all of {', '.join(map(str, kept))}"
-        raise ValueError(f"{what}; valid are 8 or more: lower lr or rho, or train more models")
+    what = f"n_models: only {len(common)} models finished under all of {', '.join(map(str, kept))}"
+    need(len(common) >= 8, f"{what}; valid are 8 or more: lower lr or rho, or train more models")
     return {label: e.only(common) for label, e in kept.items()}
 
 
@@ -156,15 +155,14 @@ def design(ensemble, test=False):
 
 def accuracies(ensembles):
     """Test accuracy, also balanced; accuracy and loss on the training half; accuracy in minus out: a tidy frame."""
-    frames = [
-        compared(ensembles, lambda e: on_pool(e, "correct"), "train_accuracy", rate=True),
-        compared(ensembles, train_losses, "train_loss"),
-        compared(ensembles, lambda e: on_pool(e, "correct") - on_pool(e, "correct", False), "generalization_gap"),
-    ]
+    frames = []
     if next(iter(ensembles.values())).test_logits is not None:  # an audit may have no test part
-        frames.insert(0, compared(ensembles, hits_on_test, "test_accuracy", rate=True, test=True))
-        frames.insert(1, compared(ensembles, balanced_on_test, "balanced_accuracy_above_chance", test=True))
-    return pd.concat(frames, ignore_index=True)
+        frames.append(compared(ensembles, hits_on_test, "test_accuracy", rate=True, test=True))
+        frames.append(compared(ensembles, balanced_on_test, "balanced_accuracy_above_chance", test=True))
+    frames.append(compared(ensembles, lambda e: on_pool(e, "correct"), "train_accuracy", rate=True))
+    frames.append(compared(ensembles, train_losses, "train_loss"))
+    gap = compared(ensembles, lambda e: on_pool(e, "correct") - on_pool(e, "correct", False), "generalization_gap")
+    return pd.concat([*frames, gap], ignore_index=True)
 
 
 def contrast(ensembles):
@@ -373,8 +371,7 @@ def models_with_weights(ensembles, n_models=16):
     """The first n_models models, in whole pairs, whose weights are kept in all of the ensembles: ids [8 or more]."""
     there = common_ids(ensembles)
     ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
-    if len(ids) < 8:
-        raise ValueError(f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
+    need(len(ids) >= 8, f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
     return np.array(ids)
 
 

@@ -101,9 +101,9 @@ def agreement(ensembles, parts=8, seed=0):
     """Do two optimizers expose the same examples? Rank correlations of exposure between two halves of the pairs.
 
     An example's exposure is how well phi tells the models trained with it from those without (AUC; no shadow models,
-    which the two halves would share). Noise keeps even the correlation within an optimizer below 1. The corrected one
-    is across / geometric mean of the two within (Spearman 1904), given if these are positive in every split. A tidy
-    frame; the intervals are the range over `parts` random splits.
+    which the two halves would share). Noise keeps even the correlation within an optimizer below 1; the corrected one
+    (Spearman 1904) is given if those within are positive in every split. A tidy frame; the intervals are the range over
+    `parts` random splits.
     """
     (a, first), (b, second) = ensembles.items()
     scores, member = {a: compare.signal(first, "phi"), b: compare.signal(second, "phi")}, np.array(first.member)
@@ -126,10 +126,10 @@ def agreement(ensembles, parts=8, seed=0):
 
 
 def pattern_table(ensembles, memorized):
-    """Exposure, memorization and test accuracy by how many pool examples share a known sub-pattern: a tidy frame.
+    """auc, mean_memorization and test_accuracy by how many pool examples share a known sub-pattern: a tidy frame.
 
-    memorized: dict optimizer -> [N]. Metrics auc, mean_memorization and test_accuracy; columns size ("3 to 9")
-    and coordinate. Sizes with fewer than 10 examples in the pool are left out, and accuracies on fewer than 10.
+    memorized: dict optimizer -> [N]. Columns size ("3 to 9") and coordinate. Sizes with fewer than 10 examples in the
+    pool are left out, and accuracies on fewer than 10.
     """
     data = next(iter(ensembles.values())).dataset
     count = np.bincount(data.pattern, minlength=1 + max(data.pattern.max(), data.pattern_test.max()))
@@ -142,7 +142,6 @@ def pattern_table(ensembles, memorized):
     frames = [within(ensembles, parts, "test_accuracy")]
     for part, (own, _) in parts.items():
         values = {label: m[None, own] for label, m in memorized.items()}
-        means = intervals.paired(values, "mean_memorization", examples_only=True)
-        frames.append(means.assign(part=part))
+        frames.append(intervals.paired(values, "mean_memorization", examples_only=True).assign(part=part))
     frame = pd.concat(frames, ignore_index=True).rename(columns={"part": "size"})
     return frame.assign(coordinate="shared by=" + frame["size"])

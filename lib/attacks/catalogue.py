@@ -99,7 +99,7 @@ def of_single_models(seen, y, member, seed=0, groups=None):
         # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
         np.negative(np.log(np.maximum(values, np.float32(TINY), out=values), out=values), out=values)
     levels = {"confidence": seen["phi"], "entropy": seen["entropy"], "m_entropy": seen["modified_entropy"]}
-    out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen.pop("log_confidence"), member, half=half)}
+    out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen.pop("log_confidence"), member, half)}
     out |= levels | {f"{name}_classwise": classwise(s, member, y, part=half) for name, s in levels.items()}
     out["neural"], own, part = neural.attack(list(levels.values()), member, seed, groups)
     out["neural_classwise"] = classwise(out["neural"], member, y, part=part, own=own)

@@ -7,14 +7,13 @@ from lib.attacks.membership import calibration_split, checked
 from lib.attacks.signals import TINY, parallel
 
 
-def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
+def yeom(log_confidence, member, half) -> np.ndarray:
     """Yeom et al. (2018, adversary 2), "member if the loss is below the mean member loss": scores [M, N] float32.
 
     The decision is score > 0. The mean over one half of the target's members judges the other half, and vice versa. In
-    logarithms, losses near zero stay distinct. half: [M, N] of 0 and 1, default calibration_split(member, seed).
+    logarithms, losses near zero stay distinct. half: [M, N] of 0 and 1, as from calibration_split.
     """
     log_confidence, member = checked(log_confidence, member)
-    half = calibration_split(member, seed) if half is None else half
 
     def attack(m):
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
@@ -25,20 +24,19 @@ def yeom(log_confidence, member, seed=0, half=None) -> np.ndarray:
     return np.stack(parallel(attack, range(len(member))))
 
 
-def classwise(scores, member, y, seed=0, part=None, own=None) -> np.ndarray:
+def classwise(scores, member, y, part=None, own=None) -> np.ndarray:
     """Scores minus a threshold for each class (Song & Mittal 2021, section 3.2): [M, N] float32.
 
     The decision is score > 0. scores: [M, N]; y: [N] labels. In each part of a target's examples, the threshold of best
     balanced accuracy is found for each class, and subtracted in the next part (of two, in the other half). A class
     without members or non-members in a part takes the threshold of that whole part. part: [M, N] integers, default
-    calibration_split(member, seed, y). own: [M, N], what the thresholds are learned from, default `scores`;
-    neural.attack needs another.
+    calibration_split(member, 0, y). own: [M, N], what the thresholds are learned from, default `scores`.
     """
     scores, member = checked(scores, member)
     own = scores if own is None else checked(own, member)[0]
     need(np.shape(y) == scores.shape[1:], f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
     _, y = np.unique(y, return_inverse=True)
-    part = calibration_split(member, seed, y) if part is None else part
+    part = calibration_split(member, 0, y) if part is None else part
     n_classes, n_parts = int(y.max()) + 1, int(part.max()) + 1
 
     def attack(m):

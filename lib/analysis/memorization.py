@@ -117,9 +117,8 @@ def memorization_table(values, member, published=None):
     def statistic(rows, columns):
         part = np.ix_(rows, columns)
         mem = [memorization(v[part], member[part]).value for v in values.values()]
-        both = [np.array([m.mean(), *band_shares(m)]) for m in mem]
-        if published is not None:
-            both = [np.append(b, spearman(m, published[columns])) for b, m in zip(both, mem, strict=True)]
+        known = [] if published is None else [published[columns]]
+        both = np.array([[m.mean(), *band_shares(m), *(spearman(m, p) for p in known)] for m in mem])
         return [*both[0], *both[1], *(both[1] - both[0]), spearman(*mem)]
 
     metrics = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]

@@ -63,10 +63,11 @@ def execute(book, given, out):
     done = papermill.execute_notebook(*paths, given, **how)
     for cell in done.cells:
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):  # 256 colours look the same and take half the bytes
+            if "image/png" in output.get("data", {}):  # a hundred colours look the same, in half the bytes
                 image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
-                image.quantize(256, dither=Image.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
+                image.quantize(100, dither=Image.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
                 output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key != "papermill"}  # times of the cell
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
     del done.metadata.papermill["input_path"], done.metadata.papermill["output_path"]  # the copy may travel

@@ -21,7 +21,7 @@ from lib.training.store import VERSION, read_json, write_atomic
 NUMBERS = "value ci_low ci_high".split()
 COUNTS = "n_models n_examples".split()
 COLUMNS = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split() + NUMBERS + COUNTS
-PROVENANCE = "seed recipe versions device seconds".split()  # what made a row; of all columns only `seconds` may vary
+PROVENANCE = "seed recipe device seconds".split()  # what made a row; of all columns only `seconds` may vary
 PLACES = "data scores store out device engine gpus".split()  # parameters that say where a run is made, not what it is
 SETTINGS = "arch optimizers rho n_examples subset epochs batch_size lr weight_decay augment ema seed".split()
 SETTINGS += ["tuning", "n_pools"]
@@ -79,10 +79,10 @@ class Results:
         device = ensemble.device_of(run.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         versions = [f"{name} {metadata.version(name)}" for name in ("flat-is-not-private", "torch", "numpy")]
-        versions = " ".join([*versions, f"python {platform.python_version()}"])
+        self.versions = " ".join([*versions, f"python {platform.python_version()}"])
         self.about = dict(notebook=notebook, dataset=run.dataset.name, arch=run.arch, baseline="", coordinate="")
         self.about |= dict(attack="", n_models=n_models or run.n_models, n_examples=len(run.dataset.y))
-        self.about |= dict(seed=run.seed, recipe=recipe_digest(run), versions=versions, device=name)
+        self.about |= dict(seed=run.seed, recipe=recipe_digest(run), device=name)
 
     def add(self, frame, experiment="main", **fields):
         """Write a tidy frame, with some of COLUMNS, beside what is there; `fields` gives other columns.
@@ -107,7 +107,8 @@ class Results:
                 if self.path.exists():
                     others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
                     own = pd.concat([others[others.notebook != notebook], own])
-                made = read_json(settings) | {notebook: {name: getattr(self.run, name) for name in SETTINGS}}
+                own_settings = {name: getattr(self.run, name) for name in SETTINGS} | {"versions": self.versions}
+                made = read_json(settings) | {notebook: own_settings}
                 write_atomic(settings, json.dumps(made, indent=1))
                 write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))
         except OSError as error:

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -63,8 +64,9 @@ def test_every_row_says_what_made_it(tmp_path):
     results.add(frame(0.6))
     (new,) = pd.read_csv(results.path, dtype=str, keep_default_na=False).itertuples(index=False)
     assert (new.seed, new.recipe, new.device) == ("0", recipe_digest(run), "cpu") and float(new.seconds) >= 0
+    versions = json.loads(results.path.with_name("settings.json").read_text())["01_new"]["versions"]
     for name in ("flat-is-not-private", "python", "torch", "numpy"):
-        assert re.search(rf"\b{name} \d+\.\d+", new.versions), new.versions
+        assert re.search(rf"\b{name} \d+\.\d+", versions), versions
 
 
 def test_the_recipe_names_what_decides_a_run_and_not_where_it_is_made(tmp_path):

@@ -10,8 +10,6 @@ A file holds what any framework can save with numpy.savez; M models (one is enou
 With one model, [N, C] and [N] do as well. The first file is the baseline; all share y, member, groups, population_y.
 """
 
-import base64
-import html
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +19,11 @@ import pandas as pd
 from lib import need
 from lib.analysis import compare
 from lib.attacks import intervals
+from lib.attacks.catalogue import FAMILIES, HEADLINES
 from lib.attacks.membership import calibration_split
 from lib.data.sources import read_npz
-from lib.study import figures, report, text
-from lib.study.results import COLUMNS
+from lib.study import figures, report, text, verdict
+from lib.study.results import COLUMNS, NUMBERS
 from lib.training.store import write_atomic
 
 ARRAYS = "logits y member probabilities population_logits population_y population_probabilities groups".split()
@@ -178,7 +177,7 @@ def audit(given, out) -> pd.DataFrame:
 
     print("".join(f"{name}: {note}\n" for name, one in ensembles.items() for note in one.notes), end="")
     scored = {name: compare.scores(one) for name, one in ensembles.items()}
-    fit, leaks = compare.accuracies(ensembles).assign(attack=""), compare.leakage(ensembles, scored)
+    fit, leaks = compare.accuracies(ensembles).assign(attack="", coordinate=""), compare.leakage(ensembles, scored)
     null = compare.null_table(e, seed=0, shuffles=1).assign(optimizer=first, experiment="null control")
     found = [fit, leaks, intervals.precisions(leaks)]
     if "lira_shrunk" in scored[first]:
@@ -191,20 +190,40 @@ def audit(given, out) -> pd.DataFrame:
     about = {"notebook": "own_logits", "dataset": Path(out).resolve().name}
     frame = frame.assign(**about, n_models=len(e.member), n_examples=len(e.dataset.y)).reindex(columns=COLUMNS)
     write_atomic(path, frame.to_csv(index=False, float_format="%.6g"))
-    write_atomic(Path(out) / "report" / "index.html", page(out, ensembles, scored, fit, leaks, null))
+    write_atomic(Path(out) / "report" / "index.html", page(out, ensembles, scored, frame))
     return frame
 
 
-def page(out, ensembles, scored, fit, leaks, null):
-    """The report as one HTML page, with the figures in it, which are also kept in figures/."""
-    e, auc, found = next(iter(ensembles.values())), leaks[leaks.metric == "auc"], []
-    shadows = "lira" in set(auc.attack)
-    for (name, baseline), rows in auc.groupby(["optimizer", "baseline"], sort=False):
-        best = rows.loc[rows.value.idxmax()]
-        tell = f"{(rows.ci_low > 0.5).sum()} of {len(rows)} attacks tell members from non-members"
-        highest = f"the highest AUC is {text.number(best.value, best.ci_low, best.ci_high)}, of {best.attack}"
-        own = f"{name}: {tell} (interval of AUC above 1/2); {highest}."
-        found.append(text.summary(rows, f"{name} leaks", baseline) if baseline else own)
+def page(out, ensembles, scored, frame):
+    """The report as one HTML page: report.opening. frame: of results.csv; the figures are also kept in figures/."""
+    main, e, least = frame[frame.experiment == "main"], next(iter(ensembles.values())), set()
+    best, auc, said, families = report.strongest(frame), main[main.metric == "auc"], [], {}
+    attack, shadows = best.attack.iloc[0], "lira" in set(auc.attack)
+    judged = auc[(auc.baseline != "") & auc.attack.isin([*HEADLINES, attack])]
+    for (name, baseline), rows in judged.groupby(["optimizer", "baseline"], sort=False):
+        signs = {*rows.apply(text.sign, axis=1)}
+        least |= {name} if max(signs) < 0 else {baseline} if min(signs) > 0 else set()
+        way = text.joined(word for word, sign in (("more", 1), ("less", -1)) if sign in signs)
+        way = ("no differently" if way == "none" else way) + " (the attacks disagree)" * (len(signs) > 1)
+        by = text.joined(f"{text.percentage_points(row)} by {row.attack}" for row in rows.itertuples())
+        said.append(f"{name} leaks {way} than {baseline}: {by}")
+    told = text.joined(f"{text.of_hundred(row)} for {row.optimizer}" for row in best.itertuples())
+    answer = "; ".join(said) + ", in AUC. " * bool(said) + "Of a hundred pairs of a member and a non-member, "
+    answer += f"{attack} tells which is which in {told}; guessing would in 50."
+    if len(ensembles) == 1:
+        rates = main[main.metric.str.contains("@0.1$|@0.01$") & (main.attack == attack)][-2:]
+        named = " and ".join(f"{text.of_hundred(row)} of a hundred {'non-' * ('fpr' in row.metric)}members"
+                             for row in rates.itertuples())  # fmt: skip
+        answer += f" Told to accuse few, it names {named or 'nobody: there are too few examples'}."
+    for family, attacks in FAMILIES.items():
+        for (name, baseline), rows in auc[auc.attack.isin(attacks)].groupby(["optimizer", "baseline"], sort=False):
+            top = rows.loc[rows.value.idxmax()]
+            cell = f"{text.number(top.value, top.ci_low, top.ci_high)} by {top.attack}"
+            if baseline:
+                given = [*rows.attack], rows[NUMBERS].to_numpy(float), verdict.DELTAS[" points"], "family"
+                cell = ": ".join(dict.fromkeys(verdict.judge_attacks(*given)))
+            column = f"{name} leaks more than {baseline}" if baseline else f"highest AUC of {name}"
+            families.setdefault(family, {})[column] = cell
 
     figures.style()
     own, differences = auc[auc.baseline == ""], auc[auc.baseline != ""]
@@ -214,23 +233,25 @@ def page(out, ensembles, scored, fit, leaks, null):
     drawn["roc"] = figures.roc(scored, e.member, "lira" if shadows else "confidence")
     phis = {name: compare.signal(one, "phi") for name, one in ensembles.items()}
     drawn["phi"] = figures.phi_of_members(phis, e.member)
-    pictures = ""
     for name, figure in drawn.items():
         figures.save(figure, SimpleNamespace(out=out), name)
-        data = base64.b64encode((Path(out) / "figures" / f"{name}.png").read_bytes()).decode()
-        pictures += f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>'
+    first, *others = ((Path(out) / "figures" / f"{name}.png", name) for name in drawn)
 
-    tables = (leaks[~leaks.metric.str.contains("advantage|log_ratio")], fit, null)
+    is_fit, null = (main.attack == "") & (main.metric != "examples_left_out"), frame[frame.experiment == "null control"]
+    tables = main[main.metric.str.contains("auc$|balanced|@[^,]*$") & (main.attack != "")], main[is_fit], null
     leakage, fits, control = (text.wide(rows, across=("metric",)).to_html(border=0) for rows in tables)
-    title = f"Membership leakage: {', '.join(ensembles)}"
-    body = f"""<h1>{html.escape(title)}</h1>
-<p>Models: {len(e.member)}; examples: {len(e.dataset.y)}, of {e.logits.shape[-1]} classes.</p>
-{report.bullets(found)}{leakage}{pictures}
-<h2>How well the models fit</h2>{fits}
-<h2>The null control</h2><p>Membership shuffled: {html.escape(text.null_control(null))}</p>{control}
-<h2>The limits</h2>{report.bullets(limits(ensembles, shadows))}
-<p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
-    return report.page(title, body, "wide")
+    over = text.joined(name for name in ensembles if name not in least) if len(ensembles) > 1 else ""
+    sections = {
+        "For engineers": report.for_engineers(frame, text.joined(sorted(least)) if least else "", over),
+        "Families of attacks": pd.DataFrame(families).T.to_html(border=0),
+        "Fit": f"<p>Models: {len(e.member)}; examples: {len(e.dataset.y)}, of {e.logits.shape[-1]} classes.</p>{fits}",
+        "Figures": "".join(f"<p>{report.embedded(*each)}</p>" for each in others),
+        "Limits": report.bullets(limits(ensembles, shadows)),
+        "Appendix": f"""<details><summary>Each attack by itself</summary>{leakage}</details>
+<details><summary>The null control</summary>{control}</details>
+<p>All numbers: <a href="../results.csv">results.csv</a>.</p>""",
+    }
+    return report.opening(f"Membership leakage: {', '.join(ensembles)}", answer, first, sections)
 
 
 def limits(ensembles, shadows):

@@ -1,9 +1,10 @@
-"""The report of a run, outputs/<run>/report/index.html: the verdicts first, behind them every executed notebook.
+"""The report of a run, outputs/<run>/report/index.html: the answer first, then its use, the verdicts, every notebook.
 
 It opens from disk, without a server, a script or the network: figures are embedded and mathematics is MathML.
 `make report DATASET=digits` (or OUT=folder) makes it anew from what is there.
 """
 
+import base64
 import html
 import re
 from functools import partial
@@ -12,15 +13,17 @@ from pathlib import Path
 
 import nbformat
 import nh3
+import numpy as np
 import pandas as pd
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
+from lib.attacks.catalogue import HEADLINES
 from lib.study import verdict
-from lib.study.results import COLUMNS, differing, read
-from lib.study.text import null_control, planted_leak
+from lib.study.results import COLUMNS, NUMBERS, differing, read
+from lib.study.text import joined, null_control, of_hundred, planted_leak
 from lib.training.store import write_atomic
 
 # The browser refuses whatever runs or loads, should anything slip through `clean`.
@@ -43,8 +46,21 @@ th, td { border: 1px solid #8886; padding: 0.3em 0.6em; text-align: left }
 .wide td:first-child { white-space: nowrap }
 pre { background: #8888880c; padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
 img { max-width: 100%; background: #fff }
+h1 { font-size: 1.7em; line-height: 1.2; margin: 0 }
+nav a { display: inline-block; margin-right: 1.2em }
+@media (min-width: 60em) { /* the first screen holds the whole header: its picture takes what the text leaves */
+  header { display: flex; flex-direction: column; gap: 0.5em; max-height: calc(100vh - 3em) }
+  header img { align-self: start; min-height: 10em; object-fit: contain }
+  .beside { flex-direction: row; gap: 2em }
+  .beside div { flex: 1 0 24em }
+  .beside img { max-height: calc(100vh - 3em); min-width: 0 }
+}
 .anchor-link { visibility: hidden }
 """
+PICTURES = {  # of a run: the first that is there opens its page
+    "leakage_against_accuracy": "Every setting tried: higher up it leaks more, further right it tests better.",
+    "difference_auc": "Each attack's AUC, minus the baseline's: right of the line, the model leaks more.",
+}
 SPELLINGS = {r"\operatorname*": r"\operatorname", r"arg\,min": "argmin", r"\arg\min": r"\operatorname{argmin}",
              "{aligned}": "{align*}", r"\!": ""}  # fmt: skip
 LIGHT, DARK = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "monokai"))
@@ -120,8 +136,74 @@ def bullets(sentences):
     return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
+def embedded(path, caption):
+    """The PNG at `path`, inside the page; caption is text."""
+    data, said = base64.b64encode(Path(path).read_bytes()).decode(), html.escape(caption)
+    return f'<img alt="{said}" title="{said}" src="data:image/png;base64,{data}">'
+
+
+def opening(title, answer, picture, sections):
+    """A page whose first screen holds the answer and the picture; links to the sections, then these follow.
+
+    answer: text; picture: (path of a PNG, caption), or None; sections: dict heading -> HTML.
+    """
+    links = "".join(f'<a href="#part{k}">{html.escape(name)}</a>' for k, name in enumerate(sections, 1))
+    body = f"<div><h1>{html.escape(title)}</h1><p>{html.escape(answer)}</p><nav>{links}</nav></div>"
+    if picture:  # a PNG begins with its width and height; a narrow one stands beside the text
+        width, height = np.frombuffer(Path(picture[0]).read_bytes(), ">u4", 2, 16)
+        body = f'<header class="{"beside" if width < 1.6 * height else ""}">{body}{embedded(*picture)}</header>'
+    for k, (name, text) in enumerate(sections.items(), 1):
+        body += f'<h2 id="part{k}">{html.escape(name)}</h2>{text}'
+    return page(title, body, "wide")
+
+
+def strongest(rows):
+    """From the rows of a results.csv: each optimizer's AUC by the headline attack whose AUC is highest, else by any."""
+    auc = rows[(rows.experiment == "main") & (rows.metric == "auc") & (rows.baseline == "") & (rows.coordinate == "")]
+    auc = auc[auc.attack.isin(HEADLINES)] if auc.attack.isin(HEADLINES).any() else auc
+    return auc[auc.attack == auc.attack[auc.value.idxmax()]] if len(auc) else auc
+
+
+def for_engineers(rows, prefer="", over=""):
+    """In HTML, from the rows of a results.csv: what to do, how often the attacker is right, who is exposed, controls.
+
+    prefer: what leaks less, over: than what; over is "" if nothing was compared, prefer if no difference was found.
+    """
+    best, own = strongest(rows), rows[(rows.experiment == "main") & (rows.baseline == "")]
+    null, (attack, *_) = rows[rows.experiment == "null control"], [*best.attack, "none"]
+    found = [*null.attack], null[NUMBERS].to_numpy(float) - 0.5, 0.0, "family"
+    names, right, exposed = joined(best.optimizer), {}, []
+    do = next(said for holds, said in (
+        (len(null) and verdict.judge_attacks(*found)[0] != "inconclusive", "look for a fault first: membership was "
+         "shuffled, and attacks still tell members apart"),
+        (prefer, f"prefer {prefer} to {over} where it is accurate enough, and audit what you release"),
+        (over, f"choose between {over} by test accuracy: no difference in leakage was shown"),
+        ((best.ci_low > 0.5).any(), f"do not release {names} if membership is a secret"),
+        (True, "treat this as no proof of privacy: no leak was shown"),
+    ) if holds)  # fmt: skip
+    for row in own[own.metric.str.startswith("precision@") & (own.attack == attack)].itertuples():
+        rate, share = (f"{100 * float(number):g}%" for number in re.findall(r"[\d.]+", row.metric))
+        right.setdefault(f"if {share} of the candidates are, at {rate} FPR", {})[row.optimizer] = of_hundred(row)
+    for name, part in own[own.metric.str.startswith("expos")].groupby("optimizer", sort=False):
+        who = part.coordinate[part.metric == "exposure"].str.removeprefix("example=")
+        both, again = part[~part.metric.isin(["exposure"])], "too few models or examples to ask two halves."
+        if len(both) == 2:
+            both, chance = map(of_hundred, both.itertuples())
+            again = f"of a hundred whom one half of the models names, the other half names {both}, by chance {chance}."
+        exposed.append(f"{name}: the most exposed examples are {joined(who)}; {again}")
+    controls = [f"Null control, membership shuffled: {null_control(null)}"]
+    for times, leak in rows[rows.experiment == "planted leak"].groupby("coordinate", sort=False):
+        controls += [f"Planted leak, one example trained {times.removeprefix('times=')}×: {planted_leak(leak)}"]
+    table = pd.DataFrame(right).T.to_html(border=0) if right else bullets(["not recorded, or too few examples."])
+    return f"""<p><b>What to do:</b> {html.escape(do)}; only differential privacy bounds what other attacks learn.</p>
+<p>Of a hundred people whom the attacker names, by {html.escape(attack)}, so many are members:</p>{table}
+<p>Who is exposed, and would other models expose the same?</p>{bullets(exposed or ["not recorded."])}
+<p>No attack should find anything in shuffled membership; every attack should find a planted leak.</p>
+{bullets(controls)}"""
+
+
 def index(out, rows, titles):
-    """The first page of the run in folder `out`: the verdicts, the controls, a link to every page.
+    """The first page of the run in folder `out`: the answer, its use, the verdicts, a link to every page.
 
     rows: of results.csv (results.read); titles: file name -> title.
     """
@@ -129,26 +211,29 @@ def index(out, rows, titles):
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
     groups = filter(None, (", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values))
-    title = f"Flat Is Not Private: {'; '.join(groups) or 'no results yet'}"
     settings = ledger[(ledger.optimizer != "") & (ledger.differs != "")][["dataset", "arch", "optimizer", "differs"]]
     lines = [f"{', '.join(about)}: {differs}" for *about, differs in settings.drop_duplicates().values]
-    controls = [f"Null control, membership shuffled: {null_control(rows[rows.experiment == 'null control'])}"]
-    for times, leak in rows[rows.experiment == "planted leak"].groupby("coordinate", sort=False):
-        controls += [f"Planted leak, one example trained {times.removeprefix('times=')}×: {planted_leak(leak)}"]
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
-    body = f"""<h1>{html.escape(title)}</h1>
-<p>The paper's claims, and checks of ours: {counted}.
+    names, advice = ("the tuned baseline", "sharpness-aware training"), ("", "")
+    for claim in ("more_at_equal_accuracy", "more_when_tuned"):  # where the first was not judged, the second
+        judged = {*ledger.verdict[ledger.claim == claim]} - {"not run", "not testable here"}
+        if judged and not advice[1]:
+            way = ("supported" in judged) - ("contradicted" in judged)
+            advice = {1: names, -1: names[::-1], 0: ("", joined(names))}[way]
+    pictures = ((Path(out) / "figures" / f"{name}.png", caption) for name, caption in PICTURES.items())
+    sections = {
+        "For engineers": for_engineers(rows, *advice),
+        "Verdicts": f"""<p>The paper's claims, and checks of ours: {counted}.
 An effect is a difference from the baseline, with its 95% interval.
 What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
-{bullets([*(lines or ["nothing was run yet"]), *differing(out)])}
-<p>{html.escape(verdict.headline(ledger))}</p>
-{verdict.table(ledger).to_html()}
-<details><summary>Each attack by itself</summary>{verdict.table(by_attack).to_html()}</details>
-<details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>
-<h2>Controls</h2><p>No attack should find anything in shuffled membership; every attack should find a planted leak.</p>
-{bullets(controls)}
-<h2>The evidence</h2><ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>"""
-    return page(title, body, "wide")
+{bullets([*(lines or ["nothing was run yet"]), *differing(out)])}{verdict.table(ledger).to_html()}""",
+        "Evidence": f'<ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>',
+        "Appendix": f"""<details><summary>Each attack by itself</summary>{verdict.table(by_attack).to_html()}</details>
+<details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>""",
+    }
+    picture = next((each for each in pictures if each[0].exists()), None)
+    title = f"Flat Is Not Private: {'; '.join(groups) or 'no results yet'}"
+    return opening(title, verdict.headline(ledger), picture, sections)
 
 
 def build(out):

@@ -82,6 +82,12 @@ def percentage_points(row):
     return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
 
 
+def of_hundred(row):
+    """'63.7 [62.6, 64.7]' of a share: so many in a hundred."""
+    value, low, high = (f"{100 * v:.3g}" for v in (row.value, row.ci_low, row.ci_high))
+    return value + (f" [{low}, {high}]" if pd.notna(row.ci_low) else "")
+
+
 def joined(names):
     """'a, b and c'; 'none' of nothing."""
     names = list(names)

@@ -216,3 +216,23 @@ def test_a_report_fits_a_small_screen_and_can_be_read_in_light_and_dark(page, ma
             ratio, text = page.contrast("body *")
             assert ratio > 4.5, f"{url}: {text!r} is hard to read in {scheme} ({ratio:.1f})"
         assert page.js("getComputedStyle(document.body).backgroundColor") == ground
+
+
+@pytest.mark.parametrize("kind", ["studied", "audited"])
+def test_the_first_screen_holds_the_answer_and_the_picture(kind, page, request):
+    page.open((request.getfixturevalue(kind) / "report" / "index.html").as_uri())
+    for scheme in ("light", "dark"):
+        page.scheme(scheme)
+        shown = "[...document.querySelectorAll('header h1, header p, header nav, header img')]"
+        corners = ".map(e => e.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom])"
+        boxes = page.js(shown + corners)
+        assert len(boxes) == 4
+        for left, top, right, bottom in boxes:
+            assert 0 <= left < right <= SCREEN["width"] and 0 <= top < bottom <= SCREEN["height"]
+        left, top, right, bottom = boxes[-1]
+        width, height = page.js("(e => [e.naturalWidth, e.naturalHeight])(document.querySelector('header img'))")
+        assert bottom - top > SCREEN["height"] / 2 and (right - left) / (bottom - top) == pytest.approx(
+            width / height, 0.02
+        )
+        assert page.js("document.documentElement.scrollWidth") <= SCREEN["width"]
+        assert page.contrast("body *")[0] > 4.5

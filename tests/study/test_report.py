@@ -61,9 +61,14 @@ def test_pages_load_nothing_from_anywhere_else(made):
         assert str(ROOT) not in text and str(made) not in text, name
 
 
-def test_the_index_has_the_verdicts_first_and_links_to_every_page(made):
+def links_of(text):
+    """The links of a page to other files."""
+    return [a["href"] for a in Tags(text).named("a") if not a["href"].startswith("#")]
+
+
+def test_the_index_has_the_verdicts_and_links_to_every_page(made):
     index = pages(made)["index.html"]
-    links = [a["href"] for a in Tags(index).named("a")]
+    links = links_of(index)
     assert {f"{p.stem}.html" for p in made.glob("[0-9]*.ipynb")} <= set(links)
     assert all((made / "report" / link).exists() for link in links)
     assert index.index("<table") < index.index(links[0])
@@ -138,7 +143,7 @@ def test_text_from_results_and_titles_is_escaped(tmp_path):
 def test_only_what_is_there_is_linked_and_a_second_report_replaces_the_first(tmp_path):
     shutil.copy(RUN / "results.csv", tmp_path)
     first = report.build(tmp_path).read_text()
-    assert [a["href"] for a in Tags(first).named("a")] == ["../results.csv"]
+    assert links_of(first) == ["../results.csv"]
     assert ", 0 not run" not in first
     book(tmp_path / "03_new.ipynb", new_markdown_cell("# New"))
     assert "03_new.html" in report.build(tmp_path).read_text()
@@ -170,6 +175,80 @@ def test_the_controls_are_counted_from_the_rows(tmp_path):
     null, many = (next(i for i in items if i.startswith(word)) for word in ("Null", "Planted"))
     assert "2 of 3 attacks" in null and "lira with 0.470" in null and "loss" in null
     assert "50&#215;" in many and "2 of 3 attacks" in many and "8 pairs" in many and "lira" in many
+
+
+PARTS = {
+    "study": ["For engineers", "Verdicts", "Evidence", "Appendix"],
+    "audit": ["For engineers", "Families of attacks", "Fit", "Figures", "Limits", "Appendix"],
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_page_answers_first_and_folds_what_each_attack_says(kind, studied, audited):
+    out = {"study": studied, "audit": audited}[kind]
+    text = pages(out)["index.html"]
+    headings = re.findall('<h2 id="([^"]+)">([^<]+)</h2>', text)
+    contents = re.search("<nav>(.*?)</nav>", text)[1]
+    assert [name for _, name in headings] == PARTS[kind]
+    assert re.findall('href="#([^"]+)">([^<]+)<', contents) == headings
+    picture, first = text.index("<img"), text.index("<h2")
+    assert text.index("<h1") < text.index("<nav>") < picture < first < text.index("<table")
+    answer = (
+        verdict.headline(verdict.ledger(read(out / "results.csv"))) if kind == "study" else "sam leaks more than sgd"
+    )
+    assert answer in text[:picture]
+    assert text.count("What to do:") == 1 and text.index("What to do:") < text.index(headings[1][0] + '">', first)
+    appendix = text[text.index("Appendix</h2>") :]
+    folded = "".join(re.findall("<details>.*?</details>", appendix, flags=re.S))
+    assert "Each attack by itself" in folded and appendix.count("<table") == folded.count("<table") > 0
+
+
+def test_every_number_of_the_pages_is_in_results_csv(studied, audited):
+    for out, least in ((studied, 3), (audited, 60)):
+        rows = pd.read_csv(out / "results.csv")
+        text = pages(out)["index.html"].split("<h2", 1 if out == audited else 2)
+        text = " ".join(text if out == audited else text[1:2])
+        found = re.findall(r"([-+]?\d[\d.]*) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]", text)
+        assert len(found) >= least
+        numbers = rows[["value", "ci_low", "ci_high"]].to_numpy()
+        for triple in found:
+            wanted = np.array(triple, float)
+            half = [0.51 * 10.0 ** -len(t.partition(".")[2]) for t in triple]
+            near = (abs(numbers[..., None] * [1, 100] - wanted[:, None]) <= np.array(half)[:, None]).all(1)
+            assert near.any(), triple
+
+
+def test_engineers_are_told_precision_and_who_is_exposed_again(studied):
+    text = pages(studied)["index.html"]
+    assert "if 10% of the candidates are, at 0.1% FPR</th>" in text and "<td>79.9 [68.5, 87.9]</td>" in text
+    again = "of a hundred whom one half of the models names, the other half names 62.5 [40, 81], by chance 1."
+    assert f"the most exposed examples are 7 and 3; {again}" in text
+
+
+def advice(values, low, prefer="", over=""):
+    """What a page says to do, given a null control's AUCs and the low end of the audit's."""
+    null = control("null control", "", "auc", values, np.array(values) - 0.01, np.array(values) + 0.01)
+    own = control("main", "", "auc", (0.6,), (low,), (0.7,), ("rmia",))
+    text = report.for_engineers(pd.DataFrame([*null, *(row | {"optimizer": "<a>"} for row in own)]), prefer, over)
+    return re.search("What to do:</b> ([^;]+);", text.replace("&lt;", "<").replace("&gt;", ">"))[1]
+
+
+def test_what_to_do_follows_from_the_numbers():
+    fine = (0.5, 0.505, 0.495)
+    assert (
+        advice(fine, 0.55, "sgd", "sam") == "prefer sgd to sam where it is accurate enough, and audit what you release"
+    )
+    assert advice(fine, 0.55, "", "sgd and sam").startswith("choose between sgd and sam by test accuracy")
+    assert advice(fine, 0.55) == "do not release <a> if membership is a secret"
+    assert advice(fine, 0.45).startswith("treat this as no proof")
+    assert advice((0.5, 0.53, 0.5), 0.55, "sgd", "sam").startswith("look for a fault first")
+
+
+def test_a_headline_attack_speaks_where_one_ran():
+    rows = control("main", "", "auc", (0.9, 0.6, 0.7), (0.5,) * 3, (1,) * 3, ("loss", "rmia", "combined"))
+    assert [*report.strongest(pd.DataFrame(rows)).attack] == ["combined"]
+    assert [*report.strongest(pd.DataFrame(rows[:1])).attack] == ["loss"]
+    assert report.strongest(pd.DataFrame(columns=COLUMNS)).empty
 
 
 def test_set_up_is_folded(tmp_path):

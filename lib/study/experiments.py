@@ -29,7 +29,8 @@ VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
-ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "05": (12, 12), "06": (6, 3.5), "07": (5, 0)}
+ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "05": (10, 5), "06": (6, 3.5), "07": (5, 0)}
+START = 2  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
 
@@ -326,7 +327,8 @@ class Plan:
         known = (rates or {}) | {kind: found[2 * found > found.max()].mean() for kind, found in told.items()}
         frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "kind", "at_once"])
         rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan))) * frame.at_once
-        return frame.assign(seconds=1e6 * frame.megagradients / rate, rate=rate).drop(columns=["kind", "at_once"])
+        seconds = 1e6 * frame.megagradients / rate + START * (frame.finished == 0) / frame.at_once
+        return frame.assign(seconds=seconds, rate=rate).drop(columns=["kind", "at_once"])
 
     def analysis(self, book, frame):
         """Seconds that a notebook takes beside its training, by the constants above and the table's rate."""

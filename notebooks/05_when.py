@@ -189,6 +189,9 @@ for key in bases if fit[sharp] >= verdict.FITS else ():
     results.add(pd.DataFrame(rows), experiment="frontier")
     if gain.high >= 0 and leaks[headline].high < 0:
         better.append((key, gain, leaks[headline]))
+if fit[sharp] >= verdict.FITS:
+    counts = pd.DataFrame({"metric": ["settings_that_fit", "better_choices"], "value": [len(bases), len(better)]})
+    results.add(counts, experiment="frontier", optimizer=baseline, baseline=treatment, rho="", attack=headline)
 if fit[sharp] < verdict.FITS:
     show_text(f"Not testable here: tuned {treatment} fits {fit[sharp]:.1%} of its training half.")
 else:
@@ -430,7 +433,7 @@ for row in frontier.itertuples():
 if frontier.empty:
     top = max(hits[key].mean() for key in made if not key[1])
     show_text(
-        f"No two learning rates of {baseline} enclose the accuracy of tuned {treatment} ({hits[sharp].mean():.2%}; the best of {baseline} has {top:.2%}): nothing can be said at equal accuracy."
+        f"No two learning rates of {baseline} lie clearly on both sides of the accuracy of tuned {treatment} ({hits[sharp].mean():.2%}; the best of {baseline} has {top:.2%}): nothing can be said at equal accuracy."
     )
 
 # %%

@@ -262,7 +262,7 @@ def headline(ledger):
         why = "; ".join(filter(None, found.effect.unique()))
         said = f"not testable here ({why})" if why else absent
         if len(fair):
-            absent = "nothing to compare, no setting of the baseline that was tried is as accurate"
+            absent = "nothing to read off, no two settings of the baseline lie clearly on both sides"
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
             low, middle, high = fair["size"].quantile([0, 0.5, 1])
             said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes "

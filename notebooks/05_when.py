@@ -532,9 +532,9 @@ results.add(
     n_models=len(shared),
 )
 for row in contraction.itertuples():
-    show_text(
-        f"Over {len(cells)} settings, {row.coordinate}: correlation with the difference in AUC {row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]."
-    )
+    said = f"correlation with the difference in AUC {row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
+    said = said if np.isfinite(row.value) else "too few settings of SAM lie on SGD's curve to say"
+    show_text(f"Over {len(cells)} settings, {row.coordinate}: {said}.")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")

@@ -134,7 +134,7 @@ def leakage_against_accuracy(axis, rows, attack, chosen, fits=0.99):
         for at in part.index.intersection(chosen):
             axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markersize=12)
     less = "minus the tuned baseline's, points"
-    axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack}, {less}"))
+    axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack},\n{less}"))
 
 
 def phi_of_members(phis, member):

@@ -119,15 +119,19 @@ for row in leak[leak.metric == "auc"].itertuples():
 
 # %% [markdown]
 # The best setting is often best by chance: its neighbours are as accurate, as far as we can tell. Leakage may differ
-# between them. So we also list all settings whose accuracy on non-members cannot be told from the best one's, for either
-# optimizer, and the range of the differences in leakage between them.
+# between them. So we also take all settings that fit and whose accuracy on non-members cannot be told from the best
+# one's, for either optimizer, and give the range of the differences in leakage between them.
 
 # %%
 aucs = {key: {a: compare.auc_influence_values(e, a) for a in catalogue.HEADLINES} for key, e in made.items()}
 how = dict(clusters=intervals.pairs(member), columns=groups)
 as_good = {
     top: [
-        key for key in made if key[0] == top[0] and intervals.estimate(held_out[key] - held_out[top], **how).high >= 0
+        key
+        for key in made
+        if key[0] == top[0]
+        and fit[key] >= min(verdict.FITS, fit[top])
+        and intervals.estimate(held_out[key] - held_out[top], **how).high >= 0
     ]
     for top in (plain, sharp)
 }
@@ -491,7 +495,7 @@ def quantities(ensemble):
 
 
 def correlations(each, path, keep):
-    """Over the settings, raw and at equal loss: the correlations of the AUC with log variance and with overlap, [4]."""
+    """Over the settings, raw and at equal loss: the correlations of the AUC with log variance and with overlap, and how many."""
     mean = each[..., keep].mean(-1)  # [settings, 2, 4]
     curve = path[..., keep].mean(-1)  # [SGD's lengths of training, 4]
     mean[..., 1], curve[:, 1], mean[..., 3], curve[:, 3] = (
@@ -499,18 +503,24 @@ def correlations(each, path, keep):
     )
     order = np.argsort(curve[:, 3])
     at_loss = PchipInterpolator(curve[order, 3], curve[order, :3], extrapolate=False)(mean[:, 1, 3])
-    found, on_path = [], np.where(own_decay, 0, np.nan)[:, None]  # the curve is SGD's with the run's own weight decay
+    found, counts, on_path = (
+        [],
+        [],
+        np.where(own_decay, 0, np.nan)[:, None],
+    )  # the curve is SGD's with the run's own weight decay
     for change in (mean[:, 1, :3] - mean[:, 0, :3], mean[:, 1, :3] - at_loss + on_path):
         known = change[np.isfinite(change).all(1)]
+        counts += [len(known)] * 2
         found += [np.corrcoef(known[:, 0], known[:, column])[0, 1] if len(known) > 3 else np.nan for column in (1, 2)]
-    return np.array(found)
+    return np.array(found), counts
 
 
 each = np.array([[quantities(e.only(shared)) for e in pair] for pair in cells.values()])  # [settings, 2, 4, M]
 path = np.array([quantities(e.only(shared)) for (_, name), e in lengths.items() if name == baseline])
 pairs_of = np.arange(len(shared)) // 2
-whole = np.arctanh(correlations(each, path, pairs_of >= 0))
-parts = np.arctanh([correlations(each, path, pairs_of != k) for k in np.unique(pairs_of)])
+whole, counts = correlations(each, path, pairs_of >= 0)
+whole = np.arctanh(whole)
+parts = np.arctanh([correlations(each, path, pairs_of != k)[0] for k in np.unique(pairs_of)])
 half = 1.96 * np.sqrt((len(parts) - 1) * parts.var(0))
 names = [f"{what}, {kind}" for kind in ("at equal settings", "at equal loss") for what in ("log variance", "overlap")]
 contraction = pd.DataFrame(
@@ -531,10 +541,10 @@ results.add(
     rho="",
     n_models=len(shared),
 )
-for row in contraction.itertuples():
+for row, n_settings in zip(contraction.itertuples(), counts, strict=True):
     said = f"correlation with the difference in AUC {row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
     said = said if np.isfinite(row.value) else "too few settings of SAM lie on SGD's curve to say"
-    show_text(f"Over {len(cells)} settings, {row.coordinate}: {said}.")
+    show_text(f"Over {n_settings} settings, {row.coordinate}: {said}.")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
@@ -598,8 +608,9 @@ for factor in (0.5, 2):
 # **Claim.** The effect belongs to sharpness-aware training, not to a batch size, a length or a regularizer.
 #
 # **Method.** We change one thing at a time, for both optimizers, and measure anew the paired effect on the AUC of the
-# first headline attack (results.csv has every headline attack). The grey band is the effect of the unchanged run. A level *switches the effect off* if two things hold: the interval
-# there no longer lies on the same side of zero, and the change from the unchanged run, also paired, excludes zero.
+# first headline attack (results.csv has every headline attack). The grey band is the effect of the unchanged run. A
+# level *switches the effect off* if two things hold: the interval there no longer lies on the same side of zero, and the
+# change from the unchanged run, also paired, excludes zero.
 
 # %%
 causes = run.ensembles("causes")
@@ -687,7 +698,7 @@ show_text(
     f"**Among equally accurate settings** the difference goes from {100 * min(spread):+.1f} to {100 * max(spread):+.1f} points."
 )
 found = at_loss[at_loss.path == "epochs"]
-grows = found.value.is_monotonic_increasing and len(found) > 1 and found.ci_low.iloc[-1] > 0
+grows = len(found) > 1 and found.ci_low.iloc[-1] > found.ci_high.iloc[0]  # at the largest radius and at the smallest
 show_text(
     f"**At equal loss** {treatment} leaks more in {sum(sign(row) > 0 for row in left.itertuples())} and less in "
     f"{sum(sign(row) < 0 for row in left.itertuples())} of {len(left)} comparisons (lengths of training and attacks). "

@@ -65,7 +65,8 @@ def answer():
     word = "Yes, in these runs" if (fair == "supported").all() else "Not in these runs"
     word = "Sometimes" if fair.nunique() > 1 else word if len(fair) else "Not testable in these runs"
     fitted, better = (rows.value[rows.metric == name].sum() for name in ("settings_that_fit", "better_choices"))
-    said = f"Of {fitted:.0f} fitted settings of SGD, {better:.0f} are as accurate as tuned SAM and clearly leak less."
+    said = "Settings of SGD that fit, are as accurate as tuned SAM, as far as we can tell, and clearly leak less: "
+    said += f"{better:.0f} of {fitted:.0f}."
     return f"**{word}.** {verdict.headline(ledger)} {said}"
 
 

@@ -276,15 +276,11 @@ for epochs in sorted({k for k, _ in lengths}):
 length_frame = pd.concat(frames, ignore_index=True)
 results.add(length_frame, experiment="length sweep", n_models=n_swept)
 ends = sorted(epochs for epochs, name in lengths if name == treatment)
-split = pd.concat(
-    [
-        compare.decomposition(
-            lengths[e, treatment], by_epochs, lengths[e, baseline], treatment, baseline, coordinate=f"epochs={e}"
-        )
-        for e in ends
-    ],
-    ignore_index=True,
-)
+frames = []
+for e in ends:
+    both = lengths[e, treatment], by_epochs, lengths[e, baseline]
+    frames.append(compare.decomposition(*both, treatment, baseline, coordinate=f"epochs={e}"))
+split = pd.concat(frames, ignore_index=True)
 results.add(split, experiment="decomposition", n_models=n_swept)
 order = {"auc_total": "total", "auc_from_fit": "from fit", "auc_at_equal_loss": "at equal loss"}
 fits = length_frame[(length_frame.metric == "train_accuracy") & (length_frame.baseline == "")]
@@ -295,8 +291,7 @@ for attack, part in split.groupby("attack", sort=False):
     show_table(
         part.assign(metric=part.metric.map(order), attack="", optimizer=part.coordinate, baseline=""), across=["metric"]
     )
-left = compare.at_equal("train_loss", lengths, treatment, baseline)
-results.add(left, experiment="equal train loss", n_models=n_swept)
+left = split[split.metric == "auc_at_equal_loss"]
 not_fit = [e for e in ends if fits.loc[e].min() < verdict.FITS]
 if not_fit:
     show_text(
@@ -417,13 +412,11 @@ for radius, row in two.iterrows() if at_loss.path.nunique() == 2 else ():
 # %% [markdown]
 # ## At equal accuracy and at equal compute
 #
-# **Method.** At *equal accuracy* SGD's curve is drawn over test accuracy, along its numbers of epochs and along its
-# learning rates. At *equal compute* SGD gets as many more epochs as a step of the other takes more gradients: twice the
-# epochs against SAM, whose step takes two.
+# **Method.** At *equal accuracy* tuned SAM is compared with SGD's curve over test accuracy, along its learning rates. At
+# *equal compute* SGD gets as many more epochs as a step of the other takes more gradients: twice the epochs against SAM,
+# whose step takes two.
 
 # %%
-accuracy = compare.at_equal("test_accuracy", lengths, treatment, baseline)
-results.add(accuracy, experiment="equal test accuracy", n_models=n_swept)
 tuned_path = {lr: made[key] for key in made if (lr := key[2]) and not key[1] and key[3] == plain[3]}
 frontier = compare.decomposition(
     made[sharp], tuned_path, made[plain], treatment, baseline, "test_accuracy", "both tuned"

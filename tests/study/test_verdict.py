@@ -73,8 +73,7 @@ def everything(sign=1):
         out += fitted(sam=sam, **at) + headlines("auc", 0.02 * toward * sign, **at)
     out += headlines("auc", 0.02 * sign, experiment="tuned")
     out += headlines("auc_at_equal_accuracy", 0.02 * sign, experiment="frontier", coordinate="both tuned")
-    at = dict(experiment="equal train loss", coordinate="train_loss=1, between=0.9 and 1.1")
-    out += headlines("auc", 0.02 * sign, **at)
+    out += headlines("auc_at_equal_loss", 0.02 * sign, experiment="decomposition", coordinate="epochs=9")
     out += [row(metric, 0.01 * sign, notebook="02") for metric in ("mean_memorization", "memorization_share_0.6_0.85")]
     out += [row("band_is_resolved_0.6_0.85", 1.0, None, notebook="02")]
     rare = dict(experiment="sub-patterns", coordinate="shared by=1 to 2", notebook="06")

@@ -36,14 +36,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import sympy as sp
+import torch
 from IPython import get_ipython
 from IPython.display import display
 from scipy.linalg import null_space, qr
 from threadpoolctl import threadpool_limits
+from torch.func import functional_call
 
-from lib.analysis import compare, flatness, interpolation
+from lib.analysis import compare, interpolation
 from lib.attacks import intervals, shadow
 from lib.attacks.signals import parallel
+from lib.data.dataset import inputs
 from lib.study import figures, settings
 from lib.study.results import Results
 from lib.study.text import describe_sign, joined, number, select, show_table, show_text, sign
@@ -408,12 +411,17 @@ def advantages(margins, member, attack, threshold, metric, theory):
     return frame.assign(predicted=theory.where(frame.baseline == ""))
 
 
+def ratio(values, reference):
+    """Ratio of the means of two matrices of influence values, paired: an Estimate, made on the log scale."""
+    return intervals.Estimate(*np.exp(intervals.estimate(intervals.log_ratio_influence_values(values, reference))))
+
+
 def measure(margins, member, v, advantage):
     """All rows of one setting."""
     squares = [intervals.ratio_influence_values(m**2, ~member) for m in margins]
     ratios = [
-        intervals.row("variance_ratio", compare.ratio(s, squares[0]), optimizer=name, baseline="", predicted=ratio)
-        for name, s, ratio in zip(names, squares, v / v[0], strict=True)
+        intervals.row("variance_ratio", ratio(s, squares[0]), optimizer=name, baseline="", predicted=closed)
+        for name, s, closed in zip(names, squares, v / v[0], strict=True)
     ]
     threshold = advantages(margins, member, lambda m: m, None, "advantage_confidence", advantage)
     lira = advantages(margins, member, partial(shadow.lira, member=member), 0.0, "advantage_lira", np.ones(len(v)))
@@ -566,7 +574,7 @@ curvatures = {"empirical": x.T @ x / len(x), "isotropic": 3 * np.eye(200), "popu
 v0, rows = interpolation.variance(interpolation.minimum_norm(x, y), truth), []
 for name, sigma in curvatures.items():
     for eta in etas[1:]:
-        w = interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta))
+        w = interpolation.minimum_norm(x, y, np.eye(200) + eta * sigma)
         rows.append((f"case={name} curvature", f"eta={eta:g}", interpolation.variance(w, truth) / v0))
 limits = pd.DataFrame(rows, columns=["coordinate", "optimizer", "value"])
 results.add(limits.assign(metric="variance_ratio"), experiment="theorem: limits", n_models=1, n_examples=len(x))
@@ -620,8 +628,8 @@ results.add(descent, experiment="theorem: limits", n_models=1, n_examples=len(x)
 # %%
 sigma, eta, rng = np.diag(few_values), 3.0, np.random.default_rng(run.seed + 6)
 fresh = interpolation.draw(6000, few_values, seed=run.seed + 7)[0]
-held_out = interpolation.penalty(fresh.T @ fresh / len(fresh), eta)
-ways = {"held-out curvature": interpolation.minimum_norm(x, y, held_out)}
+held_out = fresh.T @ fresh / len(fresh)
+ways = {"held-out curvature": interpolation.minimum_norm(x, y, np.eye(60) + eta * held_out)}
 
 decay, noise = 1e-4, rng.normal(size=(200, *x.shape)) * np.sqrt(few_values)
 noise = np.sqrt(decay * eta) * np.concatenate([noise, -noise]).reshape(-1, 60)
@@ -634,7 +642,7 @@ features = rng.normal(size=(3000, 60)) / np.sqrt(3000 * (1 + eta * few_values))
 ways["random features"] = features.T @ interpolation.gradient_descent(x @ features.T, y)
 
 # %%
-target, v0 = interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta)), interpolation.variance(w0, sigma)
+target, v0 = interpolation.minimum_norm(x, y, np.eye(60) + eta * sigma), interpolation.variance(w0, sigma)
 ratios = {name: interpolation.variance(w, sigma) / v0 for name, w in ways.items()}
 rows = [dict(coordinate=f"case={name}", value=ratio) for name, ratio in ratios.items()]
 appears = pd.DataFrame(rows).assign(metric="variance_ratio", optimizer=f"eta={eta:g}")
@@ -658,10 +666,24 @@ for name, w in ways.items():
 KINDS = ("across_examples", "within_class", "across_models")
 
 
+def certain(ensemble):
+    """Influence values [M, N] of the share of non-members with p_y > 0.99."""
+    return intervals.ratio_influence_values(compare.signal(ensemble, "confidence") > 0.99, ~np.array(ensemble.member))
+
+
+def above_median(ensemble):
+    """Influence values [M, N] of the share of non-members above the median phi of the model's members."""
+    phi, member = compare.signal(ensemble, "phi"), np.array(ensemble.member)
+    median = np.nanmedian(np.where(member, phi, np.nan), axis=1, keepdims=True)
+    return intervals.ratio_influence_values(phi > median, ~member)
+
+
 def outputs(ensembles):
     """Variances of non-members in three meanings, of members, and the shares of extreme non-members."""
-    members = compare.variances(ensembles, KINDS[:1], members=True)
-    return pd.concat([compare.variances(ensembles, KINDS), members, compare.extremes(ensembles)], ignore_index=True)
+    frames = [compare.variances(ensembles, KINDS), compare.variances(ensembles, KINDS[:1], members=True)]
+    frames.append(compare.compared(ensembles, certain, "nonmember_share_above_0.99", rate=True))
+    frames.append(compare.compared(ensembles, above_median, "nonmember_share_above_member_median", rate=True))
+    return pd.concat(frames, ignore_index=True)
 
 
 ensembles = run.ensembles("main")
@@ -733,15 +755,32 @@ n_fit = 100  # members to fit; twice as many non-members, every other one behind
 tangent_etas = np.array([0, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])  # in units of the mean curvature
 
 
+def tangent_features(ensemble, k, chosen, most=100_000):
+    """Gradient of phi in the weights of model k (of the last layers, while they are at most `most`): [chosen, P]."""
+    net, weights, buffers = ensemble.weights(k)
+    sizes = np.cumsum([w.numel() for w in reversed(weights.values())])
+    some = {n: weights[n].detach().requires_grad_() for n in list(reversed(weights))[: max(1, np.sum(sizes <= most))]}
+    rows = []
+    for x, y in zip(torch.from_numpy(inputs(run.dataset)[0][chosen]), run.dataset.y[chosen], strict=True):
+        logits = functional_call(net, (weights | some, buffers), (x[None],))[0]
+        # phi = z_y - logsumexp_{j != y} z_j
+        phi = logits[y] - torch.cat([logits[:y], logits[y + 1 :]]).logsumexp(0)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(phi, list(some.values()))]))
+    return torch.stack(rows).double().numpy()
+
+
 def tangent_path(ensemble, index):
     """V(eta)/V(0) of one network's tangent model, on the non-members behind Σ and on others: [2, etas]."""
     inside, outside = (np.flatnonzero(ensemble.member[index] == side) for side in (True, False))
     inside, outside = inside[:n_fit], outside[: 2 * n_fit]
-    features = flatness.tangent_features(ensemble, int(ensemble.ids[index]), np.concatenate([inside, outside]))
+    features = tangent_features(ensemble, int(ensemble.ids[index]), np.concatenate([inside, outside]))
     # J' = QR: the rows of R' are the same features in coordinates of their span
     z = qr(features.T, mode="r")[0][: len(features)].T
     x, behind, others = z[: len(inside)], z[len(inside) :: 2], z[len(inside) + 1 :: 2]
-    x, sigma, new = x[interpolation.independent_rows(x)], np.cov(behind, rowvar=False), np.cov(others, rowvar=False)
+    r, order = qr(x.T, mode="r", pivoting=True)
+    size = np.abs(np.diag(r))
+    x = x[np.sort(order[: np.sum(size > 1e-10 * size[0])])]  # (A1): the rows are independent
+    sigma, new = np.cov(behind, rowvar=False), np.cov(others, rowvar=False)
     path, scaled = interpolation.spectral(x, np.ones(len(x)), sigma), tangent_etas * len(sigma) / np.trace(sigma)
     on_others = [interpolation.variance(interpolation.weights(path, eta), new) for eta in scaled]
     return interpolation.contraction(path, scaled) / path.v0, np.array(on_others) / on_others[0]
@@ -761,7 +800,7 @@ tangent = [  # means and intervals on the log scale: no ratio falls below 0
 tangent = pd.DataFrame(tangent).assign(optimizer=lambda f: f.x.map("eta={:g}".format))
 predicted = tangent[(tangent.series == sides[1]) & (tangent.x > 0)]
 variances = {name: compare.variance_influence_values(e, "phi", "across_examples") for name, e in ensembles.items()}
-real = compare.ratio(variances[treatment], variances[baseline])
+real = ratio(variances[treatment], variances[baseline])
 measured = pd.DataFrame([intervals.row("variance_ratio", real, optimizer=treatment, baseline=baseline)])
 for kind, frame, n in (("predicted", predicted, len(kept)), ("measured", measured, len(ensembles[baseline].ids))):
     results.add(frame, experiment="theorem: feature space", coordinate=f"kind={kind}", n_models=n)

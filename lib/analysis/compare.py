@@ -196,27 +196,6 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     return pd.concat(frames, ignore_index=True)
 
 
-def ratio(values, reference):
-    """Ratio of the means of two matrices of influence values [M, N], an Estimate made on the log scale, paired."""
-    return Estimate(*np.exp(estimate(intervals.log_ratio_influence_values(values, reference))))
-
-
-def extremes(ensembles):
-    """Share of the non-members with p_y > 0.99, and with phi above the median of the model's members: a tidy frame."""
-
-    def certain(e):
-        return ratio_influence_values(signal(e, "confidence") > 0.99, ~np.array(e.member))
-
-    def above_median(e):
-        phi, member = signal(e, "phi"), np.array(e.member)
-        median = np.nanmedian(np.where(member, phi, np.nan), axis=1, keepdims=True)
-        return ratio_influence_values(phi > median, ~member)
-
-    first = compared(ensembles, certain, "nonmember_share_above_0.99", rate=True)
-    second = compared(ensembles, above_median, "nonmember_share_above_member_median", rate=True)
-    return pd.concat([first, second], ignore_index=True)
-
-
 def scores(ensemble, member=None, only=catalogue.NAMES):
     """Every attack (or those in `only`) on every model: dict attack -> [M, N]. member: another, for the null control.
 

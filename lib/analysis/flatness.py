@@ -1,4 +1,4 @@
-"""How flat a trained minimum is, and the linear model that a trained network is close to."""
+"""How flat a trained minimum is."""
 
 import numpy as np
 import pandas as pd
@@ -41,25 +41,3 @@ def flatness_table(ensembles, rho):
         values = {label: v[None, :, column] for label, v in found.items()}
         frames.append(intervals.paired(values, metric, False, 0.0, examples_only=True))  # here Student's t, over pairs
     return pd.concat(frames, ignore_index=True)
-
-
-def tangent_features(ensemble, k, chosen, most=100_000):
-    """Gradient of phi in the weights of model k (< 16), at the examples `chosen` of the pool: [len(chosen), P] float64.
-
-    P: all the weights, or only the last layers' while they are at most `most`.
-    """
-    net, params, buffers = ensemble.weights(k)
-    x, y = (torch.from_numpy(a[chosen]) for a in (inputs(ensemble.dataset)[0], ensemble.dataset.y))
-    sizes = np.cumsum([p.numel() for p in reversed(params.values())])
-    names = list(reversed(params))[: max(1, np.sum(sizes <= most))]
-
-    def phi(some, x, own):
-        logits = functional_call(net, ({**params, **some}, buffers), (x[None],))[0]
-        # phi = z_y - logsumexp_{j != y} z_j
-        return (logits * own).sum() - torch.logsumexp(logits.masked_fill(own, -torch.inf), 0)
-
-    rows = []
-    for one, own in zip(x, F.one_hot(y, ensemble.dataset.n_classes).bool(), strict=True):
-        some = {n: params[n].detach().requires_grad_() for n in names}
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(phi(some, one, own), list(some.values()))]))
-    return torch.stack(rows).double().numpy()

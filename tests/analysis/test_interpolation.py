@@ -17,18 +17,21 @@ def problem(n=6, d=15, seed=0, kind=None):
     return rng.normal(size=(n, d)), rng.choice([-1.0, 1.0], n), sigma
 
 
+def penalty(sigma, eta):
+    """G_eta = I + eta Σ."""
+    return np.eye(len(sigma)) + eta * sigma
+
+
 # ---- interpolators -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("outputs", [None, 3])
-def test_minimum_norm_solves_the_kkt_system(outputs):
+def test_minimum_norm_solves_the_kkt_system():
     x, y, sigma = problem()
-    y = y if outputs is None else np.random.default_rng(1).normal(size=(len(y), outputs))
-    g = interpolation.penalty(sigma, 2.5)
+    g = penalty(sigma, 2.5)
     n, d = x.shape
     # Gw - X'l = 0, Xw = y
     kkt = np.block([[g, -x.T], [x, np.zeros((n, n))]])
-    expected = np.linalg.solve(kkt, np.concatenate([np.zeros((d, *y.shape[1:])), y]))[:d]
+    expected = np.linalg.solve(kkt, np.concatenate([np.zeros(d), y]))[:d]
     np.testing.assert_allclose(interpolation.minimum_norm(x, y, g), expected, atol=1e-10)
     np.testing.assert_allclose(x @ interpolation.minimum_norm(x, y, g), y, atol=1e-10)
     np.testing.assert_allclose(interpolation.minimum_norm(x, y), np.linalg.pinv(x) @ y, atol=1e-10)
@@ -36,28 +39,12 @@ def test_minimum_norm_solves_the_kkt_system(outputs):
 
 def test_minimum_norm_agrees_with_a_numerical_minimiser():
     x, y, sigma = problem(n=2, d=5)
-    g = interpolation.penalty(sigma, 1.0)
+    g = penalty(sigma, 1.0)
     bound = {"type": "eq", "fun": lambda w: x @ w - y, "jac": lambda w: x}
     found = minimize(
         lambda w: w @ g @ w, np.zeros(5), jac=lambda w: 2 * g @ w, constraints=bound, method="SLSQP", tol=1e-14
     )
     np.testing.assert_allclose(interpolation.minimum_norm(x, y, g), found.x, atol=1e-6)
-
-
-def test_eta_0_is_the_plain_penalty():
-    x, y, sigma = problem()
-    np.testing.assert_array_equal(interpolation.penalty(sigma, 0), np.eye(15))
-    np.testing.assert_allclose(
-        interpolation.minimum_norm(x, y, interpolation.penalty(sigma, 0)), interpolation.minimum_norm(x, y), atol=1e-12
-    )
-
-
-def test_independent_rows_spans_and_drops_only_what_depends():
-    x = problem()[0]
-    assert interpolation.independent_rows(x).tolist() == list(range(6))
-    doubled = np.concatenate([x, x[:2], x[:1] + x[3:4], np.zeros((1, 15))])
-    kept = interpolation.independent_rows(doubled)
-    assert len(kept) == 6 == np.linalg.matrix_rank(doubled[kept])
 
 
 # ---- Theorem 1 -----------------------------------------------------------------------------------------------
@@ -69,7 +56,7 @@ def test_the_spectral_formula_is_the_solved_interpolator(kind):
     path, etas = interpolation.spectral(x, y, sigma), np.array([0, 0.01, 0.5, 3, 200])
     v = interpolation.contraction(path, etas)
     for eta, expected in zip(etas, v, strict=True):
-        w = interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta))
+        w = interpolation.minimum_norm(x, y, penalty(sigma, eta))
         assert interpolation.variance(w, sigma) == pytest.approx(expected, rel=1e-11)
         np.testing.assert_allclose(interpolation.weights(path, eta), w, atol=1e-10)
     assert (np.diff(v) < 0).all()
@@ -77,21 +64,19 @@ def test_the_spectral_formula_is_the_solved_interpolator(kind):
 
 def test_the_limit_is_the_smallest_variance_of_any_interpolator():
     x, y, sigma = problem()
+    least = interpolation.variance(interpolation.minimum_norm(x, y, sigma), sigma)
     path = interpolation.spectral(x, y, sigma)
-    v = interpolation.contraction(path, np.inf)
-    assert v == pytest.approx(interpolation.variance(interpolation.minimum_norm(x, y, sigma), sigma))
-    assert v == pytest.approx(interpolation.contraction(path, 1e9), rel=1e-6)
-    assert interpolation.contraction(path, 1e200) == pytest.approx(v)
-    assert interpolation.variance(interpolation.weights(path, np.inf), sigma) == pytest.approx(v)
+    assert interpolation.contraction(path, 1e9) == pytest.approx(least, rel=1e-6)
+    assert interpolation.variance(interpolation.weights(path, 1e9), sigma) == pytest.approx(least, rel=1e-6)
 
 
 def test_nothing_moves_with_isotropic_or_empirical_curvature():
     x, y, _ = problem()
     for sigma in (3 * np.eye(15), x.T @ x / len(x), np.zeros((15, 15))):
-        w0, w = interpolation.minimum_norm(x, y), interpolation.minimum_norm(x, y, interpolation.penalty(sigma, 100.0))
+        w0, w = interpolation.minimum_norm(x, y), interpolation.minimum_norm(x, y, penalty(sigma, 100.0))
         np.testing.assert_allclose(w, w0, atol=1e-12)
         path = interpolation.spectral(x, y, sigma)
-        assert interpolation.contraction(path, np.inf) == pytest.approx(path.v0, abs=1e-12)
+        assert interpolation.contraction(path, 1e9) == pytest.approx(path.v0, abs=1e-12)
 
 
 def test_singular_curvature_of_few_new_examples_contracts():
@@ -101,16 +86,16 @@ def test_singular_curvature_of_few_new_examples_contracts():
     path = interpolation.spectral(x, y, sigma)
     assert path.s.shape == (4,)
     for eta in (1.0, 50.0):
-        w = interpolation.minimum_norm(x, y, interpolation.penalty(sigma, eta))
+        w = interpolation.minimum_norm(x, y, penalty(sigma, eta))
         assert interpolation.contraction(path, eta) == pytest.approx(interpolation.variance(w, sigma), rel=1e-9)
-    assert interpolation.contraction(path, np.inf) == pytest.approx(0, abs=1e-12)  # 9 free directions fit 4 zeros
+    assert interpolation.contraction(path, 1e12) == pytest.approx(0, abs=1e-12)  # 9 free directions fit 4 zeros
 
 
 def test_two_thousand_features():
     values = interpolation.spectrum("power law", 2000)
     x, y = interpolation.draw(500, values)
     path = interpolation.spectral(x, y, np.diag(values))
-    w = interpolation.minimum_norm(x, y, interpolation.penalty(np.diag(values), 3.0))
+    w = interpolation.minimum_norm(x, y, penalty(np.diag(values), 3.0))
     assert abs(interpolation.contraction(path, 3.0) - values @ w**2) < 1e-12
 
 
@@ -167,16 +152,9 @@ def test_limits_of_the_likelihood_ratio_advantage():
     def advantage(*case):
         return interpolation.likelihood_ratio_advantage(*case)[0]
 
-    assert advantage(1, 0, 0, 2) == advantage(1, 2, 1, 0) == advantage(1, 0, 0, 0) == 1
-    assert advantage(1, 0, 1, 0) == advantage(1, 2, 1, 2) == 0
     assert advantage(1, 1e-9, 0, 2) == pytest.approx(1, abs=1e-7)
     assert advantage(3, 2, 0, 2) == pytest.approx(2 * norm.cdf(3 / 4) - 1)
     assert advantage(0, 1e-4, 0, 1e4) == pytest.approx(1, abs=1e-6)
-    assert (
-        interpolation.likelihood_ratio_advantage(1, 0, 0, 2)[1]
-        == interpolation.likelihood_ratio_advantage(0, 1, 0, 1)[1]
-        == 0
-    )
 
 
 def test_the_region_where_a_smaller_out_variance_helps_the_attacker():
@@ -215,62 +193,9 @@ def test_descent_stays_in_the_row_space_and_reaches_the_minimum_norm(rho):
     np.testing.assert_allclose(w, interpolation.minimum_norm(x, y), atol=1e-6)
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------
-
-
-def bad_inputs():
-    x, y, sigma = problem()
-    nan, twice = np.where(x > 1, np.nan, x), np.concatenate([x[:5], x[:1]])
-    lopsided, negative = sigma + np.triu(np.ones((15, 15)), 1), sigma - np.eye(15)
-    rank_one = np.ones((15, 15))
-    solve, path = interpolation.minimum_norm, interpolation.spectral(x, y, sigma)
-    return [
-        ("x", lambda: solve(x.T, np.ones(15))),
-        ("x", lambda: solve(np.eye(3), np.ones(3))),
-        ("x", lambda: solve(twice, y)),
-        ("x", lambda: interpolation.spectral(twice, y, sigma)),
-        ("x", lambda: solve(np.zeros((2, 4)), np.ones(2))),
-        ("x", lambda: solve(nan, y)),
-        ("x", lambda: solve(np.zeros((0, 4)), np.ones(0))),
-        ("x", lambda: interpolation.gradient_descent(x.T, np.ones(15))),
-        ("y", lambda: solve(x, y[:5])),
-        ("y", lambda: solve(x, np.where(y > 0, np.nan, y))),
-        ("y", lambda: interpolation.spectral(x, y[:, None], sigma)),
-        ("g", lambda: solve(x, y, rank_one)),
-        ("g", lambda: solve(x, y, lopsided)),
-        ("g", lambda: solve(x, y, np.eye(14))),
-        ("g", lambda: solve(x, y, sigma * np.nan)),
-        ("sigma", lambda: interpolation.spectral(x, y, negative)),
-        ("sigma", lambda: interpolation.spectral(x, y, sigma[:4, :4])),
-        ("sigma", lambda: interpolation.penalty(lopsided, 1.0)),
-        ("sigma", lambda: interpolation.penalty(np.ones(3), 1.0)),
-        ("sigma", lambda: interpolation.penalty(2.0, 1.0)),
-        ("eta", lambda: interpolation.penalty(sigma, -1.0)),
-        ("eta", lambda: interpolation.penalty(sigma, np.inf)),
-        ("eta", lambda: interpolation.contraction(path, -0.1)),
-        ("eta", lambda: interpolation.contraction(path, [1.0, np.nan])),
-        ("eta", lambda: interpolation.weights(path, -2)),
-        ("noise", lambda: interpolation.teacher_advantage(np.ones(15), sigma, np.ones(15), 1.5)),
-        ("sd_in", lambda: interpolation.likelihood_ratio_advantage(1, -1, 0, 1)),
-        ("sd_out", lambda: interpolation.likelihood_ratio_advantage(1, 1, 0, np.nan)),
-        ("mean_in", lambda: interpolation.likelihood_ratio_advantage(np.inf, 1, 0, 1)),
-        ("kind", lambda: interpolation.spectrum("flat", 5)),
-        ("noise", lambda: interpolation.draw(5, np.ones(3), np.ones(3), noise=-0.1)),
-        ("values", lambda: interpolation.draw(5, [1.0, -1.0])),
-        ("rho", lambda: interpolation.gradient_descent(x, y, -0.1)),
-    ]
-
-
-@pytest.mark.parametrize("index", range(len(bad_inputs())))
-def test_bad_input_is_one_error_that_names_the_parameter(index):
-    name, call = bad_inputs()[index]
-    with pytest.raises(ValueError, match=rf"^{name}\b.*valid"):
-        call()
-
-
-def test_limits_at_the_edge_of_float64_are_numbers():
-    values, teacher = np.array([1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])
-    still = interpolation.teacher_advantage(np.array([0.0, 0.0, 1.0]), np.diag(values), teacher, 0.1)
-    assert still == 1  # no variance: every non-member is at 0, below the threshold
-    for far in ((1, 1e-160, 0, 1), (1e200, 1, 0, 1), (0, 1, 0, 1e200)):
-        assert interpolation.likelihood_ratio_advantage(*far)[0] == pytest.approx(1)
+@pytest.mark.parametrize("solve", [interpolation.minimum_norm, lambda x, y: interpolation.spectral(x, y, np.eye(15))])
+def test_dependent_rows_and_too_many_are_refused(solve):
+    x, y, _ = problem()
+    for rows in (np.concatenate([x[:5], x[:1]]), np.eye(15)):
+        with pytest.raises(ValueError, match=r"x: shape .* full row rank"):
+            solve(rows, y)

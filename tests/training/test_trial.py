@@ -211,16 +211,9 @@ def test_so_are_images_augmented_averaged_and_asked_for_labels(images, tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["gru", "old"])
-def test_flatness_and_tangent_features_are_measured_on_such_networks_too(table, tmp_path, arch):
+def test_flatness_is_measured_on_such_networks_too(table, tmp_path, arch):
     found = train(Recipe(f"{HERE}:{arch}", epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
     assert np.isfinite(flatness.flatness(found, 0.1)).all()
-    slopes = flatness.tangent_features(found, 0, np.arange(5))
-    net, _, _ = found.weights(0)
-    logits = net(torch.from_numpy(ensemble.inputs(table)[0][3:4]))[0]
-    own = F.one_hot(torch.tensor(table.y[3]), 4).bool()
-    (logits[own] - logits[~own].logsumexp(0)).sum().backward()
-    by_hand = torch.cat([p.grad.flatten() for p in reversed(list(net.parameters()))])
-    np.testing.assert_allclose(slopes[3], by_hand, rtol=1e-3, atol=1e-5)
 
 
 def test_one_at_a_time_is_the_same_gradient_as_stacked(table):

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from concurrent import futures
+from contextlib import closing, suppress
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +21,6 @@ from lib.study import experiments, own_logits, report, settings
 from lib.study.settings import ROOT
 from lib.training.store import write_atomic
 
-# the verdict judges what all the others recorded: it comes last
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("verdict" in p.stem, p.stem))
 
 
@@ -38,29 +38,36 @@ def shortest(path):
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def execute(book, given, out):
-    """Run one notebook with papermill. What its kernel prints is printed here; the copy has no progress bars.
+def execute(book, given, out, awaited):
+    """Run one notebook with papermill, once the futures in `awaited` are done.
 
-    The kernel runs this interpreter, whatever kernel of the name python3 is installed for others.
+    What its kernel prints is printed here; the copy has no progress bars. The kernel runs this interpreter, whatever
+    kernel of the name python3 is installed for others.
     """
+    for future in awaited:
+        with suppress(Exception):  # if the training has failed, the notebook tries itself, and says why
+            future.result()
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_core.utils import ensure_event_loop
 
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # knows of none that is installed: makes its own
 
         async def start_kernel(self, **more):
-            # one thread: beside processes that train, two threads wait for each other (a cell of 2 s took 51 s)
-            await super().start_kernel(**more, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            # one thread and one process: beside those that train, two wait for each other (a cell of 2 s took 51 s)
+            alone = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), "1")
+            await super().start_kernel(**more, env={**os.environ, **alone})
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     print(f"{book.stem} -> {out}", flush=True)
     how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": ["--log-level=ERROR"]}
     # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
-    how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (book, out / book.name))  # it formats them
-    done = papermill.execute_notebook(*paths, given, **how)
+    with closing(ensure_event_loop()):  # of this thread
+        done = papermill.execute_notebook(*paths, given, **how)
     for cell in done.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):  # a hundred colours look the same, in half the bytes
@@ -97,22 +104,23 @@ def main(arguments=None):
         if doing == "work":
             plan.train()
             return 0
-        before = plan.table()
-        out = Path(shortest(run.out))
+        before, out = plan.table(), Path(shortest(run.out))
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
-        ahead = futures.ThreadPoolExecutor(1)  # while one notebook is analysed, the models of the next are trained
-        trained = [ahead.submit(plan.train, number, quiet=True) for number in numbers]
-        for book, training in zip(books, trained, strict=True):
-            futures.wait([training])  # if it has failed, the notebook tries itself, and says why
-            began = time.monotonic()
-            try:
-                execute(book, given, out)
-            except Exception as error:  # the notebook's own, or the kernel's death: what it did so far is kept in `out`
-                said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
-                print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
-                ahead.shutdown(wait=False, cancel_futures=True)
+        # one thread trains for one notebook after another; notebooks whose models are there run beside it
+        ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
+        for book in books:
+            awaited = [ahead.submit(plan.train, book.name[:2], quiet=True)]
+            awaited += running if "verdict" in book.stem else []  # it judges what all the others recorded
+            running[pool.submit(execute, book, given, out, awaited)] = book
+        for done in futures.as_completed(running):
+            plan.notebooks.remove(running[done].name[:2])
+            if error := done.exception():  # the notebook's own, or the kernel's death: what it did so far is in `out`
+                book, said = running[done], getattr(error, "evalue", error)
+                said = f"see {out / book.name}: {getattr(error, 'ename', type(error).__name__)}: {said}"
+                print(f"error: {book.stem} failed, {said}", file=sys.stderr)
+                for executor in (ahead, pool):
+                    executor.shutdown(wait=False, cancel_futures=True)
                 return 1
-            plan.finish(book.name[:2], time.monotonic() - began)
         took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
         # the share of the training that the store did not have
         took["trained"] = before.megagradients.sum() / (before.megagradients_in_all.sum() or 1)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +23,13 @@ from lib.data.dataset import Dataset
 from lib.training import Recipe, ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
-SIZES = {"sweep": (128, 16), "few": (64, 8), "fewer": (32, 8)}  # models of an ensemble: on small data, on images
+SIZES = {"sweep": (128, 8), "few": (64, 8), "fewer": (32, 8)}  # models of an ensemble: on small data, on images
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
 ANALYSIS = {"01": (8, 21), "02": (14, 5), "03": (5, 2), "04": (14, 4), "05": (10, 5), "06": (6, 3.5), "07": (5, 0)}
+AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 2  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
@@ -98,8 +98,8 @@ def radius_sweep(run):
 
 
 def lengths(run):
-    """Numbers of epochs from short of the main run to beyond it."""
-    return sorted({max(1, round(f * run.epochs)) for f in ((0.125, 0.375, 1, 2) if run.is_small else (0.375, 1, 2))})
+    """Numbers of epochs from short of the main run to beyond it; on images, where epochs are long, only to its end."""
+    return sorted({max(1, round(f * run.epochs)) for f in ((0.125, 0.375, 1, 2) if run.is_small else (0.5, 1))})
 
 
 def equal_compute(run):
@@ -138,35 +138,47 @@ def tuning(run):
 
 @experiment("pools", "05")
 def pools(run):
-    """The tuning at the run's own radius, on pools drawn with other seeds. Keys: (seed, optimizer, rho, lr, decay)."""
-    own, found = {0.0, run.recipe(run.treatment).rho}, {}
-    for (seed, data), (key, planned) in product(run.other_pools.items(), tuning(run).items()):
-        if key[1] in own and key[2] >= run.lr:
-            found[(seed, *key)] = Planned(replace(planned.recipe, seed=seed), n_models(run, "fewer"), data)
+    """The learning rates of the tuning at the run's own radius and weight decay, on pools drawn with other seeds.
+
+    Keys: (seed, optimizer, rho, lr, weight_decay).
+    """
+    found = {}
+    for (seed, data), key in product(run.other_pools.items(), of_pools(run)):
+        recipe = replace(tuning(run)[key].recipe, seed=seed)
+        found[(seed, *key)] = Planned(recipe, n_models(run, "fewer"), data)
     return found
+
+
+def of_pools(run):
+    """The keys of the tuning that are tried on every pool."""
+    own = {0.0, run.recipe(run.treatment).rho}
+    return [k for k in tuning(run) if k[1] in own and k[2] >= run.lr and k[3] == run.weight_decay]
 
 
 @experiment("length sweep", "05", essential=at_own_length)
 def length_sweep(run):
-    """Both optimizers at every length; the baseline also at equal compute and in between. Keys: (epochs, optimizer)."""
+    """Both optimizers at every length; the baseline also at equal compute and half as long. Keys: (epochs, optimizer).
+
+    Half as long, the baseline has a higher train loss: its runs enclose the treatment's loss, which is higher too.
+    """
     keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
-    between = [max(1, round(factor * run.epochs)) for factor in (0.5, 1.5)]  # to interpolate
-    keys += [(epochs, run.baseline) for epochs in (*equal_compute(run).values(), *between)]
+    halves = [max(1, round(epochs / 2)) for epochs in lengths(run)]
+    keys += [(epochs, run.baseline) for epochs in (*equal_compute(run).values(), *halves)]
     return {key: of(run, key[1], n_models(run, "sweep"), epochs=key[0]) for key in dict.fromkeys(keys)}
 
 
 @experiment("planted leak", "01", pool="leak")
 def planted_leak(run, dataset):
-    """The baseline on a pool that holds one example many times. Key: "leak"."""
-    return {"leak": of(run, run.baseline, compare.PLANTED, dataset, subset=0.5)}
+    """The baseline, trained for a quarter of the epochs, on a pool that holds one example many times. Key: "leak"."""
+    return {"leak": of(run, run.baseline, compare.PLANTED, dataset, subset=0.5, epochs=max(1, run.epochs // 4))}
 
 
 @experiment("planted faults", "02", pool="planted")
 def planted_faults(run, dataset):
-    """The baseline, trained long, on the pool as it is and with faults. Keys: "before", "after"."""
+    """The baseline on the pool as it is and with faults. Keys: "before", "after"."""
     size = min(run.n_models, max(32, run.n_models // 8))
     pools = {"before": run.dataset, "after": dataset}
-    return {k: of(run, run.baseline, size, pool, epochs=lengths(run)[-1], subset=0.5) for k, pool in pools.items()}
+    return {k: of(run, run.baseline, size, pool, subset=0.5) for k, pool in pools.items()}
 
 
 def on_base(run, rule):
@@ -203,8 +215,11 @@ def levels(run):
 
 @experiment("causes", "05", essential=lambda run: [("as it is", "as it is", n) for n in (run.baseline, run.treatment)])
 def causes(run):
-    """Both optimizers at every level of every factor. Keys: (factor, level, optimizer)."""
-    found, names = levels(run), (run.baseline, run.treatment)
+    """Both optimizers at every level of every factor; nothing for images, where it takes hours.
+
+    Keys: (factor, level, optimizer).
+    """
+    found, names = levels(run) if run.is_small else {}, (run.baseline, run.treatment)
     return {(*key, n): of(run, n, n_models(run, "few"), **changes) for key, changes in found.items() for n in names}
 
 
@@ -295,8 +310,7 @@ class Plan:
     """
 
     def __init__(self, run, notebooks=None):
-        self.run, self.notebooks, found = run, list(ANALYSIS if notebooks is None else notebooks), {}
-        self.expected, self.took, self.next = 1e-9, 1e-9, 0.0  # seconds of notebooks that are done; when to speak again
+        self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), 0.0, {}
         for name, experiment in EXPERIMENTS.items():
             first = next((book for book in self.notebooks if book in experiment.notebooks), None)
             for planned in declared(run, name).values() if first else ():
@@ -305,63 +319,47 @@ class Plan:
                 found[key] = *about, max(before, planned, key=lambda one: one.n_models)
         self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
 
-    def table(self, rates=None):
+    def table(self, rate=np.nan):
         """What is left to train: a frame with a row for each ensemble, COLUMNS, and the seconds that this run needs.
 
-        megagradients (of one example) and megabytes (on the disk) are left. Seconds follow from the rate of finished
-        models of the same kind (network, private or not), or from `rates` (kind -> gradients a second of a process),
-        or from the rate of other kinds; they are NaN while nothing is known.
+        megagradients (of one example) and megabytes (on the disk) are left. Seconds follow from the rate (gradients a
+        second of one process) of finished models of the same kind (network, private or not), else of any kind, else
+        from `rate`.
         """
-        rows, told, device = [], {}, ensemble.device_of(self.run.device)
+        rows, device = [], ensemble.device_of(self.run.device)
         for name, book, planned in self.ensembles:
             recipe, n_models, data, _ = planned
             done, one = flags(self.run, planned), work(recipe, len(data.y), 1)
-            kind, left = (recipe.arch, recipe.optimizer.is_private), range(len(done), n_models)
-            seconds = [read_json(path).get("seconds") for path in done]
-            told.setdefault(kind, []).extend(one / s for s in seconds if s)
+            left, took = range(len(done), n_models), [read_json(path).get("seconds", np.nan) for path in done]
             row = [book, name, recipe.arch, str(recipe.optimizer), recipe.rho, recipe.run_epochs, n_models, len(done)]
             row += [len(left) * one / 1e6, n_models * one / 1e6, ensemble.stored_bytes(recipe, data, left) / 1e6]
-            rows.append([*row, kind, workers.n_processes(recipe, data, device)])
-        # models at less than half of the best rate waited for the compiler
-        told = {kind: np.array(found) for kind, found in told.items() if found}
-        known = (rates or {}) | {kind: found[2 * found > found.max()].mean() for kind, found in told.items()}
-        frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "kind", "at_once"])
-        rate = frame.kind.map(lambda kind: known.get(kind, np.mean(list(known.values()) or np.nan))) * frame.at_once
-        seconds = 1e6 * frame.megagradients / rate + START * (frame.finished == 0) / frame.at_once
-        return frame.assign(seconds=seconds, rate=rate).drop(columns=["kind", "at_once"])
-
-    def analysis(self, book, frame):
-        """Seconds that a notebook takes beside its training, by the constants above and the table's rate."""
-        used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
-        fixed, each = ANALYSIS.get(book, ANALYSIS["07"])
-        seconds = fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
-        asked = ASKED * len(self.run.names) * min(1000, len(self.run.dataset.y)) if used and book == "01" else 0
-        return seconds + asked / frame.rate.iloc[0] if asked and not self.run.is_small else seconds
+            own = one / np.median(took) if took else np.nan
+            rows.append([*row, own, recipe.optimizer.is_private, workers.n_processes(recipe, data, device)])
+        frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "rate", "is_private", "at_once"])
+        of_kind = frame.groupby(["arch", "is_private"]).rate.transform("median")
+        frame["rate"] = of_kind.fillna(frame.rate.median()).fillna(rate) * frame.at_once
+        start = START * (frame.finished == 0) / frame.at_once
+        return frame.assign(seconds=1e6 * frame.megagradients / frame.rate + start)
 
     def seconds_left(self, frame):
-        """Seconds until all notebooks are done. One is analysed while the models of those after it train."""
-        trained = done = 0.0
-        analyses = {book: self.took / self.expected * self.analysis(book, frame) for book in self.notebooks}
-        for book, seconds in analyses.items():
-            trained += frame.seconds[frame.notebook == book].sum()
-            done = max(done, trained) + seconds
-        return max(done, frame.seconds.sum() + sum(analyses.values()) / (os.cpu_count() or 1))
+        """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
+        seconds, run = frame.seconds.sum(), self.run
+        for book in self.notebooks:
+            used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
+            fixed, each = ANALYSIS[book]
+            scored = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
+            seconds += (fixed + each * scored) / AT_ONCE
+            if book == "01" and not run.is_small:
+                seconds += ASKED * len(run.names) * min(1000, len(run.dataset.y)) / frame.rate.iloc[0]
+        return seconds
 
     def say(self, *_):
         """Print a forecast if the last was some time ago. `train` calls it after each chunk of models."""
-        if time.monotonic() < self.next or (frame := self.table()).seconds.isna().any():
+        if time.monotonic() < self.speak_at or (frame := self.table()).seconds.isna().any():
             return
         seconds, share = self.seconds_left(frame), 1 - frame.megagradients.sum() / frame.megagradients_in_all.sum()
         print(f"About {duration(seconds)} to go, {share:.0%} of the training is done.", flush=True)
-        self.next = time.monotonic() + max(20, seconds / 5)
-
-    def finish(self, book, seconds):
-        """A notebook is done, and took so many seconds beside its training: the forecast learns from it."""
-        self.expected += self.analysis(book, self.table())
-        self.took, self.next = self.took + seconds, 0.0
-        self.notebooks.remove(book)
-        if self.notebooks:
-            self.say()
+        self.speak_at = time.monotonic() + max(20, seconds / 5)
 
     def train(self, book=None, quiet=False):
         """Train what one notebook needs and no other process is training; None: what all need, which are not run then.
@@ -374,9 +372,9 @@ class Plan:
             if book in (None, first) and not is_drawn:
                 train(recipe, data, n_models, *where, quiet=quiet, notify=self.say, wait=False)
 
-    def trial(self, optimizer):
-        """Gradients of one example a second that a process makes by an optimizer's text: from a few steps, just now."""
-        run, recipe = self.run, self.run.recipe(optimizer)
+    def trial(self):
+        """Gradients of one example a second that a process makes for the baseline: from a few steps, just now."""
+        run, recipe = self.run, self.run.recipe(self.run.baseline)
         data = run.dataset
         n = min(len(data.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
         few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
@@ -386,17 +384,16 @@ class Plan:
             train(recipe, few, 2, folder, run.device, quiet=True)
             seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
         torch.set_num_threads(threads)
-        return work(recipe, n, 1) / median(seconds)
+        return work(recipe, n, 1) / np.median(seconds)
 
     def describe(self):
         """The table as text, with what is left in all: gradients, disk and time, by a trial where nothing is known."""
         frame, how = self.table(), "finished models"
         if frame.seconds.isna().any():
-            frame = self.table({(self.run.arch, False): self.trial(self.run.baseline)})
-            how = "a trial of some steps just now"
+            frame, how = self.table(self.trial()), "a trial of some steps just now"
         total = frame[["models", "finished", "megagradients", "megabytes", "seconds"]].sum()
         free = shutil.disk_usage(self.run.store).free / 1e6
-        shown = frame.drop(columns=["seconds", "rate", "megagradients_in_all"]).assign(time=frame.seconds.map(duration))
+        shown = frame[COLUMNS.split()].drop(columns="megagradients_in_all").assign(time=frame.seconds.map(duration))
         return (
             f"{shown.round(1).to_string(index=False)}\n\n"
             f"Left: {total.models - total.finished:.0f} of {total.models:.0f} models, {total.megagradients:.3g} "

@@ -6,7 +6,7 @@ import subprocess
 import nbformat
 import pytest
 
-from lib.study import command_line, settings
+from lib.study import command_line, experiments, settings
 
 SMALL = ["PRESET=tiny", "N_MODELS=8", "N_EXAMPLES=100", "EPOCHS=2"]
 
@@ -100,6 +100,25 @@ def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch
 def test_a_notebook_that_fails_or_dies_is_named_and_ends_the_run(tmp_path, monkeypatch, capsys, source, said):
     books = [notebook(tmp_path, "07_a.ipynb", source), notebook(tmp_path, "08_b.ipynb")]
     monkeypatch.setattr(command_line, "NOTEBOOKS", books)
+    monkeypatch.setattr(experiments, "AT_ONCE", 1)
     assert command_line.main(words(tmp_path)) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "07_a failed" in line and said in line and not (tmp_path / "out" / "08_b.ipynb").exists()
+
+
+def test_two_notebooks_run_at_once_and_the_verdict_after_all(tmp_path, monkeypatch):
+    """Each of two waits until the other has begun; the verdict sees what both have left."""
+    begin = "import pathlib, time\npathlib.Path({0!r} + {1!r}).touch()\nuntil = time.time() + 60\n"
+    wait = "while not pathlib.Path({0!r} + {2!r}).exists() and time.time() < until:\n    time.sleep(0.1)\n"
+    wait += "assert time.time() < until\n"
+    leave, flags = "pathlib.Path({0!r} + {1!r} + '.done').touch()", f"{tmp_path}/flag_"
+    both = [begin + wait + leave, begin + wait + "time.sleep(2)\n" + leave]
+    sources = [text.format(flags, *"ab"[::way]) for text, way in zip(both, (1, -1), strict=True)]
+    sources.append(f"import pathlib\nassert len(list(pathlib.Path({str(tmp_path)!r}).glob('flag_*.done'))) == 2")
+    names = "01_a.ipynb", "02_b.ipynb", "07_verdict.ipynb"
+    books = [notebook(tmp_path, name, source) for name, source in zip(names, sources, strict=True)]
+    monkeypatch.setattr(command_line, "NOTEBOOKS", books)
+    monkeypatch.setattr(experiments, "AT_ONCE", 2)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {})
+    monkeypatch.setattr(command_line.report, "build", lambda out: out / "report" / "index.html")
+    assert command_line.main(words(tmp_path)) == 0

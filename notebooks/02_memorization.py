@@ -264,9 +264,14 @@ for kind, coordinate in (("correct", ""), ("confidence", "output=confidence")):
 # %%
 panels = {f"memorization of {kind}": tables[kind, treatment] for kind in outputs}
 panels = {t: f[(f.baseline == baseline) & f.metric.str.contains("share")] for t, f in panels.items()}
-figure = figures.interval_panels(
-    panels, f"share of examples: {treatment} minus {baseline}", "band of memorization", bands
-)
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), sharey=True, layout="constrained")
+for index, (axis, (title, rows)) in enumerate(zip(axes, panels.items(), strict=True)):
+    figures.error_bars(axis, bands, rows, index, linestyle="")
+    axis.axhline(0, color="0.3", lw=1)
+    axis.set(title=title, xlabel="band of memorization")
+    axis.tick_params(axis="x", labelsize=9)
+    axis.margins(x=0.12)
+axes[0].set_ylabel(figures.plain(f"share of examples: {treatment} minus {baseline}"))
 display(figures.save(figure, run, "memorization_bands"))
 for kind in outputs:
     band = select(tables[kind, treatment], metric="memorization_share_0.6_0.85", **versus)
@@ -366,7 +371,13 @@ rows = {}
 for word, chosen in movers.items():
     captions = [f"{names[i]}\n{before[i]:.2f} to {after[i]:.2f}\n({judged[i]:+.2f})" for i in chosen]
     rows[f"memorized {word} by {treatment}"] = list(zip(run.dataset.x[chosen], captions, strict=True))
-display(figures.save(figures.captioned(rows), run, "movers"))
+figure, axes = plt.subplots(2, 8, figsize=(10.8, 4), layout="constrained")
+for line, (title, pictures) in zip(axes, rows.items(), strict=True):
+    line[0].set_title(figures.plain(title), fontsize=10, loc="left")
+    for axis, (image, caption) in zip(line, pictures, strict=False):
+        figures.picture(axis, image)
+        axis.set_xlabel(figures.plain(caption), fontsize=8)
+display(figures.save(figure, run, "movers"))
 for word, chosen in movers.items():
     show_text(
         f"The examples picked as memorized {word} change by {picked[chosen].mean():+.3f} on the half that picked them and "

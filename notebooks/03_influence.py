@@ -177,8 +177,23 @@ for title, found in labels.items():
         table = gains(gain[name], found, "bucket", total=True)
         results.add(table, experiment="influence buckets", coordinate=f"by={title}", optimizer=name, baseline=baseline)
     panels[title] = panel(gains(gain[treatment], found, "bucket"))
-gained = f"test accuracy: {treatment} minus {baseline}, points"
-figures.save(figures.interval_panels(panels, gained), run, "buckets")
+
+
+# %%
+def draw(panels, name):
+    """The gain in every bucket, a panel for each way of forming them."""
+    n = len(panels)
+    figure, axes = plt.subplots(1, n, figsize=(min(3.6 * n, 14), 3.4), sharey=True, layout="constrained")
+    for index, (axis, (title, rows)) in enumerate(zip(axes, panels.items(), strict=True)):
+        figures.error_bars(axis, np.arange(1, n_buckets + 1), rows, index, linestyle="")
+        axis.axhline(0, color="0.3", lw=1)
+        axis.set(title=title, xlabel="bucket", xticks=range(1, n_buckets + 1))
+        axis.margins(x=0.12)
+    axes[0].set_ylabel(figures.plain(f"test accuracy: {treatment} minus {baseline}, points"))
+    return figures.save(figure, run, name)
+
+
+draw(panels, "buckets")
 
 # %% [markdown]
 # ## What the buckets look like
@@ -195,7 +210,15 @@ for title, chosen in (("lowest entropy", disputed[:8]), ("highest entropy", disp
     best = np.where(y[:, None] == y_test[chosen], infl, -np.inf).argmax(0)
     rows[f"test, {title}"] = [(run.dataset.x_test[j], f"a '{run.dataset.classes[y_test[j]]}'") for j in chosen]
     rows[f"train, beside them ({title})"] = [(run.dataset.x[i], f"{infl[i, c]:+.2f}") for c, i in enumerate(best)]
-figures.save(figures.captioned(rows), run, "influences")
+figure, axes = plt.subplots(len(rows), 8, figsize=(10.8, 8.2), layout="constrained")
+for line, (title, pictures) in zip(axes, rows.items(), strict=True):
+    line[0].set_title(title, fontsize=10, loc="left")
+    for axis, (image, caption) in zip(line, pictures, strict=False):
+        figures.picture(axis, image)
+        axis.set_xlabel(figures.plain(caption), fontsize=8)
+    for axis in line[len(pictures) :]:
+        axis.set_axis_off()
+figures.save(figure, run, "influences")
 
 # %% [markdown]
 # **How to read it.** The number under a training image says how much surer of the test image above it are the models
@@ -274,7 +297,7 @@ for kind, values, true in (("correctness", correct, label), ("p_y", confidence, 
         excess.append(beyond | {"coordinate": f"by=influence on {kind}"})
 excess = pd.DataFrame(excess).assign(baseline=baseline)
 results.add(excess, experiment="influence buckets")
-display(figures.save(figures.interval_panels(panels, gained), run, "shuffled"))
+display(draw(panels, "shuffled"))
 excess = excess[excess.optimizer == treatment]
 for row in excess.itertuples():
     words = describe_sign(row, "further than", "less far than", "no further than")
@@ -319,7 +342,7 @@ for name in run.names[1:]:
 
 tables = {kind: gains(gain[treatment], found, kind) for kind, found in sorted_by.items()}
 panels = {kind.replace("_", " "): panel(table) for kind, table in tables.items()}
-display(figures.save(figures.interval_panels(panels, gained), run, "difficulty"))
+display(draw(panels, "difficulty"))
 steps = {kind: select(table, metric=f"gain_{kind}_1_minus_{n_buckets}") for kind, table in tables.items()}
 for kind, row in steps.items():
     words = describe_sign(row, *than)

@@ -9,7 +9,9 @@ import pandas as pd
 import seaborn as sns
 
 from lib.attacks import intervals
+from lib.study.results import NUMBERS
 from lib.study.text import series
+from lib.study.verdict import FITS
 
 COLOURS = sns.color_palette("colorblind")
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
@@ -60,8 +62,8 @@ def picture(axis, image):
 def histograms(axis, inside, outside, labels):
     """Two filled histograms on common bins, told apart by colour and outline."""
     bins = np.histogram_bin_edges(np.concatenate([inside, outside]), 30)
-    for index, (values, label) in enumerate(zip((inside, outside), labels, strict=True)):
-        drawn = dict(ec=COLOURS[index + 2], fc=(*COLOURS[index + 2], 0.3), linestyle=LINES[index], lw=1.8, label=label)
+    for colour, line, values, label in zip(COLOURS[2:4], LINES[:2], (inside, outside), labels, strict=True):
+        drawn = dict(edgecolor=colour, facecolor=(*colour, 0.3), linestyle=line, linewidth=1.8, label=label)
         axis.hist(values, bins, density=True, histtype="stepfilled", **drawn)
     axis.legend(fontsize=9)
 
@@ -102,37 +104,34 @@ def roc(scored, member, attack="lira_shrunk"):
     return figure
 
 
-def leakage_against_accuracy(axis, rows, attack, chosen, fits=0.99):
+def leakage_against_accuracy(axis, rows, attack, chosen):
     """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
 
     rows: of the experiment "tuning", each setting's own values and its paired differences from the tuned baseline.
     Lines join the learning rates at one radius and weight decay, dotted unless it is the first. Settings in `chosen`
-    (optimizer, rho, lr, weight decay) are large; those that fit less than the share `fits` of their half are hollow.
+    (optimizer, rho, lr, weight decay) are large; those that do not fit (verdict.FITS) are hollow.
     """
-    rows = rows.assign(rho=pd.to_numeric(rows.rho, errors="coerce").fillna(0))
+    rows = rows.assign(rho=pd.to_numeric(rows.rho).fillna(0.0))
     rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)
-    setting = ["optimizer", "rho", "lr", "decay"]
-    rows = rows.drop_duplicates([*setting, "baseline", "attack", "metric"]).set_index(setting)
+    rows = rows.set_index(["optimizer", "rho", "lr", "decay"])
     fit = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value
-    differences = rows[rows.baseline != ""].groupby(["metric", "attack"])[["value", "ci_low", "ci_high"]]
-    pair = (differences.get_group(key).reindex(fit.index) for key in (("test_accuracy", ""), ("auc", attack)))
-    x, y = (100 * frame.fillna(0.0) for frame in pair)  # the tuned baseline has no difference from itself
+    paired = rows[rows.baseline != ""].groupby(["metric", "attack"])[NUMBERS]
+    # the tuned baseline has no difference from itself
+    x, y = (
+        100 * paired.get_group(key).reindex(fit.index).fillna(0) for key in (("test_accuracy", ""), ("auc", attack))
+    )
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
     for index, ((name, rho), part) in enumerate(fit.groupby(level=["optimizer", "rho"], sort=False)):
-        colour, label = COLOURS[index % 10], plain(f"{name}, rho {rho:g}" if rho else name)
+        colour, marker, label = COLOURS[index % 10], MARKERS[index % 4], plain(f"{name}, rho {rho:g}" if rho else name)
         for k, (_, line) in enumerate(part.groupby(level="decay", sort=False)):
             at = line.sort_index(level="lr").index
-            axis.plot(x.value[at], y.value[at], ":" if k else "-", color=colour, lw=1.2)
-        across, up = x.loc[part.index], y.loc[part.index]
-        bars = ([of.value - of.ci_low, of.ci_high - of.value] for of in (up, across))
-        axis.errorbar(across.value, up.value, *bars, color=colour, lw=0.6, alpha=0.6, linestyle="")
-        full = part >= fits
-        for at, face in ((part.index[full], colour), (part.index[~full], "white")):
-            named = label if face == colour or not full.any() else None
-            axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markerfacecolor=face, label=named)
-        for at in part.index.intersection(chosen):
-            axis.plot(x.value[at], y.value[at], MARKERS[index % 4], color=colour, markersize=12)
+            line_of = ":" if k else "-"
+            axis.plot(x.value[at], y.value[at], marker + line_of, color=colour, lw=1.2, label=None if k else label)
+        for at, share in part.items():
+            bars = ([[of.value - of.ci_low], [of.ci_high - of.value]] for of in (y.loc[at], x.loc[at]))
+            look_of = dict(color=colour, mfc=colour if share >= FITS else "white", ms=12 if at in chosen else 6)
+            axis.errorbar(x.value[at], y.value[at], *bars, fmt=marker, ecolor=(*colour, 0.6), elinewidth=0.6, **look_of)
     less = "minus the tuned baseline's, points"
     axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack},\n{less}"))
 
@@ -144,33 +143,4 @@ def phi_of_members(phis, member):
     for axis, (name, phi) in zip(np.ravel(axes), phis.items(), strict=True):
         histograms(axis, phi[member], phi[~member], ("members", "non-members"))
         axis.set(title=plain(name), xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
-    return figure
-
-
-def interval_panels(frames, ylabel, xlabel="bucket", ticks=None):
-    """Values with intervals at 1, 2, ..., a panel for each title; the line at 0 is 'no difference'."""
-    n = len(frames)
-    figure, axes = plt.subplots(1, n, figsize=(min(3.6 * n, 14), 3.4), sharey=True, squeeze=False, layout="constrained")
-    for index, (axis, (title, frame)) in enumerate(zip(axes[0], frames.items(), strict=True)):
-        places = np.arange(1, len(frame) + 1)
-        error_bars(axis, places, frame, index, linestyle="")
-        axis.axhline(0, color="0.3", lw=1)
-        axis.set_xticks(places, ticks or places, fontsize=9)
-        axis.set(title=plain(title), xlabel=xlabel)
-        axis.margins(x=0.12)
-    axes[0, 0].set_ylabel(ylabel)
-    return figure
-
-
-def captioned(rows, columns=8):
-    """Rows of pictures with captions. rows: dict title -> list of (image, caption), at most `columns` each."""
-    size = (1.35 * columns, 2.05 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for line, (title, items) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        for axis, (image, caption) in zip(line, items, strict=False):
-            picture(axis, image)
-            axis.text(0.5, -0.06, plain(caption), transform=axis.transAxes, ha="center", va="top", fontsize=8)
-        line[0].set_title(plain(title), fontsize=10, loc="left")
     return figure

@@ -20,8 +20,10 @@ BLOCK = 8192  # examples at a time: what is computed on the way stays in the pro
 
 def parallel(function, items) -> list:
     """[function(item) for item in items] on up to 8 threads (numpy releases the interpreter lock in its loops)."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, items))
+    items, n = list(items), min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n) as pool:  # a task for each thread: one for each item took longer than the items
+        parts = list(pool.map(lambda k: [function(item) for item in items[k::n]], range(n)))
+    return [parts[k % n][k // n] for k in range(len(items))]
 
 
 def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:

@@ -213,15 +213,15 @@ for key, gain, leaks in better:
 # **Claim.** What holds on one pool of examples holds on others.
 #
 # **Method.** The data are drawn anew with other seeds: another pool, other halves, other initial weights. On each pool
-# both optimizers are tuned anew at the run's own radius, by the non-members of that pool. The spread between the pools
-# stands beside the interval of one pool.
+# the learning rates of both optimizers are tuned anew at the run's own radius and weight decay, by the non-members of
+# that pool. The spread between the pools stands beside the interval of one pool.
 
 # %%
 others = run.ensembles("pools")  # (seed, optimizer, rho, lr, weight_decay) -> Ensemble
 own_rho, rows = run.recipe(treatment).rho, []
 n_fewer = len(next(iter(others.values())).ids) if others else few  # LiRA gets stronger with more models
-own_pool = {(run.seed, *key): e.only(e.ids[:n_fewer]) for key, e in made.items() if key[1] in (0.0, own_rho)}
-own_pool = {key: e for key, e in own_pool.items() if key[3] >= run.lr}
+tried = [key for key in experiments.of_pools(run) if key in made]
+own_pool = {(run.seed, *key): made[key].only(made[key].ids[:n_fewer]) for key in tried}
 for seed in (run.seed, *run.other_pools):
     found = {key[1:]: e for key, e in (own_pool | others).items() if key[0] == seed}
     right = {key: compare.on_pool(e, "correct", members=False).mean() for key, e in found.items()}
@@ -612,6 +612,10 @@ results.add(effects, experiment="causes", n_models=len(next(iter(causes.values()
 seen = effects[effects.attack == headline]
 here, change = (seen[seen.metric == metric].reset_index(drop=True) for metric in ("auc", "auc_change"))
 levels = (here.factor + ": " + here.level).where(here.factor != here.level, here.factor)
+if len(here) == 1:
+    show_text(
+        "Nothing is varied here: the run is one of images, of which every level would take as long as the main run."
+    )
 
 # %%
 figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(here) + 1.2), layout="constrained")

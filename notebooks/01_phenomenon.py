@@ -36,11 +36,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython.display import display
+from sklearn.neighbors import NearestNeighbors
 from torch.func import functional_call, grad
 
 from lib.analysis import compare, flatness, memorization
 from lib.attacks import catalogue, intervals, membership, shadow
-from lib.data.dataset import duplicates, inputs
+from lib.data.dataset import inputs
 from lib.study import figures, settings, text
 from lib.study.results import Results
 from lib.study.text import describe_sign, percentage_points, select, show_table, show_text
@@ -130,9 +131,20 @@ figures.save(figure, run, "data")
 # neighbours; plain skies and dark pictures can be that close without being copies.
 
 # %%
-copies = duplicates(run.dataset)
-count = copies.select_dtypes(bool).sum()
-results.add(pd.DataFrame({"metric": count.index, "value": count}), experiment="duplicates", optimizer="")
+x, x_test = (part.reshape(len(part), -1) for part in inputs(run.dataset))
+content, content_test = (pd.Series([a.tobytes() for a in part]) for part in (run.dataset.x, run.dataset.x_test))
+search, y = NearestNeighbors(n_neighbors=1, algorithm="brute"), pd.Series(run.dataset.y)
+distance, nearest = (found[:, 0] for found in search.fit(x).kneighbors())  # to another example of the pool
+distance_test = search.fit(x_test).kneighbors(x)[0][:, 0]
+exact, exact_test = content.duplicated(keep=False), content.isin(content_test)
+near = np.median(distance[~exact]) / 2
+other = np.where(exact, y.groupby(content).transform("nunique") > 1, y != y.to_numpy()[nearest])  # of another label
+count = {}
+for kind, limit in (("exact", 0), ("near", near)):
+    twins = exact | (distance < limit)
+    count[f"{kind}_duplicates"], count[f"{kind}_duplicates_other_label"] = twins.sum(), (twins & other).sum()
+    count[f"{kind}_test_twins"] = (exact_test | (distance_test < limit)).sum()
+results.add(pd.DataFrame(count.items(), columns=["metric", "value"]), experiment="duplicates", optimizer="")
 for kind in ("exact", "near"):
     twins, other, test = (count[f"{kind}_{what}"] for what in ("duplicates", "duplicates_other_label", "test_twins"))
     show_text(

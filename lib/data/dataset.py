@@ -7,12 +7,10 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.neighbors import NearestNeighbors
 
 from lib import need
 from lib.data import sources
@@ -59,8 +57,8 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
 
     `folder` reads images train/<class>/ and test/<class>/, also in an archive; an .npz holds x, y (or features, labels)
     and groups; other forms are those in which a data set is published. data=None looks in data/. Without a test part,
-    one is split off, in whole groups; `seed` says which. What is left out (other files, empty classes, labels without
-    an image) is counted and printed. Raises FileNotFoundError for a missing path, ValueError for anything else.
+    one is split off, in whole groups; `seed` says which. What is left out (other files, labels without an image) is
+    counted and printed. Raises FileNotFoundError for a missing path, ValueError for anything else.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -154,35 +152,6 @@ def validate(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def duplicates(dataset: Dataset) -> pd.DataFrame:
-    """Each pool example's nearest other pool example and nearest test example: a frame of N lines.
-
-    Columns: nearest (index in the pool); distance, test_distance (root mean square difference of the model inputs, in
-    pooled standard deviations: sqrt(2) for unrelated examples); and whether there are copies: exact_duplicates (equal
-    bytes), exact_duplicates_other_label, exact_test_twins, and near_ likewise (exact, or nearer than half the median
-    distance of those without an exact copy). In d dimensions, about 2^-d log 2 of independent draws are so near by
-    chance: 0.07% at d = 10. Half of such pairs in CIFAR-10 are one picture, the others two plain skies or seas.
-    """
-    y, (z, z_test) = dataset.y, (part.reshape(len(part), -1) for part in inputs(dataset))
-    mean = z.mean(axis=0, dtype=np.float64)
-    # distance^2 = mean_j (a_j - b_j)^2 / mean_j var_j = |a - b|^2 / unit^2
-    unit = np.sqrt(np.mean([np.square(row - mean).sum() for row in z])) or 1
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute")
-    distance, nearest = (found[:, 0] for found in search.fit(z).kneighbors())
-    test_distance = search.fit(z_test).kneighbors(z)[0][:, 0]
-    keys, keys_test = (pd.Series([blake2b(a.tobytes()).digest() for a in part]) for part in (dataset.x, dataset.x_test))
-    exact, test_exact = keys.duplicated(keep=False), keys.isin(keys_test)
-    frame = pd.DataFrame({"nearest": nearest, "distance": np.where(exact, 0, distance / unit)})
-    frame["test_distance"] = np.where(test_exact, 0, test_distance / unit)
-    near = frame.distance[~exact].median() / 2  # NaN, which no distance is below, if all have copies
-    other = np.where(exact, pd.Series(y).groupby(keys).transform("nunique") > 1, y != y[nearest])
-    for kind, below in (("exact", 0), ("near", near)):
-        twin, test = exact | (frame.distance < below), test_exact | (frame.test_distance < below)
-        counted = {"duplicates": twin, "duplicates_other_label": twin & other, "test_twins": test}
-        frame = frame.assign(**{f"{kind}_{name}": holds for name, holds in counted.items()})
-    return frame
-
-
 def _subset(dataset: Dataset, keep: np.ndarray, part: str = "") -> Dataset:
     """The examples `keep` of the pool, or of the part "_test"; groups are numbered anew."""
     fields = (f"{key}{part}" for key in ("x", "y", "index", "groups", "pattern"))
@@ -192,57 +161,43 @@ def _subset(dataset: Dataset, keep: np.ndarray, part: str = "") -> Dataset:
     return replace(dataset, **kept)
 
 
-def _quota(counts: np.ndarray, n: int, least: int) -> np.ndarray:
-    """How many of n are taken of each class of `counts` examples: in proportion, but at least `least`."""
-    least = np.minimum(counts, least)
-    exact = n * counts / counts.sum()
+def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
+    """Indices of n examples in random order, in proportion to the classes, but at least `least` of each class."""
+    counts = np.bincount(y)
+    least, exact = np.minimum(counts, least), n * counts / len(y)
     take = np.maximum(np.floor(exact).astype(int), least)
     while take.sum() < n:  # largest remainder first
         take[np.argmax(exact - take)] += 1
     while take.sum() > n:  # small classes got their `least`: the others make room
         take[np.argmax(np.where(take > least, take - exact, -np.inf))] -= 1
-    return take
-
-
-def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
-    """Indices of n examples in random order, in proportion to the classes, at least `least` of each class."""
-    take = _quota(np.bincount(y), n, least)
     order = np.random.default_rng(seed).permutation(len(y))
     first = [np.flatnonzero(y[order] == c)[:k] for c, k in enumerate(take)]
     return order[np.sort(np.concatenate(first))]
 
 
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:
-    """Indices of n_examples (None: as many as possible) in whole groups that make two equal halves, in random order.
+    """Indices of n_examples (None: as many as possible) in whole groups, in random order.
 
-    Groups are taken in a random order, first up to the share of their class, then as long as any fits.
+    Groups of one size are taken two at a time, one for either half, so at most one of each size is of no use. They come
+    in an order in which the classes take turns, in proportion to their sizes; the first two of each class lead.
     """
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)
-    large_first, any_class = np.argsort(-sizes, kind="stable"), 0 * top
-
-    def fill(order, room, kind):
-        """Whether each group is taken, in this order, where it fits into what is left of the room of its kind."""
-        taken = np.zeros(len(sizes), bool)
-        for group in order:
-            taken[group] = sizes[group] <= room[kind[group]]
-            room[kind[group]] -= sizes[group] * taken[group]
-        return taken
-
-    # a random order may end one example short, so several are tried; in the last, small groups of any class fill gaps
-    tries = [*((rng.permutation(len(sizes)), top) for _ in range(8)), (large_first, any_class)]
-    largest, slack = len(groups) // 2 * 2, 2 * sizes.max()
-    targets = [n_examples] if n_examples else range(largest, max(largest - slack, 1), -2)
-    for n, (order, stratum) in product(targets, tries):
-        room = _quota(np.bincount(stratum, weights=sizes).astype(int), n, least=2)
-        chosen = fill(order, room, stratum)
-        chosen |= fill(order[~chosen[order]], [room.sum()], any_class)
-        half = fill(large_first[chosen[large_first]], [n // 2], any_class)
-        if sizes[chosen].sum() == n == 2 * sizes[half].sum():
-            shuffled = rng.permutation(len(groups))
-            return shuffled[chosen[groups[shuffled]]]
-    kinds = np.unique(sizes)[:5].tolist()
-    raise ValueError(f"{n_examples=}: groups of {kinds} examples make no two equal halves; try a multiple of {slack}")
+    mixed = pd.Series(top).sample(frac=1, random_state=rng)
+    place = mixed.groupby(mixed).cumcount()
+    place = (place / mixed.groupby(mixed).transform("size")).where(place > 1, 0)
+    waiting, taken, room = {}, [], n_examples or len(groups)
+    for group in place.sort_values(kind="stable").index:
+        other = waiting.pop(sizes[group], None)
+        if other is None:
+            waiting[sizes[group]] = group
+        elif 2 * sizes[group] <= room:
+            taken += [group, other]
+            room -= 2 * sizes[group]
+    n = (n_examples or len(groups)) - room
+    need(n and n_examples in (None, n), f"{n_examples=}: two halves of whole groups have {n} in all; choose that")
+    shuffled = rng.permutation(len(groups))
+    return shuffled[np.isin(groups[shuffled], taken)]
 
 
 def _grouped(d: Dataset) -> tuple[np.ndarray, np.ndarray]:

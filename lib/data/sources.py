@@ -1,11 +1,9 @@
 """Where the data come from: a name and a path become arrays, which lib.data.dataset makes into one `Dataset`.
 
-Archives are read in memory, up to a size: nothing in them is written to disk and no link is followed. Arrays of
+An archive is unpacked into a temporary folder: no links, no name that leads out of it, no file above a size. Arrays of
 objects are refused. Only CIFAR's own files are pickles, and torchvision reads them after comparing their checksums.
 """
 
-import io
-import json
 import os
 import re
 import shutil
@@ -14,8 +12,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import defaultdict
-from contextlib import ExitStack, suppress
-from functools import partial
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -33,10 +30,10 @@ DATASETS = (*DATASETS.split(), "folder", "npz")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 ROOT = Path(__file__).resolve().parents[2]
-MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 26  # of one file, unpacked, and of one image
+MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 26  # of one file in an archive, and of one image
 
-# files that are read, in a folder or an archive; no hidden file, absolute path or ".." matches
-_NAME, _IN = r"[^./][^/]*", r"(?:\./)?(?:([^./][^/]*)/)??"  # a name that is not hidden; perhaps in a leading folder
+# files that are read, in a folder or an archive
+_NAME, _IN = r"[^./][^/]*", r"(?:([^./][^/]*)/)??"  # a name that is not hidden; perhaps in a leading folder
 _IMAGE = rf"(?:{_NAME}/)*{_NAME}\.(?i:png|jpe?g|bmp|webp)"  # at any depth
 PLACE = rf"{_IN}(train|test)/({_NAME})/({_IMAGE})"
 LAYOUT = f"train/<class>/* ({', '.join(IMAGES)}) and perhaps test/<class>/*"
@@ -177,35 +174,70 @@ def read_npz(path, names) -> dict[str, np.ndarray | None]:
 
 
 def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None) -> dict[str, np.ndarray]:
-    """Arrays that `make` gets from (name, content) of the wanted files in a folder or an archive; made once.
+    """Arrays that `make` gets from the wanted files of a folder or an archive, a dict name -> content; made once.
 
-    left_out among them says what else was there, and how much. The cache file is named by a hash of `wanted`, the path,
-    all names in a folder, and the size and time of change of each wanted file.
+    left_out among them says what else was there. The file in `cache` is named by a hash of `wanted` and of the path,
+    size and time of change of each file.
     """
-    held, left = dict(_tree(path)) if path.is_dir() else {"": path}, defaultdict(list)  # "": the archive itself
-    stats = [file.stat() for name, file in held.items() if file and (not name or re.fullmatch(wanted, name))]
-    known = [*held, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
-    key = blake2b(json.dumps([5, wanted, side, str(path.resolve()), known]).encode(), digest_size=16).hexdigest()
-    file = cache / f"{path.name.split('.')[0]}-{key}.npz"
+    path, contents, left = path.resolve(), {}, defaultdict(list)
+    files = [*_files(path)] if path.is_dir() else [path]
+    stats = [file.stat() for file in files if file.exists()]  # of no broken link
+    known = [*map(str, files), *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
+    key = blake2b(repr([6, wanted, side, known]).encode(), digest_size=16).hexdigest()
+    cached = cache / f"{path.name.split('.')[0]}-{key}.npz"
     with suppress(ValueError):  # if the cache file is absent or damaged: NumPy compares each array with its CRC-32
-        return read_npz(file, (*NAMES[0], "groups", "left_out"))
-    arrays = make(tqdm(_members(path, held, wanted, side, left), unit=" files", leave=False, delay=1), left)
-    arrays["left_out"] = np.array(_counted(left))
+        return read_npz(cached, (*NAMES[0], "groups", "left_out"))
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        np.savez(f"{folder}/part.npz", **arrays)
-        os.replace(f"{folder}/part.npz", file)  # atomic: another process sees the whole file or none
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        folder = path if path.is_dir() else _unpacked(path, Path(temporary, "archive"))
+        for file in tqdm([*_files(folder)], unit=" files", leave=False, delay=1):
+            name = file.relative_to(folder).as_posix()
+            if re.fullmatch(wanted, name) and file.is_file():
+                contents[name] = _decoded(file, name, side)
+            else:
+                kind = f"*{file.suffix}" if file.is_file() else "links or empty folders"
+                left["hidden" if "/." in f"/{name}" else kind].append(name)
+        arrays = make(contents, left) | {"left_out": np.array(_counted(left))}
+        np.savez(f"{temporary}/part.npz", **arrays)
+        os.replace(f"{temporary}/part.npz", cached)  # atomic: another process sees the whole file or none
     return arrays
 
 
-def _tree(folder, lead: str = "", above: tuple = ()):
-    """(name, entry, or None for no file) of all below a folder; folders end in /. No link leads back to one above."""
-    above = (*above, os.path.realpath(folder))
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        name = f"{lead}{entry.name}{'/' * entry.is_dir()}"
-        yield name, entry if entry.is_file() else None
-        if entry.is_dir() and os.path.realpath(entry) not in above:
-            yield from _tree(entry, name, above)
+def _files(folder: Path, above: tuple = ()):
+    """All below a folder that is no folder, or an empty one. Links are followed, but not back to a folder above."""
+    entries, above = sorted(folder.iterdir()), (*above, folder.resolve())
+    yield from [] if entries else [folder]
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry
+        elif entry.resolve() not in above:
+            yield from _files(entry, above)
+
+
+def _unpacked(path: Path, folder: Path) -> Path:
+    """A folder with what is in an archive; links, names that lead out of it and files above MOST_BYTES are refused."""
+
+    def check(name, size, fine=True):
+        need(fine and ".." not in name.split("/"), f"{name} is a link or a device, or leads out of the archive")
+        need(size <= MOST_BYTES, f"{name}: {size / 1e6:.0f} MB unpacked; at most {MOST_BYTES / 1e6:.0f} are read")
+
+    folder.mkdir()
+    try:
+        if path.suffix.lower() == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    check(member.filename, member.file_size)
+                    archive.extract(member, folder)
+            return folder
+        with tarfile.open(path) as tar:
+            for member in tar:
+                check(member.name, member.size, member.isfile() or member.isdir())
+                tar.extract(member, folder, filter="data")
+            tar.fileobj.seek(tar.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
+            need(tar.fileobj.read(512) == bytes(512), "its end is missing")
+        return folder
+    except Exception as error:  # each format raises other kinds
+        raise ValueError(f"a folder or a whole archive ({', '.join(ARCHIVES)}) is needed: {error}") from error
 
 
 def _counted(left: dict) -> str:
@@ -214,104 +246,66 @@ def _counted(left: dict) -> str:
     return ascii("; ".join(f"{len(left[kind])} {kind} ({names})" for kind, names in some.items()))[1:-1]
 
 
-def _members(path: Path, held: dict, wanted: str, side: int | None, left: dict):
-    """(name, content) of the wanted files of a folder that holds `held`, or of an archive, decoded in memory.
-
-    Any other file is added to `left`, kind -> names, and its folder is yielded instead: (name, None).
-    """
-    tar, name = None, path.name
-    try:
-        with ExitStack() as stack:
-            if path.is_dir():
-                files = ((n, file and Path(file).read_bytes, file and file.stat().st_size) for n, file in held.items())
-            elif path.suffix.lower() == ".zip":
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                files = ((m.filename, partial(archive.read, m), m.file_size) for m in archive.infolist())
-            else:
-                tar = stack.enter_context(tarfile.open(path))
-                files = ((m.name + "/" * m.isdir(), m.isfile() and tar.extractfile(m).read, m.size) for m in tar)
-            for name, content, size in files:
-                if content and re.fullmatch(wanted, name):
-                    need(size <= MOST_BYTES, f"{size / 1e6:.0f} MB unpacked; at most {MOST_BYTES / 1e6:.0f} are read")
-                    yield name, _decoded(name, io.BytesIO(content()), side)
-                    continue
-                if not name.endswith("/"):
-                    kind = "images in other places" if name.lower().endswith(IMAGES) else f"*{Path(name).suffix}"
-                    hidden = re.search(r"(?:^|/)\.[^/]", name)
-                    left["hidden" if hidden else kind if content else "links or devices"].append(name)
-                yield name.rpartition("/")[0] + "/", None
-            if tar:
-                tar.fileobj.seek(tar.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
-                need(tar.fileobj.read(512) == bytes(512), "its end is missing")
-    except Exception as error:  # each format raises other kinds
-        form = f"a folder or a whole archive ({', '.join(ARCHIVES)}) of readable files is needed"
-        raise ValueError(f"{form}; {name}: {error}") from error
-
-
-def _decoded(name: str, file: io.BytesIO, side: int | None) -> np.ndarray | pd.DataFrame:
+def _decoded(file: Path, name: str, side: int | None) -> np.ndarray | pd.DataFrame:
     """An image as uint8 [1, H, W] if it is grey, else [3, H, W]; a file of another kind as a table of text.
 
     side: the image's central square is scaled to that side.
     """
-    if not name.lower().endswith(IMAGES):
-        return pd.read_csv(file, skipinitialspace=True, dtype=str, keep_default_na=False)
-    with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
-        few = image.width * image.height <= MOST_PIXELS
-        need(few, f"{image.width} x {image.height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read")
-        need(image.mode[0] not in "IF", f"mode {image.mode} is not valid; 8 bits a channel are needed")
-        if side:
-            image.draft("RGB", (2 * side, 2 * side))  # decodes a large JPEG at down to 1/8 of its size
-            pixels = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BOX)
-        else:
-            pixels = image if image.mode == "L" else image.convert("RGB")
-        return np.atleast_3d(np.asarray(pixels)).transpose(2, 0, 1)
+    try:
+        if file.suffix.lower() not in IMAGES:
+            return pd.read_csv(file, skipinitialspace=True, dtype=str, keep_default_na=False)
+        with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
+            few = image.width * image.height <= MOST_PIXELS
+            need(few, f"{image.width} x {image.height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read")
+            need(image.mode[0] not in "IF", f"mode {image.mode} is not valid; 8 bits a channel are needed")
+            if side:
+                image.draft("RGB", (2 * side, 2 * side))  # decodes a large JPEG at down to 1/8 of its size
+                pixels = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BOX)
+            else:
+                pixels = image if image.mode == "L" else image.convert("RGB")
+            return np.atleast_3d(np.asarray(pixels)).transpose(2, 0, 1)
+    except Exception as error:  # Pillow and pandas raise many kinds
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _images(files, left: dict) -> dict[str, np.ndarray]:
+def _images(images: dict, left: dict) -> dict[str, np.ndarray]:
     """x, y and perhaps x_test, y_test of a tree of images, sorted by class and file; y holds the names of classes."""
-    images, arrays, folders, size = {}, {}, set(), None
-    for name, pixels in files:
-        if pixels is None:
-            folders.update(place.groups()[:3] for place in [re.fullmatch(PLACE, f"{name}0.png")] if place)
-            continue
-        size = size or pixels.shape[1:]
-        need(pixels.shape[1:] == size, f"image {name}: (H, W) is {pixels.shape[1:]}, of others {size}; one is needed")
-        images[re.fullmatch(PLACE, name).groups()] = pixels
-    roots, parts = ({place[k] or "." for place in images} for k in (0, 1))
-    empty = sorted(place[1:] for place in folders - {place[:3] for place in images} if (place[0] or ".") in roots)
-    left["classes without an image"] += map("/".join, empty)
+    places = {re.fullmatch(PLACE, name).groups(default="."): pixels for name, pixels in images.items()}
+    roots, parts = ({place[k] for place in places} for k in (0, 1))
     what = f"it holds images of {sorted(parts)} below {sorted(roots)}, and {_counted(left) or 'nothing else'}"
     need(len(roots) == 1 and "train" in parts, f"{what}; {LAYOUT} is needed, below one folder")
-    shape = max(pixels.shape for pixels in images.values())  # grey becomes RGB where any image is RGB
+    arrays, shape = {}, max(pixels.shape for pixels in images.values())  # grey becomes RGB where any image is RGB
+    for name, pixels in images.items():
+        what = f"image {name}: (H, W) is {pixels.shape[1:]}, of others {shape[1:]}"
+        need(pixels.shape[1:] == shape[1:], f"{what}; one size is needed")
     for split, tail in (("train", ""), ("test", "_test")):
-        if places := sorted(place for place in images if place[1] == split):
-            arrays[f"x{tail}"] = np.stack([np.broadcast_to(images[place], shape) for place in places])
-            arrays[f"y{tail}"] = np.array([place[2] for place in places])
+        if chosen := sorted(place for place in places if place[1] == split):
+            arrays[f"x{tail}"] = np.stack([np.broadcast_to(places[place], shape) for place in chosen])
+            arrays[f"y{tail}"] = np.array([place[2] for place in chosen])
     return arrays
 
 
-def _retina(files, left: dict) -> dict[str, np.ndarray]:
+def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
     """x [N, 3, side, side], y (names of grades) and groups (patients) of photographs <patient>_<side>.jpeg.
 
     The layout is that of Kaggle's Diabetic Retinopathy Detection (2015): the tables trainLabels.csv and
     retinopathy_solution.csv grade the images of train/ and of test/. What lacks a grade or an image is left out.
     """
-    files = [(Path(name).stem, content) for name, content in files if content is not None]
-    tables, images = ([file for file in files if isinstance(file[1], kind)] for kind in (pd.DataFrame, np.ndarray))
-    what = f"it holds {len(tables)} tables trainLabels.csv and {len(images)} images"
-    need(tables and images, f"{what}; images, and this table or retinopathy_solution.csv, are needed")
-    for name, table in tables:
-        need({"image", "level"} <= set(table), f"{name}.csv has columns {list(table)}, not image and level")
-    graded, shown = pd.concat([table for _, table in tables]), pd.DataFrame(images, columns=["image", "pixels"])
-    table = graded.merge(shown, "outer", "image")  # sorted by image
+    images = [(Path(name).stem, content) for name, content in files.items() if not name.endswith(".csv")]
+    tables = [content for name, content in files.items() if name.endswith(".csv")]
+    graded = pd.concat([pd.DataFrame(), *tables]).fillna("")
+    what = f"it holds {len(images)} images and tables with the columns {[*graded]}"
+    form = "images and trainLabels.csv or retinopathy_solution.csv, with the columns image and level,"
+    need(images and {"image", "level"} <= {*graded}, f"{what}; {form} are needed")
+    table = graded.merge(pd.DataFrame(images, columns=["image", "pixels"]), "outer", "image")  # sorted by image
     left["labels without an image"] += table.image[table.pixels.isna()].tolist()
     left["images without a label"] += table.image[table.level.isna()].tolist()
     table = table.dropna(subset=["level", "pixels"])
     fine = table.image.str.fullmatch(EYE) & table.level.isin(list("01234")) & ~table.image.duplicated(keep=False)
     odd = table[~fine][["image", "level"]].values.tolist()
-    what = "<patient>_left or <patient>_right, once among the images and once in a table with a level 0..4, is needed"
-    need(len(table), f"no image has a label: it holds {_counted(left)}; {what}")
-    need(not odd, f"image and level are {odd[:3]}, {len(odd)} in all; {what}")
+    what = f"image and level are {odd[:3]}, {len(odd)} in all; left out are {_counted(left)}"
+    form = "<patient>_left or <patient>_right, once among the images and once in a table with a level 0..4, is needed"
+    need(len(table) and not odd, f"{what}; {form}")
     y = np.array(GRADES)[table.level.astype(int)]
     return {"x": np.stack(table.pixels), "y": y, "groups": table.image.str.extract(EYE)[0].to_numpy(str)}
 

@@ -5,10 +5,9 @@ membership game on halves of one size compares. Under it a sum of gradients, eac
 """
 
 from functools import cache, partial
-from math import ceil, exp, floor, inf, log, log10
+from math import ceil, floor, log10
 
 import torch
-from scipy.optimize import brentq
 from torch.func import grad, vmap
 
 from lib import need
@@ -41,8 +40,6 @@ dpsgd.queries, dpsam.queries = 1, 2
 
 def _private(params, norms, weighted, noise, k, clip, sigma):
     """(clipped mean gradient with the k-th noise, aux)."""
-    _require("clip", clip, 0 < clip < inf, "finite and positive")
-    _require("sigma", sigma, 0 <= sigma < inf, "finite, zero or positive")
     # w_i = 1 / max(1, |g_i| / C)
     weight = 1 / (norms(params) / clip).clamp(min=1)
     # g = (sum_i w_i g_i + sigma C N(0, 1)) / B
@@ -110,56 +107,46 @@ def norms_for(net, loss, params, x, y):
     return by_layer if fine else norms_by_example
 
 
-def _require(name, value, fine, valid):
-    need(fine, f"{name}={value!r} is not valid: {valid}")
-
-
 # ---- the accountant ----------------------------------------------------------------------------------------
 
 
 ORDERS = (*range(2, 33), 40, 48, 64)  # of Renyi's divergence: every one gives a valid epsilon, and large ones take long
 
 
-@cache
+def _account(batch_size, n, steps, queries):
+    """(function that makes an accountant, function of sigma that says what it is to count), of dp-accounting."""
+    import dp_accounting as dp  # here: it takes a second
+    from dp_accounting.rdp import RdpAccountant
+
+    need(1 <= batch_size <= n, f"batch_size={batch_size!r}: a batch is drawn from the n={n!r} examples")
+
+    def event(sigma):
+        # noise / sensitivity = sigma C / (2 C): the accountant's unit is the largest change, replace-one's 2 C
+        answer = dp.GaussianDpEvent(sigma / 2)
+        # two answers about one batch, sigma each, are one of sigma / sqrt(2): jointly they change by up to sqrt(2) 2 C
+        step = dp.SampledWithoutReplacementDpEvent(n, batch_size, dp.SelfComposedDpEvent(answer, queries))
+        return dp.SelfComposedDpEvent(step, steps)
+
+    return partial(RdpAccountant, ORDERS, dp.NeighboringRelation.REPLACE_ONE), event
+
+
 def epsilon(sigma, batch_size, n, steps, delta, queries=1):
-    """The epsilon, at delta, of `steps` noisy steps: float, inf without noise.
+    """The epsilon, at delta, of `steps` noisy steps: a float.
 
     Every step draws batch_size of the n examples without replacement, whatever was drawn before, and asks `queries`
-    questions of them, each answered as in `dpsgd`. Renyi accounting by Google's dp-accounting: Wang, Balle &
-    Kasiviswanathan 2019, theorem 27. Raises ValueError for numbers out of range, ImportError without dp-accounting.
+    questions of them, each answered as in `dpsgd` with noise sigma > 0. Renyi accounting by Google's dp-accounting:
+    Wang, Balle & Kasiviswanathan 2019, theorem 27.
     """
-    _require("sigma", sigma, sigma >= 0, "zero or positive")
-    _require("n", n, n >= 1, "one example or more")
-    _require("batch_size", batch_size, 1 <= batch_size <= n, f"from 1 to the {n} examples")
-    _require("steps", steps, steps >= 1, "one or more")
-    _require("delta", delta, 0 < delta < 1, "between 0 and 1")
-    _require("queries", queries, queries >= 1, "one or more a step")
-    try:
-        import dp_accounting as dp
-        from dp_accounting.rdp import RdpAccountant
-    except ImportError as error:
-        raise ImportError("privacy accounting needs Google's dp-accounting: pip install dp-accounting") from error
-    if sigma == 0:
-        return inf
-    # noise / sensitivity = sigma C / (2 C): the accountant's unit is the largest change, replace-one's 2 C
-    answer = dp.GaussianDpEvent(sigma / 2)
-    # two answers about one batch, sigma each, are one of sigma / sqrt(2): jointly they change by up to sqrt(2) 2 C
-    step = dp.SampledWithoutReplacementDpEvent(n, batch_size, dp.SelfComposedDpEvent(answer, queries))
-    accountant = RdpAccountant(ORDERS, neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-    return float(accountant.compose(step, steps).get_epsilon(delta))
+    accountant, event = _account(batch_size, n, steps, queries)
+    return float(accountant().compose(event(sigma)).get_epsilon(delta))
 
 
 @cache
 def noise_for(target, batch_size, n, steps, delta, queries=1):
-    """The smallest sigma whose epsilon is at most `target`: four significant digits, rounded up. As in `epsilon`."""
-    _require("target", target, 0 < target < inf, "finite and positive")
+    """The smallest sigma whose `epsilon` is at most `target`: four significant digits, rounded up."""
+    from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism
 
-    def excess(power):
-        return log(epsilon(exp(power), batch_size, n, steps, delta, queries) + 1e-9) - log(target)
-
-    low, high = log(1e-3), log(1e4)
-    _require("target", target, excess(low) > 0 > excess(high), "within reach of a sigma from 0.001 to 10000")
-    sigma = exp(brentq(excess, low, high, xtol=1e-5))
+    within = LowerEndpointAndGuess(0.01, 1.0)
+    sigma = calibrate_dp_mechanism(*_account(batch_size, n, steps, queries), target, delta, within)
     digit = 10.0 ** (floor(log10(sigma)) - 3)
-    sigma = ceil(sigma / digit) * digit
-    return float(f"{sigma if excess(log(sigma)) <= 0 else sigma + digit:.4g}")
+    return float(f"{ceil(sigma / digit) * digit:.4g}")

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def checksum(row):
 
 
 class Rows:
-    """A .npy file [rows, *shape] that grows by whole rows. How many it holds is told by its size, not by its header."""
+    """A .npy file [rows, *shape] that grows by whole rows."""
 
     def __init__(self, path, shape, dtype):
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
@@ -63,31 +64,20 @@ class Rows:
         np.lib.format.write_array_header_1_0(out, about)
         return out.getvalue()
 
-    def __len__(self):
-        """Whole rows in the file; 0 if it is absent, or if its header is damaged or that of another array."""
-        try:
-            with open(self.path, "rb") as file:
-                header, size = file.read(self.header_bytes), file.seek(0, os.SEEK_END)
-        except OSError:
-            return 0
-        # a truncated file has fewer rows than its header says, which is right about everything else
-        digits = header.partition(b"'shape': (")[2].partition(b",")[0]
-        counted = int(digits) if digits.isdigit() else -1
-        fine = counted > 0 and header == self.header(counted)
-        return min(counted, (size - self.header_bytes) // self.row_bytes) if fine else 0
-
     def read(self):
-        """Read-only memory map [len(self), *shape]."""
-        n = len(self)
-        if not n:
-            return np.empty((0, *self.shape), self.dtype)
-        return np.memmap(self.path, self.dtype, "r", self.header_bytes, (n, *self.shape))
+        """Read-only memory map [rows, *shape]; without rows if the file is absent, damaged or that of another array."""
+        with suppress(Exception):  # NumPy raises errors of many kinds at a damaged header
+            found = np.lib.format.open_memmap(self.path, mode="r")
+            is_ours = found.shape[1:] == self.shape and found.dtype == self.dtype and found.flags.c_contiguous
+            if is_ours and found.offset == self.header_bytes:
+                return found
+        return np.empty((0, *self.shape), self.dtype)
 
     def write(self, index, row):
         """Put one row in place, then the header; rows before it that are not there yet read as zeros."""
         row = np.ascontiguousarray(row, self.dtype)
         need(row.shape == self.shape, f"{self.path.name}: a row has shape {row.shape}, expected {self.shape}")
-        rows = max(len(self), index + 1)
+        rows = max(len(self.read()), index + 1)
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             file.seek(self.header_bytes + index * self.row_bytes)
             file.write(row.data)
@@ -98,18 +88,11 @@ class Rows:
 class Store:
     """The arrays of one recipe, in a folder of `root` named by a prefix and the hash of a key (a JSON-able dict).
 
-    layout: array name -> (shape of one row, dtype). Raises ValueError naming `store` if the folder can't be written, or
-    if another version of the store wrote this recipe there.
+    layout: array name -> (shape of one row, dtype). Raises ValueError naming `store` if the folder can't be written.
     """
 
     def __init__(self, root, name, key, layout):
         self.folder, text = place(root, name, key)
-        for path in Path(root).glob(f"{name}-*/recipe.json"):
-            said = read_json(path)
-            version = said.pop("store_version", None)
-            what = f"{path.parent.name} was written by version {version} of the store, this is {VERSION}"
-            fine = version == VERSION or said != json.loads(json.dumps(key))
-            need(fine, f"store={str(root)!r}: {what}: give another folder, or remove that one to train its models anew")
         self.rows = {n: Rows(self.folder / f"{n}.npy", shape, dtype) for n, (shape, dtype) in layout.items()}
         self.verified = {}  # model -> its flag, once its checksums have been seen to match
         self.writing = FileLock(self.folder / ".lock")
@@ -159,10 +142,8 @@ class Store:
         path = self.folder / "done" / f"{model:05d}.json"
         if model in self.verified or not path.exists():
             return self.verified.get(model)
-        fault = self.fault(model, path)
-        if fault:
-            with self.writing:  # not while another process rewrites a header
-                fault = self.fault(model, path)
+        with self.writing:  # not while another process rewrites a header
+            fault = self.fault(model, path)
         if fault:
             warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
             path.unlink(missing_ok=True)
@@ -174,9 +155,10 @@ class Store:
         if flag.pop("seal", None) != checksum(flag):
             return "its flag is unreadable or was changed"
         for name, wanted in flag["checksums"].items():
-            if len(self.rows[name]) <= model:
+            rows = self.rows[name].read()
+            if len(rows) <= model:
                 return f"{name}.npy is truncated or unreadable"
-            if checksum(self.rows[name].read()[model]) != wanted:
+            if checksum(rows[model]) != wanted:
                 return f"{name}.npy has a wrong checksum"
         self.verified[model] = flag
         return ""

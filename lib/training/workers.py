@@ -6,14 +6,10 @@ again. With one thread each, the arrays are the same to the last bit however the
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import warnings
 from concurrent import futures
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,9 +23,7 @@ from lib.training import ensemble, networks, step, trial
 ENGINES = ("local", "ray")
 LONG = 100  # steps of one model from which a process of its own is worth starting
 OWN = 1e9  # bytes of memory that a process takes, about
-PATIENCE = 30  # seconds that a Ray cluster has to answer
-tell_once = cache(print)  # in each process
-RETRIES = 5  # times that Ray trains a chunk again after its worker was lost
+tell_once = cache(partial(print, flush=True))  # in each process
 
 
 def train(
@@ -53,16 +47,26 @@ def train(
         train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet, notify)
     elif todo and n > 1:
         train_by_processes(recipe, dataset, todo, store, n, n_models, quiet, notify)
-    inputs, is_told = None, False
+    inputs = None
     while todo := missing(recipe, dataset, n_models, kept, where):  # here, and what others left or still train
         inputs = inputs or ensemble.Inputs(dataset, recipe, where)
-        trained = train_here(recipe, dataset, inputs, todo, kept, n_models, quiet or is_told, notify)
+        n_trained = train_here(recipe, dataset, inputs, todo, kept, n_models, quiet, notify)
         if not wait:
             return None
-        if not trained:
-            is_told = is_told or not print(f"another run is training {kept.folder.name}: waiting for it", flush=True)
+        if not n_trained:
+            tell_once(f"another run is training {kept.folder.name}: waiting for it")
+            quiet = True
             time.sleep(0.5)
-    return ensemble.finished(recipe, dataset, n_models, kept) if wait else None
+    return ensemble.finished(recipe, dataset, n_models, kept)
+
+
+def check(engine, gpus=0.0):
+    """Raise ValueError naming the parameter if the engine is unknown or not installed, or gpus is no valid share."""
+    need(engine in ENGINES, f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
+    fine = 0 <= gpus <= 64 and (gpus <= 1 or gpus % 1 == 0)
+    need(fine, f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
+    there = engine == "local" or find_spec("ray")
+    need(there, "engine='ray' is not installed: pip install ray, or use engine='local'")
 
 
 def missing(recipe, dataset, n_models, kept, device):
@@ -199,65 +203,26 @@ def alone(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ---- by Ray --------------------------------------------------------------------------------------------------
-
-
-def check(engine, gpus=0.0):
-    """Raise ValueError naming the parameter if the engine is unknown, not installed, or does not answer in time."""
-    need(engine in ENGINES, f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
-    fine = 0 <= gpus <= 64 and (gpus <= 1 or gpus % 1 == 0)
-    need(fine, f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
-    if engine == "local":
-        return
-    need(find_spec("ray"), "engine='ray' is not installed: pip install ray, or use engine='local'")
-    address, is_joined = os.environ.get("RAY_ADDRESS", ""), "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    if address in ("", "auto", "local") or is_joined:
-        return
-    try:
-        host, _, port = address.rpartition("://")[2].rpartition(":")
-        socket.create_connection((host.strip("[]") or "?", int(port)), PATIENCE).close()
-        if "://" not in address:  # something listens there, but is it a cluster?
-            asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-            subprocess.run(asked, timeout=PATIENCE, check=True, capture_output=True)
-    except (OSError, OverflowError, ValueError, subprocess.SubprocessError) as error:
-        form = "host:port or ray://host:port of a cluster (`ray start --head`), or unset to start Ray on this machine"
-        raise ValueError(f"RAY_ADDRESS={address!r} does not answer within {PATIENCE} s ({error}): {form}") from error
-
-
 def train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet=False, notify=None):
-    """Have Ray's workers train the chunks. Raises what a task raised; ValueError naming `engine` if they were lost."""
-    ray = connected()
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train_one)
-    shared, folder = ray.put(dataset), str(Path(store).resolve())
-    waiting = {task.remote(recipe, shared, ids, folder, device, n_models).future(): ids for ids in todo}
-    machines = ray.cluster_resources()
-    n = max(1, int(machines.get("GPU", 0) // gpus if gpus else machines.get("CPU", 1)))
-    try:
-        collect(recipe, dataset, waiting, "by Ray", n, quiet, notify)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(f"engine='ray': a chunk's workers were lost {RETRIES + 1} times: {said}") from error
+    """Have the workers of the Ray at RAY_ADDRESS, or else of one that is started here, train the chunks.
 
-
-def connected(tries=2):
-    """The module ray, connected to RAY_ADDRESS, or to a Ray of this process's own."""
-    for quiet, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")):
-        os.environ.setdefault(quiet, value)  # no report home, no stack trace when a kernel is shut down
+    Raises what a task raised; ValueError naming `engine` if Ray can't be reached or loses a chunk again and again.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report home
     import ray
 
-    paths = dict.fromkeys([str(Path(__file__).resolve().parents[2]), os.getcwd(), *sys.path[:1]])
-    there = {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
-    address = os.environ.get("RAY_ADDRESS", "")
-    own = {} if address not in ("", "local") else {"include_dashboard": False}
-    while not ray.is_initialized():
-        tries -= 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about Ray's coming versions
-            try:
-                ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": there}, **own)
-            except Exception as error:  # of many kinds, a bare Exception among them if it started too slowly
-                need(tries, f"RAY_ADDRESS={address!r}: Ray can't be joined or started: {error}")
-                ray.shutdown()
-    return ray
+    try:
+        if not ray.is_initialized():
+            paths = str(Path(__file__).resolve().parents[2]), os.getcwd(), os.environ.get("PYTHONPATH", "")
+            there = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
+            ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=there)
+        task = ray.remote(num_cpus=1, num_gpus=gpus)(train_one)
+        shared, folder = ray.put(dataset), str(Path(store).resolve())
+        waiting = {task.remote(recipe, shared, ids, folder, device, n_models).future(): ids for ids in todo}
+        n_at_once = ray.cluster_resources().get("GPU" if gpus else "CPU", 1) // (gpus or 1)
+        collect(recipe, dataset, waiting, "by Ray", max(1, int(n_at_once)), quiet, notify)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except Exception as error:
+        address = f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}"
+        raise ValueError(f"engine='ray': its workers can't be reached or were lost ({address}): {error}") from error

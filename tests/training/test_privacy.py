@@ -1,6 +1,4 @@
-import contextlib
-import sys
-from math import exp, inf
+from math import exp
 
 import numpy as np
 import pytest
@@ -10,8 +8,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
 
-from lib.training import ensemble, networks, privacy, sharpness
-from lib.training.recipe import Recipe
+from lib.training import networks, privacy, sharpness
 
 # ---- rules ------------------------------------------------------------------------------------------------------
 
@@ -101,14 +98,6 @@ def test_without_noise_and_clipping_they_are_sgd_and_sam(problem):
     torch.testing.assert_close(found, sharpness.sam(problem.gradient, problem.params, problem.rho)[0])
 
 
-def test_a_private_rule_needs_a_base_that_takes_one_gradient_a_step(table):
-    for base, fine in (("torch.optim:LBFGS", False), ("torch.optim:Adagrad", True), ("adam", True)):
-        recipe = Recipe(optimizer=f"dpsgd(sigma=1.0)+{base}", batch_size=8)
-        with contextlib.nullcontext() if fine else pytest.raises(ValueError, match="optimizers=.*LBFGS.*no accountant"):
-            ensemble.check(recipe, table, 2)
-    ensemble.check(Recipe(optimizer="torch.optim:LBFGS", batch_size=8), table, 2)
-
-
 def test_at_radius_zero_dpsam_is_dpsgd_on_its_second_noise(problem):
     found, _ = privacy.dpsam(problem.gradient, problem.params, 0.0, problem.norms, problem.weighted, problem.noise)
     later = {n: z[1:] for n, z in problem.noise.items()}
@@ -154,13 +143,6 @@ def test_the_rules_map_over_models():
     for k, p in enumerate(problems):
         alone, _ = privacy.dpsam(None, p.params, 0.3, p.norms, p.weighted, p.noise, 7.0, 0.5)
         torch.testing.assert_close({n: g[k] for n, g in found.items()}, alone)
-
-
-@pytest.mark.parametrize("option", [{"clip": 0.0}, {"clip": -1.0}, {"clip": inf}, {"sigma": -0.1}, {"sigma": inf}])
-def test_a_clip_or_noise_out_of_range_is_named(problem, option):
-    (name, value), *_ = option.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        privacy.dpsgd(problem.gradient, problem.params, problem.norms, problem.weighted, problem.noise, **option)
 
 
 def test_the_rules_say_how_many_noisy_answers_they_use():
@@ -238,7 +220,6 @@ def gaussian_epsilon(mu, delta):
 @pytest.mark.parametrize("sigma, steps, queries", [(20.0, 100, 1), (5.0, 4, 1), (20.0, 50, 2), (200.0, 100, 1)])
 def test_on_whole_batches_epsilon_is_just_above_the_exact_one(sigma, steps, queries):
     """T answers with noise sigma C and sensitivity 2 C are one Gaussian mechanism of mu = 2 sqrt(T) / sigma."""
-    pytest.importorskip("dp_accounting")
     exact = gaussian_epsilon(2 * np.sqrt(steps * queries) / sigma, 1e-5)
     assert exact < privacy.epsilon(sigma, 50, 50, steps, 1e-5, queries) < 1.3 * exact
 
@@ -246,7 +227,6 @@ def test_on_whole_batches_epsilon_is_just_above_the_exact_one(sigma, steps, quer
 @pytest.mark.parametrize("q, sigma", [(0.5, 1.0), (0.1, 2.0), (0.02, 1.0)])
 def test_of_one_drawn_batch_epsilon_is_above_the_exact_one_of_its_worst_case(q, sigma):
     """One example worth +C against -C, the others nothing: with probability q it is in the batch."""
-    pytest.importorskip("dp_accounting")
     z = np.linspace(-12 * sigma, 12 * sigma, 200_001)
     p, other = ((1 - q) * stats.norm.pdf(z, 0, sigma) + q * stats.norm.pdf(z, side, sigma) for side in (1, -1))
 
@@ -258,7 +238,6 @@ def test_of_one_drawn_batch_epsilon_is_above_the_exact_one_of_its_worst_case(q, 
 
 
 def test_epsilon_grows_with_steps_batch_and_queries_and_falls_with_noise():
-    pytest.importorskip("dp_accounting")
     base = privacy.epsilon(4.0, 20, 600, 100, 1e-4)
     assert base < privacy.epsilon(4.0, 20, 600, 200, 1e-4)
     assert base < privacy.epsilon(4.0, 40, 600, 100, 1e-4)
@@ -266,12 +245,10 @@ def test_epsilon_grows_with_steps_batch_and_queries_and_falls_with_noise():
     # two answers of sigma each are one of sigma / sqrt(2)
     two, less = privacy.epsilon(4.0, 20, 600, 100, 1e-4, 2), privacy.epsilon(4.0 / np.sqrt(2), 20, 600, 100, 1e-4)
     assert base < two == pytest.approx(less)
-    assert privacy.epsilon(0.0, 20, 600, 100, 1e-4) == inf
 
 
 @pytest.mark.parametrize("target, queries", [(3.0, 1), (60.0, 2)])
 def test_noise_for_is_the_inverse(target, queries):
-    pytest.importorskip("dp_accounting")
     sigma = privacy.noise_for(target, 100, 100, 50, 1e-4, queries)
     assert privacy.epsilon(sigma, 100, 100, 50, 1e-4, queries) <= target
     assert privacy.epsilon(0.999 * sigma, 100, 100, 50, 1e-4, queries) > target
@@ -279,33 +256,12 @@ def test_noise_for_is_the_inverse(target, queries):
 
 
 def test_noise_for_with_drawn_batches():
-    pytest.importorskip("dp_accounting")
     sigma = privacy.noise_for(8.0, 32, 600, 400, 1e-4)
     assert 7.9 < privacy.epsilon(sigma, 32, 600, 400, 1e-4) <= 8.0
 
 
-@pytest.mark.parametrize(
-    "change", [{"batch_size": 0}, {"batch_size": 601}, {"n": 0}, {"steps": 0}, {"delta": 0.0}, {"delta": 1.0}]
-    + [{"queries": 0}, {"sigma": -1.0}],
-)  # fmt: skip
-def test_an_account_of_what_can_not_be_is_refused(change):
-    (name, value), *_ = change.items()
-    run = {"sigma": 1.0, "batch_size": 20, "n": 600, "steps": 10, "delta": 1e-4} | change
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        privacy.epsilon(**run)
-    if name != "sigma":
-        with pytest.raises(ValueError, match=f"{name}={value}"):
-            privacy.noise_for(target=1.0, **{k: v for k, v in run.items() if k != "sigma"})
-
-
-@pytest.mark.parametrize("target", [0.0, -1.0, inf, 1e-12])
-def test_an_epsilon_out_of_reach_is_named(target):
-    pytest.importorskip("dp_accounting")
-    with pytest.raises(ValueError, match=f"target={target}"):
-        privacy.noise_for(target, 10, 10, 10, 1e-4)
-
-
-def test_without_the_accountant_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(ImportError, match="pip install dp-accounting"):
-        privacy.epsilon(1.2345, 20, 600, 10, 1e-4)
+def test_a_batch_larger_than_what_it_is_drawn_from_is_refused():
+    with pytest.raises(ValueError, match="batch_size=601.*n=600"):
+        privacy.epsilon(1.0, 601, 600, 10, 1e-4)
+    with pytest.raises(ValueError, match="batch_size=601.*n=600"):
+        privacy.noise_for(8.0, 601, 600, 10, 1e-4)

@@ -42,7 +42,7 @@ from torch.func import functional_call, grad
 from lib.analysis import compare, flatness, memorization
 from lib.attacks import catalogue, intervals, membership, shadow
 from lib.data.dataset import inputs
-from lib.study import figures, settings, text
+from lib.study import experiments, figures, settings, text
 from lib.study.results import Results
 from lib.study.text import describe_sign, percentage_points, select, show_table, show_text
 from lib.training import sharpness
@@ -444,11 +444,22 @@ hardest = int(np.average(phi, 0, ~member).argmin())
 times = min(50, member.shape[1] // 4 * 2)
 leaky, place = memorization.leak(run.dataset, hardest, times, seed=run.seed)
 planted = run.ensembles("planted leak", dataset=leaky)["leak"]
-found = compare.planted_table(compare.scores(planted), np.array(planted.member), place)
-asked, ids = compare.label_only_of_one(planted, place, 16, device_of(run.device))
-sides = np.array(planted.only(ids).member)[:, [place]]
-found = pd.concat([found, compare.planted_table({"label_only": asked}, sides, 0)], ignore_index=True)
-found = found.assign(optimizer=baseline, coordinate=f"times={times}")
+
+
+def pairs_found(scored, member, place, times):
+    """In what share of pairs of partners each attack scores the one that saw an example higher; a tie counts half."""
+    seen = member[:, place].reshape(-1, 2)
+    pairs = np.flatnonzero(seen[:, 0] != seen[:, 1])[: experiments.PLANTED // 2]
+    inside, rows = 2 * pairs + seen[pairs].argmax(1), []  # the models that saw it; a partner is one number up or down
+    for attack, score in scored.items() if len(pairs) else ():
+        ahead = np.sign(score[inside, place] - score[inside ^ 1, place])
+        share = intervals.proportion((1 + ahead).sum() / 2, len(pairs))
+        rows.append(intervals.row("planted_pairs_found", share, attack=attack))
+    frame = pd.DataFrame(rows, columns=["attack", "metric", "value", "ci_low", "ci_high"])
+    return frame.assign(optimizer=baseline, baseline="", coordinate=f"times={times}", n_models=2 * len(pairs))
+
+
+found = pairs_found(compare.scores(planted), np.array(planted.member), place, times)
 results.add(found, experiment="planted leak", n_models=found.n_models, n_examples=len(leaky.y))
 show_text(f"Trained {times} times: {text.planted_leak(found)}")
 
@@ -456,7 +467,7 @@ show_text(f"Trained {times} times: {text.planted_leak(found)}")
 # Beside it the same example in the main ensemble, which was trained on it once.
 
 # %%
-once = compare.planted_table(scored[baseline], member, hardest).assign(optimizer=baseline, coordinate="times=1")
+once = pairs_found(scored[baseline], member, hardest, 1)
 results.add(once, experiment="planted leak", n_models=once.n_models)
 show_text(f"Trained once: {text.planted_leak(once)}")
 show_table(pd.concat([found, once]), across=["coordinate"])

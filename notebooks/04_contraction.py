@@ -716,7 +716,8 @@ for word, metrics in said.items():
 # %%
 radius_sweep = run.ensembles("radius sweep")
 without = str(radius_sweep[0.0].recipe.optimizer)
-radius_frame = compare.radius_table(radius_sweep, treatment, without, table=outputs)
+by_radius = {(treatment if rho else without, rho): e for rho, e in radius_sweep.items()}
+radius_frame = compare.split_labels(outputs(by_radius), "rho")
 results.add(radius_frame, experiment="radius sweep", n_models=len(radius_sweep[0.0].ids))
 steps = radius_frame[radius_frame.baseline != ""]
 show_table(steps.assign(rho=steps.rho.map("{:g}".format)), across=["rho"])

@@ -302,7 +302,9 @@ if not_fit:
 # The figure shows SGD's curve with its band, and SAM as points: other numbers of epochs, and other radii.
 
 # %%
-radius_frame = compare.radius_table(radius_sweep, treatment, str(radius_sweep[0.0].recipe.optimizer))
+without = str(radius_sweep[0.0].recipe.optimizer)
+by_radius = {(treatment if rho else without, rho): e for rho, e in radius_sweep.items()}
+radius_frame = compare.split_labels(compare.contrast(by_radius), "rho")
 results.add(radius_frame, experiment="radius sweep", n_models=n_swept)
 wanted = (length_frame.metric == "auc") & (length_frame.attack == headline) & (length_frame.baseline == "")
 of_sgd, of_sam = (

@@ -18,13 +18,13 @@ from scipy.special import expit, logit
 from tqdm import tqdm
 
 from lib import need
+from lib.analysis.memorization import memorization
 from lib.attacks import catalogue, intervals, label_only, thresholds
 from lib.attacks.intervals import SHADOW_CORRECTION, Estimate, estimate, ratio_influence_values
+from lib.attacks.membership import calibration_split, folds
 from lib.attacks.signals import signals
 from lib.data.dataset import inputs
 from lib.training.ensemble import KEEP_WEIGHTS
-
-PLANTED = 16  # models of the planted leak in every run: 8 pairs, and it takes 6 for the interval to exclude chance
 
 
 def keep_common_models(ensembles, essential=None):
@@ -59,11 +59,10 @@ def common_ids(ensembles):
 
 
 def kept(ensemble, key, make):
-    """The array make(), kept with the ensemble while it is small: notebooks ask for the same arrays again and again."""
+    """What make() gives, kept with the ensemble unless it is a large array: notebooks ask for the same again."""
     made = vars(ensemble).setdefault("made", {})
     found = made[key] if key in made else make()
-    if found.size <= 2**20:
-        found.flags.writeable = False
+    if getattr(found, "size", 0) <= 2**20:
         made[key] = found
     return found
 
@@ -104,16 +103,14 @@ def train_losses(ensemble):
 
 
 def headline_scores(ensemble):
-    """Scores of the headline attacks, over all queries: dict attack -> [M, N]. The ensemble keeps them."""
-    if "headline_scores" not in vars(ensemble):
-        vars(ensemble)["headline_scores"] = scores(ensemble, only=catalogue.HEADLINES)
-    return vars(ensemble)["headline_scores"]
+    """Scores of the headline attacks, over all queries: dict attack -> [M, N]."""
+    return kept(ensemble, "headlines", lambda: scores(ensemble, only=catalogue.HEADLINES))
 
 
 def auc_influence_values(ensemble, attack="lira_shrunk"):
     """Influence values [M, N] of the AUC of a headline attack."""
-    scores, member = headline_scores(ensemble)[attack], np.array(ensemble.member)
-    return kept(ensemble, attack, lambda: intervals.auc_influence_values(scores, member))
+    found, member = headline_scores(ensemble)[attack], np.array(ensemble.member)
+    return kept(ensemble, attack, lambda: intervals.auc_influence_values(found, member))
 
 
 def auc_estimate(values, dataset, level=0.95):
@@ -135,15 +132,14 @@ def variance_influence_values(ensemble, name, kind, members=False):
     return ratio_influence_values((values - centre) ** 2 * n / np.maximum(n - 1, 1), chosen)
 
 
-def compared(ensembles, values_of, metric, rate=False, shadow_correction=0.0, test=False, log_ratio_from=None):
+def compared(ensembles, values_of, metric, test=False, **how):
     """One metric of every ensemble, and its paired differences from the first: a tidy frame.
 
-    values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. rate, shadow_correction and
-    log_ratio_from: as in intervals.paired.
+    values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. how: rate, shadow_correction and
+    log_ratio_from, as in intervals.paired.
     """
-    first, values = next(iter(ensembles.values())), {label: values_of(e) for label, e in ensembles.items()}
-    how = design(first, test) | {"shadow_correction": shadow_correction}
-    return intervals.paired(values, metric, rate, log_ratio_from, **how)
+    values = {label: values_of(e) for label, e in ensembles.items()}
+    return intervals.paired(values, metric, **design(next(iter(ensembles.values())), test), **how)
 
 
 def design(ensemble, test=False):
@@ -172,8 +168,9 @@ def contrast(ensembles):
     """
     first, frames = next(iter(ensembles.values())), [accuracies(ensembles).assign(attack="")]
     member = np.array(first.member)
+    corrected = {"rate": True, "shadow_correction": SHADOW_CORRECTION}
     for attack in catalogue.HEADLINES:
-        auc = compared(ensembles, partial(auc_influence_values, attack=attack), "auc", True, SHADOW_CORRECTION)
+        auc = compared(ensembles, partial(auc_influence_values, attack=attack), "auc", **corrected)
         found = {label: headline_scores(e)[attack] for label, e in ensembles.items()}
         frames += [f.assign(attack=attack) for f in (auc, *intervals.at_rates(found, member, (0.01,), **design(first)))]
     frame = pd.concat(frames, ignore_index=True)
@@ -188,11 +185,12 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same within
     each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator).
     """
-    who, frames = "member" if members else "nonmember", []
+    frames = []
     for name in ("phi", "confidence"):
         for kind in kinds:
             values_of = partial(variance_influence_values, name=name, kind=kind, members=members)
-            frames.append(compared(ensembles, values_of, f"{who}_variance_{name}_{kind}", log_ratio_from=0.0))
+            metric = f"{'member' if members else 'nonmember'}_variance_{name}_{kind}"
+            frames.append(compared(ensembles, values_of, metric, log_ratio_from=0.0))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -225,48 +223,43 @@ def leakage(ensembles, scored, fixed=catalogue.FIXED, rows=slice(None)):
     return pd.concat(frames, ignore_index=True)
 
 
-def exposure_table(ensembles, scored, ids=None, attack="lira_shrunk", top=10):
+def exposure_table(ensembles, scored, ids=None):
     """Who is exposed, and are the same examples exposed under other seeds? A tidy frame.
 
-    An example's exposure is its mean score (in nats, a log likelihood ratio) over the models that trained on it minus
-    the mean over those that did not; with a few models a share of models told rightly would take a few values only. The
-    rows `exposure` have the `top` highest, with Welch's interval over models, and the example's number (from `ids` [N])
-    as coordinate; being the highest of many they are high in part by chance. Each half of the pairs of models also
-    names, by itself, the 1% most exposed of the examples that three of its models or more have, and three have not.
-    exposed_in_both_halves is the share of one half's names that are also the other's, with the interval of Clopper and
-    Pearson; by chance it would be exposed_by_chance. It is given for 1,000 such examples or more.
+    An example's exposure is its mean score by lira_shrunk over the models that trained on it minus the mean over those
+    that did not. The rows `exposure` have the ten highest, with Welch's interval over models, and the example's number
+    (from `ids` [N]) as coordinate. Each half of the pairs of models also names, by itself, the 1% most exposed of the
+    examples that three of its models or more have, and three have not. exposed_in_both_halves is the share of one
+    half's names that are also the other's; by chance it would be exposed_by_chance. It takes 1,000 such examples.
     scored: dict optimizer -> dict attack -> scores [M, N].
     """
-    first, rows = next(iter(ensembles.values())), []
-    member, y, ids = np.array(first.member), first.dataset.y, np.arange(len(first.dataset.y)) if ids is None else ids
-    halves = intervals.folds(member)
+    first, rows, attack = next(iter(ensembles.values())), [], "lira_shrunk"
+    member, data, ids = np.array(first.member), first.dataset, np.arange(len(first.dataset.y)) if ids is None else ids
+    halves = folds(member)
     seen = np.array([[member[half].sum(0), (~member[half]).sum(0)] for half in halves])
     known = np.flatnonzero((seen >= 3).all((0, 1)))
     n_top = len(known) // 100
-
-    def exposure(scores, inside):
-        return np.mean(scores, 0, where=inside) - np.mean(scores, 0, where=~inside)
-
     for label, e in ensembles.items():
         about, found = dict(optimizer=label, baseline="", attack=attack), scored[label][attack].astype(float)
-        value = exposure(found, member)
-        for i in np.argsort(-value)[:top]:
-            within, without = (found[side, i] for side in (member[:, i], ~member[:, i]))
-            spread = stats.ttest_ind(within, without, equal_var=False).confidence_interval()
-            about["coordinate"] = f"example={ids[i]}"
-            rows.append(intervals.row("exposure", Estimate(value[i], *spread), **about))
+        exposure = memorization(found, member).value
+        top = np.argsort(-exposure)[:10]
+        sides = (np.where(side[:, top], found[:, top], np.nan) for side in (member, ~member))
+        welch = stats.ttest_ind(*sides, equal_var=False, nan_policy="omit").confidence_interval()
+        for i, low, high in zip(top, *welch, strict=True):
+            estimated = Estimate(exposure[i], low, high)
+            rows.append(intervals.row("exposure", estimated, coordinate=f"example={ids[i]}", **about))
         if n_top < 10:
             continue
         named = []
         for half in halves:
             population = None if e.test_logits is None else e.test_logits[half]
-            given = e.logits[half][:, :, known], y[known], member[half][:, known], population, first.dataset.y_test
+            given = e.logits[half][:, :, known], data.y[known], member[half][:, known], population, data.y_test
             found = catalogue.run(*given, only=(attack,))[attack]
-            named.append(np.argsort(-exposure(found, member[half][:, known]))[:n_top])
+            named.append(np.argsort(-memorization(found, given[2]).value)[:n_top])
         both = intervals.proportion(len(np.intersect1d(*named)), n_top)
         chance = Estimate(n_top / len(known), np.nan, np.nan)
         for metric, estimated in (("exposed_in_both_halves", both), ("exposed_by_chance", chance)):
-            rows.append(intervals.row(metric, estimated, **about | {"coordinate": ""}))
+            rows.append(intervals.row(metric, estimated, coordinate="", **about))
     return pd.DataFrame(rows)
 
 
@@ -285,48 +278,32 @@ def null_table(ensemble, seed, shuffles=5):
     return pd.DataFrame(rows)
 
 
-def planted_table(scored, member, place, n_pairs=PLANTED // 2):
-    """In what share of pairs of partners (2k, 2k+1) an attack scores the one that saw an example higher: a tidy frame.
-
-    scored: dict attack -> scores [M, N]; place: the example's column. The first n_pairs pairs count in which one model
-    saw it and the other did not; a tie counts half. Columns beside the usual ones: attack, n_models.
-    """
-    seen, rows = member[:, place].reshape(-1, 2), []
-    pairs = np.flatnonzero(seen[:, 0] != seen[:, 1])[:n_pairs]
-    signs = np.where(seen[pairs], 1, -1)
-    for attack, found in scored.items() if len(pairs) else ():
-        ahead = (signs * found[:, place].reshape(-1, 2)[pairs]).sum(1)
-        hits = (1 + np.sign(ahead)).sum() / 2
-        rows.append(intervals.row("planted_pairs_found", intervals.proportion(hits, len(pairs)), attack=attack))
-    frame = pd.DataFrame(rows, columns=["attack", "metric", "value", "ci_low", "ci_high"])
-    return frame.assign(baseline="", n_models=2 * len(pairs))
-
-
 def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     """Every metric of the attacks that see predicted labels only, on models whose weights are kept: a tidy frame.
 
     label_only, label_only_classwise (with a threshold for each class) and label_once, which asks for the unchanged
-    example only. null_auc: label_only's AUC on shuffled membership. At most n_examples of the pool, drawn at random,
-    are asked about. Columns n_models and n_examples: how many were.
+    example only. null_auc: label_only's AUC on shuffled membership. The first n_models models, in whole pairs, are
+    asked about n_examples of the pool, drawn at random. Columns n_models and n_examples: how many were.
     """
-    ids = models_with_weights(ensembles.values(), n_models)
+    there = common_ids(ensembles.values())
+    ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
+    need(len(ids) >= 8, f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
     asked, scored, nulls = {label: e.only(ids) for label, e in ensembles.items()}, {}, []
     first = next(iter(asked.values()))
-    n, data = first.dataset.y.size, first.dataset
+    data, n = first.dataset, len(first.dataset.y)
     # the seed is not 0, from which the first model's half is drawn
     rows = np.sort(np.random.default_rng(231000488).permutation(n)[: n_examples or n])
-    member, y, groups = (
-        np.array(first.member)[:, rows],
-        data.y[rows],
-        None if data.groups is None else data.groups[rows],
-    )
-    half = intervals.calibration_split(member, 0, y, groups)
+    x, y, member = inputs(data)[0][rows], data.y[rows], np.array(first.member)[:, rows]
+    groups = None if data.groups is None else data.groups[rows]
+    half = calibration_split(member, 0, y, groups)
     shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
     for label, e in asked.items():
-        answers = label_answers(e, device, rows)
-        found = label_only.scores(answers, member)
+        # channels last: the fastest layout for convolutions
+        nets = [e.weights(k)[0].to(device, memory_format=torch.channels_last) for k in ids]
+        predict = [lambda batch, net=net: net(batch).argmax(-1) for net in nets]
+        answers = label_only.answers(predict, x, y, data.is_image, device=device)
+        found, once = label_only.scores(answers, member), signal(e, "correct")[:, rows]
         by_class = thresholds.classwise(found, member, y, part=half)
-        once = signal(e, "correct")[:, rows]
         scored[label] = {"label_only": found, "label_only_classwise": by_class, "label_once": once}
         values = [intervals.auc_influence_values(label_only.scores(answers, alleged), alleged) for alleged in shuffled]
         null = intervals.paired({label: np.mean(values, axis=0)}, "null_auc", True, columns=groups)
@@ -335,49 +312,10 @@ def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     return pd.concat([table, *nulls], ignore_index=True).assign(n_models=len(ids), n_examples=len(rows))
 
 
-def label_only_of_one(ensemble, place, n_models=16, device="cpu"):
-    """Label-only scores [m, 1] of the example in column `place`, and the ids [m] of the models asked.
-
-    Images are asked about alone, with shifts of one pixel. For tables the noise is chosen on the whole pool.
-    """
-    ids = models_with_weights([ensemble], n_models)
-    asked = ensemble.only(ids)
-    if ensemble.dataset.is_image:
-        return label_answers(asked, device, [place], most=1)[-1], ids
-    return label_only.scores(label_answers(asked, device), np.array(asked.member))[:, [place]], ids
-
-
-def models_with_weights(ensembles, n_models=16):
-    """The first n_models models, in whole pairs, whose weights are kept in all of the ensembles: ids [8 or more]."""
-    there = common_ids(ensembles)
-    ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
-    need(len(ids) >= 8, f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
-    return np.array(ids)
-
-
-def label_answers(ensemble, device="cpu", rows=slice(None), most=None):
-    """label_only.answers [S, M, n] of the ensemble's models (ids < KEEP_WEIGHTS) about the pool's examples `rows`."""
-    predict, dataset = [], ensemble.dataset
-    for k in ensemble.ids:
-        # the fastest layout for convolutions
-        net = ensemble.weights(k)[0].to(device, memory_format=torch.channels_last)
-        predict.append(lambda batch, net=net: net(batch).argmax(-1))
-    x = inputs(dataset)[0][rows]
-    return label_only.answers(predict, x, dataset.y[rows], dataset.is_image, most=most, device=device)
-
-
 def split_labels(frame, column):
     """A frame whose labels are pairs (optimizer, x), with the optimizer's x in a column of its own."""
-    names, x = zip(*frame.optimizer, strict=True)
-    return frame.assign(optimizer=names, baseline=[b[0] if b else "" for b in frame.baseline], **{column: x})
-
-
-def radius_table(radius_sweep, treatment, baseline, table=contrast):
-    """`table` at every radius, with the paired differences from radius 0: a tidy frame with the column rho.
-
-    radius_sweep: dict rho -> Ensemble, 0.0 first, which is the baseline.
-    """
-    return split_labels(table({(treatment if rho else baseline, rho): e for rho, e in radius_sweep.items()}), "rho")
+    x = {column: frame.optimizer.str[1]}
+    return frame.assign(**x, optimizer=frame.optimizer.str[0], baseline=frame.baseline.str[0].fillna(""))
 
 
 def read_off(x, nodes, aucs, scale, slope):
@@ -402,41 +340,36 @@ def read_off(x, nodes, aucs, scale, slope):
     return b + b * (1 - b) * of_aucs, b * (1 - b) * sum(p * slope(m) * (v - m) for p, m, v in moves)
 
 
-def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=None):
+def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=""):
     """A difference in AUC = what comes from fitting more or less + what remains at equal train loss: a tidy frame.
 
     treated: the treatment's ensemble; own: the baseline's that it is compared with (at equal epochs, say). curve: dict
-    -> Ensemble, the baseline's runs along one path (epochs, or learning rate). All hold the same models. name: the
-    coordinate, train_loss or test_accuracy; x is the treated ensemble's, B(x) the AUC on the baseline's curve there,
-    monotone: of its logit over the log of the train loss (or over the accuracy). For every headline attack
+    -> Ensemble, the baseline's runs along one path (epochs, or learning rate). All hold the same models. x is the
+    treated ensemble's train loss, and B(x) the AUC on the baseline's curve there: monotone, of its logit over the log
+    of the loss. For every headline attack
 
         auc_total = A(treated) - A(own),   auc_from_fit = B(x) - A(own),   auc_at_equal_loss = A(treated) - B(x)
 
-    (auc_at_equal_accuracy for test_accuracy). The intervals hold the errors of all AUCs and coordinates, x too, as they
-    fall together in each model and example (delta method), but not the curve's shape between two runs. Without two runs
-    that enclose x and differ by more than noise, only auc_total is given. Columns beside the usual ones: attack,
-    coordinate (default: x and between), the name's, which is x, and between (the coordinates of the two). Raises
-    ValueError for other models.
+    With the name test_accuracy, x is the accuracy, and the last is auc_at_equal_accuracy. The intervals hold the errors
+    of all AUCs and coordinates, x too, as they fall together in each model and example (delta method), but not the
+    curve's shape between two runs. Without two runs that enclose x and differ by more than noise, only auc_total is
+    given. Columns beside the usual ones: attack, coordinate, and the name's, which is x. Raises ValueError for other
+    models.
     """
-    values_of, test, scale, slope, what, digits = {
-        "train_loss": (train_losses, False, np.log, np.reciprocal, "loss", ".3g"),
-        "test_accuracy": (hits_on_test, True, float, np.ones_like, "accuracy", ".4f"),
-    }[name]
+    test = name == "test_accuracy"
+    values_of, scale, slope = (hits_on_test, float, np.ones_like) if test else (train_losses, np.log, np.reciprocal)
     same = len({tuple(e.ids) for e in (treated, own, *curve.values())}) == 1
-    need(same, "curve, length_sweep: the ensembles hold different models; keep_common_models first")
-    runs = sorted(((values_of(e), e) for e in curve.values()), key=lambda run: run[0].mean())
-    x, at, nodes, between = values_of(treated), [values.mean() for values, _ in runs], [], ""
+    need(same, "curve: the ensembles hold different models; keep_common_models first")
+    x, runs = values_of(treated), sorted(((values_of(e), e) for e in curve.values()), key=lambda run: run[0].mean())
     apart = [estimate(b[0] - a[0], **design(treated, test)).low > 0 for a, b in pairwise(runs)]
-    right = int(np.searchsorted(at, x.mean()))
-    if 0 < right < len(runs) and apart[right - 1]:  # beyond these two, the next on either side gives the curve's slope
-        first, last = (right > 1 and apart[right - 2]), (right + 1 < len(runs) and apart[right])
-        nodes = runs[right - 1 - first : right + 1 + last]
-        between = f"{at[right - 1]:{digits}} and {at[right]:{digits}}"
-    how, data, n = design(treated) | {"shadow_correction": SHADOW_CORRECTION}, treated.dataset, treated.member.shape[1]
-    if test and not (data.groups is None and data.groups_test is None):
-        one, two = (np.arange(k) if g is None else g for k, g in ((n, data.groups), (x.shape[1], data.groups_test)))
-        how["columns"] = np.append(one, n + two)  # no group of the pool is one of the test part
-    coordinate = f"{name}={x.mean():{digits}}, between={between}" if coordinate is None else coordinate
+    k, nodes = int(np.searchsorted([values.mean() for values, _ in runs], x.mean())), []
+    if 0 < k < len(runs) and apart[k - 1]:  # beyond these two, the next on either side gives the curve's slope
+        first, last = (k > 1 and apart[k - 2]), (k + 1 < len(runs) and apart[k])
+        nodes = runs[k - 1 - first : k + 1 + last]
+    how, data, n, t = design(treated), treated.dataset, treated.member.shape[1], x.shape[1]
+    if test:  # the columns are the pool's and then the test part's, and no group of the one is a group of the other
+        one, two = (np.arange(k) if g is None else g for k, g in ((n, data.groups), (t, data.groups_test)))
+        how["columns"] = np.append(one, n + two)
     rows, about = [], {"optimizer": treatment, "baseline": baseline, "coordinate": coordinate, name: x.mean()}
     for attack in catalogue.HEADLINES:
         whole, before = (auc_influence_values(e, attack) for e in (treated, own))
@@ -444,29 +377,14 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
         if nodes:
             aucs = [auc_influence_values(e, attack) for _, e in nodes]
             read, moved = read_off(x, [values for values, _ in nodes], aucs, scale, slope)
-            parts |= {"auc_from_fit": (read - before, moved), f"auc_at_equal_{what}": (whole - read, -moved)}
+            parts |= {"auc_from_fit": (read - before, moved)}
+            parts |= {f"auc_at_equal_{name.split('_')[1]}": (whole - read, -moved)}
         for metric, (of_aucs, of_coordinates) in parts.items():
             if test:  # the sum of two means is a mean over N + T columns
-                t, value = x.shape[1], of_aucs.mean()
+                value = of_aucs.mean()
                 values = value + np.hstack([(of_aucs - value) * (n + t) / n, of_coordinates * (n + t) / t])
             else:
                 values = of_aucs + of_coordinates
-            rows.append(intervals.row(metric, estimate(values, **how), attack=attack, between=between, **about))
-    return pd.DataFrame(rows, columns=[*intervals.TIDY, "attack", "coordinate", name, "between"])
-
-
-def at_equal(name, length_sweep, treatment, baseline):
-    """AUC, treatment minus baseline, at every train_loss or test_accuracy (the name) that the treatment reached: tidy.
-
-    length_sweep: dict (epochs, optimizer) -> Ensemble, all of the same models. For every headline attack it is what
-    remains in `decomposition`; nothing is said where the baseline's runs do not enclose the treatment's. Columns beside
-    the usual ones: attack, epochs (the treatment's), coordinate, the name's, and between.
-    """
-    curve = {epochs: e for (epochs, optimizer), e in length_sweep.items() if optimizer == baseline}
-    frames = [
-        decomposition(e, curve, next(iter(curve.values())), treatment, baseline, name).assign(epochs=epochs)
-        for (epochs, optimizer), e in length_sweep.items()
-        if optimizer == treatment
-    ]
-    frame = pd.concat(frames)
-    return frame[frame.metric.str.startswith("auc_at_equal")].assign(metric="auc").reset_index(drop=True)
+            found = estimate(values, shadow_correction=SHADOW_CORRECTION, **how)
+            rows.append(intervals.row(metric, found, attack=attack, **about))
+    return pd.DataFrame(rows)

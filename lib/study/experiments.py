@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 
 from lib import need
-from lib.analysis import compare
 from lib.analysis.memorization import plant
 from lib.data.dataset import Dataset
 from lib.training import Recipe, ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
 SIZES = {"sweep": (128, 8), "few": (64, 8), "fewer": (32, 8)}  # models of an ensemble: on small data, on images
+PLANTED = 16  # models of the planted leak: 8 pairs, and it takes 6 for the interval to exclude chance
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
@@ -170,7 +170,7 @@ def length_sweep(run):
 @experiment("planted leak", "01", pool="leak")
 def planted_leak(run, dataset):
     """The baseline, trained for a quarter of the epochs, on a pool that holds one example many times. Key: "leak"."""
-    return {"leak": of(run, run.baseline, compare.PLANTED, dataset, subset=0.5, epochs=max(1, run.epochs // 4))}
+    return {"leak": of(run, run.baseline, PLANTED, dataset, subset=0.5, epochs=max(1, run.epochs // 4))}
 
 
 @experiment("planted faults", "02", pool="planted")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.analysis import compare, memorization
+from lib.analysis import memorization
 from lib.study import command_line, experiments, settings
 from lib.study.experiments import Experiment, declared, of
 from lib.training import Recipe, ensemble, privacy, train, workers
@@ -213,9 +213,9 @@ def test_work_on_a_pool_that_is_drawn_later_counts_once_it_is_there(tmp_path):
     with pytest.raises(ValueError, match="dataset"):
         run.ensembles("planted leak")
     found = run.ensembles("planted leak", dataset=leaky)["leak"]
-    assert found.dataset is leaky and len(found.ids) == compare.PLANTED
+    assert found.dataset is leaky and len(found.ids) == experiments.PLANTED
     leak = declared(run, "planted leak")["leak"]
-    done = experiments.work(leak.recipe, 100, compare.PLANTED)
+    done = experiments.work(leak.recipe, 100, experiments.PLANTED)
     assert left(run, ["01"]) == pytest.approx(before - done / 1e6)
     other = leak._replace(recipe=replace(leak.recipe, lr=0.05))
     assert len(experiments.flags(run, leak)) == 16 and not experiments.flags(run, other)

@@ -541,7 +541,7 @@ for setting in varied["n/d"]:
     noisy[f"n/d = {setting[1]:g}"] = frame
     helped = (theorem_3(margins[0], member)[1] < 0).mean()
     change = select(frame, names[0], metric="advantage_lira", optimizer=last)
-    measured = number(change.value, change.ci_low, change.ci_high)
+    measured = number(change)
     show_text(f"n/d = {setting[1]:g}: a smaller spread should help at {helped:.0%} of the examples.")
     show_text(f"LiRA's advantage changes by {measured}; predicted is {theory[-1] - theory[0]:+.3f}.")
 
@@ -829,7 +829,7 @@ elif real.low <= 1 <= real.high:
     said = "**Undecided.** The measured interval holds 1, which is no contraction at all."
 else:
     said = f"**No conflict.** The prediction moves away from 1 as eta grows, and is nearest at {nearest.optimizer}."
-show_text(f"{said} Measured {number(*real)}; lowest prediction {number(lowest.value, lowest.ci_low, lowest.ci_high)}.")
+show_text(f"{said} Measured {number(measured.iloc[0])}; lowest prediction {number(lowest)}.")
 
 # %% [markdown]
 # If one number agrees with a curve that has a free $\eta$, that is weak evidence. If the sign disagrees, that is

@@ -277,7 +277,7 @@ change = [sign(row) for row in auc[auc.baseline == baseline].itertuples()]
 show_text(f"Of {len(change)} classes, {change.count(1)} leak more under {treatment}, {change.count(-1)} less.")
 for name, rows in auc[auc.baseline == ""].groupby("optimizer", sort=False):
     worst = rows.loc[rows.value.idxmax()]
-    said = f"AUC {number(worst.value, worst.ci_low, worst.ci_high)}, with {worst['size']} examples in the pool"
+    said = f"AUC {number(worst)}, with {worst['size']} examples in the pool"
     show_text(f"Most exposed under {name}: class `{worst['class']}`, {said}.")
 
 # %%

@@ -211,8 +211,8 @@ def index(out, rows, titles):
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
     groups = filter(None, (", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values))
-    settings = ledger[(ledger.optimizer != "") & (ledger.differs != "")][["dataset", "arch", "optimizer", "differs"]]
-    lines = [f"{', '.join(about)}: {differs}" for *about, differs in settings.drop_duplicates().values]
+    settings = ledger[(ledger.optimizer != "") & (ledger.setting != "")][["dataset", "arch", "optimizer", "setting"]]
+    lines = [f"{', '.join(about)}: {said}" for *about, said in settings.drop_duplicates().values]
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     names, advice = ("the tuned baseline", "sharpness-aware training"), ("", "")
     for claim in ("more_at_equal_accuracy", "more_when_tuned"):  # where the first was not judged, the second
@@ -225,7 +225,7 @@ def index(out, rows, titles):
         "For engineers": for_engineers(rows, *advice),
         "Verdicts": f"""<p>The paper's claims, and checks of ours: {counted}.
 An effect is a difference from the baseline, with its 95% interval.
-What differs from the paper's setting, and how well the baseline fits its own training halves:</p>
+The size of this run, and how well the optimizers fit their own training halves:</p>
 {bullets([*(lines or ["nothing was run yet"]), *differing(out)])}{verdict.table(ledger).to_html()}""",
         "Evidence": f'<ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>',
         "Appendix": f"""<details><summary>Each attack by itself</summary>{verdict.table(by_attack).to_html()}</details>

@@ -22,11 +22,21 @@ def show_text(text):
     display(Markdown(re.sub(special, lambda found: spelt.get(found[0], found[0]), text)))
 
 
-def number(value, low, high):
-    """'0.634 [0.620, 0.648]' with digits to suit the size."""
-    digits = 5 if 0 < np.nanmax([abs(value), high - low]) < 0.005 else 3
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if pd.notna(low) else ""
-    return f"{value:.{digits}f}{interval}"
+def number(row, form=None, unit="", scale=1):
+    """'0.634 [0.620, 0.648]': a value and its interval, if it has one, times a scale. form: else 3 or 5 digits."""
+    form = form or (".5f" if 0 < np.nanmax([abs(row.value), row.ci_high - row.ci_low]) < 0.005 else ".3f")
+    value, low, high = (f"{scale * v:{form}}" for v in (row.value, row.ci_low, row.ci_high))
+    return f"{value}{unit}" + f" [{low}, {high}]" * bool(row.ci_low < row.ci_high)
+
+
+def percentage_points(row):
+    """'+2.8 points [+2.1, +3.5]' of a difference of rates."""
+    return number(row, "+.1f", " points", 100)
+
+
+def of_hundred(row):
+    """'63.7 [62.6, 64.7]' of a share: so many in a hundred."""
+    return number(row, ".3g", scale=100)
 
 
 def wide(frame, across):
@@ -37,8 +47,8 @@ def wide(frame, across):
     rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
     rows = rows or [c for c in ("metric", "attack", "optimizer") if c in frame and c not in across][:1]
     keys = frame[rows + across].apply(lambda column: pd.Categorical(column, column.unique()))
-    cells = [number(*row) for row in frame[["value", "ci_low", "ci_high"]].itertuples(index=False)]
-    return keys.assign(cell=cells).pivot(index=rows, columns=across, values="cell").fillna("")
+    keys["cell"] = [number(row) for row in frame.itertuples()]
+    return keys.pivot(index=rows, columns=across, values="cell").fillna("")
 
 
 def show_table(frame, across=("optimizer",)):
@@ -75,17 +85,6 @@ def sign(row):
 def describe_sign(row, more, less, neither):
     """The words that the interval of a difference allows."""
     return {1: more, -1: less, 0: neither}[sign(row)]
-
-
-def percentage_points(row):
-    """'+2.8 points [+2.1, +3.5]' of a difference of rates."""
-    return f"{100 * row.value:+.1f} points [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
-
-
-def of_hundred(row):
-    """'63.7 [62.6, 64.7]' of a share: so many in a hundred."""
-    value, low, high = (f"{100 * v:.3g}" for v in (row.value, row.ci_low, row.ci_high))
-    return value + (f" [{low}, {high}]" if pd.notna(row.ci_low) else "")
 
 
 def joined(names):

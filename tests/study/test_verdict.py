@@ -337,9 +337,8 @@ def test_a_family_is_corrected_for_its_attacks():
         assert verdicts(rows)["leaks_more_threshold_on_one_output"] == wanted
         alone = judged(rows, "leaks_more_gap", claims=verdict.BY_ATTACK)
         assert alone.verdict == "supported"
-    assert [name[11:] for name in verdict.BY_ATTACK.claim] == [
-        n for names in catalogue.FAMILIES.values() for n in names
-    ]
+    named = [name.removeprefix("leaks_more_") for name in verdict.BY_ATTACK.claim]
+    assert named == [name for attacks in catalogue.FAMILIES.values() for name in attacks]
 
 
 @pytest.mark.parametrize(

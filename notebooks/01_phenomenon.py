@@ -315,7 +315,10 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
             figures.forest(frame, {metric: f"difference in {label} from {baseline}"}), run, f"difference_{metric}"
         )
     )
-    show_text(text.summary(frame[frame.optimizer == treatment], f"In {label}, {treatment} leaks", baseline))
+    rows = frame[frame.optimizer == treatment]
+    named = rows.attack.groupby([describe_sign(row, *than) for row in rows.itertuples()], sort=False).agg(text.joined)
+    said = "; ".join(f"{way} {baseline} under {attacks}" for way, attacks in named.items())
+    show_text(f"In {label}, {treatment} leaks {said}.")
 
 # %% [markdown]
 # The ROC curves of `lira_shrunk`, on logarithmic axes. At the strict end, on the left, an attack accuses few examples

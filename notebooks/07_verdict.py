@@ -21,6 +21,7 @@
 
 # %% tags=["setup"]
 import shlex
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,7 +32,7 @@ from matplotlib.colors import ListedColormap
 
 from lib.attacks.catalogue import HEADLINES
 from lib.study import figures, settings, verdict
-from lib.study.results import beside, differing
+from lib.study.results import COLUMNS, differing, read
 from lib.study.text import joined, show_table, show_text
 from lib.training.store import write_atomic
 
@@ -59,9 +60,13 @@ figures.style()
 # rate, and must fit their training halves. Then the same question at equal test accuracy (notebook 05).
 
 # %%
-here = Path(run.out).resolve().name
-rows = beside(run.out)
-own = rows[rows.run == here]
+folder, found = Path(run.out).resolve(), []
+for path in sorted(folder.parent.glob("*/results.csv"), key=lambda path: (path.parent != folder, path)):
+    with nullcontext() if path.parent == folder else suppress(ValueError):  # others may be of another kind
+        found.append(read(path).assign(run=path.parent.name))
+nothing = pd.DataFrame(columns=[*COLUMNS, "run"])
+rows = pd.concat([part for part in found if len(part)] or [nothing], ignore_index=True)
+own = rows[rows.run == folder.name]
 everything = verdict.ledger(rows)
 show_text(verdict.headline(everything))
 
@@ -72,12 +77,12 @@ show_text(verdict.headline(everything))
 # on. A claim without rows is *not run*, which is a verdict too.
 
 # %%
-show_text(f"`{here}` has {len(own)} numbers, from these notebooks: {joined(sorted(own.notebook.unique()))}.")
+show_text(f"`{folder.name}` has {len(own)} numbers, from these notebooks: {joined(sorted(own.notebook.unique()))}.")
 if own.empty:
     show_text(f"`python -m lib.study {command}` fills it.")
 for sentence in differing(run.out):
     show_text(f"**Mind:** {sentence}. Verdicts from different notebooks then speak of different trainings.")
-show_text(f"Other runs beside it: {joined(rows.run[rows.run != here].unique())}.")
+show_text(f"Other runs beside it: {joined(rows.run[rows.run != folder.name].unique())}.")
 
 # %% [markdown]
 # ## The rule

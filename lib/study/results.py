@@ -7,7 +7,6 @@ import hashlib
 import json
 import platform
 import time
-from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -42,15 +41,6 @@ def read(path):
     except (OSError, ValueError, KeyError) as error:
         wanted = f"a run's results.csv, with the columns {', '.join(COLUMNS)}"
         raise ValueError(f"results={str(path)!r} can't be read ({error}): give {wanted}") from None
-
-
-def beside(out):
-    """The rows of the run in folder `out`, then of readable runs in the folders beside it, with a column run."""
-    own, found = Path(out).resolve() / "results.csv", [pd.DataFrame(columns=[*COLUMNS, "run"])]
-    for path in sorted(own.parents[1].glob("*/results.csv"), key=lambda path: (path != own, path)):
-        with nullcontext() if path == own else suppress(ValueError):
-            found.append(read(path).assign(run=path.parent.name))
-    return pd.concat([frame for frame in found if len(frame)] or found[:1], ignore_index=True)
 
 
 def differing(out):

@@ -10,11 +10,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import need
 from lib.analysis import compare
@@ -26,8 +27,8 @@ from lib.training.recipe import membership
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a preset gives, for tables and small pictures (an MLP), for images (a convolutional network), for one data set.
-# Its n_examples and batch_size are upper bounds: a smaller data set is used whole.
+# What a preset gives, for tables and small pictures (an MLP), for images (a convolutional network), for one data set. A
+# data set with fewer examples than n_examples is used whole, and batch_size is at most half of what a model trains on.
 TABLE = dict(arch="mlp", optimizers="sgd,sam", rho=0.3, n_models=512, n_examples=2000, subset=0.5, epochs=40)
 TABLE |= dict(batch_size=64, lr=0.1, weight_decay=5e-4, augment=False, ema=0.0, seed=0, device="auto", engine="local")
 TABLE |= dict(tuning="full", n_pools=3)
@@ -46,7 +47,7 @@ PRESETS = {
 
 def parameter(about, default=None, **limits):
     """A field of Parameters with its help text. None: not given, so the preset decides (or, for gpus, the device)."""
-    return Field(**{"default": default, "description": about, **limits})
+    return Field(default, description=about, **limits)
 
 
 class Parameters(BaseModel):
@@ -79,23 +80,17 @@ class Parameters(BaseModel):
     engine: Literal[workers.ENGINES] | None = parameter("local, or ray (a cluster at RAY_ADDRESS, or this machine)")
     gpus: float | None = parameter("GPUs that a Ray task asks for, such as 0.25 (default 1 where there is one)", ge=0)
     store: str = parameter("folder of the trained ensembles (default: store)", str(ROOT / "store"))
-    out: str | None = parameter("folder of this run's results (default: outputs/<dataset>)", validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def as_given(cls, value, info):
-        """A path becomes its text; True and False are no numbers; `out` follows the data set."""
-        if isinstance(value, bool) and info.field_name != "augment":
-            raise ValueError("true and false are valid for augment only")
-        if info.field_name == "out" and value is None and "dataset" in info.data:
-            value = ROOT / "outputs" / info.data["dataset"]
-        return str(value) if isinstance(value, Path) else value
+    out: str = Field(
+        description="folder of this run's results (default: outputs/<dataset>)",
+        default_factory=lambda given: str(ROOT / "outputs" / given.get("dataset", "")),
+    )
 
 
 def checked(given):
     """The given parameters (a dict; None: not given) as Parameters. One ValueError names the first that is bad."""
     try:
-        return Parameters(**{name: value for name, value in given.items() if value is not None})
+        texts = {name: str(value) if isinstance(value, Path | bool) else value for name, value in given.items()}
+        return Parameters(**{name: value for name, value in texts.items() if value is not None})
     except ValidationError as error:
         first, known = error.errors()[0], Parameters.model_fields
         name = first["loc"][0]
@@ -105,24 +100,26 @@ def checked(given):
         raise ValueError(f"{name}={first['input']!r} is not valid: {about}") from None
 
 
+DOING = {"plan": "say what is left to train, and its cost", "work": "only train it, beside others"}
+DOING |= {"report": "only make the report anew", "audit": "audit logits in the files DATA=a.npz,b.npz"}
+
+
 def parse(arguments):
     """(words, parameters, what to do: "run" or flag) of a command line: --name value, or NAME=value as make has it."""
     about = "Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too."
-    parser = argparse.ArgumentParser("python -m lib.study", description=about, allow_abbrev=False)
-    parser.argument_default = argparse.SUPPRESS
-    for name, about in Parameters.model_fields.items():
-        flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
-        parser.add_argument(*flags, dest=name, help=about.description)
+    how = dict(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("python -m lib.study", **how)
+    for name, field_of in Parameters.model_fields.items():
+        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
+        parser.add_argument(*flags, dest=name, help=field_of.description)
     doing = parser.add_mutually_exclusive_group()
-    others = {"plan": "say what is left to train, and its cost", "work": "only train it, beside others"}
-    others |= {"report": "only make the report anew", "audit": "audit logits in the files DATA=a.npz,b.npz"}
-    for name, about in others.items():
+    for name, about in DOING.items():
         doing.add_argument(f"--{name}", dest="doing", action="store_const", const=name, default="run", help=about)
     parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
     given = vars(parser.parse_intermixed_args(arguments))
     words, doing = given.pop("words", []), given.pop("doing")
-    given |= {word.split("=", 1)[0].lower(): word.split("=", 1)[1] for word in words if "=" in word}
-    return [word for word in words if "=" not in word], given, doing
+    made = [word.partition("=") for word in words if "=" in word]
+    return [word for word in words if "=" not in word], given | {name.lower(): value for name, _, value in made}, doing
 
 
 @dataclass(frozen=True)
@@ -205,14 +202,11 @@ class Run:
 
     def describe(self):
         """The run in one sentence."""
-        data, size = self.dataset, round(self.subset * self.n_examples)
-        said = (
-            f"**{data.name}**, {self.arch}: {self.n_models} models for each of {', '.join(self.names)}, each on {size} "
-        )
-        said += (
-            f"of {self.n_examples} examples of {data.n_classes} classes, tested on {len(data.y_test)}; {self.epochs} "
-        )
-        return said + f"epochs, batches of {self.batch_size}, rho = {self.rho}, seed {self.seed}."
+        data, names = self.dataset, ", ".join(self.names)
+        said = f"**{data.name}**, {self.arch}: {self.n_models} models for each of {names}, each on "
+        said += f"{round(self.subset * self.n_examples)} of {self.n_examples} examples of {data.n_classes} classes, "
+        said += f"tested on {len(data.y_test)}; {self.epochs} epochs, batches of {self.batch_size}, "
+        return said + f"rho = {self.rho}, seed {self.seed}."
 
 
 def open_run(given):
@@ -254,17 +248,16 @@ def published_scores(path, n):
         found = np.load(path, allow_pickle=False) if Path(path).suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"scores={path!r} can't be read ({error}): give a .npy file, or one number a line") from None
+    fine = found.dtype.kind in "iuf" and found.shape in ((n,), (n, 1)) and np.isfinite(found).all()
     valid = f"valid is one finite number for each of the {n} examples of the data as loaded, before the pool is drawn"
-    need(found.dtype.kind in "iuf" and found.shape in ((n,), (n, 1)),
-         f"scores={path!r} holds {found.dtype} {list(found.shape)}; {valid}")  # fmt: skip
-    need(np.isfinite(found).all(), f"scores={path!r} holds {(~np.isfinite(found)).sum()} NaN or infinite; {valid}")
+    need(fine, f"scores={path!r} holds {found.dtype} {list(found.shape)}; {valid}")
     return found.reshape(n).astype(float)
 
 
 def check(run):
     """Raise ValueError naming the parameter if any main ensemble of the run could not be trained or compared."""
-    fine = len({*run.names} - {""}) == len(run.names) >= 2
-    need(fine, f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")
+    need(len({*run.names} - {""}) == len(run.names) >= 2,
+         f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")  # fmt: skip
     workers.check(run.engine, run.gpus)
     recipes = [run.recipe(name) for name in run.names]  # raises what is wrong with the optimizers and the device
     first = f"the first is the baseline, one of {', '.join(BASES)}, or your own"
@@ -294,13 +287,11 @@ def notebook_run(namespace):
     this call, so a misspelt parameter is refused. A parameters cell begins with "# Parameters", as papermill's does.
     Names that begin with PAPERMILL_ are papermill's own.
     """
-    cells, assigned = namespace.get("In", []), set()
+    cells, known = namespace.get("In", []), set(Parameters.model_fields)
     starts = [k for k, cell in enumerate(cells) if cell.lstrip().startswith("# Parameters")]
-    for cell in cells[starts[-1] :] if starts else ():
-        if "notebook_run(" in cell:
-            break
+    for cell in takewhile(lambda cell: "notebook_run(" not in cell, cells[starts[-1] :] if starts else ()):
         with suppress(SyntaxError):  # such a cell was not run
             names = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
-            assigned |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    assigned = {name for name in assigned if not name.startswith(("_", "PAPERMILL_"))}
-    return open_run({name: namespace[name] for name in namespace if name in assigned | set(Parameters.model_fields)})
+            known |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    given = {name: value for name, value in namespace.items() if name in known}
+    return open_run({name: given[name] for name in given if not name.startswith(("_", "PAPERMILL_"))})

@@ -55,8 +55,8 @@ def show_table(frame, across=("optimizer",)):
     """Show `wide`, or say that there is nothing to show."""
     if frame.empty:
         return show_text("*Too few counts to report any.*")
-    style = wide(frame, across).style.format(escape="html").format_index(escape="html")
-    style = style.format_index(axis=1, escape="html")
+    style = wide(frame, across).style.format(escape="html")
+    style = style.format_index(escape="html").format_index(axis=1, escape="html")
     display(style.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
 
 
@@ -93,36 +93,20 @@ def joined(names):
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
 
 
-def summary(rows, subject, baseline):
-    """'sam leaks more than sgd under 9 attacks (...), less under 1 (gap), ...'. rows: differences, one an attack."""
-    more, less, neither = (rows.attack[rows.apply(sign, axis=1) == s] for s in (1, -1, 0))
-    return (
-        f"{subject} more than {baseline} under {len(more)} attacks ({joined(more)}), less under {len(less)} "
-        f"({joined(less)}), and no differently, as far as we can tell, under {len(neither)} ({joined(neither)})."
-    )
-
-
 def null_control(rows):
     """What the null control's rows say: how many attacks hold 0.5, and which lies furthest from it."""
     if rows.empty:
         return "not run."
     outside = rows.attack[(rows.ci_low > 0.5) | (rows.ci_high < 0.5)]
     furthest = rows.loc[(rows.value - 0.5).abs().idxmax()]
-    return (
-        f"{len(rows) - len(outside)} of {len(rows)} attacks have 0.5 within their 95% interval; outside: "
-        f"{joined(outside)}. The furthest is {furthest.attack} with {furthest.value:.3f}."
-    )
+    said = f"{len(rows) - len(outside)} of {len(rows)} attacks have 0.5 within their 95% interval; outside: "
+    return said + f"{joined(outside)}. The furthest is {furthest.attack} with {furthest.value:.3f}."
 
 
 def planted_leak(rows):
     """What the rows of a planted leak say: how many attacks find it, and which do not."""
-    if rows.empty:
-        return "not run."
-    pairs = int(rows.n_models.max()) // 2
+    pairs, missed = int(rows.n_models.max()) // 2, rows.attack[rows.ci_low <= 0.5]
     if pairs < 6:
         return f"{pairs} pairs are too few to say: with every one found, the interval would still hold 0.5."
-    missed = rows.attack[rows.ci_low <= 0.5]
-    return (
-        f"{len(rows) - len(missed)} of {len(rows)} attacks find, of two models, the one that was trained on it, "
-        f"in more of {pairs} pairs than chance allows; not: {joined(missed)}."
-    )
+    said = f"{len(rows) - len(missed)} of {len(rows)} attacks find, of two models, the one that was trained on it, "
+    return said + f"in more of {pairs} pairs than chance allows; not: {joined(missed)}."

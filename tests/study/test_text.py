@@ -78,11 +78,6 @@ def test_names_are_joined():
     assert [text.joined("abc"[:n]) for n in range(4)] == ["none", "a", "a and b", "a, b and c"]
 
 
-def test_a_summary_names_the_attacks_on_either_side():
-    said = text.summary(FRAME[FRAME.baseline == "sgd"], "sam leaks", "sgd")
-    assert "sam leaks more than sgd under 1 attacks (lira)" in said and "under 0 (none)" in said and "gap" in said
-
-
 def test_a_table_has_a_column_for_each_optimizer_and_difference(monkeypatch):
     shown = []
     monkeypatch.setattr(text, "display", shown.append)

@@ -9,7 +9,7 @@ import pytest
 
 from lib.attacks import catalogue
 from lib.study import verdict
-from lib.study.results import COLUMNS, NUMBERS, beside, read
+from lib.study.results import COLUMNS, NUMBERS, read
 from lib.study.settings import ROOT
 
 REFERENCE = sorted((ROOT / "outputs" / "reference").glob("*/results.csv"))
@@ -488,20 +488,6 @@ def test_a_bad_file_is_one_error_that_names_it(tmp_path, text):
         path.write_text(text)
     with pytest.raises(ValueError, match="results.csv.*columns"):
         read(path)
-
-
-def test_runs_beside_are_read_and_strange_files_passed_over(tmp_path):
-    for name, rows in (("own", everything()), ("another", everything(-1))):
-        (tmp_path / name).mkdir()
-        rows.to_csv(tmp_path / name / "results.csv", index=False)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "results.csv").write_text("a,b\n1,2\n")
-    found = beside(tmp_path / "own")
-    assert list(found.run.unique()) == ["own", "another"]
-    assert verdicts(found, run="another")["generalizes_better"] == "contradicted"
-    assert beside(tmp_path / "nowhere").run.unique().tolist() == ["another", "own"]
-    with pytest.raises(ValueError, match="foreign"):
-        beside(tmp_path / "foreign")
 
 
 def test_the_table_escapes_and_names_every_verdict():

@@ -248,7 +248,7 @@ def private_arch(run):
     """The run's network or its twin without BatchNorm, which mixes a batch's examples; None if private can't be run."""
     arch = WITHOUT_NORM.get(run.arch, run.arch)
     recipe = replace(run.recipe(run.baseline), arch=arch, optimizer=on_base(run, "dpsgd"))
-    with suppress(ValueError):  # it gives no gradient of each example, or its base asks for more than are counted
+    with suppress(ValueError):  # it gives no gradient of each example
         ensemble.check(recipe, run.dataset, run.n_models, run.device)
         return arch
     return None

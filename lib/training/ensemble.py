@@ -106,7 +106,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
 
         last = epoch + 1 == epochs
         if last and mean:
-            stack.load(mean)
+            stack.params = mean
         if last and (mean or any(hasattr(base, "eval") for base in stack.bases)):
             stack.refresh_batchnorm(batches(recipe, inputs, examples, streams))
         tick()

@@ -104,23 +104,24 @@ class Optimizer:
     def gradients_per_step(self):
         """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third.
 
-        The rule is given functions that compute nothing and count the examples that it asks them for.
+        The rule is given functions that compute nothing and note how many examples it asks them for.
         """
-        n, asked, params, one = 300, {True: 0, False: 0}, {"weight": torch.ones(3, 2)}, torch.ones(())
+        n, params, one, asked, counts = 300, {"weight": torch.ones(3, 2)}, torch.ones(()), [], []
         aux, each = namedtuple("Aux", "losses")(torch.ones(n)), {"weight": torch.ones(n, 3, 2)}
 
         def counted(result, examples=n):
-            asked[is_kth_step] += examples
+            asked.append(examples)
             return result
 
-        offered = {"rho": one, "rate": one, "step": one, "size": n, "uniform": torch.ones(1), "memory": dict(params)}
+        offered = {"rho": one, "rate": one, "step": one, "size": n, "uniform": torch.ones(1), "memory": params}
         offered["noise"] = {"weight": torch.ones(getattr(self.rule, "queries", 1), 3, 2)}
         offered |= {"losses": lambda at: counted(aux.losses, n / 3), "norms": lambda at: aux.losses}
         offered |= {"per_example": lambda at: counted((each, aux)), "weighted": lambda at, w: counted((at, aux))}
-        for is_kth_step in asked:
+        for is_kth_step in (True, False):
             given = {name: {**offered, "is_kth_step": is_kth_step}[name] for name in self.wants}
             self.rule(lambda at, index=range(n): counted((at, aux), len(index)), params, **given, **self.options)
-        return (asked[True] + (self.k - 1) * asked[False]) / (n * self.k)
+            counts.append(sum(asked))
+        return (counts[0] + (self.k - 1) * (counts[1] - counts[0])) / (n * self.k)
 
 
 def split(texts):
@@ -145,61 +146,62 @@ def written(name, options):
 @cache
 def _parse(text):
     """rule(options)+base(options) is a Python expression once the colon of an import path is read as a dot."""
-    text = text.strip()
+    text, given = text.strip(), []  # of each part, its name and options
     try:
         tree = ast.parse(text.replace(":", "."), mode="eval").body
-        nodes = [tree.left, tree.right] if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add) else [tree]
-        calls = [node if isinstance(node, ast.Call) else ast.Call(node, [], []) for node in nodes]
-        names = [ast.get_source_segment(text, call.func) for call in calls]
-        given = [{word.arg: ast.literal_eval(word.value) for word in call.keywords} for call in calls]
-        if any(call.args for call in calls) or any(None in options for options in given):
-            raise ValueError
+        is_sum = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add)
+        for node in [tree.left, tree.right] if is_sum else [tree]:
+            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+            options = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+            need(not call.args and None not in options, "options are written with their names")
+            given.append((ast.get_source_segment(text, call.func), options))
     except (SyntaxError, ValueError):
         form = "name, name(option=value, option=value), package.module:name, or two of these joined by +"
         raise ValueError(f"it is not written as {form}") from None
     known = {name: found for name, found in {**BASES, **RULES}.items() if name != "plain"}
-    rule, base, kinds = ("plain", sharpness.plain, {}), ("sgd", BASES["sgd"], {}), []
-    for name, options in zip(names, given, strict=True):
+    parts, kinds = {"rule": ("plain", sharpness.plain, {}), "base": ("sgd", BASES["sgd"], {})}, []
+    for name, options in given:
         fine = ":" in name or name in known
         need(fine, f"{name!r} is unknown: choose from {', '.join(known)}, or package.module:name")
         found = known[name] if name in known else networks.resolve(name, "optimizers")
-        if name in BASES or (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
-            base, kinds = (name, found, options), [*kinds, "base"]
-        elif inspect.isfunction(found):
-            rule, kinds = (name, found, options), [*kinds, "rule"]
-        else:
-            raise ValueError(f"{name} is {type(found).__name__}: an Optimizer class of torch or a function is needed")
+        is_base = name in BASES or (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer))
+        what = f"{name} is {type(found).__name__}: an Optimizer class of torch or a function is needed"
+        need(is_base or inspect.isfunction(found), what)
+        kinds.append("base" if is_base else "rule")
+        parts[kinds[-1]] = name, found, options
     fine = kinds in (["base"], ["rule"], ["rule", "base"])
     need(fine, "a base, a rule, or rule+base is needed, as in sgd, sam or sam+adamw")
-    options = _checked_options(*rule)
-    rho = options.pop("rho", None)
-    base_name = written(base[0], base[2])
-    written_rule = written(rule[0], options | ({} if rho is None else {"rho": rho}))
-    whole = base_name if rule[0] == "plain" else written_rule + (f"+{base_name}" if base_name != "sgd" else "")
-    parsed = Optimizer(whole, *rule[:2], options, base_name, *base[1:], rho)
+    (rule_name, rule, options), (base, make, base_options) = parts["rule"], parts["base"]
+    options = _checked_options(rule_name, rule, options)
+    rho, base_name = options.pop("rho", None), written(base, base_options)
+    with_rho = written(rule_name, options | ({} if rho is None else {"rho": rho}))
+    whole = base_name if rule_name == "plain" else with_rho + (f"+{base_name}" if base_name != "sgd" else "")
+    parsed = Optimizer(whole, rule_name, rule, options, base_name, make, base_options, rho)
     try:  # what the base refuses is said before anything is trained
-        need("lr" not in base[2], "lr is a parameter of its own")
-        parsed.build([torch.zeros(2, 2, requires_grad=True)], 0.1, 0.9, 0.0)
+        need("lr" not in base_options, "lr is a parameter of its own")
+        built = parsed.build([torch.zeros(2, 2, requires_grad=True)], 0.1, 0.9, 0.0)
+        inspect.signature(built.step).bind()
     except Exception as error:
-        raise ValueError(f"{base[0]} can't be built: {error}") from None
+        raise ValueError(f"{base} can't be built, or its step can't be made without a closure: {error}") from None
     return parsed
 
 
 def _checked_options(name, rule, options):
-    """The given options of a rule in their types; ValueError for a function that is no rule, or for a bad option."""
-    arguments = list(inspect.signature(rule).parameters.values())
-    own = {a.name: a.default for a in arguments[2:] if a.name not in sharpness.CONTEXT}
+    """The given options of a rule in the types of their defaults. ValueError for a bad one, or for what is no rule."""
+    arguments = inspect.signature(rule).parameters
+    own = {n: a.default for n, a in list(arguments.items())[2:] if n not in sharpness.CONTEXT}
     form = f"gradient and params, then any of {', '.join(sharpness.CONTEXT)}, and options with defaults"
     fine = len(arguments) >= 2 and inspect.Parameter.empty not in own.values()
     need(fine, f"{name}{inspect.signature(rule)} is no rule: it must take {form}")
-    own |= {"rho": 0.0} if "rho" in inspect.signature(rule).parameters else {}
-    limits = sharpness.LIMITS if name in RULES else {"k": sharpness.LIMITS["k"]}
+    own |= {"rho": 0.0} if "rho" in arguments else {}
+    limits, found = sharpness.LIMITS if name in RULES else {"k": sharpness.LIMITS["k"]}, {}
     for option, value in options.items():
         need(option in own, f"{name} has no option {option!r}; it has {', '.join(own) or 'none'}")
-        kind = type(own[option])
+        kind, what = type(own[option]), f"{option}={value!r} of {name}"
         fine = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        need(fine, f"{option}={value!r} of {name}: {kind.__name__} expected")
+        need(fine, f"{what}: {kind.__name__} expected")
         low, high = limits.get(option, (value, value))
-        need(low <= value <= high, f"{option}={value!r} of {name} must lie between {low} and {high}")
-        need(kind is not float or np.isfinite(value), f"{option}={value!r} of {name} must be finite")
-    return {option: type(own[option])(value) for option, value in options.items()}
+        need(low <= value <= high, f"{what} must lie between {low} and {high}")
+        need(kind is not float or np.isfinite(value), f"{what} must be finite")
+        found[option] = kind(value)
+    return found

@@ -25,7 +25,6 @@ from filelock import FileLock
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lib import need
 from lib.training import networks, privacy, sharpness
 from lib.training.recipe import generator
 
@@ -64,68 +63,55 @@ class Stack:
     """
 
     def __init__(self, recipe, shape, n_classes, n_stacked, device, compiled=False, alone=False):
-        self.recipe, self.n_stacked, self.device = recipe, n_stacked, device
-        self.shape, self.n_classes = shape, n_classes
+        self.recipe, self.shape, self.n_classes = recipe, shape, n_classes
+        self.n_stacked, self.device = n_stacked, device
         self.net, self.eval_net = (networks.build(recipe.arch, shape, n_classes) for _ in range(2))
         self.eval_net.eval()
         self.frozen = {name for name, p in self.net.named_parameters() if not p.requires_grad}
         # tensor cores want the channels last; on CPUs it gained nothing in training, and vmap would not see it
         self.channels_last = device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(self.net)
-        params, self.buffers = initial_state(recipe, shape, n_classes, range(n_stacked), device)
-        self.params = {name: in_format(p, self.channels_last) for name, p in params.items()}
         self.keep_losses = "losses" in recipe.optimizer.wants
         self.gradient_of_one = self.by_autograd if alone else grad(self.loss_of_one, has_aux=True)
         self.gradient = vmap(self.gradient_of_one) if n_stacked > 1 else self.gradient_of_one
-        if "norms" in recipe.optimizer.wants:
-            one, buffers = ({n: t[0] for n, t in part.items()} for part in (self.params, self.buffers))
-            x = torch.linspace(-1, 1, 2 * int(np.prod(shape)), device=device).view(2, *shape)
-            y = torch.arange(2, device=device)
-            self.norms = privacy.norms_for(self.net, lambda p, x, y: self.loss_of_one(p, buffers, x, y)[0], one, x, y)
-        self.own = []  # of each model, the leaf tensors that a reader's own base steps on
-        if not recipe.optimizer.has_own_base:
-            self.build_bases([self.params])
-            self.update({name: torch.zeros_like(p) for name, p in self.params.items()})  # makes the base's state
         if compiled:
             self.gradient = compiled_once(self.gradient, device)
 
-    def build_bases(self, stacks):
-        """The recipe's base on each of these dicts of tensors: self.bases, and self.rates of their parameter groups."""
-        recipe, start = self.recipe, self.recipe.lr
-        fixed = start, recipe.momentum, recipe.weight_decay, self.device.type in ("cpu", "cuda")
-        self.bases, self.rates = [recipe.optimizer.build(list(p.values()), *fixed) for p in stacks], []
-        for base in self.bases:
-            if "lr" not in inspect.signature(recipe.optimizer.base).parameters:
-                start = base.defaults.get("lr", start)  # a rate of its own, which the recipe's replaces
-            # as torch's schedulers do, the schedule scales each group's initial rate: here as a share of the recipe's
-            self.rates += [(group, group.get("lr", start) / start) for group in base.param_groups]
-
     def reset(self, recipe, ids):
         """Fresh weights for models `ids`; the base and the rule remember nothing. Returns the stack itself."""
-        self.recipe = recipe
+        self.recipe, optimizer = recipe, recipe.optimizer
         params, self.buffers = initial_state(recipe, self.shape, self.n_classes, ids, self.device)
-        self.load(params)
-        self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if "memory" in recipe.optimizer.wants else {}
-        if recipe.optimizer.has_own_base:  # a base for each model: it may use norms of whole tensors
+        self.params = {name: in_format(p, self.channels_last) for name, p in params.items()}
+        self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if "memory" in optimizer.wants else {}
+        self.own = []  # of each model, the tensors that a reader's own base steps on: it may use norms of whole tensors
+        if optimizer.has_own_base:
             self.own = [{n: p[k].clone().requires_grad_() for n, p in params.items()} for k in range(self.n_stacked)]
-            self.build_bases(self.own)
-        else:
-            for value in tree_flatten(list(self.bases[0].state.values()))[0]:
-                if torch.is_tensor(value):
-                    value.zero_()
+        rate = recipe.lr
+        fixed = rate, recipe.momentum, recipe.weight_decay, self.device.type in ("cpu", "cuda")
+        self.bases = [optimizer.build(list(tensors.values()), *fixed) for tensors in self.own or [self.params]]
+        if "lr" not in inspect.signature(optimizer.base).parameters:
+            rate = self.bases[0].defaults.get("lr", rate)  # a rate of its own, which the recipe's replaces
+        # as torch's schedulers do, the schedule scales each group's initial rate: here as a share of the recipe's
+        groups = [group for base in self.bases for group in base.param_groups]
+        self.rates = [(group, group.get("lr", rate) / rate) for group in groups]
+        if "norms" in optimizer.wants:
+            one, buffers = ({n: t[0] for n, t in part.items()} for part in (self.params, self.buffers))
+            x = torch.linspace(-1, 1, 2 * int(np.prod(self.shape)), device=self.device).view(2, *self.shape)
+            y = torch.arange(2, device=self.device)
+            self.norms = privacy.norms_for(self.net, lambda p, x, y: self.loss_of_one(p, buffers, x, y)[0], one, x, y)
         return self
 
     def switch(self, mode):
         """Call train() or eval() of the bases that have it: schedule-free ones hold other weights for each."""
-        for k, (weights, base) in enumerate(zip(self.own, self.bases, strict=False)):
+        for base in self.bases:
             if hasattr(base, mode):
                 getattr(base, mode)()
-                for name, weight in weights.items():
-                    self.params[name][k].copy_(weight.detach())
+        self.gather()
 
-    def load(self, params):
-        """Put other weights in place."""
-        for name, weight in self.params.items():
-            weight.copy_(params[name])
+    def gather(self):
+        """Copy what readers' own bases made of the weights into the stack."""
+        for k, weights in enumerate(self.own):
+            for name, weight in weights.items():
+                self.params[name][k].copy_(weight.detach())
 
     # ---- one step --------------------------------------------------------------------------------------------
 
@@ -139,14 +125,14 @@ class Stack:
         if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and not np.any(self.recipe.rho):
             rule, wants, options = sharpness.plain, (), {}  # at radius 0 every one of these rules is the base alone
 
-        def rule_of_one(params, buffers, x, y, context, alone=False):
-            """(gradients, Pass, memory) of one model by the rule. alone: outside of the map over the models."""
+        gradient_of = self.gradient if self.n_stacked == 1 else partial(through_vmap, self.gradient)
+        loss = self.loss_of_one
 
-            over_stack = self.gradient if self.n_stacked == 1 else partial(through_vmap, self.gradient)
-            call, loss = self.gradient_of_one if alone else over_stack, self.loss_of_one
+        def rule_of_one(params, buffers, x, y, context):
+            """(gradients, Pass, memory) of one model by the rule."""
 
             def gradient(at, index=None):
-                return call(at, buffers, x, y) if index is None else call(at, buffers, x[index], y[index])
+                return gradient_of(at, buffers, x, y) if index is None else gradient_of(at, buffers, x[index], y[index])
 
             def per_example(at):
                 each = vmap(grad(loss, has_aux=True), (None, None, 0, 0))
@@ -160,22 +146,17 @@ class Stack:
             found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
             return found if "memory" in wants else (*found, {})
 
-        batch = self.buffers, in_format(x, self.channels_last), y
-        batch = *batch, {**context, "memory": self.memory} if self.memory else context
+        x = in_format(x, self.channels_last)
         if rule in (sharpness.plain, sharpness.swa):  # the gradient itself: mapping would only cost time
             whole = self.gradient if self.n_stacked > 1 else self.over_models(self.gradient)
-            grads, aux = whole(self.params, *batch[:3])
+            grads, aux = whole(self.params, self.buffers, x, y)
         else:
-            grads, aux, self.memory = self.over_models(rule_of_one)(self.params, *batch)
+            context = {**context, "memory": self.memory} if self.memory else context
+            grads, aux, self.memory = self.over_models(rule_of_one)(self.params, self.buffers, x, y, context)
         self.buffers = {**self.buffers, **aux.buffers}
         for group, share in self.rates:
             group["lr"] = lr * share
-        if optimizer.has_own_base:
-            self.update_each(
-                grads, aux.loss, lambda k, at: rule_of_one(at, *tree_map(lambda t: t[k], batch), alone=True)
-            )
-        else:
-            self.update(grads)
+        self.update(grads)
         return aux.loss, aux.accuracy
 
     def loss_of_one(self, params, buffers, x, y, weight=None):
@@ -205,34 +186,16 @@ class Stack:
         return lambda *trees: tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], trees)))
 
     def update(self, grads):
-        """One step of the base optimizer on the stacked weights."""
+        """One step of the base on the stacked weights, or of a reader's own base on the weights of each model."""
         for name, weight in self.params.items():
             # torch's fused update assumes that weight and gradient lie alike in memory, and does not check
             fits = grads[name].stride() == weight.stride()
             weight.grad = grads[name] if fits else torch.empty_like(weight).copy_(grads[name])
-        self.bases[0].step()
-
-    def update_each(self, grads, losses, again):
-        """One step of a reader's own base for each model. Its step may call a closure, as that of L-BFGS does: if the
-        weights have moved, the closure evaluates the rule anew, again(k, weights) -> (gradients, Pass, memory)."""
-        for k, (weights, base) in enumerate(zip(self.own, self.bases, strict=True)):
-            start, gradient = {n: w.detach().clone() for n, w in weights.items()}, {n: g[k] for n, g in grads.items()}
-            known = [start, losses[k], gradient]
-
-            def closure(k=k, weights=weights, known=known):
-                now = {n: w.detach().clone() for n, w in weights.items()}
-                if any(not torch.equal(now[n], w) for n, w in known[0].items()):
-                    need(not self.recipe.optimizer.is_private, "no accountant counts a second gradient within a step")
-                    moved, aux, _ = again(k, now)
-                    known[:] = now, aux.loss, moved
-                for name, weight in weights.items():
-                    weight.grad = known[2][name].clone()
-                return known[1]
-
-            closure()
-            base.step(closure=closure) if "closure" in inspect.signature(base.step).parameters else base.step()
-            for name, weight in weights.items():
-                self.params[name][k].copy_(weight.detach())
+            for k, weights in enumerate(self.own):
+                weights[name].grad = weight.grad[k].clone()
+        for base in self.bases:
+            base.step()
+        self.gather()
 
     # ---- after training --------------------------------------------------------------------------------------
 

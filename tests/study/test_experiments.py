@@ -171,13 +171,8 @@ def test_equal_compute_is_counted_in_gradients(tmp_path):
     assert experiments.equal_compute(small(tmp_path, epochs=20, optimizers="sgd,looksam")) == {2: 2, 8: 10, 20: 24}
 
 
-def test_a_base_that_asks_again_within_a_step_has_no_private_twin(tmp_path):
-    run = small(tmp_path, optimizers="torch.optim:LBFGS,sam+torch.optim:LBFGS")
-    assert experiments.private_arch(run) is None and declared(run, "private") == {} == run.ensembles("private")
+def test_a_network_without_a_gradient_of_each_example_has_no_private_twin(tmp_path):
     assert experiments.private_arch(small(tmp_path, optimizers="torch.optim:Adagrad,sam")) == "mlp"
-
-
-def test_neither_has_a_network_without_a_gradient_of_each_example(tmp_path):
     assert experiments.private_arch(small(tmp_path, arch="tests.training.test_trial:gru")) is None
 
 

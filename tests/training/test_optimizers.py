@@ -7,12 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lib.training import Recipe, ensemble, networks, optimizers, sharpness, train
 from lib.training.optimizers import Optimizer
-from lib.training.recipe import learning_rate
-from tests.training.test_sharpness import REFERENCE, Twin, assert_is_the_twin
+from tests.training.test_sharpness import REFERENCE, assert_is_the_twin
 
 OWN = '''
 import torch
@@ -31,30 +29,6 @@ class Whole(torch.optim.Optimizer):
                 v = self.state[p].setdefault("v", torch.zeros_like(p))
                 v.mul_(group["momentum"]).add_(p.grad)
                 p.sub_(group["lr"] * v / (v.norm() + group["damping"]))
-
-
-class ClosureSAM(torch.optim.Optimizer):
-    """SAM around SGD as in the widely used davda54/sam: it rebinds p.data to restore."""
-
-    def __init__(self, params, lr=0.1, momentum=0.0, weight_decay=0.0, rho=0.05):
-        super().__init__(params, {"lr": lr, "rho": rho})
-        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.param_groups = self.base.param_groups
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        closure = torch.enable_grad()(closure)
-        for group in self.param_groups:
-            norm = torch.stack([p.grad.norm() for p in group["params"]]).norm()
-            for p in group["params"]:
-                self.state[p]["old"] = p.data.clone()
-                p.data.add_(p.grad * group["rho"] / (norm + 1e-12))
-        self.zero_grad()
-        closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data = self.state[p].pop("old")
-        self.base.step()
 
 
 def signed(gradient, params, share=0.5):
@@ -114,6 +88,7 @@ def forget():
         ("adam(betas=[0.8, 0.9])", "plain", "adam(betas=[0.8, 0.9])", {}, {"betas": [0.8, 0.9]}, None),
         ("torch.optim:RMSprop(alpha=0.9)", "plain", "torch.optim:RMSprop(alpha=0.9)", {}, {"alpha": 0.9}, None),
         ("looksam(layerwise=True)", "looksam", "sgd", {"layerwise": True}, {}, None),
+        ("looksam(rho=0.2, k=3)", "looksam", "sgd", {"k": 3}, {}, 0.2),
     ],
 )  # fmt: skip
 def test_a_name_is_taken_apart(text, rule, base, options, base_options, rho):
@@ -129,6 +104,7 @@ def test_a_list_of_names_is_split_outside_parentheses():
 
 
 def test_one_optimizer_has_one_name_however_it_is_written():
+    assert Recipe(optimizer="looksam(rho=0.2, k=3)").optimizer.text == "looksam(k=3, rho=0.2)"
     names = {Recipe(optimizer=o).optimizer.text for o in ("swa( start=1 )", "swa(start=1.0)", "swa(start=1)+sgd")}
     assert names == {"swa(start=1.0)"}
     assert "e-" not in Recipe(optimizer="sam(rho=0.00001)").optimizer.text
@@ -193,6 +169,8 @@ BAD = {
     "torch.optim:lr_scheduler": "is module",
     "torch.optim:Optimizer": "can't be built",
     "torch.nn:Linear": "is type",
+    "torch.optim:LBFGS": "closure",
+    "sam-sgd": "unknown",
     "own_optimizers:NUMBER": "is int",
     "own_optimizers:no_rule": "is no rule",
     "own_optimizers:signed(share='half')": "float expected",
@@ -265,37 +243,6 @@ def test_an_own_base_trains_under_a_rule_and_beside_batchnorm(images, table, tmp
     assert_each_is_trained_alone(table, tmp_path, settings)
     found = train(replace(settings, arch="cnn", epochs=2), images, 2, tmp_path, "cpu", quiet=True)
     assert_is_the_twin(found, images, 1, rtol=1e-2, atol=2e-4)
-
-
-@pytest.mark.parametrize("arch", ["mlp", "cnn"])
-def test_a_closure_taking_sam_is_our_sam(images, tmp_path, own, arch):
-    """It moves the weights, calls closure(), and rebinds p.data to the old ones."""
-    settings = Recipe(arch, "sam", rho=0.2, epochs=2, batch_size=8)
-    ours = train(settings, images, 2, tmp_path, "cpu", quiet=True)
-    theirs = train(replace(settings, optimizer=f"{own}:ClosureSAM(rho=0.2)"), images, 2, tmp_path, "cpu", quiet=True)
-    rtol, atol = (1e-3, 5e-6) if arch == "mlp" else (1e-2, 2e-4)
-    for name in ("weights", "logits"):
-        first, second = (e.store.rows[name].read()[:2] for e in (ours, theirs))
-        np.testing.assert_allclose(first, second, rtol=rtol, atol=10 * atol, err_msg=name)
-
-
-def test_lbfgs_evaluates_its_closure_at_new_weights(table, tmp_path):
-    """On one full batch a step of L-BFGS is that of torch on a module of its own."""
-    settings = Recipe(optimizer="torch.optim:LBFGS(max_iter=5)", epochs=2, batch_size=40, lr=0.1)
-    found = train(settings, table, 2, tmp_path, "cpu", quiet=True)
-    twin = Twin(settings, table, 0)
-    for at in range(2):
-        (batch,) = twin.batches()
-        twin.base.param_groups[0]["lr"] = learning_rate(settings, at, 2)
-
-        def closure(batch=batch):
-            twin.base.zero_grad()
-            loss = F.cross_entropy(twin.net(twin.x[batch]), twin.y[batch])
-            loss.backward()
-            return loss
-
-        twin.base.step(closure)
-    np.testing.assert_allclose(found.logits[0, 0], twin.net(twin.x).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_an_own_rule_with_an_option(table, tmp_path, own, monkeypatch):

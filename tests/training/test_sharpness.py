@@ -246,13 +246,13 @@ def test_batchnorm_moves_once_a_step_at_the_unperturbed_weights(images, optimize
     """After one step with any rho, the buffers are those of one forward pass at the old weights."""
     x, y = torch.from_numpy(inputs(images)[0]), torch.from_numpy(images.y)
     net = networks.build("cnn", x.shape[1:], 3)
-    params = {n: p.detach() for n, p in net.named_parameters()}
     buffers = {n: b.clone() for n, b in net.named_buffers()}
+    settings = Recipe("cnn", optimizer, -0.5 if optimizer == "sharpreg" else 0.5)
+    stack = step.Stack(settings, tuple(x.shape[1:]), 3, 1, torch.device("cpu")).reset(settings, [0])
+    params = {n: p[0] for n, p in stack.params.items()}
+    net.load_state_dict({**params, **buffers})
     context = {"rho": torch.tensor(0.5), "rate": torch.ones(()), "step": torch.zeros(())}
     context |= {"uniform": torch.linspace(0, 1, len(params)), "memory": {n: 0 * p for n, p in params.items()}}
-    settings = Recipe("cnn", optimizer, -0.5 if optimizer == "sharpreg" else 0.5)
-    stack = step.Stack(settings, tuple(x.shape[1:]), 3, 1, torch.device("cpu"), compiled=False).reset(settings, [0])
-    stack.load({n: p[None] for n, p in params.items()})
     stack.buffers = {n: b[None] for n, b in buffers.items()}
     stack.step(x[None], y[None], {n: tree_map(lambda t: t[None], c) for n, c in context.items()}, 0.1, True)
     net(x)

@@ -258,7 +258,7 @@ def check(run):
     """Raise ValueError naming the parameter if any main ensemble of the run could not be trained or compared."""
     need(len({*run.names} - {""}) == len(run.names) >= 2,
          f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")  # fmt: skip
-    workers.check(run.engine, run.gpus)
+    workers.check(run.engine)
     recipes = [run.recipe(name) for name in run.names]  # raises what is wrong with the optimizers and the device
     first = f"the first is the baseline, one of {', '.join(BASES)}, or your own"
     need(recipes[0].optimizer.rule_name == "plain", f"optimizers={run.optimizers!r}: {first}")

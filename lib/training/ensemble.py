@@ -75,7 +75,6 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     streams = {name: [generator(recipe, name, k) for k in ids] for name in ("order", "augment", "rule")}
     per_epoch = examples.shape[1] // recipe.batch_size  # the remainder waits for the next shuffle
     n_steps, epochs, optimizer = per_epoch * recipe.epochs, recipe.run_epochs, recipe.optimizer
-    rho = torch.tensor(recipe.rho_of(ids), dtype=torch.float32, device=inputs.device)
     alone = bool(trial.trial(recipe, inputs.shape, inputs.n_classes, inputs.device))
     stack = step.stack_for(recipe, inputs, ids, n_models or len(ids), n_steps, alone)
     swa_from = optimizer.all_options["start"] * recipe.epochs if optimizer.rule_name == "swa" else np.inf
@@ -87,7 +86,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
         stack.switch("train")
         for at, (x, y) in enumerate(batches(recipe, inputs, examples, streams), epoch * per_epoch):
             lr = learning_rate(recipe, at, n_steps)
-            context = step.rule_context(recipe, rho, stack.params, streams["rule"], at, lr)
+            context = step.rule_context(recipe, stack.params, streams["rule"], at, lr)
             steps.append(stack.step(x, y, context, lr, is_kth_step=at % optimizer.k == 0))
             if recipe.ema:  # an average over all steps, whose memory grows to 1 / (1 - ema) (Polyak & Juditsky 1992)
                 stack.switch("eval")
@@ -259,7 +258,7 @@ def check(recipe, dataset, n_models, device="cpu"):
     need(fine, f"augment={recipe.augment!r} needs images; an example here has shape {shape}")
     need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")
     net = networks.build(recipe.arch, shape, dataset.n_classes)
-    mixes = {"per_example", "norms"} & optimizer.wants and networks.has_batchnorm(net)
+    mixes = "norms" in optimizer.wants and networks.has_batchnorm(net)
     need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
     trial.trial(recipe, shape, dataset.n_classes, device_of(device))
     membership(recipe, n, [0], dataset.groups)

@@ -6,7 +6,6 @@ step.py stacks the weights of many copies and trains them together.
 import importlib
 import inspect
 import os
-import re
 import sys
 from contextlib import suppress
 from functools import cache, partial
@@ -26,25 +25,23 @@ def mlp(shape, n_classes, hidden=(256,), activation=nn.ReLU, norm=False):
     mlp3 and mlp3_tanh have the layers of the networks that membership studies train on Purchase-100 and Texas-100
     (Nasr et al. 2019, with tanh and one layer more).
     """
-    widths = [prod(shape), *hidden]
-    layers = [nn.Flatten()]
+    widths, layers = [prod(shape), *hidden], [nn.Flatten()]
     for before, after in zip(widths, widths[1:], strict=False):
         layers.append(nn.Linear(before, after, bias=not norm))
         layers += [nn.BatchNorm1d(after), activation()] if norm else [activation()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
 
 
-def cnn(shape, n_classes, width=32, norm=True):
+def cnn(shape, n_classes, norm=True):
     """Three 3x3 convolutions with BatchNorm (or, without it, biases), the first with stride 2, then average pooling."""
-    channels = [shape[0], width, 2 * width, 4 * width]
-    layers = []
+    channels, layers = [shape[0], 32, 64, 128], []
     for depth, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
         if depth:
             layers.append(nn.MaxPool2d(2))
         stride = 2 if depth == 0 and shape[-1] >= 16 else 1
         layers.append(nn.Conv2d(before, after, 3, stride, 1, bias=not norm))
         layers += [nn.BatchNorm2d(after), nn.ReLU()] if norm else [nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, n_classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, n_classes))
 
 
 def resnet18(shape, n_classes):
@@ -93,15 +90,14 @@ class PreActivation(nn.Module):
         return kept + self.conv2(F.relu(self.norm2(self.conv1(active))))
 
 
-def wrn28_2(shape, n_classes, blocks=4, widen=2):
+def wrn28_2(shape, n_classes):
     """Wide ResNet 28-2: Zagoruyko & Komodakis 2016, table 1 with N = 4 and k = 2, without dropout."""
-    widths = [16, 16 * widen, 32 * widen, 64 * widen]
-    layers = [nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)]
+    widths, layers = [16, 32, 64, 128], [nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)]
     for stage, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
         layers.append(PreActivation(before, after, stride=2 if stage else 1))
-        layers += [PreActivation(after, after, stride=1) for _ in range(blocks - 1)]
-    layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return he_normal(nn.Sequential(*layers, nn.Linear(widths[-1], n_classes)))
+        layers += [PreActivation(after, after, stride=1) for _ in range(3)]
+    head = [nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, n_classes)]
+    return he_normal(nn.Sequential(*layers, *head))
 
 
 def vgg16_bn(shape, n_classes):
@@ -150,18 +146,16 @@ def build(arch, shape, n_classes):
         fine = arch.startswith("mlp") or len(shape) == 3
         need(fine, f"arch={arch!r} needs images, but an example has shape {tuple(shape)}: use arch='mlp'")
         return MODELS[arch](shape, n_classes)
-    need(":" in arch, f"arch={arch!r} is unknown: choose one of {', '.join(MODELS)}, or package.module:name")
     own = resolve(arch, "arch")
     try:
         net = own(shape, n_classes)
         modes = {module: module.training for module in net.modules()}
         with torch.no_grad():
             found = tuple(net.eval()(torch.zeros(2, *shape)).shape)
+        need(found == (2, n_classes), f"it maps 2 examples to {found}, not to logits of shape {(2, n_classes)}")
     except Exception as error:
         wanted = f"a callable (shape, n_classes) that makes an nn.Module for examples of shape {tuple(shape)} is needed"
         raise ValueError(f"arch={arch!r} fails: {error!r}; {wanted}") from error
-    wanted = 2, n_classes
-    need(found == wanted, f"arch={arch!r} maps 2 examples to {found}: logits of shape {wanted} are needed")
     for module, training in modes.items():
         module.training = training
     return net
@@ -175,16 +169,14 @@ def parts(net):
 
 def resolve(path, parameter):
     """The object at package.module:name, also of a module in the current directory. ValueError naming `parameter`."""
-    fine = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", path)
-    need(fine, f"{parameter}={path!r} is not an import path: it is written package.module:name")
-    module, name = path.split(":")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
         importlib.invalidate_caches()
+        module, name = path.split(":")
         return getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ValueError(f"{parameter}={path!r} can't be imported: {error!r}") from error
+        raise ValueError(f"{parameter}={path!r} can't be imported as package.module:name: {error!r}") from error
     finally:
         sys.path.remove(here)
 
@@ -196,10 +188,9 @@ def source_hash(path):
         return ""
     found = resolve(path, "import path")
     text = repr(found)  # for what was typed in, or compiled
-    for holder in (inspect.getmodule(found), found):
+    for holder in (found, inspect.getmodule(found)):
         with suppress(OSError, TypeError):
             text = inspect.getsource(holder)
-            break
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 

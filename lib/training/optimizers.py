@@ -68,7 +68,7 @@ class Optimizer:
     @property
     def is_private(self):
         """True for a differentially private rule: it clips the gradient of every example and adds noise."""
-        return "noise" in self.wants and bool({"per_example", "norms"} & self.wants)
+        return {"noise", "norms"} <= self.wants
 
     @property
     def has_own_base(self):
@@ -107,7 +107,7 @@ class Optimizer:
         The rule is given functions that compute nothing and note how many examples it asks them for.
         """
         n, params, one, asked, counts = 300, {"weight": torch.ones(3, 2)}, torch.ones(()), [], []
-        aux, each = namedtuple("Aux", "losses")(torch.ones(n)), {"weight": torch.ones(n, 3, 2)}
+        aux = namedtuple("Aux", "losses")(torch.ones(n))
 
         def counted(result, examples=n):
             asked.append(examples)
@@ -116,7 +116,7 @@ class Optimizer:
         offered = {"rho": one, "rate": one, "step": one, "size": n, "uniform": torch.ones(1), "memory": params}
         offered["noise"] = {"weight": torch.ones(getattr(self.rule, "queries", 1), 3, 2)}
         offered |= {"losses": lambda at: counted(aux.losses, n / 3), "norms": lambda at: aux.losses}
-        offered |= {"per_example": lambda at: counted((each, aux)), "weighted": lambda at, w: counted((at, aux))}
+        offered["weighted"] = lambda at, weight: counted((at, aux))
         for is_kth_step in (True, False):
             given = {name: {**offered, "is_kth_step": is_kth_step}[name] for name in self.wants}
             self.rule(lambda at, index=range(n): counted((at, aux), len(index)), params, **given, **self.options)

@@ -17,8 +17,8 @@ class Recipe:
 
     arch: a name of networks.MODELS, or a reader's own network as package.module:name.
     optimizer: an Optimizer or its text, see optimizers.py.
-    rho: radius of the rule's neighbourhood (negative for sharpreg); a tuple: radii that the pairs of models take in
-        turn. A radius among the optimizer's options wins; an optimizer without a radius gets 0.
+    rho: radius of the rule's neighbourhood (negative for sharpreg). A radius among the optimizer's options wins; an
+        optimizer without a radius gets 0.
     lr: peak learning rate. warmup: share of the steps over which it rises, before a cosine takes it down to 0.
     stop: share of the epochs after which training stops, while the schedule is that of all the epochs.
     smoothing: of the labels (Szegedy et al. 2016, section 7). subset: share of the pool that each model trains on.
@@ -29,7 +29,7 @@ class Recipe:
 
     arch: str = "mlp"
     optimizer: Optimizer | str = "sgd"
-    rho: float | tuple[float, ...] = 0.0
+    rho: float = 0.0
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -48,14 +48,14 @@ class Recipe:
     def __post_init__(self):
         optimizer = self.optimizer if isinstance(self.optimizer, Optimizer) else Optimizer.parse(self.optimizer)
         rho = self.rho if optimizer.rho is None else optimizer.rho
-        rho = tuple(rho) if isinstance(rho, list | tuple) else float(rho)
         object.__setattr__(self, "optimizer", optimizer)
-        object.__setattr__(self, "rho", rho if optimizer.has_radius else 0.0)  # so one store serves SGD at every rho
+        # an optimizer without a radius has 0, so that one store serves SGD at every rho
+        object.__setattr__(self, "rho", float(rho) if optimizer.has_radius else 0.0)
         sign, side = (-1, "negative") if optimizer.rule_name == "sharpreg" else (1, "positive")
         least, known = optimizer.least_batch, f"one of {', '.join(networks.MODELS)}, or package.module:name"
         for names, is_valid, valid in (
             ("arch", lambda v: v in networks.MODELS or ":" in v, known),
-            ("rho", lambda v: min(sign * np.atleast_1d(v), default=-1) >= 0, f"zero or {side}"),
+            ("rho", lambda v: sign * v >= 0, f"zero or {side}"),
             ("lr", lambda v: v > 0, "positive"),
             ("momentum warmup smoothing ema", lambda v: 0 <= v < 1, "in [0, 1)"),
             ("momentum", lambda v: v > 0 or optimizer.base_name != "nesterov", "positive for nesterov"),
@@ -76,11 +76,6 @@ class Recipe:
     def run_epochs(self):
         """How many epochs are trained."""
         return max(1, round(self.stop * self.epochs))
-
-    def rho_of(self, ids):
-        """Radius of each of the models `ids`: [len(ids)]."""
-        values = np.atleast_1d(self.rho)
-        return values[(np.asarray(ids) // 2) % len(values)]
 
     def key(self):
         """What names the recipe's store: every field, and what the optimizer's and network's names do not say."""

@@ -9,7 +9,7 @@ step.py maps it over the stack. Its first two arguments are
 It returns (grads, aux), with the aux of the pass at the *unperturbed* weights: that holds BatchNorm's new statistics,
 which so move once a step under every rule. A rule asks for anything else by the names of its arguments (CONTEXT). Any
 other argument has a default and is an option: looksam(k=5, alpha=0.7). A rule with `memory` in its arguments returns
-(grads, aux, memory). Every rule's radius is `rho`; RADIUS holds the scale of the authors' radii relative to SAM's.
+(grads, aux, memory). Every rule's radius is `rho`; at radius 0 our rules are not called, but the base alone is used.
 """
 
 import math
@@ -27,7 +27,6 @@ CONTEXT = {
     "noise": "standard normal numbers: a dict like params, with a leading axis of `queries` (an attribute of the rule)",
     "size": "number of examples in the batch",
     "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
-    "per_example": "function of params: the gradient of every example, [B, ...] each, and aux",
     "norms": "function of params: the norm of every example's gradient, [B]",
     "weighted": "function of params and weights [B]: the sum of the examples' gradients, each by its weight, and aux",
 }
@@ -98,8 +97,7 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
     second, _ = gradient(ascend(params, first, rho * (low + (1 - low) * rate)))
     # g = g_SAM - alpha (the part of grad L(w) that is orthogonal to g_SAM)
     along = dot(first, second) / (dot(second, second) + 1e-24)
-    held = torch.where(rho == 0, 0.0, alpha)  # at rho 0 that part is rounding, and is left alone
-    return {n: g - held * (first[n] - along * g) for n, g in second.items()}, aux
+    return {n: g - alpha * (first[n] - along * g) for n, g in second.items()}, aux
 
 
 def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwise=False):
@@ -119,11 +117,10 @@ def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwis
             along = dot(h, g) / (dot(g, g) + 1e-24)
             memory |= {n: h[n] - along * g[n] for n in part}
         return second, aux, memory
-    reach = torch.where(rho == 0, 0.0, alpha)  # at rho 0 g_v is rounding error and is left out
     for part in parts:
         g, v = ({n: tree[n] for n in part} for tree in (first, memory))
         # g + alpha |g| / |g_v| g_v
-        scale = reach * norm(g) / (norm(v) + 1e-12)
+        scale = alpha * norm(g) / (norm(v) + 1e-12)
         grads |= {n: g[n] + scale * v[n] for n in part}
     return grads, aux, memory
 
@@ -169,7 +166,7 @@ def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
     rise = losses(moved) - aux.losses
     top = rise.topk(max(1, int(gamma * len(rise)))).indices
     second, _ = gradient(moved, top)
-    return {n: torch.where(rho == 0, first[n], g) for n, g in second.items()}, aux
+    return second, aux
 
 
 def swa(gradient, params, start=0.75, floor=0.5):

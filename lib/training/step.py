@@ -122,7 +122,7 @@ class Stack:
         """
         optimizer = self.recipe.optimizer
         rule, wants, options = optimizer.rule, optimizer.wants, optimizer.options
-        if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and not np.any(self.recipe.rho):
+        if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and self.recipe.rho == 0:
             rule, wants, options = sharpness.plain, (), {}  # at radius 0 every one of these rules is the base alone
 
         gradient_of = self.gradient if self.n_stacked == 1 else partial(through_vmap, self.gradient)
@@ -134,12 +134,7 @@ class Stack:
             def gradient(at, index=None):
                 return gradient_of(at, buffers, x, y) if index is None else gradient_of(at, buffers, x[index], y[index])
 
-            def per_example(at):
-                each = vmap(grad(loss, has_aux=True), (None, None, 0, 0))
-                grads, aux = each(at, buffers, x[:, None], y[:, None])
-                return grads, Pass(aux.loss.mean(), aux.accuracy.mean(), buffers, ())
-
-            offered = {"is_kth_step": is_kth_step, "size": len(y), "per_example": per_example}
+            offered = {"is_kth_step": is_kth_step, "size": len(y)}
             offered["norms"] = lambda at: self.norms(lambda at, x, y: loss(at, buffers, x, y)[0], at, x, y)
             offered["losses"] = lambda at: loss(at, buffers, x, y)[1].losses
             offered["weighted"] = lambda at, weight: self.gradient_of_one(at, buffers, x, y, weight)
@@ -230,13 +225,14 @@ class Stack:
             self.buffers = self.over_models(buffers_after)(self.params, self.buffers, x)
 
 
-def rule_context(recipe, rho, params, draws, number, lr):
+def rule_context(recipe, params, draws, number, lr):
     """What the rule asks for at step `number`, as tensors [M, ...]; the meaning of each is in sharpness.CONTEXT."""
-    wants = recipe.optimizer.wants
-    found = {"rho": rho, "rate": torch.full_like(rho, lr / recipe.lr), "step": torch.full_like(rho, number)}
+    wants, device = recipe.optimizer.wants, next(iter(params.values())).device
+    numbers = {"rho": recipe.rho, "rate": lr / recipe.lr, "step": float(number)}
+    found = {name: torch.full((len(draws),), value, device=device) for name, value in numbers.items()}
 
     def stacked(draw):
-        return torch.from_numpy(np.stack([draw(rng) for rng in draws])).to(rho.device)
+        return torch.from_numpy(np.stack([draw(rng) for rng in draws])).to(device)
 
     if "uniform" in wants:
         found["uniform"] = stacked(lambda rng: rng.random(len(params), np.float32))

@@ -30,11 +30,11 @@ def trial(recipe, shape, n_classes, device):
     """
     if ":" not in recipe.arch + recipe.optimizer.text and not recipe.optimizer.base_options:
         return ""
-    names = {"arch": f"arch={recipe.arch!r}", "optimizers": f"optimizers={recipe.optimizer.text!r}"}
+    arch, optimizers = f"arch={recipe.arch!r}", f"optimizers={recipe.optimizer.text!r}"
     params, buffers = step.initial_state(recipe, shape, n_classes, [0, 0], device)
-    need(params, f"{names['arch']} has no parameter that is trained")
+    need(params, f"{arch} has no parameter that is trained")
     twins = all(torch.equal(*tensor.nan_to_num()) for tensor in [*params.values(), *buffers.values()])
-    need(twins, f"{names['arch']} draws its initial weights elsewhere than from torch's global generator: use that")
+    need(twins, f"{arch} draws its initial weights elsewhere than from torch's global generator: use that")
     n_stacked = min(2, step.n_stacked_for(networks.build(recipe.arch, shape, n_classes), device))
 
     def fault(optimizer, alone):
@@ -44,17 +44,16 @@ def trial(recipe, shape, n_classes, device):
             stack = step.Stack(one, shape, n_classes, len(ids), device, alone=alone).reset(one, ids)
             x = torch.randn(len(ids), one.batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
             y = torch.arange(one.batch_size, device=device).remainder(n_classes).expand(len(ids), -1)
-            rho = torch.tensor(one.rho_of(ids), dtype=torch.float32, device=device)
-            draws, used = [generator(one, "rule", k) for k in ids], [stack.net, stack.eval_net, stack.bases]
-            before = random_states(one.optimizer.rule, *used)
+            draws, used = [generator(one, "rule", k) for k in ids], (one.optimizer.rule, stack.net, stack.eval_net)
+            before = random_states(*used, stack.bases)
             stack.switch("train")
             remembers = {"is_kth_step", "memory"} & one.optimizer.wants or one.optimizer.has_own_base
             for number in range(2 if remembers else 1):
-                context = step.rule_context(one, rho, stack.params, draws, number, one.lr)
+                context = step.rule_context(one, stack.params, draws, number, one.lr)
                 stack.step(x, y, context, one.lr, is_kth_step=number == 0)
             stack.switch("eval")
             stack.predict(x[0, :2])
-            if random_states(one.optimizer.rule, *used) != before:
+            if random_states(*used, stack.bases) != before:
                 return f"{DRAWS}: take out what does (dropout, say; a rule may ask for `noise`)"
             gradient = stack.over_models(stack.gradient_of_one)
             first, again = (gradient(stack.params, stack.buffers, x[:, :8], y[:, :8])[1].loss for _ in range(2))
@@ -69,14 +68,12 @@ def trial(recipe, shape, n_classes, device):
         return ""
     plain, alone = fault("sgd", False), fault(recipe.optimizer, True)
     if not alone:
-        named = names["arch" if plain else "optimizers"]
-        return f"{named}: models are trained one at a time, since a step that maps over them {plain or mapped}"
+        why = f"models are trained one at a time, since a step that maps over them {plain or mapped}"
+        return f"{arch if plain else optimizers}: {why}"
     unfit = fault("sgd", True)
-    need(not unfit, f"{names['arch']} {unfit}")
-    lacks = plain and recipe.optimizer.is_private
-    need(not lacks, f"{names['arch']} gives no gradient of each example, which {recipe.optimizer} needs: it {plain}")
+    need(not unfit, f"{arch} {unfit}")
     form = "a rule returns (grads, aux), or (grads, aux, memory) if it asks for memory, with grads like params"
-    raise ValueError(f"{names['optimizers']} {alone}; it was tried on {names['arch']}; {form}")
+    raise ValueError(f"{optimizers} {alone}; it was tried on {arch}; {form}")
 
 
 def random_states(*used):

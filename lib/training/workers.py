@@ -36,7 +36,7 @@ def train(
     them, and None is returned. Diverged models are named and left out with their partners: see Ensemble.ids.
     Raises ValueError naming the parameter before anything is trained.
     """
-    check(engine, gpus)
+    check(engine)
     where = ensemble.device_of(device)
     ensemble.check(recipe, dataset, n_models, device)
     kept = ensemble.open_store(recipe, dataset, store)
@@ -60,11 +60,9 @@ def train(
     return ensemble.finished(recipe, dataset, n_models, kept)
 
 
-def check(engine, gpus=0.0):
-    """Raise ValueError naming the parameter if the engine is unknown or not installed, or gpus is no valid share."""
+def check(engine):
+    """Raise ValueError naming `engine` if it is unknown or not installed."""
     need(engine in ENGINES, f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
-    fine = 0 <= gpus <= 64 and (gpus <= 1 or gpus % 1 == 0)
-    need(fine, f"gpus={gpus!r} is not valid: a share of a GPU from 0 to 1, or a whole number of them")
     there = engine == "local" or find_spec("ray")
     need(there, "engine='ray' is not installed: pip install ray, or use engine='local'")
 
@@ -209,6 +207,7 @@ def train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet=Fal
     Raises what a task raised; ValueError naming `engine` if Ray can't be reached or loses a chunk again and again.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report home
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # an address without answer is given up after 46 s
     import ray
 
     try:

@@ -185,7 +185,7 @@ def test_a_bad_name_is_one_clear_error(own, text):
         Recipe(optimizer=text)
 
 
-@pytest.mark.parametrize("optimizer, rho", [("sam", -0.1), ("sharpreg", 0.1), ("sharpreg(rho=0.1)", 0), ("sam", ())])
+@pytest.mark.parametrize("optimizer, rho", [("sam", -0.1), ("sharpreg", 0.1), ("sharpreg(rho=0.1)", 0)])
 def test_a_radius_of_the_wrong_sign_names_rho(optimizer, rho):
     with pytest.raises(ValueError, match="rho="):
         Recipe(optimizer=optimizer, rho=rho)

@@ -1,11 +1,12 @@
 """All membership inference attacks on one ensemble: from logits to scores [M, N], higher = more likely a member."""
 
 import numpy as np
+from scipy.stats import rankdata
 
 from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
-from lib.attacks.shadow import liras, rmia
+from lib.attacks.shadow import lira, rmia
 from lib.attacks.signals import TINY, parallel, signals
 from lib.attacks.thresholds import classwise, yeom
 
@@ -14,7 +15,7 @@ ALONE = tuple(
     "gap loss confidence confidence_classwise entropy entropy_classwise m_entropy m_entropy_classwise neural "
     "neural_classwise".split()
 )
-LIRAS = {  # (offline, variance), as in shadow.liras
+LIRAS = {  # (offline, variance), as in shadow.lira
     "lira": (False, "example"),
     "lira_shrunk": (False, "shrunk"),
     "lira_offline": (True, "example"),
@@ -48,44 +49,26 @@ def run(
     stay together in them. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to
     1, ties averaged. Raises ValueError, naming the argument, where they do not fit.
     """
-    shape = np.shape(logits)
-    need(len(shape) in (3, 4), f"logits: shape {shape}; valid are [M, N, C] and [M, Q, N, C]")
-    valid = (shape[0], shape[-2])
-    need(np.shape(member) == valid, f"member: shape {np.shape(member)}; valid is [M, N] = {valid}")
-    both = (population_logits is None) == (population_y is None)
-    need(both, "population_y: missing or without population_logits; valid are both or neither")
+    logits = np.asanyarray(logits)
+    need(logits.ndim in (3, 4), f"logits: shape {logits.shape}; valid are [M, N, C] and [M, Q, N, C]")
     need(set(only) <= set(NAMES), f"only: {[*only]}; valid are {', '.join(NAMES)}")
-    wanted, out, seen = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}, {}, {}
+    wanted, out = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}, {}
     if wanted & {*ALONE}:
-        seen = signals(logits if len(shape) == 3 else logits[:, 0], y)
-        phi, confidence = seen["phi"], seen["confidence"]
-        out = of_single_models(seen, y, member, seed, groups)
-    if wanted <= {*ALONE}:
-        return {name: out[name] for name in NAMES if name in only}
-    if not seen or len(shape) == 4:
+        plain = signals(logits if logits.ndim == 3 else logits[:, 0], y)
+        out = of_single_models(plain, y, member, seed, groups)
+    if wanted - {*ALONE}:
         phi, confidence = signals(logits, y, only=("phi", "confidence")).values()
-    population = None
-    kinds = {name: kind for name, kind in LIRAS.items() if name in wanted}
-    out |= zip(kinds, liras(phi, member, kinds.values()), strict=True)
-    if population_logits is not None:
-        population = signals(population_logits, population_y, only=("confidence",))["confidence"]
-    for name in wanted & {"rmia", "rmia_offline"}:
-        out[name] = rmia(confidence, member, population, name == "rmia_offline", gamma, a)
-    del confidence, population
+    out |= {name: lira(phi, member, *kind) for name, kind in LIRAS.items() if name in wanted}
+    if rmias := wanted & {"rmia", "rmia_offline"}:
+        population = None
+        if population_logits is not None:
+            population = signals(population_logits, population_y, only=("confidence",))["confidence"]
+        out |= {name: rmia(confidence, member, population, name == "rmia_offline", gamma, a) for name in rmias}
     if "combined" in wanted:
         pairs = zip(out["lira_shrunk"], out["rmia"], strict=True)
-        out["combined"] = np.stack(parallel(lambda pair: (ranks(pair[0]) + ranks(pair[1])) / 2, pairs))
+        ranks = np.stack(parallel(lambda pair: rankdata(pair, axis=1).mean(0).astype(np.float32), pairs))
+        out["combined"] = (ranks - 1) / (len(y) - 1)
     return {name: out[name] for name in NAMES if name in only}
-
-
-def ranks(scores):
-    """The ranks of scores [N] from 0 to 1, equal scores at the mean of theirs: [N] float32."""
-    order = np.argsort(scores)
-    first = np.append(True, np.diff(scores[order]) > 0)  # of each run of ties
-    ends = np.append(np.flatnonzero(first), len(scores))
-    out = np.empty(len(scores), np.float32)
-    out[order] = ((ends[:-1] + ends[1:] - 1) / (2 * len(scores) - 2)).astype(np.float32)[np.cumsum(first) - 1]
-    return out
 
 
 def of_single_models(seen, y, member, seed=0, groups=None):
@@ -109,12 +92,11 @@ def of_single_models(seen, y, member, seed=0, groups=None):
 def null_member(member, seed=0, groups=None) -> np.ndarray:
     """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
-    In the place of `member`, with the real logits, it gives AUC (and the accuracy of learned thresholds) 1/2, up to
-    O(1/N), if there is no fault. LiRA and RMIA must leave out the pair. Each pair's halves are drawn anew, with the
-    sizes that they had. groups [N] (a patient's two eyes) stay whole, as members if their first example is one: they
-    trade places with groups of their size, and the two sides of a pair with each other, at random. Without pairs, one
-    permutation of the examples serves all models, whatever the groups: halves that really overlap more then also do so
-    in the null, and LiRA finds a trace of that.
+    With it, in the place of `member`, and the real logits, AUC (and the accuracy of learned thresholds) is 1/2, up to
+    O(1/N), if there is no fault. Each pair's halves are drawn anew, with the sizes that they had. groups [N] stay
+    whole, as members if their first example is one: they trade places with groups of their size, and the two sides of a
+    pair with each other. Without pairs, one permutation of the examples serves all models, whatever the groups: halves
+    that really overlap more then also do so in the null, and LiRA finds a trace of that.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:

@@ -11,7 +11,6 @@ accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitte
 hold the truth is in docs/benchmarks.md: with 8 models on a large pool nearer 90 than 95%, with 16 or more about 95%.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -133,8 +132,7 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, *
     log_ratio_tpr@<fpr>, and log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in
     balanced_accuracy_influence_values (0.0 for catalogue.FIXED). how: columns and examples_only, as in `estimate`;
     groups in `columns` also stay together in the halves on which thresholds are learned. With examples_only and one or
-    two models, no other model can give a threshold at an FPR, so it comes from half of the target's own non-members
-    (tpr_influence_values_within).
+    two models, no other model can give a threshold at an FPR, so it comes from half of the target's own non-members.
     """
     how["clusters"] = pairs(checked(next(iter(scores.values())), member)[1])
     learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
@@ -155,9 +153,9 @@ def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.Dat
     aucs: the AUCs' influence values, dict optimizer -> [M, N]; without them there are no log ratios.
     """
     alone, frames = how.get("examples_only", False) and len(member) < 3, []
-    within = partial(tpr_influence_values_within, seed=seed, groups=how.get("columns"))
+    half = calibration_split(member, seed, groups=how.get("columns")) if alone else None
     for fpr in reportable(member, fprs, alone):
-        both = {name: (within if alone else tpr_influence_values)(s, member, fpr) for name, s in scores.items()}
+        both = {name: tpr_influence_values(s, member, fpr, half) for name, s in scores.items()}
         tprs, realised = ({name: found[k] for name, found in both.items()} for k in (0, 1))
         frames.append(paired(tprs, f"tpr@{fpr}", True, 0.0 if aucs else None, **how))
         frames.append(paired(realised, f"realised_fpr@{fpr}", True, **how))
@@ -185,17 +183,6 @@ def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFra
             found = tpr.assign(metric=f"precision@{fpr},prevalence={prevalence}", **right / (right + wrong))
             frames.append(found.dropna(subset="value"))
     return pd.concat(frames, ignore_index=True)
-
-
-def evaluate(scores, member, **how) -> pd.DataFrame:
-    """`table` of one ensemble's scores [M, N], without optimizer and baseline. how: the arguments of `table`."""
-    return table({"": scores}, member, **how).drop(columns=["optimizer", "baseline"])
-
-
-def compare(scores_a, scores_b, member, **how) -> pd.DataFrame:
-    """The paired differences b minus a of `table`, without optimizer and baseline."""
-    frame = table({"a": scores_a, "b": scores_b}, member, **how)
-    return frame[frame.baseline == "a"].drop(columns=["optimizer", "baseline"]).reset_index(drop=True)
 
 
 def reportable(member, fprs=FPRS, within=False) -> list[float]:
@@ -268,59 +255,40 @@ def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, g
     return np.stack(parallel(of_target, range(len(scores))))
 
 
-def tpr_influence_values(scores, member, fpr) -> tuple[np.ndarray, np.ndarray]:
+def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np.ndarray]:
     """Influence values [M, N] of the TPR at a false positive rate, and of the FPR that is actually realised.
 
     The threshold comes from other models: what flags at most a share `fpr` of one fold's non-member scores is applied
-    to the other fold of pairs, and vice versa. The TPR's values include the sampling error of the threshold (Hsieh &
-    Turnbull 1996; Pepe 2003, section 5.2); those of the realised FPR take the two thresholds as given. Raises
-    ValueError with fewer than three models (one pair), and for an fpr outside (0, 1).
+    to the other fold of pairs, and vice versa. half [M, N] of 0 and 1: the attacker knows some non-members of each
+    target, so its threshold comes from one half of its own examples and judges the other; one model is enough. The
+    TPR's values include the sampling error of the threshold (Hsieh & Turnbull 1996; Pepe 2003, section 5.2); those of
+    the realised FPR take the two thresholds as given.
     """
     scores, member = checked(scores, member)
-    need(len(scores) > 2, f"scores: {len(scores)} models; valid are at least 3 (two folds of pairs)")
-    need(0 < fpr < 1, f"fpr: {fpr}; valid are rates between 0 and 1")
+    targets = np.arange(len(scores))
+    fold = np.broadcast_to(np.isin(targets, folds(member)[1])[:, None], member.shape)
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
-    both = folds(member)
-    nulls = [np.sort(scores[fold][~member[fold]]) for fold in both]
-    for here, there in ((0, 1), (1, 0)):
-        rows, limit, given = both[here], limit_at(nulls[there], fpr), limit_at(nulls[here], fpr)
-        slope = roc_slope(scores[both[there]], member[both[there]], nulls[here], fpr)
-        weight = slope * len(both[there]) * scores.shape[1] / len(nulls[here])
-        # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr), for the t given to the others
-        excess = np.where(member[rows], 0.0, (scores[rows] > given) - np.mean(nulls[here] > given))
-        tpr[rows] = ratio_influence_values(scores[rows] > limit, member[rows]) - weight * excess
-        realised[rows] = ratio_influence_values(scores[rows] > limit, ~member[rows])
-    return tpr, realised
-
-
-def tpr_influence_values_within(scores, member, fpr, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray]:
-    """As `tpr_influence_values`, for an auditor who knows some non-members of the target: one model is enough.
-
-    The threshold comes from the non-members in one half of its examples (calibration_split) and judges the other half.
-    """
-    scores, member = checked(scores, member)
-    half = calibration_split(member, seed, groups=groups).astype(int)
-    tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
-    for m, (s, inside) in enumerate(zip(scores, member, strict=True)):
-        limits = np.array([limit_at(np.sort(s[~inside & (half[m] == h)]), fpr) for h in (0, 1)])
-        own, slope = s > limits[half[m]], roc_slope(s, inside, np.sort(s[~inside]), fpr)
-        # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr)
-        excess = ratio_influence_values(own, ~inside) - own[~inside].mean()
-        tpr[m] = ratio_influence_values(s > limits[1 - half[m]], inside) - slope * excess
-        realised[m] = ratio_influence_values(s > limits[1 - half[m]], ~inside)
+    for rows in [targets] if half is None else targets[:, None]:
+        s, inside, part = scores[rows], member[rows], (fold if half is None else half)[rows]
+        flagged, error = np.empty(s.shape, bool), np.zeros(s.shape)
+        for k in (0, 1):
+            given, judged = part == k, part != k
+            null = np.sort(s[given & ~inside])
+            limit = limit_at(null, fpr)
+            flagged[judged] = s[judged] > limit
+            # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr); dTPR/dFPR is the rise of
+            # the ROC between half and one and a half times fpr
+            lower, upper = (np.mean(s[judged & inside] > limit_at(null, rate * fpr)) for rate in (0.5, 1.5))
+            weight = (upper - lower) / fpr * judged.sum() / len(null)
+            error += np.where(given & ~inside, weight * ((s > limit) - np.mean(null > limit)), 0.0)
+        tpr[rows] = ratio_influence_values(flagged, inside) - error
+        realised[rows] = ratio_influence_values(flagged, ~inside)
     return tpr, realised
 
 
 def limit_at(null, fpr):
     """The smallest score that at most a share fpr of the sorted null scores exceed."""
     return null[max(len(null) - 1 - int(fpr * len(null)), 0)]
-
-
-def roc_slope(scores, member, null, fpr):
-    """dTPR/dFPR at fpr: the rise of the ROC between half and one and a half times fpr. null: sorted scores."""
-    low, high = 0.5 * fpr, min(1.5 * fpr, 1.0)
-    inside = scores[member]
-    return (np.mean(inside > limit_at(null, high)) - np.mean(inside > limit_at(null, low))) / (high - low)
 
 
 def roc(scores, member, grid) -> np.ndarray:

@@ -4,10 +4,9 @@ A member tends to lie far from the decision boundary, so it keeps its label unde
 Images are shifted and mirrored, tables get noise. The strength of the change is chosen on other models, and "no change
 at all" is one of the choices.
 
-The authors' code shifts along one diamond (|dx| + |dy| = d, repeated border) or rotates, and does not mirror. It trains
-a network on the hits of a shadow model, where we count hits and learn a threshold for each class. Its noise attack asks
-2,500 to 10,000 times, and gives 0 to an example that is wrong without noise. Our flip rates are theirs and two more;
-their Gaussian noise is 0.02 to 0.1 of a pixel's range, ours is in units of each feature's standard deviation.
+The authors' code shifts along one diamond (|dx| + |dy| = d) or rotates, and trains a network on the hits of a shadow
+model, where we count hits. Its noise attack asks 2,500 to 10,000 times. Our flip rates are theirs and two more; their
+Gaussian noise is 0.02 to 0.1 of a pixel's range, ours is in units of each feature's standard deviation.
 """
 
 from functools import partial
@@ -68,10 +67,10 @@ def queries(x, is_image, seed=0, most=None) -> list:
         strengths = [2**power for power in range(max(limits).bit_length())]
         return [partial(shifted, most=[min(strength, limit) for limit in limits]) for strength in strengths]
     if ((x == 0) | (x == 1)).all():
-        changes = [partial(flipped, rate=rate) for rate in sorted({min(k / x.shape[1], 0.5) for k in FLIPS})]
+        changes = [{"rate": rate} for rate in sorted({min(k / x.shape[1], 0.5) for k in FLIPS})]
     else:
-        changes = [partial(jittered, spread=strength * x.std(0, correction=0)) for strength in NOISE]
-    return [partial(copied, change=change, random=torch.Generator().manual_seed(seed)) for change in changes]
+        changes = [{"spread": strength * x.std(0, correction=0)} for strength in NOISE]
+    return [partial(noisy, random=torch.Generator().manual_seed(seed), **change) for change in changes]
 
 
 def shifted(x, most):
@@ -84,15 +83,14 @@ def shifted(x, most):
             yield from (seen, seen.flip(-1))
 
 
-def copied(x, change, random):
-    """Yield x as it is, then COPIES changed copies. The noise is drawn on the CPU: the same on every device."""
+def noisy(x, random, rate=None, spread=None):
+    """Yield x [B, D] as it is, then COPIES times with bits flipped at a rate, or with noise of deviation `spread` [D].
+
+    The noise is drawn on the CPU: the same on every device.
+    """
     yield x
-    yield from (change(x, random) for _ in range(COPIES))
-
-
-def flipped(x, random, rate):  # bits x [B, D], each flipped with probability `rate`
-    return (x - (torch.rand(x.shape, generator=random) < rate).to(x)).abs()
-
-
-def jittered(x, random, spread):  # x [B, D] plus Gaussian noise of standard deviation spread [D]
-    return x + spread.to(x) * torch.randn(x.shape, generator=random).to(x)
+    for _ in range(COPIES):
+        if spread is None:
+            yield (x - (torch.rand(x.shape, generator=random) < rate).to(x)).abs()
+        else:
+            yield x + spread.to(x) * torch.randn(x.shape, generator=random).to(x)

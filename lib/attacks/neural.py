@@ -26,22 +26,21 @@ CLIP = 5.0  # standard deviations; no outlier steers the gradient
 BLOCK = 8192  # outputs that are judged at a time; the hidden layers stay in the cache
 
 
-def attack(seen, member, seed=0, groups=None, part=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores, own, part): log-odds of membership, [M, N] float32 each, and the parts, [M, N] integers 0 to 2.
 
     scores come from the network that judges an example's part. own, from the network that stopped on it, are for
     learning thresholds (thresholds.classwise): they have the scale of the next part's scores, and owe the example
     nothing. Members and non-members weigh alike, so 0 is undecided.
 
-    seen: what the networks look at, a list of [M, N] arrays; member: [M, N] bool. part: default
-    calibration_split(member, seed, groups=groups, parts=3). It must not be drawn within classes: then all parts would
-    have the same share of members in each class, and a network that reads the class off an output would know something
-    of the part it judges (AUC 0.501 on shuffled membership). groups [N] (a patient's two eyes) stay together. Raises
-    ValueError for shapes that do not fit, NaN, or fewer than 3 members or non-members (or groups of them).
+    seen: what the networks look at, a list of [M, N] arrays; member: [M, N] bool. The parts are not drawn within
+    classes: then all would have the same share of members in each class, and a network that reads the class off an
+    output would know something of the part it judges (AUC 0.501 on shuffled membership). groups [N] (a patient's two
+    eyes) stay together. Raises ValueError for shapes that do not fit, NaN, or fewer than 3 members or non-members.
     """
     seen = [checked(values, member)[0] for values in seen]
     member = np.asarray(member)
-    part = calibration_split(member, seed, groups=groups, parts=3) if part is None else part
+    part = calibration_split(member, seed, groups=groups, parts=3)
     rng = np.random.default_rng(seed)
     cells = np.arange(member.size) if member.size <= CELLS else rng.integers(member.size, size=CELLS)
     seen, inside, of_part = [values.ravel() for values in seen], member.ravel(), part.ravel()

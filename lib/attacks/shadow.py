@@ -17,44 +17,32 @@ from lib.attacks.signals import TINY, parallel
 FLOOR = 1e-12  # smallest variance that we divide by
 
 
-def lira(phi, member, offline=False, variance="example", leave=None) -> np.ndarray:
+def lira(phi, member, offline=False, variance="example") -> np.ndarray:
     """The likelihood-ratio attack of Carlini et al. (2022, algorithm 1): scores [M, N] float32.
 
     phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; member: [M, N] bool. offline: use the OUT
     models only and return a z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4; their
-    code has a two-sided density). variance: one of VARIANCES. leave: "pair" leaves out the target and its partner,
-    "model" the target only, None the partner if there is one. Raises ValueError if an example would have fewer than 2
+    code has a two-sided density). variance: one of VARIANCES. Raises ValueError if an example would have fewer than 2
     OUT (or IN) shadows.
     """
-    return liras(phi, member, [(offline, variance)], leave)[0]
-
-
-def liras(phi, member, kinds, leave=None) -> list[np.ndarray]:
-    """`lira` for several kinds, pairs (offline, variance), from the same means: a list of scores [M, N]."""
     if np.ndim(phi) == 3:
-        return mean_over(liras(phi[:, q], member, kinds, leave) for q in range(phi.shape[1]))
-    for _, variance in kinds:
-        need(variance in VARIANCES, f"variance: {variance!r}; valid are {[*VARIANCES]}")
+        return sum(lira(phi[:, q], member, offline, variance) for q in range(phi.shape[1])) / phi.shape[1]
     phi, inside = checked(phi, member)
-    online = not all(offline for offline, _ in kinds)
-    require_shadows(inside, 2, online)
-    sides = [(chosen, statistics(phi, chosen)) for chosen in (~inside, inside)[: 1 + online]]
-    scores = [np.empty(phi.shape, np.float32) for _ in kinds]
+    require_shadows(inside, 2, not offline)
+    sides = [(chosen, statistics(phi, chosen)) for chosen in ([~inside] if offline else [~inside, inside])]
+    scores = np.empty(phi.shape, np.float32)
 
     def attack(targets):
         found = [without(side, phi, chosen, targets) for chosen, side in sides]  # OUT, and online IN
-        from_mean = [phi[targets] - mean for _, mean, _ in found]
-        spreads = {v: [VARIANCES[v](*side) for side in found] for v in dict.fromkeys(v for _, v in kinds)}
-        for (offline, variance), score in zip(kinds, scores, strict=True):
-            if offline:
-                # z = (phi - mu_out) / sigma_out
-                score[targets] = z_score(from_mean[0], *spreads[variance][0])
-            else:
-                # log Lambda = log p(phi | IN) - log p(phi | OUT)
-                out, within = (log_density(u, *spread) for u, spread in zip(from_mean, spreads[variance], strict=True))
-                score[targets] = within - out
+        spread = [(phi[targets] - side[1], *VARIANCES[variance](*side)) for side in found]
+        if offline:
+            # z = (phi - mu_out) / sigma_out
+            scores[targets] = z_score(*spread[0])
+        else:
+            # log Lambda = log p(phi | IN) - log p(phi | OUT)
+            scores[targets] = log_density(*spread[1]) - log_density(*spread[0])
 
-    parallel(attack, left_out_together(inside, leave))
+    parallel(attack, left_out_together(inside))
     return scores
 
 
@@ -121,24 +109,22 @@ VARIANCES = {
 }
 
 
-def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, leave=None) -> np.ndarray:
+def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -> np.ndarray:
     """The robust attack of Zarifzadeh, Liu & Shokri (2024, algorithm 1): scores [M, N] float32 in [0, 1].
 
     confidence: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; population: [M, T] or [M, Q, T],
     confidences on examples that no model trained on; without it the pool's own examples take its place (their
     membership in the target is not used). offline: use the OUT models only and estimate the mean of IN by the line
-    a mean_out + 1 - a. leave: as in `lira`. gamma: the ratio to exceed. The paper uses 2, with a Taylor softmax. On
+    a mean_out + 1 - a. gamma: the ratio to exceed. The paper uses 2, with a Taylor softmax. On
     plain confidences near 1, 2 would leave a few dozen distinct scores, and ties would decide who leaks more; 1, as in
     the authors' privacy_meter, keeps the order of the ratios. Scores are multiples of 1/T (or 1/N), so they can tie.
     Raises ValueError if an example would have no OUT (or IN) shadow, and for gamma <= 0 or a outside [0, 1].
     """
     need(gamma > 0 and 0 <= a <= 1, f"gamma, a: {gamma}, {a}; valid are gamma > 0 and 0 <= a <= 1")
-    fits = population is None or population.shape[:-1] == confidence.shape[:-1]
-    need(fits, f"population: shape {np.shape(population)}; valid is {(*confidence.shape[:-1], 'T')}")
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
-        found = ([rmia(confidence[:, q], member, z, offline, gamma, a, leave)] for q, z in enumerate(each))
-        return mean_over(found)[0]
+        found = (rmia(confidence[:, q], member, z, offline, gamma, a) for q, z in enumerate(each))
+        return sum(found) / len(each)
     p, inside = checked(confidence, member)
     require_shadows(inside, 1, not offline)
     outside = ~inside
@@ -164,24 +150,14 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3, l
             # score(x) = share of the z with ratio_x / ratio_z >= gamma; sorted queries are ten times faster
             scores[m, order] = np.searchsorted(ratio_z, ratio_x[order] / gamma, side="right") / len(ratio_z)
 
-    parallel(attack, left_out_together(inside, leave))
+    parallel(attack, left_out_together(inside))
     return scores
 
 
-def mean_over(queries):
-    """The mean of several lists of arrays, entry by entry."""
-    total, count = None, 0
-    for found in queries:
-        total, count = found if total is None else list(map(np.add, total, found)), count + 1
-    return [scores / count for scores in total]
-
-
-def left_out_together(member, leave) -> list[np.ndarray]:
+def left_out_together(member) -> list[np.ndarray]:
     """Targets with the same shadows, as arrays of indices: each set is attacked by all the models outside of it."""
     partner, own = partners(member), np.arange(len(member))
-    valid = [None, "model"] if partner is None else [None, "model", "pair"]
-    need(leave in valid, f"leave: {leave!r}; valid are {valid} ('pair' if models are complementary)")
-    return list(own[:, None] if partner is None or leave == "model" else np.stack([own, partner], 1)[own < partner])
+    return list(own[:, None] if partner is None else np.stack([own, partner], 1)[own < partner])
 
 
 def require_shadows(member, least, online=True):

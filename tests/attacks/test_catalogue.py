@@ -81,10 +81,10 @@ def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
     "change, words",
     [
         ({"logits": np.zeros((300, 5))}, "logits: shape"),
-        ({"member": np.zeros((16, 299), bool)}, "member: shape"),
+        ({"member": np.zeros((16, 299), bool)}, "scores: shape .*valid is the shape of member"),
         ({"y": np.full(300, 9)}, "y: values 9"),
         ({"only": ("lira_pooled",)}, "only: .*'lira_pooled'.*; valid are gap"),
-        ({"population_logits": np.zeros((16, 10, 5))}, "population_y: missing"),
+        ({"population_logits": np.zeros((16, 10, 5))}, "y: object"),
     ],
 )
 def test_run_faults_are_named(change, words):

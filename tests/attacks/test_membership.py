@@ -57,8 +57,8 @@ def test_logits_in_any_order_of_models_get_the_same_scores_and_intervals():
     straight, shuffled = shadow.lira(phi, member), shadow.lira(phi[order], member[order])
     np.testing.assert_allclose(shuffled, straight[order], rtol=1e-4, atol=1e-4)
     first, second = (
-        intervals.evaluate(straight, member, fprs=()),
-        intervals.evaluate(straight[order], member[order], fprs=()),
+        intervals.table({"": straight}, member, fprs=()),
+        intervals.table({"": straight[order]}, member[order], fprs=()),
     )
     np.testing.assert_allclose(first[["value", "ci_low", "ci_high"]], second[["value", "ci_low", "ci_high"]], atol=1e-9)
     assert partners(rng.random((4, 9)) < 0.5) is None

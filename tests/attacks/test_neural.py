@@ -65,14 +65,15 @@ def test_networks_trained_at_once_equal_networks_trained_one_by_one(monkeypatch)
         np.testing.assert_allclose(own.ravel()[stopped], odds[stopped], atol=5e-3)
 
 
-def test_no_score_and_no_decision_depends_on_the_membership_it_judges():
+def test_no_score_and_no_decision_depends_on_the_membership_it_judges(monkeypatch):
     seen, member = problem()
     part, y = calibration_split(member, parts=3), np.random.default_rng(2).integers(0, 4, 120)
     other, rng = member.copy(), np.random.default_rng(1)
     for m in range(len(member)):  # within one part, who is a member is drawn again
         judged = np.flatnonzero(part[m] == 2)
         other[m, judged] = rng.permutation(member[m, judged])
-    (first, own, _), (second, own_second, _) = (neural.attack(seen, a, part=part) for a in (member, other))
+    monkeypatch.setattr(neural, "calibration_split", lambda *_, **__: part)
+    (first, own, _), (second, own_second, _) = (neural.attack(seen, a) for a in (member, other))
     assert (first[part == 2] == second[part == 2]).all() and (own[part == 1] == own_second[part == 1]).all()
     assert (first[part != 2] != second[part != 2]).any()
     decided = [
@@ -98,7 +99,9 @@ def test_null_is_one_half_unless_a_network_saw_what_partners_have_in_common(monk
         decided = thresholds.classwise(scores, member, y, part=part, own=own)
         found["decided"].append(balanced_accuracy_influence_values(decided, member, 0.0).mean())
         apart = np.stack([part[0], (part[0] + 1) % 3])  # the second model's part was learned from the first
-        found["apart"].append(auc_influence_values(neural.attack(seen, member, seed, part=apart)[0], member).mean())
+        with monkeypatch.context() as patched:
+            patched.setattr(neural, "calibration_split", lambda *_, apart=apart, **__: apart)
+            found["apart"].append(auc_influence_values(neural.attack(seen, member, seed)[0], member).mean())
     z = {name: (np.mean(v) - 0.5) / (np.std(v) / np.sqrt(len(v))) for name, v in found.items()}
     assert abs(z["shared"]) < 4 and abs(z["decided"]) < 4 and z["apart"] < -6, z
 

@@ -42,7 +42,7 @@ from lib.analysis import compare, interventions
 from lib.attacks import catalogue, intervals
 from lib.study import experiments, figures, settings, verdict
 from lib.study.results import Results
-from lib.study.text import describe_sign, joined, percentage_points, select, show_table, show_text, sign
+from lib.study.text import describe_sign, joined, number, percentage_points, select, show_table, show_text, sign
 
 # %% tags=["parameters"]
 # Parameters that a reader would change first; the preset fills in what is None. `make study` takes many more.
@@ -104,18 +104,16 @@ for radius, key in at_radius.items():
 tuned = pd.concat(frames, ignore_index=True)
 tuned["rho"] = [0 if row.optimizer == baseline else row.coordinate[4:] or f"{sharp[1]:g}" for row in tuned.itertuples()]
 results.add(tuned, experiment="tuned")
-chosen = [
-    (f"chosen_{what}", *key[:2], key[k]) for key in (plain, sharp) for k, what in ((2, "lr"), (3, "weight_decay"))
-]
-results.add(pd.DataFrame(chosen, columns=["metric", "optimizer", "rho", "value"]), experiment="tuned")
+settings_of = {"optimizer": 0, "rho": 1, "chosen_lr": 2, "chosen_weight_decay": 3}
+chosen = pd.DataFrame([{name: key[k] for name, k in settings_of.items()} for key in (plain, sharp)])
+results.add(chosen.melt(["optimizer", "rho"], var_name="metric"), experiment="tuned")
 tuned = tuned[tuned.coordinate == ""]
 show_table(tuned[tuned.attack == ""])
 leak = tuned[(tuned.attack != "") & (tuned.baseline == baseline)]
 show_table(leak, across=["metric"])
 for row in leak[leak.metric == "auc"].itertuples():
-    show_text(
-        f"Both tuned, {treatment} leaks {describe_sign(row, *than)} {baseline} by `{row.attack}`: {percentage_points(row)} of AUC."
-    )
+    said = f"leaks {describe_sign(row, *than)} {baseline} by `{row.attack}`: {percentage_points(row)} of AUC"
+    show_text(f"Both tuned, {treatment} {said}.")
 
 # %% [markdown]
 # The best setting is often best by chance: its neighbours are as accurate, as far as we can tell. Leakage may differ
@@ -125,29 +123,19 @@ for row in leak[leak.metric == "auc"].itertuples():
 # %%
 aucs = {key: {a: compare.auc_influence_values(e, a) for a in catalogue.HEADLINES} for key, e in made.items()}
 how = dict(clusters=intervals.pairs(member), columns=groups)
-as_good = {
-    top: [
-        key
-        for key in made
-        if key[0] == top[0]
-        and fit[key] >= min(verdict.FITS, fit[top])
-        and intervals.estimate(held_out[key] - held_out[top], **how).high >= 0
-    ]
-    for top in (plain, sharp)
-}
+as_good = {}
+for top in (plain, sharp):
+    fitting = [key for key in made if key[0] == top[0] and fit[key] >= min(verdict.FITS, fit[top])]
+    as_good[top] = [key for key in fitting if intervals.estimate(held_out[key] - held_out[top], **how).high >= 0]
 spread = [aucs[b][headline].mean() - aucs[a][headline].mean() for a in as_good[plain] for b in as_good[sharp]]
+ends = pd.DataFrame({"coordinate": ["lowest", "highest"], "value": [min(spread), max(spread)]})
+about = dict(optimizer=treatment, baseline=baseline, attack=headline, rho="")
+results.add(ends.assign(metric="auc_among_the_best"), experiment="tuned", **about)
 show_text(
     f"{len(as_good[plain])} settings of {baseline} and {len(as_good[sharp])} of {treatment} are as accurate on non-members "
     f"as the best, as far as we can tell. Between them, {treatment} minus {baseline} goes from {100 * min(spread):+.1f} to "
     f"{100 * max(spread):+.1f} points of AUC by `{headline}`."
 )
-bounds = pd.DataFrame(
-    [
-        dict(metric="auc_among_the_best", value=v, coordinate=k)
-        for k, v in (("lowest", min(spread)), ("highest", max(spread)))
-    ]
-)
-results.add(bounds, experiment="tuned", optimizer=treatment, baseline=baseline, attack=headline, rho="")
 
 # %% [markdown]
 # **How to read it.** If the range holds both signs, tuning for accuracy does not decide who leaks more. Then the choice
@@ -187,25 +175,21 @@ better = []
 for key in bases if fit[sharp] >= verdict.FITS else ():
     gain = intervals.estimate(hits[key] - hits[sharp], clusters=how["clusters"], columns=run.dataset.groups_test)
     leaks = {a: compare.auc_estimate(aucs[key][a] - aucs[sharp][a], run.dataset, level) for a in catalogue.HEADLINES}
-    named = dict(optimizer=baseline, baseline=treatment, rho="", coordinate=f"lr={key[2]:g}, weight_decay={key[3]:g}")
-    rows = [intervals.row("test_accuracy", gain, attack="", **named)]
-    rows += [intervals.row("auc", found, attack=a, **named) for a, found in leaks.items()]
-    results.add(pd.DataFrame(rows), experiment="frontier")
+    rows = [intervals.row("test_accuracy", gain, attack="")]
+    rows = pd.DataFrame(rows + [intervals.row("auc", found, attack=a) for a, found in leaks.items()])
+    place = f"lr={key[2]:g}, weight_decay={key[3]:g}"
+    results.add(rows, experiment="frontier", optimizer=baseline, baseline=treatment, rho="", coordinate=place)
     if gain.high >= 0 and leaks[headline].high < 0:
-        better.append((key, gain, leaks[headline]))
+        better.append((place, rows.iloc[0], select(rows, attack=headline)))
 if fit[sharp] >= verdict.FITS:
     counts = pd.DataFrame({"metric": ["settings_that_fit", "better_choices"], "value": [len(bases), len(better)]})
     results.add(counts, experiment="frontier", optimizer=baseline, baseline=treatment, rho="", attack=headline)
-if fit[sharp] < verdict.FITS:
-    show_text(f"Not testable here: tuned {treatment} fits {fit[sharp]:.1%} of its training half.")
-else:
     show_text(f"{len(better)} of {len(bases)} fitted settings of {baseline} are better choices than tuned {treatment}.")
-for key, gain, leaks in better:
-    show_text(
-        f"- {baseline} with learning rate {key[2]:g} and weight decay {key[3]:g}: accuracy "
-        f"{100 * gain.value:+.2f} points [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}], AUC of `{headline}` "
-        f"{100 * leaks.value:+.1f} points [{100 * leaks.low:+.1f}, {100 * leaks.high:+.1f}]."
-    )
+else:
+    show_text(f"Not testable here: tuned {treatment} fits {fit[sharp]:.1%} of its training half.")
+for place, gain, leaks in better:
+    changes = f"accuracy {percentage_points(gain)}, AUC of `{headline}` {percentage_points(leaks)}"
+    show_text(f"- {baseline} with {place}: {changes}.")
 
 # %% [markdown]
 # ## On other pools
@@ -234,19 +218,14 @@ for seed in (run.seed, *run.other_pools):
             rows.append(frame[frame.baseline == baseline].assign(**about))
 pools = pd.concat(rows, ignore_index=True)
 results.add(pools, experiment="pools", rho=f"{own_rho:g}", n_models=n_fewer)
-steps = pools[pools.metric.isin(["auc", "test_accuracy"])].assign(
-    what=lambda f: f.metric + (" of " + f.attack).where(f.attack != "", "")
-)
-show_table(
-    steps.assign(metric=steps.coordinate + " (" + steps.settings + ")", attack="", optimizer="", baseline=""),
-    across=["what"],
-)
+steps = pools[pools.metric.isin(["auc", "test_accuracy"])]
+columns = {"metric": steps.coordinate + " (" + steps.settings + ")", "what": steps.metric + " " + steps.attack}
+show_table(steps.assign(**columns, attack="", optimizer="", baseline=""), across=["what"])
 for (kind, attack), part in steps[steps.metric == "auc"].groupby(["kind", "attack"], sort=False):
     if len(part) > 1:
-        inside = (part.ci_high - part.ci_low).mean() / 2
-        show_text(
-            f"`{attack}`, {kind}: {', '.join(f'{100 * v:+.1f}' for v in part.value)} points on {len(part)} pools; standard deviation between pools {100 * part.value.std():.1f}, half an interval {100 * inside:.1f}."
-        )
+        each, half = ", ".join(f"{100 * v:+.1f}" for v in part.value), (part.ci_high - part.ci_low).mean() / 2
+        said = f"standard deviation between pools {100 * part.value.std():.1f}, half an interval {100 * half:.1f}"
+        show_text(f"`{attack}`, {kind}: {each} points on {len(part)} pools; {said}.")
 if len(run.other_pools) == 0:
     show_text("This run has one pool; `n_pools=3` asks for more.")
 
@@ -288,15 +267,13 @@ fits = fits.pivot(index="epochs", columns="optimizer", values="value")[[baseline
 display(fits.style.format("{:.1%}").set_caption("train accuracy"))
 for attack, part in split.groupby("attack", sort=False):
     show_text(f"By `{attack}`:")
-    show_table(
-        part.assign(metric=part.metric.map(order), attack="", optimizer=part.coordinate, baseline=""), across=["metric"]
-    )
+    part = part.assign(metric=part.metric.map(order), attack="", optimizer=part.coordinate, baseline="")
+    show_table(part, across=["metric"])
 left = split[split.metric == "auc_at_equal_loss"]
 not_fit = [e for e in ends if fits.loc[e].min() < verdict.FITS]
 if not_fit:
-    show_text(
-        f"After {joined(map(str, not_fit))} epochs one of the two fits less than {verdict.FITS:.0%}: such a total compares how far training has gone."
-    )
+    said = f"After {joined(map(str, not_fit))} epochs one of the two fits less than {verdict.FITS:.0%}"
+    show_text(f"{said}: such a total compares how far training has gone.")
 
 # %% [markdown]
 # The figure shows SGD's curve with its band, and SAM as points: other numbers of epochs, and other radii.
@@ -306,38 +283,25 @@ without = str(radius_sweep[0.0].recipe.optimizer)
 by_radius = {(treatment if rho else without, rho): e for rho, e in radius_sweep.items()}
 radius_frame = compare.split_labels(compare.contrast(by_radius), "rho")
 results.add(radius_frame, experiment="radius sweep", n_models=n_swept)
-wanted = (length_frame.metric == "auc") & (length_frame.attack == headline) & (length_frame.baseline == "")
-of_sgd, of_sam = (
-    length_frame[wanted & (length_frame.optimizer == name)].sort_values("train_loss") for name in (baseline, treatment)
-)
-of_radius = radius_frame[
-    (radius_frame.metric == "auc")
-    & (radius_frame.attack == headline)
-    & (radius_frame.baseline == "")
-    & (radius_frame.rho > 0)
-]
+levels = pd.concat([length_frame, radius_frame[radius_frame.rho > 0]])  # of each optimizer, by epochs or by radius
+levels = levels[(levels.metric == "auc") & (levels.attack == headline) & (levels.baseline == "")]
+of_sgd = levels[levels.optimizer == baseline].sort_values("train_loss")
+of_sam = levels[levels.optimizer == treatment]
 figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
 grid = np.geomspace(of_sgd.train_loss.min(), of_sgd.train_loss.max(), 200)
-curve = {
-    side: expit(PchipInterpolator(np.log(of_sgd.train_loss), logit(of_sgd[side]))(np.log(grid)))
+value, low, high = (
+    expit(PchipInterpolator(np.log(of_sgd.train_loss), logit(of_sgd[side]))(np.log(grid)))
     for side in ("value", "ci_low", "ci_high")
-}
-axis.plot(grid, curve["value"], color=figures.COLOURS[0], label=f"{baseline}, epochs varied")
-axis.fill_between(grid, curve["ci_low"], curve["ci_high"], color=figures.COLOURS[0], alpha=0.2)
+)
+axis.plot(grid, value, color=figures.COLOURS[0], label=f"{baseline}, epochs varied")
+axis.fill_between(grid, low, high, color=figures.COLOURS[0], alpha=0.2)
 axis.plot(of_sgd.train_loss, of_sgd.value, "o", color=figures.COLOURS[0])
-for index, (rows, labels, what) in enumerate(
-    ((of_sam, of_sam.epochs, "epochs varied"), (of_radius, of_radius.rho, "radius varied")), 1
-):
-    figures.error_bars(axis, rows.train_loss, rows, index, f"{treatment}, {what}", linestyle="")
-    for row, word in zip(rows.itertuples(), labels, strict=True):
-        axis.annotate(
-            f"{word:.3g}",
-            (row.train_loss, row.value),
-            (6, 6 if index == 1 else -13),
-            textcoords="offset points",
-            fontsize=8,
-            color=figures.COLOURS[index],
-        )
+for index, (name, below) in enumerate((("epochs", 6), ("rho", -13)), 1):
+    rows = of_sam.dropna(subset=name)
+    figures.error_bars(axis, rows.train_loss, rows, index, f"{treatment}, {name} varied", linestyle="")
+    for x, y, word in rows[["train_loss", "value", name]].to_numpy():
+        look = dict(textcoords="offset points", fontsize=8, color=figures.COLOURS[index])
+        axis.annotate(f"{word:.3g}", (x, y), (6, below), **look)
 axis.set(xscale="log", xlabel="train loss (nats), falling to the right", ylabel=figures.plain(f"AUC of {headline}"))
 axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 axis.xaxis.set_major_formatter("{x:g}")
@@ -367,20 +331,17 @@ paths = {
         lr: e for (name, _, lr, decay), e in at_rates.items() if name == baseline and decay == run.weight_decay
     },
 }
-parts = [
-    compare.decomposition(same[radius], curve, same[0.0], treatment, baseline, coordinate=f"path={path}").assign(
-        rho=radius, path=path
-    )
-    for path, curve in paths.items()
-    for radius in same
-    if radius
-]
+parts = []
+for path, curve in paths.items():
+    for radius in filter(None, same):
+        both = same[radius], curve, same[0.0]
+        part = compare.decomposition(*both, treatment, baseline, coordinate=f"path={path}")
+        parts.append(part.assign(rho=radius, path=path))
 dose = pd.concat(parts, ignore_index=True)
 results.add(dose, experiment="decomposition", n_models=len(same[0.0].ids))
-named = dose.assign(
-    optimizer=dose.path + ", rho " + dose.rho.map("{:g}".format), baseline="", metric=dose.metric.map(order)
-)
-show_table(named[named.attack == headline].assign(attack=""), across=["metric"])
+named = dose[dose.attack == headline].assign(attack="", baseline="", metric=dose.metric.map(order))
+named["optimizer"] = named.path + ", rho " + named.rho.map("{:g}".format)
+show_table(named, across=["metric"])
 
 # %%
 figure, axes = plt.subplots(1, len(catalogue.HEADLINES), figsize=(12.3, 3.6), sharey=True, layout="constrained")
@@ -402,14 +363,11 @@ at_loss = dose[(dose.metric == "auc_at_equal_loss") & (dose.attack == headline)]
 for path, rows in at_loss.groupby("path", sort=False):
     found = ", ".join(f"{percentage_points(row)} at rho {row.rho:g}" for row in rows.itertuples())
     show_text(f"At equal loss, SGD's loss moved by {path}: {found}.")
-two = at_loss.pivot(index="rho", columns="path", values=["value", "ci_low", "ci_high"])
+two = at_loss.pivot(index="rho", columns="path", values=["ci_low", "ci_high"]).dropna()
 for radius, row in two.iterrows() if at_loss.path.nunique() == 2 else ():
-    one, other = ((row["ci_low"][path], row["ci_high"][path]) for path in paths)
-    if np.isfinite([*one, *other]).all():
-        apart = one[0] > other[1] or other[0] > one[1]
-        show_text(
-            f"At rho {radius:g} the two paths {'**disagree**: their intervals do not meet' if apart else 'agree within their intervals'}."
-        )
+    apart = row["ci_low"].max() > row["ci_high"].min()
+    said = "**disagree**: their intervals do not meet" if apart else "agree within their intervals"
+    show_text(f"At rho {radius:g} the two paths {said}.")
 
 # %% [markdown]
 # ## At equal accuracy and at equal compute
@@ -426,13 +384,14 @@ frontier = compare.decomposition(
 frontier = frontier[frontier.metric == "auc_at_equal_accuracy"]
 results.add(frontier, experiment="frontier", rho=f"{sharp[1]:g}")
 for row in frontier.itertuples():
-    show_text(
-        f"Tuned {treatment} against an SGD of the same test accuracy ({row.test_accuracy:.2%}, learning rate varied), by `{row.attack}`: {treatment} leaks {describe_sign(row, *than)} {baseline}, {percentage_points(row)} of AUC."
-    )
+    said = f"{treatment} leaks {describe_sign(row, *than)} {baseline}, {percentage_points(row)} of AUC"
+    against = f"an SGD of the same test accuracy ({row.test_accuracy:.2%}, learning rate varied)"
+    show_text(f"Tuned {treatment} against {against}, by `{row.attack}`: {said}.")
 if frontier.empty:
     top = max(hits[key].mean() for key in made if not key[1])
+    said = f"({hits[sharp].mean():.2%}; the best of {baseline} has {top:.2%}): nothing can be said at equal accuracy"
     show_text(
-        f"No two learning rates of {baseline} lie clearly on both sides of the accuracy of tuned {treatment} ({hits[sharp].mean():.2%}; the best of {baseline} has {top:.2%}): nothing can be said at equal accuracy."
+        f"No two learning rates of {baseline} lie clearly on both sides of the accuracy of tuned {treatment} {said}."
     )
 
 # %%
@@ -442,11 +401,10 @@ for e, more in pairs.items():
     compute = compare.contrast({baseline: lengths[more, baseline], treatment: lengths[e, treatment]})
     compute = compute[(compute.baseline == baseline) & compute.metric.isin(["auc", "tpr@0.01", "test_accuracy"])]
     results.add(compute, experiment="equal compute", coordinate=f"epochs={e}", n_models=n_swept)
-    gain, rise = (
-        percentage_points(select(compute, baseline, metric=m, attack=a))
-        for m, a in (("test_accuracy", ""), ("auc", headline))
-    )
-    show_text(f"At equal compute ({treatment} {e} epochs, {baseline} {more}): accuracy {gain}, AUC {rise}.")
+    gain = select(compute, baseline, metric="test_accuracy")
+    rise = select(compute, baseline, metric="auc", attack=headline)
+    said = f"accuracy {percentage_points(gain)}, AUC {percentage_points(rise)}"
+    show_text(f"At equal compute ({treatment} {e} epochs, {baseline} {more}): {said}.")
 
 # %% [markdown]
 # ## Does contraction predict leakage?
@@ -474,100 +432,75 @@ own_decay = np.array([e.recipe.weight_decay == run.weight_decay for e, _ in cell
 
 
 def quantities(ensemble):
-    """Of each model: AUC, variance of phi on non-members, overlap, train loss: [4, M]."""
+    """Of each model: AUC, log variance of phi on non-members, overlap, log train loss: [4, M]."""
     phi, inside = compare.signal(ensemble, "phi").astype(float), np.array(ensemble.member)
     median = np.nanmedian(np.where(inside, phi, np.nan), axis=1, keepdims=True)
     overlap = ((phi > median) & ~inside).sum(1) / (~inside).sum(1)
     variance = compare.variance_influence_values(ensemble, "phi", "across_examples").mean(1)
-    return np.array(
-        [
-            compare.auc_influence_values(ensemble, headline).mean(1),
-            variance,
-            overlap,
-            compare.train_losses(ensemble).mean(1),
-        ]
-    )
+    leaks, loss = compare.auc_influence_values(ensemble, headline).mean(1), compare.train_losses(ensemble).mean(1)
+    return np.array([leaks, variance, overlap, loss])
 
 
-def correlations(each, path, keep):
-    """Over the settings, raw and at equal loss: the correlations of the AUC with log variance and with overlap, and how many."""
-    mean = each[..., keep].mean(-1)  # [settings, 2, 4]
-    curve = path[..., keep].mean(-1)  # [SGD's lengths of training, 4]
-    mean[..., 1], curve[:, 1], mean[..., 3], curve[:, 3] = (
-        np.log(v) for v in (mean[..., 1], curve[:, 1], mean[..., 3], curve[:, 3])
-    )
-    order = np.argsort(curve[:, 3])
-    at_loss = PchipInterpolator(curve[order, 3], curve[order, :3], extrapolate=False)(mean[:, 1, 3])
-    found, counts, on_path = (
-        [],
-        [],
-        np.where(own_decay, 0, np.nan)[:, None],
-    )  # the curve is SGD's with the run's own weight decay
-    for change in (mean[:, 1, :3] - mean[:, 0, :3], mean[:, 1, :3] - at_loss + on_path):
+def averages(each, keep=slice(None)):
+    """The means of `quantities` [..., 4, M] over the models kept: AUC, log variance, overlap, log train loss [..., 4]."""
+    leaks, variance, overlap, loss = np.moveaxis(each[..., keep].mean(-1), -1, 0)
+    return np.stack([leaks, np.log(variance), overlap, np.log(loss)], axis=-1)
+
+
+def correlations(each, path, keep=slice(None)):
+    """Of the change in AUC over the settings, at equal settings and at equal loss, with that in log variance and overlap.
+
+    A dict (how, with what) -> (correlation, number of settings).
+    """
+    one, other = np.moveaxis(averages(each, keep), 1, 0)  # of SGD and of SAM, [settings, 4]
+    curve = averages(path, keep)
+    curve = curve[curve[:, 3].argsort()]  # of SGD's lengths of training, all with the run's own weight decay
+    at_loss = PchipInterpolator(curve[:, 3], curve, extrapolate=False)(other[:, 3])
+    at_loss[~own_decay] = np.nan
+    found = {}
+    for how, change in (("at equal settings", other - one), ("at equal loss", other - at_loss)):
         known = change[np.isfinite(change).all(1)]
-        counts += [len(known)] * 2
-        found += [np.corrcoef(known[:, 0], known[:, column])[0, 1] if len(known) > 3 else np.nan for column in (1, 2)]
-    return np.array(found), counts
+        for k, what in ((1, "log variance"), (2, "overlap")):
+            correlation = np.corrcoef(known[:, 0], known[:, k])[0, 1] if len(known) > 3 else np.nan
+            found[f"{what}, {how}"] = correlation, len(known)
+    return found
 
 
 each = np.array([[quantities(e.only(shared)) for e in pair] for pair in cells.values()])  # [settings, 2, 4, M]
 path = np.array([quantities(e.only(shared)) for (_, name), e in lengths.items() if name == baseline])
 pairs_of = np.arange(len(shared)) // 2
-whole, counts = correlations(each, path, pairs_of >= 0)
-whole = np.arctanh(whole)
-parts = np.arctanh([correlations(each, path, pairs_of != k)[0] for k in np.unique(pairs_of)])
-half = 1.96 * np.sqrt((len(parts) - 1) * parts.var(0))
-names = [f"{what}, {kind}" for kind in ("at equal settings", "at equal loss") for what in ("log variance", "overlap")]
-contraction = pd.DataFrame(
-    {
-        "metric": "correlation_with_auc",
-        "coordinate": names,
-        "value": np.tanh(whole),
-        "ci_low": np.tanh(whole - half),
-        "ci_high": np.tanh(whole + half),
-    }
-)
-results.add(
-    contraction.dropna(subset="value"),
-    experiment="contraction",
-    optimizer=treatment,
-    baseline=baseline,
-    attack=headline,
-    rho="",
-    n_models=len(shared),
-)
-for row, n_settings in zip(contraction.itertuples(), counts, strict=True):
-    said = f"correlation with the difference in AUC {row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
-    said = said if np.isfinite(row.value) else "too few settings of SAM lie on SGD's curve to say"
-    show_text(f"Over {n_settings} settings, {row.coordinate}: {said}.")
+whole = correlations(each, path)
+without = [correlations(each, path, pairs_of != k) for k in np.unique(pairs_of)]  # each pair of models once
+rows = []
+for name, (value, n_settings) in whole.items():
+    half = 1.96 * np.sqrt((len(without) - 1) * np.var(np.arctanh([found[name][0] for found in without])))
+    interval = intervals.Estimate(value, *np.tanh(np.arctanh(value) + [-half, half]))
+    rows.append(intervals.row("correlation_with_auc", interval, coordinate=name))
+    said = f"correlation with the difference in AUC {number(pd.Series(rows[-1]), '+.2f')}"
+    said = said if np.isfinite(value) else "too few settings of SAM lie on SGD's curve to say"
+    show_text(f"Over {n_settings} settings, {name}: {said}.")
+about = dict(optimizer=treatment, baseline=baseline, attack=headline, rho="", n_models=len(shared))
+results.add(pd.DataFrame(rows).dropna(subset="value"), experiment="contraction", **about)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-change = np.log(each[:, 1].mean(-1)) - np.log(each[:, 0].mean(-1))
-rise = 100 * (each[:, 1, 0] - each[:, 0, 0]).mean(-1)
+one, other = np.moveaxis(averages(each), 1, 0)
+rise, change, overlap, _ = (other - one).T
 fits = [min(compare.on_pool(e, "correct").mean() for e in pair) >= verdict.FITS for pair in cells.values()]
-for axis, values, label in (
-    (axes[0], change[:, 1], r"log ratio of the variance of $\phi$ on non-members"),
-    (axes[1], 100 * (each[:, 1, 2] - each[:, 0, 2]).mean(-1), "overlap, difference in points"),
+for axis, x, label in (
+    (axes[0], change, r"log ratio of the variance of $\phi$ on non-members"),
+    (axes[1], 100 * overlap, "overlap, difference in points"),
 ):
-    for full, colour in ((True, figures.COLOURS[0]), (False, "white")):
-        at = np.array(fits) == full
-        axis.plot(
-            values[at],
-            rise[at],
-            "o",
-            color=figures.COLOURS[0],
-            mfc=colour,
-            label="both fit" if full else "one does not fit",
-        )
+    axis.scatter(x, 100 * rise, color=[figures.COLOURS[0] if full else "white" for full in fits], ec=figures.COLOURS[0])
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
     axis.set(xlabel=label)
 axes[0].set_ylabel(figures.plain(f"AUC of {headline}, difference in points"))
-axes[0].legend(fontsize=9)
 figures.save(figure, run, "contraction_and_leakage")
 
 # %% [markdown]
+# A point is a setting; where it is hollow, one of the two fits less than 99% of its training half.
+#
 # A negative control. Dividing all logits by a temperature changes no prediction, changes the variance much, and hardly
 # what an attacker learns who calibrates on models served in the same way. If such a change of variance went with a
 # change of leakage, the correlation above would be about the scale of the outputs.
@@ -575,21 +508,12 @@ figures.save(figure, run, "contraction_and_leakage")
 # %%
 for factor in (0.5, 2):
     warm = interventions.tempered(made[plain], factor)
-    both = [quantities(e).mean(1) for e in (made[plain], warm)]
+    change = averages(quantities(warm))[1] - averages(quantities(made[plain]))[1]
     moved = compare.auc_estimate(compare.auc_influence_values(warm, headline) - aucs[plain][headline], run.dataset)
-    row = intervals.row(
-        "auc",
-        moved,
-        optimizer=baseline,
-        baseline=baseline,
-        attack=headline,
-        coordinate=f"temperature={factor:g}",
-        rho="",
-    )
-    results.add(pd.DataFrame([row]), experiment="contraction")
-    show_text(
-        f"{baseline} at temperature {factor:g}: the log variance moves by {np.log(both[1][1] / both[0][1]):+.2f}, the AUC by {100 * moved.value:+.2f} points [{100 * moved.low:+.2f}, {100 * moved.high:+.2f}]."
-    )
+    moved = pd.DataFrame([intervals.row("auc", moved, optimizer=baseline, baseline=baseline, attack=headline)])
+    results.add(moved, experiment="contraction", coordinate=f"temperature={factor:g}", rho="")
+    said = f"the log variance moves by {change:+.2f}, the AUC by {percentage_points(moved.iloc[0])}"
+    show_text(f"{baseline} at temperature {factor:g}: {said}.")
 
 # %% [markdown]
 # **How to read it.** The paper's explanation predicts *negative* correlations: less variance and less overlap, more
@@ -660,22 +584,16 @@ show_text(f"Not testable, because one of the two does not fit its training half:
 
 # %%
 main = compare.contrast(run.ensembles("main"))
-rows = [
-    ("main comparison", row)
-    for row in main[(main.optimizer == treatment) & (main.metric == "auc") & (main.baseline == baseline)].itertuples()
-]
-rows += [("both tuned", row) for row in leak[leak.metric == "auc"].itertuples()]
-rows += [(f"at equal loss, {row.coordinate}", row) for row in left.itertuples()]
-power = pd.DataFrame(
-    [dict(what=what, attack=row.attack, value=2.8 * (row.ci_high - row.ci_low) / (2 * 1.96)) for what, row in rows]
-).assign(metric="smallest_detectable_difference", optimizer=treatment, baseline=baseline)
-results.add(power.assign(coordinate=power.what), experiment="power", rho="")
-display(
-    power.pivot_table(index="what", columns="attack", values="value", sort=False)
-    .mul(100)
-    .style.format("{:.1f}")
-    .set_caption("points of AUC")
-)
+main = main[(main.optimizer == treatment) & (main.baseline == baseline)]
+compared = {"main comparison": main, "both tuned": leak}
+parts = [frame[frame.metric == "auc"].assign(coordinate=what) for what, frame in compared.items()]
+parts.append(left.assign(coordinate="at equal loss, " + left.coordinate))
+power = pd.concat(parts)[["attack", "coordinate", "ci_low", "ci_high"]]
+power["value"] = 2.8 * (power.pop("ci_high") - power.pop("ci_low")) / (2 * 1.96)
+about = dict(metric="smallest_detectable_difference", optimizer=treatment, baseline=baseline, rho="")
+results.add(power.assign(ci_low=np.nan, ci_high=np.nan), experiment="power", **about)
+table = 100 * power.pivot_table(index="coordinate", columns="attack", values="value", sort=False)
+display(table.style.format("{:.1f}").set_caption("points of AUC"))
 
 # %% [markdown]
 # ## What this run shows
@@ -683,37 +601,31 @@ display(
 # Computed from the numbers above.
 
 # %%
-rows = leak[leak.metric == "auc"]
-said = joined(
-    f"{describe_sign(row, *than)} {baseline} by `{row.attack}` ({percentage_points(row)})" for row in rows.itertuples()
-)
+rows = leak[leak.metric == "auc"].itertuples()
+said = joined(f"{describe_sign(row, *than)} {baseline} by `{row.attack}` ({percentage_points(row)})" for row in rows)
 show_text(f"**Both tuned**, {treatment} leaks {said}.")
-short = [
-    f"{name} fits {fit[key]:.1%}" for name, key in ((baseline, plain), (treatment, sharp)) if fit[key] < verdict.FITS
-]
-if short:
-    show_text(f"But this setting cannot test the claim: {joined(short)} of its training half.")
-show_text(
-    f"**Among equally accurate settings** the difference goes from {100 * min(spread):+.1f} to {100 * max(spread):+.1f} points."
-)
+fitted = {baseline: fit[plain], treatment: fit[sharp]}
+short = joined(f"{name} fits {share:.1%}" for name, share in fitted.items() if share < verdict.FITS)
+if short != "none":
+    show_text(f"But this setting cannot test the claim: {short} of its training half.")
+said = f"the difference goes from {100 * min(spread):+.1f} to {100 * max(spread):+.1f} points"
+show_text(f"**Among equally accurate settings** {said}.")
 found = at_loss[at_loss.path == "epochs"]
 grows = len(found) > 1 and found.ci_low.iloc[-1] > found.ci_high.iloc[0]  # at the largest radius and at the smallest
+signs = [sign(row) for row in left.itertuples()]
 show_text(
-    f"**At equal loss** {treatment} leaks more in {sum(sign(row) > 0 for row in left.itertuples())} and less in "
-    f"{sum(sign(row) < 0 for row in left.itertuples())} of {len(left)} comparisons (lengths of training and attacks). "
-    f"What remains at equal loss {'grows with' if grows else 'does not clearly grow with'} the radius."
+    f"**At equal loss** {treatment} leaks more in {signs.count(1)} and less in {signs.count(-1)} of {len(left)} comparisons "
+    f"(lengths of training and attacks). What remains {'grows' if grows else 'does not clearly grow'} with the radius."
 )
 show_text(f"**Causes.** {f'The effect is switched off by {off}' if was else 'There is no effect to switch off'}.")
 if better:
-    key, gain, found = min(better, key=lambda found: found[2].value)
+    place, _, least = min(better, key=lambda found: found[2].value)
     advice = (
-        f"Before you take {treatment} for its accuracy, tune {baseline}: with learning rate {key[2]:g} and weight decay "
-        f"{key[3]:g} it tests no worse here, as far as we can tell, and leaks {-100 * found.value:.1f} points less."
+        f"Before you take {treatment} for its accuracy, tune {baseline}: with {place} it tests no worse here, as far as we "
+        f"can tell, and leaks {-100 * least.value:.1f} points less."
     )
 else:
     advice = f"No setting of {baseline} tried here is as accurate as tuned {treatment} and clearly leaks less."
-show_text(
-    f"**What to do.** {advice} Among settings that are equally accurate on held-out data, choose by an audit: tuning for "
-    f"accuracy alone moves the leakage by up to {100 * (max(spread) - min(spread)):.1f} points."
-)
+said = f"tuning for accuracy alone moves the leakage by up to {100 * (max(spread) - min(spread)):.1f} points"
+show_text(f"**What to do.** {advice} Among settings of equal accuracy on held-out data, choose by an audit: {said}.")
 show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")

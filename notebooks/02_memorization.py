@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 from scipy import stats
+from sklearn.neighbors import NearestNeighbors
 
 from lib.analysis import compare, memorization
 from lib.attacks import intervals
@@ -406,7 +407,13 @@ show_text(f"The rank correlation of the two optimizers is {rank.value:.3f} [{ran
 # %%
 phi = {name: compare.signal(ensembles[name], "phi") for name in (baseline, treatment)}
 unsure = compare.signal(ensembles[baseline], "entropy")
-atypical = memorization.atypicality(inputs(run.dataset)[0], run.dataset.y, min(5, np.bincount(run.dataset.y).min() - 1))
+x, y = inputs(run.dataset)[0].reshape(n_pool, -1), run.dataset.y
+k = min(5, np.bincount(y).min() - 1)
+own, distance = np.eye(run.dataset.n_classes, dtype=bool)[y], np.empty((n_pool, run.dataset.n_classes))
+for c in range(run.dataset.n_classes):  # the mean distance of each example to its k nearest of class c
+    nearest = NearestNeighbors(n_neighbors=k + 1).fit(x[y == c]).kneighbors(x)[0]
+    distance[:, c] = np.where(y == c, nearest[:, 1:].mean(1), nearest[:, :-1].mean(1))  # the nearest may be itself
+atypical = distance[own] / np.maximum(np.where(own, np.inf, distance).min(1), 1e-12)
 sides = []
 for one, two in (halves, halves[::-1]):
     exposed = {name: memorization.exposure(p[two], member[two]) for name, p in phi.items()}

@@ -27,6 +27,7 @@
 # %% tags=["setup"]
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from IPython.display import display
 
 from lib.analysis import compare, interventions, memorization
@@ -99,13 +100,12 @@ show_table(table[wanted & usual], across=["metric"])
 hits = {key: compare.hits_on_test(e) for key, e in made.items()}
 leaks = {key: compare.auc_influence_values(e).astype(np.float32) for key, e in made.items()}
 level = 1 - 0.05 / max(1, len(made) * (len(made) - 1))  # Bonferroni
-shadows = dict(shadow_correction=intervals.SHADOW_CORRECTION, columns=run.dataset.groups)
 
 
 def beats(b, a):
     """Does ensemble b beat ensemble a?"""
     better = intervals.estimate(hits[b] - hits[a], level=level, columns=run.dataset.groups_test)
-    tighter = intervals.estimate(leaks[a] - leaks[b], level=level, **shadows)
+    tighter = compare.auc_estimate(leaks[a] - leaks[b], run.dataset, level)
     return (better.low > 0 or tighter.low > 0) and better.value >= 0 and tighter.value >= 0
 
 
@@ -176,7 +176,15 @@ show_text(f"What beats {baseline}: {joined(label(*key) for key in beaten[baselin
 # %%
 defended = run.ensembles("defences")
 defended |= {f"temperature {t}": interventions.tempered(defended["none"], t) for t in (0.25, 4)}
-costs = interventions.defence_table(defended)
+
+
+def defence_table(found):
+    """Accuracies, and every metric of the headline attacks and of a threshold on the confidence: a tidy frame."""
+    scored = {k: compare.headline_scores(e) | {"confidence": compare.signal(e, "phi")} for k, e in found.items()}
+    return pd.concat([compare.accuracies(found), compare.leakage(found, scored)], ignore_index=True)
+
+
+costs = defence_table(defended)
 results.add(costs, experiment="defences", rho="", n_models=len(defended["none"].ids))
 
 
@@ -218,7 +226,7 @@ show_prices(costs.assign(label=costs.optimizer), "none", "defences")
 # %%
 private, delta, arch = run.ensembles("private"), experiments.delta_of(run), experiments.private_arch(run)
 if private:
-    guard = compare.split_labels(interventions.defence_table(private), "epsilon")
+    guard = compare.split_labels(defence_table(private), "epsilon")
     guard["coordinate"] = ["" if np.isinf(e) else f"epsilon={e:g}" for e in guard.epsilon]
     about = {"experiment": "private", "rho": "", "n_models": len(private[baseline, np.inf].ids)}
     results.add(guard, **about)
@@ -249,14 +257,21 @@ else:
 # %%
 two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, treatment)}
 n_models = len(two[baseline].ids)
-by_class = interventions.class_table(two)
-results.add(by_class, experiment="classes", n_models=n_models)
-show_table(by_class[by_class.metric == "balanced_test_accuracy"])
+parts = {name: (run.dataset.y == c, run.dataset.y_test == c) for c, name in enumerate(run.dataset.classes)}
+by_class = interventions.within(two, parts, "class_test_accuracy")
+results.add(by_class, experiment="classes", coordinate="class=" + by_class.part, n_models=n_models)
+
+_, label_of, counts = np.unique(run.dataset.y_test, return_inverse=True, return_counts=True)
+weight = len(label_of) / (len(counts) * counts[label_of])  # the mean over the classes: all weigh alike
+weighted = {name: compare.hits_on_test(e) * weight for name, e in two.items()}
+balanced = intervals.paired(weighted, "balanced_test_accuracy", columns=run.dataset.groups_test)
+results.add(balanced, experiment="classes", n_models=n_models)
+show_table(balanced)
 auc = by_class[(by_class.metric == "auc") & (by_class.attack == "lira_shrunk")]
 
 # %%
 if len(auc):
-    one, other = (auc[(auc.optimizer == name) & (auc.baseline == "")].set_index("class") for name in two)
+    one, other = (auc[(auc.optimizer == name) & (auc.baseline == "")].set_index("part") for name in two)
     figure, axis = plt.subplots(figsize=(5.4, 4.8), layout="constrained")
     bars = [[rows.value - rows.ci_low, rows.ci_high - rows.value] for rows in (other, one)]
     axis.errorbar(one.value, other.value, *bars, color="0.7", linestyle="", lw=0.8, zorder=1)
@@ -278,18 +293,35 @@ show_text(f"Of {len(change)} classes, {change.count(1)} leak more under {treatme
 for name, rows in auc[auc.baseline == ""].groupby("optimizer", sort=False):
     worst = rows.loc[rows.value.idxmax()]
     said = f"AUC {number(worst)}, with {worst['size']} examples in the pool"
-    show_text(f"Most exposed under {name}: class `{worst['class']}`, {said}.")
+    show_text(f"Most exposed under {name}: class `{worst.part}`, {said}.")
 
 # %%
-agreement = interventions.agreement(two)
+member, rng = np.array(two[baseline].member), np.random.default_rng(0)
+phis = {name: compare.signal(e, "phi") for name, e in two.items()}
+compared = {name: (name, name) for name in two} | {f"{baseline} and {treatment}": (baseline, treatment)}
+splits = []
+for _ in range(8):
+    half = np.repeat(rng.permutation(len(member) // 2) < len(member) // 4, 2)  # of the pairs of models
+    one, other = (
+        {name: memorization.exposure(phi[rows], member[rows]) for name, phi in phis.items()} for rows in (~half, half)
+    )
+    known = np.isfinite(one[baseline]) & np.isfinite(other[baseline])  # not in all models of a half, nor in none
+    splits.append([memorization.spearman(one[a][known], other[b][known]) for a, b in compared.values()])
+splits = np.array(splits).T  # [3, splits]
+columns = {"value": splits.mean(1), "ci_low": splits.min(1), "ci_high": splits.max(1)}
+agreement = pd.DataFrame({"optimizer": compared.keys(), **columns}).assign(metric="exposure_rank_correlation")
+if splits[:2].min() > 0:
+    # rho_corrected = rho_ab / sqrt(rho_aa rho_bb)  (Spearman 1904)
+    (a, b, across), means = splits, splits.mean(1)
+    each, value = across / np.sqrt(a * b), means[2] / np.sqrt(means[0] * means[1])
+    last = {"optimizer": [*compared][2], "value": value, "ci_low": each.min(), "ci_high": each.max()}
+    agreement.loc[3] = last | {"metric": "exposure_rank_correlation_corrected"}
+    spread = f"from {each.min():.2f} to {each.max():.2f} over the splits"
+    show_text(f"Corrected for noise, the ranks under the two optimizers agree at {value:.2f}, {spread}.")
+else:
+    show_text("The ranks are all noise here: in some splits even one optimizer does not agree with itself.")
 results.add(agreement, experiment="agreement", n_models=n_models)
 show_table(agreement)
-corrected = agreement[agreement.metric == "exposure_rank_correlation_corrected"]
-for row in corrected.itertuples():
-    spread = f"from {row.ci_low:.2f} to {row.ci_high:.2f} over the splits"
-    show_text(f"Corrected for noise, the ranks under the two optimizers agree at {row.value:.2f}, {spread}.")
-if corrected.empty:
-    show_text("The ranks are all noise here: in some splits even one optimizer does not agree with itself.")
 
 # %% [markdown]
 # **How to read it.** The correction divides the agreement across optimizers by what noise allows, the geometric mean
@@ -313,16 +345,25 @@ if run.dataset.pattern is None:
     atypical = {}
     show_text(f"{run.dataset.name} has no known sub-patterns: `make study DATASET=subclasses` runs this section.")
 else:
-    member = np.array(two[baseline].member)
+    edges, names = [1, 3, 10, 30, 100, np.inf], ["1 to 2", "3 to 9", "10 to 29", "30 to 99", "100 or more"]
+    given = run.dataset.pattern, run.dataset.pattern_test
+    count = np.bincount(given[0], minlength=1 + given[1].max())  # how many of the pool share each sub-pattern
+    size, size_test = (np.array(pd.cut(count[p], edges, right=False, labels=names)) for p in given)
+    parts = {name: (size == name, size_test == name) for name in names if (size == name).sum() >= 10}
+    parts = {name: (own, seen & (seen.sum() >= 10)) for name, (own, seen) in parts.items()}
+    frames = [interventions.within(two, parts, "test_accuracy")]
     memorized = {n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()}
-    patterns = interventions.pattern_table(two, memorized)
-    results.add(patterns, experiment="sub-patterns", n_models=n_models)
+    for name, (own, _) in parts.items():
+        values = {n: m[None, own] for n, m in memorized.items()}
+        frames.append(intervals.paired(values, "mean_memorization", examples_only=True).assign(part=name))
+    patterns = pd.concat(frames, ignore_index=True)
+    results.add(patterns, experiment="sub-patterns", coordinate="shared by=" + patterns.part, n_models=n_models)
     for metric, rows in patterns.groupby("metric", sort=False):
         show_text(f"`{metric}`, by how many examples share a sub-pattern:")
-        show_table(rows.assign(metric=rows["size"]))
+        show_table(rows.assign(metric=rows.part))
     patterns = patterns[patterns.attack.isna() | (patterns.attack == "lira_shrunk")]
     cells = patterns.groupby(["optimizer", "baseline", "metric"], sort=False)
-    atypical = {key: rows.loc[rows.value.idxmax(), ["size", "value"]] for key, rows in cells}
+    atypical = {key: rows.loc[rows.value.idxmax(), ["part", "value"]] for key, rows in cells}
 
 # %% [markdown]
 # ## What this run shows

@@ -31,28 +31,24 @@ def influence_blocks(member, values, block=1000):
         yield where, weights.T @ (part - part[0])
 
 
-def influence(member, values, block=1000):
+def influence(member, values):
     """infl [N, T] float32, see influence_blocks."""
-    return np.concatenate([part for _, part in influence_blocks(member, values, block)], axis=1)
+    return np.concatenate([part for _, part in influence_blocks(member, values)], axis=1)
 
 
-def influence_entropy(member, values, y, y_test, part="positive", same_class=True, block=1000):
+def influence_entropy(member, values, y, y_test, part="positive", same_class=True):
     """I_ent - log n [T] (nats, at most 0): entropy of each test example's distribution of influence, below its maximum.
 
     The distribution runs over n training examples: those of the test example's class with same_class, else all. Low: it
     depends on few of them; 0: on all alike, or on none. Pure noise gives about -0.98 (positive part), whatever n is, so
     the level of classes of different sizes compares. part: "positive" keeps the positive influences, "absolute" the
-    sizes of all. Raises ValueError for another part, or a test example whose class has no training example.
+    sizes of all.
     """
-    need(part in ("positive", "absolute"), f"part={part!r}; valid are 'positive' and 'absolute'")
-    values, y, y_test = map(np.asarray, (values, y, y_test))
-    if same_class and (lost := set(y_test.tolist()) - set(y.tolist())):
-        raise ValueError(f"y_test: class {min(lost)} has no training example; valid are the classes of y")
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
     out = np.empty(len(y_test))
     for rows, columns in groups:
         places = np.flatnonzero(columns)
-        for where, infl in influence_blocks(member[:, rows], values[:, columns], block):
+        for where, infl in influence_blocks(member[:, rows], values[:, columns]):
             mass = np.maximum(infl, 0) if part == "positive" else np.abs(infl)
             total = mass.sum(0, dtype=np.float64)
             # H = -sum p log p = log s - sum m log m / s  for p = m / s
@@ -67,17 +63,15 @@ def buckets(score, n=5, within=None, seed=0, classes=None):
 
     classes [T]: the score is first replaced by its rank in the own class (0 to 1). Scores of small classes are noisier,
     so without this a small class would fill the first and the last bucket where all is noise.
-    Raises ValueError for NaN, and unless 2 <= n <= the size of the smallest group.
+    Raises ValueError unless 2 <= n <= the size of the smallest group.
     """
-    frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes})
-    need(frame.score.notna().all(), "score: NaN; valid are numbers")
-    order = np.random.default_rng(seed).permutation(len(frame))
-    frame = frame.iloc[order]
+    order, out = np.random.default_rng(seed).permutation(len(score)), np.empty(len(score), int)
+    frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes}).iloc[order]
     if classes is not None:
         of_class = frame.groupby("class").score
-        frame = frame.assign(score=(of_class.rank(method="first") - 0.5) / of_class.transform("size"))
+        frame["score"] = (of_class.rank(method="first") - 0.5) / of_class.transform("size")
     own = frame.groupby("group").score
-    smallest, out = own.size().min(), np.empty(len(frame), int)
+    smallest = own.size().min()
     need(2 <= n <= smallest, f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (or group)")
     out[order] = (own.rank(method="first") - 1) * n // own.transform("size")
     return out

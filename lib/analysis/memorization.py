@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-from sklearn.neighbors import NearestNeighbors
 
 from lib import need
 from lib.attacks import intervals
@@ -33,9 +32,8 @@ def memorization(values, member) -> Memorization:
 
     Feldman & Zhang 2020, equation 1 and algorithm 1. values may also be the difference of two paired ensembles. The
     standard error is about new models. For bools it is Agresti & Caffo's (2000), which is not 0 where all models agree.
-    Raises ValueError for shapes that differ, NaN, or an example with fewer than two models in or out.
     """
-    values, member = checked(values, member, same=True)
+    values, member = checked(values, member)
     value, variance = 0.0, 0.0
     for sign, group in ((1, member), (-1, ~member)):
         n, mean = group.sum(0), np.mean(values, 0, np.float64, where=group)
@@ -50,15 +48,15 @@ def memorization(values, member) -> Memorization:
     return Memorization(value, np.sqrt(variance))
 
 
-def checked(values, member, same=False):
-    """values [M, N or T] and member [M, N] as arrays, or a ValueError that says what is wrong."""
+def checked(values, member):
+    """values [M, N or T] and member [M, N] as arrays; a ValueError for other shapes, NaN or too few models."""
     values, member = np.asarray(values), np.asarray(member)
-    need(member.dtype == bool and member.ndim == 2, f"member: {member.dtype} {member.shape}; valid are bools [M, N]")
-    fits = values.ndim == 2 and (values.shape == member.shape if same else len(values) == len(member))
-    need(fits, f"values: shape {values.shape}; valid is {member.shape if same else (len(member), 'T')}")
+    fits = member.dtype == bool and member.ndim == values.ndim == 2 and len(values) == len(member)
+    found = f"{values.shape}, {member.dtype} {member.shape}"
+    need(fits, f"values, member: {found}; valid are a matrix with a row for each model and bools [M, N]")
     need(np.isfinite(values).all(), "values: NaN or infinity; valid are finite numbers")
-    fewest, n = min(member.sum(0).min(), (~member).sum(0).min()), len(member)
-    need(fewest >= 2, f"n_models={n}: an example is in or out of only {fewest}; valid are 2 or more of each")
+    fewest = min(member.sum(0).min(), (~member).sum(0).min())
+    need(fewest >= 2, f"n_models={len(member)}: an example is in or out of only {fewest}; valid are 2 or more of each")
     return values, member
 
 
@@ -67,27 +65,26 @@ def band_shares(memorized):
     return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
 
 
-def resolved_bands(n_out, least=0.8):
+def resolved_bands(n_out):
     """Which of BANDS the estimates of correctness resolve with n_out models without each example: [5] bool.
 
     The estimate of an example that its members get right is one of the n_out + 1 numbers 1 - k / n_out. A band is
-    resolved if an example in its middle (of the outer ones: 0.05 and 0.925) has its estimate there with probability
-    `least` or more, and one in the middle of another band with 1 - least or less.
+    resolved if an example in its middle (of the outer ones: 0.05 and 0.925) has its estimate there with probability 0.8
+    or more, and one in the middle of another band with 0.2 or less.
     """
     edges, k = np.array([0.0, *EDGES, 1.0]), np.arange(n_out + 1)
     middle, lands = (edges[:-1] + edges[1:]) / 2, np.digitize(np.round(1 - k / n_out, 9), EDGES)
     # k ~ Bin(n_out, 1 - mem): how many of the models without the example get it right nevertheless
     chance = stats.binom.pmf(k[:, None], n_out, 1 - middle)
     landing = np.array([chance[lands == band].sum(0) for band in range(len(BANDS))])  # [where it lands, where it is]
-    own = np.eye(len(BANDS), dtype=bool)
-    return np.where(own, landing >= least, landing <= 1 - least).all(1)
+    return np.where(np.eye(len(BANDS), dtype=bool), landing >= 0.8, landing <= 1 - 0.8).all(1)
 
 
 def jackknife(statistic, member, groups=20):
-    """95% intervals of statistic(rows, columns) -> [K], of some models and some examples: a list of K Estimates.
+    """95% intervals of statistic(rows, columns) -> [K], of the models and examples at these indices: K Estimates.
 
     Delete-a-group jackknife (Efron & Tibshirani 1993, section 11.7) over pairs of models and over examples. The two
-    variances are added, so an interval is about new models and new examples. rows, columns: arrays of indices.
+    variances are added, so an interval is about new models and new examples.
     """
     rows, columns = np.arange(len(member)), np.arange(member.shape[1])
     value, variance, spread = np.asarray(statistic(rows, columns)), 0.0, 0.0
@@ -108,9 +105,8 @@ def memorization_table(values, member, published=None):
     """Mean memorization and the share of examples in each band, of two optimizers and their difference: a tidy frame.
 
     values: dict optimizer -> [M, N], the baseline first. The difference also has memorization_spearman, their rank
-    correlation. published: scores [N] of the same examples from elsewhere, for memorization_spearman_published, the
-    rank correlation with them. The interval of a share reaches at least two examples either way: an empty band shows no
-    spread.
+    correlation; with scores [N] `published` elsewhere, each has memorization_spearman_published, that with them. The
+    interval of a share reaches at least two examples either way: an empty band shows no spread.
     """
     baseline, treatment = values
 
@@ -163,30 +159,17 @@ def leak(dataset, index, times=50, seed=0):
     """
     n, y = len(dataset.y), dataset.y
     groups = np.arange(n) if dataset.groups is None else dataset.groups
-    kin = int((groups == groups[index]).sum())
-    fits = times >= 2 and times % 2 == 0 and times - 1 + kin <= (n + times - 2) // 2
-    need(fits, f"times={times}: valid are even numbers from 2 to {(n - 2 * kin) // 2 * 2} in a pool of {n}")
-    spare = (groups != groups[index]) & (np.bincount(y)[y] > 2)
+    others = groups != groups[index]
+    most = (2 * int(others.sum()) - n) // 2 * 2
+    need(times in range(2, most + 1, 2), f"times={times}: valid are even numbers from 2 to {most} in a pool of {n}")
+    spare = others & (np.bincount(y)[y] > 2)
     alike = spare & (y == y[index])
     dropped = np.random.default_rng(seed).choice(np.flatnonzero(alike if alike.sum() > 2 else spare))
-    rows = np.concatenate([np.delete(np.arange(n), dropped), np.full(times - 1, index)])
-    parts = {name: a[rows] for name in ("x", "y", "pattern") if (a := getattr(dataset, name)) is not None}
-    parts |= {"index": rows if dataset.index is None else dataset.index[rows], "groups": groups[rows]}
+    rows = np.append(np.delete(np.arange(n), dropped), np.full(times - 1, index))
+    index_of = np.arange(n) if dataset.index is None else dataset.index
+    parts = {"x": dataset.x[rows], "y": y[rows], "index": index_of[rows], "groups": groups[rows]}
+    parts["pattern"] = None if dataset.pattern is None else dataset.pattern[rows]
     return replace(dataset, name=f"{dataset.name}-leak", **parts), int(index - (dropped < index))
-
-
-def atypicality(x, y, k=5):
-    """Mean distance to the k nearest of its own class over that to the k nearest of the nearest other class: [N].
-
-    x: [N, ...] inputs, compared in Euclidean distance; y: [N]. Above 1, an example lies nearer to another class.
-    """
-    x, (labels, y) = np.reshape(x, (len(x), -1)), np.unique(y, return_inverse=True)
-    own, distance = np.eye(len(labels), dtype=bool)[y], np.empty((len(x), len(labels)))
-    for c in range(len(labels)):
-        nearest = NearestNeighbors(n_neighbors=k + 1).fit(x[y == c]).kneighbors(x)[0]
-        # in its own class, the nearest is the example itself
-        distance[:, c] = np.where(y == c, nearest[:, 1:].mean(1), nearest[:, :-1].mean(1))
-    return distance[own] / np.maximum(np.where(own, np.inf, distance).min(1), 1e-12)
 
 
 def exposure(scores, member):

@@ -10,10 +10,6 @@ from tests.analysis.test_memorization import coins, halves
 RNG = np.random.default_rng(0)
 
 
-def entropy_of(values, y_test, **how):
-    return influence.influence_entropy(halves(8, 6), values, np.zeros(6), y_test, **how)
-
-
 def test_equals_feldman_and_zhangs_arithmetic():
     member, tests = coins(60, 40), coins(60, 25, 0.7, seed=2)
 
@@ -21,7 +17,7 @@ def test_equals_feldman_and_zhangs_arithmetic():
         return (np.matmul(x.T, mask) / np.maximum(np.sum(mask, axis=0, keepdims=True), 1e-10)).astype(np.float32)
 
     expected = (dot(tests, member.astype(float)) - dot(tests, 1 - member.astype(float))).T
-    np.testing.assert_allclose(influence.influence(member, tests, block=7), expected, atol=1e-6)
+    np.testing.assert_allclose(influence.influence(member, tests), expected, atol=1e-6)
 
 
 def test_influence_on_the_pool_itself_has_memorization_on_its_diagonal():
@@ -46,7 +42,7 @@ def test_entropy_is_that_of_the_normalized_influences(part, same_class):
     member, values = coins(40, 30), RNG.random((40, 23))
     y, y_test = np.arange(30) % 3, np.arange(23) % 3
     values[:, 4] = 0.5  # nothing influences this one: the limit
-    found = influence.influence_entropy(member, values, y, y_test, part, same_class, block=4)
+    found = influence.influence_entropy(member, values, y, y_test, part, same_class)
     expected = entropy_by_hand(influence.influence(member, values), y, y_test, part, same_class)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert found[4] == 0 and found.max() <= 1e-6
@@ -162,12 +158,9 @@ def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: influence.influence(halves(8, 6), np.ones((7, 4))), "values: shape"),
-        (lambda: entropy_of(np.eye(8), np.zeros(8), part="both"), "part='both'"),
-        (lambda: entropy_of(np.eye(8)[:, :2], np.array([0, 7])), "class 7"),
+        (lambda: influence.influence(halves(8, 6), np.ones((7, 4))), "values, member: "),
         (lambda: influence.buckets(np.ones(4), 5), "n=5 buckets; valid are 2 to 4"),
         (lambda: influence.buckets(np.ones(4), 1), "n=1"),
-        (lambda: influence.buckets(np.array([1.0, np.nan, 2, 3]), 2), "score: NaN"),
     ],
 )
 def test_bad_input_is_one_error_that_names_it(call, message):

@@ -1,13 +1,6 @@
 """Audit models trained elsewhere: `make audit DATA=sgd.npz,sam.npz OUT=outputs/mine`, or `audit`.
 
-A file holds what any framework can save with numpy.savez; M models (one is enough), N examples, C classes, Q queries:
-
-    logits [M, N, C] or [M, Q, N, C]   floats; or `probabilities` of that shape, whose logarithm is taken
-    y [N], member [M, N]               integers 0..C-1, or one-hot [N, C]; 0/1: which model trained on which example
-    population_logits [M, T, C], population_y [T], groups [N]   optional: examples that no model trained on; what
-                                                                belongs together, such as a patient's two eyes
-
-With one model, [N, C] and [N] do as well. The first file is the baseline; all share y, member, groups, population_y.
+docs/own_audits.md says what a file holds. The first is the baseline; all share y, member, groups and population_y.
 """
 
 from pathlib import Path
@@ -27,34 +20,25 @@ from lib.study.results import COLUMNS, NUMBERS
 from lib.training.store import write_atomic
 
 ARRAYS = "logits y member probabilities population_logits population_y population_probabilities groups".split()
-ALWAYS = (  # limits of every audit
-    "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
-    "If members and non-members differ in more than training (a later date, another source), attacks see that too, and "
-    "no control here can tell.",
-    "The highest of many AUCs is high in part by chance, and a stronger attack may exist: low values prove nothing.",
+FORM = (
+    "floats [M, N, C] or [M, Q, N, C] of two classes or more; for a sigmoid's p [M, N] save probabilities=np.stack"
+    "([1 - p, p], -1), for its logit z [M, N] save logits=np.stack([np.zeros_like(z), z], -1)"
 )
 LEAST = 4  # members and non-members of a model: thresholds are learned on one half of them and judged on the other
-READ = {  # how to read a file that is no .npz; the arrays must be [M, N, C], [N] and [M, N]
-    ".csv": "np.loadtxt({!r}, delimiter=',')",
-    ".npy": "np.load({!r})",
-    ".pt": "torch.load({!r}, map_location='cpu').float().numpy()",
-}
 
 
 def models(name, given):
     """Models trained elsewhere, in the shape of an Ensemble: logits [M, Q, N, C], member, test_logits, dataset.
 
     given: a path, or a dict of arrays. The population stands in for the test part; what is missing is None. Where the
-    models did not all train on the same examples, an example that fewer than three models trained on, or fewer than
-    three did not, is left out, if enough others remain: LiRA needs them. `notes` says what was changed, `kept` [N]
-    which examples of the file are judged. Raises ValueError naming the file, the array, what is wrong there and what is
-    valid.
+    models did not all train on the same examples, those that LiRA can't judge are left out, if enough others remain.
+    `notes` says what was changed, `kept` [N] which examples of the file are judged. Raises ValueError naming the file,
+    the array, what is wrong there and what is valid.
     """
     if not hasattr(given, "items"):
         path = Path(given)
-        how = READ.get(path.suffix.lower().replace(".pth", ".pt"), "").format(path.name)
-        made = f"logits = {how}  # [M, N, C]\nnp.savez({path.stem + '.npz'!r}, logits=logits, y=y, member=member)"
-        need(not how, f"data={path.name!r}: valid is an .npz, which these two lines make:\n{made}")
+        how = f"np.savez({path.stem!r}, logits=logits, y=y, member=member) after np.load, np.loadtxt or torch.load"
+        need(path.suffix == ".npz", f"data={path.name!r}: valid is an .npz: {how}")
         given = read_npz(path, ARRAYS)
     arrays = {key: np.asarray(array) for key, array in given.items()}
 
@@ -71,69 +55,24 @@ def models(name, given):
     for key, array in arrays.items():
         refuse(key, key not in ARRAYS, f"the names {', '.join(ARRAYS)}")
         refuse(key, array.dtype.kind not in "biuf" + "US" * (key == "groups"), "real numbers")
-    for key in ("logits", "probabilities"):
-        form, one = np.shape(arrays.get(key)), np.shape(arrays.get("member"))
-        if form and (form[-1] == 1 or form == one):  # a column, as of a sigmoid
-            is_p = ((arrays[key] >= 0) & (arrays[key] <= 1)).all()
-            how = "probabilities=np.stack([1 - p, p], -1)" if is_p else "logits=np.stack([np.zeros_like(z), z], -1)"
-            refuse(
-                key, True, f"two classes or more: of one output for two classes, without a last axis of 1, save {how}"
-            )
-    if (member := arrays.get("member")) is not None and member.size in member.shape:  # one model: [N], [1, N] or [N, 1]
-        arrays["member"] = member.reshape(1, -1)
-        arrays |= {k: a[None] for k, a in arrays.items() if k.endswith(("logits", "probabilities")) and a.ndim == 2}
-    notes, form = [], "floats [M, N, C] or [M, Q, N, C], of two classes or more"
-    for part in ["", "population_"][: 1 + any(key.startswith("population") for key in arrays)]:
-        logits, labels, probabilities = (part + key for key in ("logits", "y", "probabilities"))
-        given = probabilities if probabilities in arrays else logits
-        z, y = arrays.get(given), arrays.get(labels)
-        refuse(given, {logits, probabilities} <= set(arrays), f"these or {logits}, not both")
-        refuse(given, z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0, form)
-        (n, c), total = z.shape[-2:], z.sum(-1, dtype=float)
-        if given == probabilities:
-            refuse(given, ~(z >= 0), f"numbers from 0 to 1 (name the array {logits} if it holds logits or log p)")
-            refuse(given, ~(np.abs(total - 1) < 0.02), f"classes that sum to 1 (logits are named {logits})", total)
-            refuse(given, np.isin(z, (0, 1)).all(), "probabilities; these are labels only")
-            # z = log p, and log of the smallest positive p where p = 0
-            least, zero = z[z > 0].min(), np.mean(z == 0)
-            z = np.log(np.maximum(z, least), dtype=np.promote_types(z.dtype, np.float32))
-            note = f"We use the logarithms of {given} as logits; {zero:.2%} of them are 0 and count as {least:.2g}, the"
-            notes.append(f"{note} smallest other one.")
-        refuse(given, ~(z < np.inf), "numbers below infinity")
-        alike = given == logits and (z >= 0).all() and np.ptp(total) <= 0.04 * total.mean()
-        said = f"logits; these are probabilities (they sum to {total.mean():.3g}): name the array {probabilities}"
-        refuse(given, alike, said)
-        if y is not None and np.shape(y) == (n, c) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
-            y = y.argmax(1)
-        elif y is not None and y.size in np.shape(y):  # [N], [N, 1] or [1, N]
-            y = y.ravel()
-            moved = z.shape.index(len(y)) if len(y) != n and len(y) in z.shape else None
-            swapped = f"[M, N, C] with N = {len(y)} labels: np.moveaxis({given}, {moved}, -2) swaps the axes"
-            refuse(given, moved is not None, swapped)
-        refuse(labels, np.shape(y) != (n,), f"integers [{n}], or one-hot [{n}, {c}]")
-        refuse(labels, y != np.floor(y), "whole numbers", y)
-        one_too_high = ", so subtract 1" if y.min() == 1 and y.max() == c else ""
-        refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}{one_too_high}", y)
-        arrays[logits], arrays[labels] = z if z.ndim == 4 else z[:, None], y.astype(np.int64)
-
-    z, test, groups, y_test = (arrays.get(key) for key in ("logits", "population_logits", "groups", "population_y"))
+    member, groups, notes = arrays.get("member"), arrays.get("groups"), []
+    if np.size(member) in np.shape(member):  # one model: [N], [1, N] or [N, 1]
+        member, of_models = member.reshape(1, -1), ("logits", "probabilities")
+        arrays |= {k: a[None] for k, a in arrays.items() if k.endswith(of_models) and a.ndim == 2 and len(a) > 1}
+    z, y = part(arrays, "", refuse, notes)
     m, q, n, c = z.shape
-    alike = test is None or test.shape == (m, q, test.shape[2], c)
-    refuse("population_logits", not alike, f"{m} models, {q} queries and {c} classes, as in logits")
-    form = np.shape(arrays.get("member"))
-    swapped = ", so give member.T" if form == (n, m) else ""
-    refuse("member", form != (m, n), f"[M, N] = {(m, n)}, as in logits{swapped}")
-    refuse("member", ~np.isin(arrays["member"], (0, 1)), "0 and 1")
+    test = y_test = None
+    if any(key.startswith("population") for key in arrays):
+        test, y_test = part(arrays, "population_", refuse, notes)
+        same = f"{m} models, {q} queries and {c} classes, as in logits"
+        refuse("population_logits", test.shape != (m, q, len(y_test), c), same)
+    swapped = ", so give member.T" * (np.shape(member) == (n, m))
+    refuse("member", np.shape(member) != (m, n), f"[M, N] = {(m, n)}, as in logits{swapped}")
+    refuse("member", ~np.isin(member, (0, 1)), "0 and 1")
     refuse("groups", groups is not None and groups.shape != (n,), f"[N] = {(n,)}")
 
-    member, names = arrays["member"].astype(bool), np.arange(n) if groups is None else groups
-    enough = (member.sum(0) >= 3) & (member.sum(0) <= m - 3)
-    sides = 2.0 * member[:, enough] - 1
-    partner = (sides @ sides.T).argmin(1)  # the model that shares the fewest members
-    alike = (member == member[partner]).any(0)
-    if (partner[partner] == np.arange(m)).all() and alike[enough].sum() < 0.05 * enough.sum():
-        enough &= ~alike  # pairs but for a few examples, which would keep LiRA from leaving out the target's partner
-    for kept in (enough, np.ones(n, bool)):  # those whom LiRA and RMIA can judge, or else all
+    member, names = member.astype(bool), np.arange(n) if groups is None else groups
+    for kept in (has_shadows(member), np.ones(n, bool)):
         one_each = np.unique(names[kept], return_index=True)[1]
         inside = member[:, kept][:, one_each].sum(1)
         few = (inside < LEAST) | (inside > len(one_each) - LEAST)
@@ -142,16 +81,65 @@ def models(name, given):
     valid = f"{LEAST} members and {LEAST} non-members or more in each of the models [M]"
     refuse("member" if groups is None else "groups", few, valid, inside)
     if not kept.all():
-        of_kept = None if groups is None else groups[kept]
-        z, member, arrays["y"], groups = z[:, :, kept], member[:, kept], arrays["y"][kept], of_kept
+        z, y, member, groups = z[:, :, kept], y[kept], member[:, kept], None if groups is None else groups[kept]
         notes.append(
-            f"{n - kept.sum()} of {n} examples are left out: LiRA and RMIA need three models that trained on "
-            "an example, three that did not and, if models come in complementary pairs, one of each pair."
+            f"{n - kept.sum()} of {n} examples are left out: LiRA and RMIA need three models that trained on an "
+            "example, three that did not and, if models come in complementary pairs, one of each pair."
         )
-    shared = {"member": member, "y": arrays["y"], "groups": groups, "population_y": y_test}
-    dataset = SimpleNamespace(y=arrays["y"], groups=groups, y_test=y_test, groups_test=None)
-    about = dict(shared=shared, notes=notes, kept=kept)
-    return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, **about)
+    shared = {"member": member, "y": y, "groups": groups, "population_y": y_test}
+    dataset = SimpleNamespace(y=y, groups=groups, y_test=y_test, groups_test=None)
+    said = dict(notes=notes, kept=kept, shared=shared)
+    return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, **said)
+
+
+def part(arrays, which, refuse, notes):
+    """Logits [M, Q, N, C] and labels [N] of the pool (which: "") or of the population ("population_").
+
+    refuse: as in `models`; notes: a list, which gets a sentence on what was changed.
+    """
+    logits, labels, probabilities = (which + key for key in ("logits", "y", "probabilities"))
+    given = probabilities if probabilities in arrays else logits
+    z, y = arrays.get(given), arrays.get(labels)
+    refuse(given, {logits, probabilities} <= set(arrays), f"these or {logits}, not both")
+    refuse(given, z is None or z.dtype.kind != "f" or z.ndim not in (3, 4) or z.shape[-1] < 2 or z.size == 0, FORM)
+    refuse(given, ~(z < np.inf), "numbers below infinity")
+    (n, c), total = z.shape[-2:], z.sum(-1, dtype=float)
+    if given == logits:
+        are_p = (z >= 0).all() and np.ptp(total) <= 0.04 * total.mean()
+        said = f"logits; these are probabilities (they sum to {total.mean():.3g}): name the array {probabilities}"
+        refuse(given, are_p, said)
+    else:
+        refuse(given, z < 0, f"numbers from 0 to 1 (name the array {logits} if it holds logits or log p)")
+        refuse(given, np.abs(total - 1) > 0.02, f"classes that sum to 1 (logits are named {logits})", total)
+        refuse(given, np.isin(z, (0, 1)).all(), "probabilities; these are labels only")
+        least, zero = z[z > 0].min(), np.mean(z == 0)
+        z = np.log(np.maximum(z, least), dtype=np.promote_types(z.dtype, np.float32))
+        zeros = f"{zero:.2%} of them are 0 and count as {least:.2g}, the smallest other one"
+        notes.append(f"We use the logarithms of {given} as logits; {zeros}.")
+    if np.shape(y) == (n, c) and (np.sort(y, 1) == np.eye(c)[-1]).all():  # one-hot
+        y = y.argmax(1)
+    elif np.size(y) in np.shape(y):  # [N], [N, 1] or [1, N]
+        y = y.ravel()
+        if len(y) != n and len(y) in z.shape:
+            swap = f"np.moveaxis({given}, {z.shape.index(len(y))}, -2) swaps the axes"
+            refuse(given, True, f"[M, N, C] with N = {len(y)} labels: {swap}")
+    refuse(labels, np.shape(y) != (n,), f"integers [{n}], or one-hot [{n}, {c}]")
+    refuse(labels, y != np.floor(y), "whole numbers", y)
+    one_too_high = ", so subtract 1" * bool(y.min() == 1 and y.max() == c)
+    refuse(labels, (y < 0) | (y >= c), f"0 to {c - 1}, the classes of {given}{one_too_high}", y)
+    return z if z.ndim == 4 else z[:, None], y.astype(np.int64)
+
+
+def has_shadows(member):
+    """The examples [N] that LiRA and RMIA can judge: three models trained on them, three did not, of each pair one."""
+    enough = (member.sum(0) >= 3) & ((~member).sum(0) >= 3)
+    sides = 2.0 * member[:, enough] - 1
+    partner = (sides @ sides.T).argmin(1)  # the model that shares the fewest members
+    alike = (member == member[partner]).any(0)
+    in_pairs = (partner[partner] == np.arange(len(member))).all()
+    if in_pairs and alike[enough].sum() < 0.05 * enough.sum():  # but for a few, which would keep LiRA from knowing it
+        enough &= ~alike
+    return enough
 
 
 def audit(given, out) -> pd.DataFrame:
@@ -167,8 +155,9 @@ def audit(given, out) -> pd.DataFrame:
     first, e = next(iter(ensembles.items()))
     for name, other in ensembles.items():
         for key, array in e.shared.items():
-            problem = f"{name}: {key}: differs from that of {first}; valid is the same in all files, which are compared"
-            problem += " model by model: audit files that differ one at a time"
+            problem = (
+                f"{name}: {key}: differs from that of {first}; valid is the same in all: audit others one at a time"
+            )
             need(np.array_equal(array, other.shared[key]), problem)
     path = Path(out) / "results.csv"
     free = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
@@ -177,16 +166,14 @@ def audit(given, out) -> pd.DataFrame:
 
     print("".join(f"{name}: {note}\n" for name, one in ensembles.items() for note in one.notes), end="")
     scored = {name: compare.scores(one) for name, one in ensembles.items()}
-    fit, leaks = compare.accuracies(ensembles).assign(attack="", coordinate=""), compare.leakage(ensembles, scored)
-    null = compare.null_table(e, seed=0, shuffles=1).assign(optimizer=first, experiment="null control")
-    found = [fit, leaks, intervals.precisions(leaks)]
+    leaks, null = compare.leakage(ensembles, scored), compare.null_table(e, seed=0, shuffles=1)
+    found = [compare.accuracies(ensembles).assign(attack="", coordinate=""), leaks, intervals.precisions(leaks)]
     if "lira_shrunk" in scored[first]:
         found.append(compare.exposure_table(ensembles, scored, np.flatnonzero(e.kept)))
-    if not e.kept.all():
-        left_out = {"metric": "examples_left_out", "value": (~e.kept).sum(), "optimizer": first, "attack": ""}
-        found.append(pd.DataFrame([left_out]))
-    frame = pd.concat([*(rows.assign(experiment="main") for rows in found), null], ignore_index=True)
-    frame = frame.fillna({"coordinate": "", "baseline": ""})
+    if left_out := np.sum(~e.kept):
+        found.append(pd.DataFrame([{"metric": "examples_left_out", "value": left_out, "optimizer": first}]))
+    frame = pd.concat([*found, null.assign(optimizer=first, experiment="null control")], ignore_index=True)
+    frame = frame.fillna({"experiment": "main", "coordinate": "", "baseline": "", "attack": ""})
     about = {"notebook": "own_logits", "dataset": Path(out).resolve().name}
     frame = frame.assign(**about, n_models=len(e.member), n_examples=len(e.dataset.y)).reindex(columns=COLUMNS)
     write_atomic(path, frame.to_csv(index=False, float_format="%.6g"))
@@ -196,25 +183,27 @@ def audit(given, out) -> pd.DataFrame:
 
 def page(out, ensembles, scored, frame):
     """The report as one HTML page: report.opening. frame: of results.csv; the figures are also kept in figures/."""
-    main, e, least = frame[frame.experiment == "main"], next(iter(ensembles.values())), set()
-    best, auc, said, families = report.strongest(frame), main[main.metric == "auc"], [], {}
-    attack, shadows = best.attack.iloc[0], "lira" in set(auc.attack)
-    judged = auc[(auc.baseline != "") & auc.attack.isin([*HEADLINES, attack])]
+    main, e, best = frame[frame.experiment == "main"], next(iter(ensembles.values())), report.strongest(frame)
+    auc, attack = main[main.metric == "auc"], best.attack.iloc[0]
+    own, differences, shadows = auc[auc.baseline == ""], auc[auc.baseline != ""], "lira" in set(auc.attack)
+    said, least, families = [], set(), {}
+    judged = differences[differences.attack.isin([*HEADLINES, attack])]
     for (name, baseline), rows in judged.groupby(["optimizer", "baseline"], sort=False):
         signs = {*rows.apply(text.sign, axis=1)}
         least |= {name} if max(signs) < 0 else {baseline} if min(signs) > 0 else set()
-        way = text.joined(word for word, sign in (("more", 1), ("less", -1)) if sign in signs)
-        way = ("no differently" if way == "none" else way) + " (the attacks disagree)" * (len(signs) > 1)
+        way = " and ".join(word for word, sign in (("more", 1), ("less", -1)) if sign in signs) or "no differently"
+        way += " (the attacks disagree)" * (len(signs) > 1)
         by = text.joined(f"{text.percentage_points(row)} by {row.attack}" for row in rows.itertuples())
         said.append(f"{name} leaks {way} than {baseline}: {by}")
     told = text.joined(f"{text.of_hundred(row)} for {row.optimizer}" for row in best.itertuples())
     answer = "; ".join(said) + ", in AUC. " * bool(said) + "Of a hundred pairs of a member and a non-member, "
     answer += f"{attack} tells which is which in {told}; guessing would in 50."
     if len(ensembles) == 1:
-        rates = main[main.metric.str.contains("@0.1$|@0.01$") & (main.attack == attack)][-2:]
-        named = " and ".join(f"{text.of_hundred(row)} of a hundred {'non-' * ('fpr' in row.metric)}members"
-                             for row in rates.itertuples())  # fmt: skip
-        answer += f" Told to accuse few, it names {named or 'nobody: there are too few examples'}."
+        found = main[main.metric.str.contains("@0.1$|@0.01$") & (main.attack == attack)][-2:]
+        named = (
+            f"{text.of_hundred(row)} of a hundred {'non-' * ('fpr' in row.metric)}members" for row in found.itertuples()
+        )
+        answer += f" Told to accuse few, it names {' and '.join(named) or 'nobody: there are too few examples'}."
     for family, attacks in FAMILIES.items():
         for (name, baseline), rows in auc[auc.attack.isin(attacks)].groupby(["optimizer", "baseline"], sort=False):
             top = rows.loc[rows.value.idxmax()]
@@ -226,7 +215,6 @@ def page(out, ensembles, scored, frame):
             families.setdefault(family, {})[column] = cell
 
     figures.style()
-    own, differences = auc[auc.baseline == ""], auc[auc.baseline != ""]
     drawn = {"auc": figures.forest(own, {"auc": "AUC (the line: guessing)"}, reference=0.5)}
     if len(differences):
         drawn["difference"] = figures.forest(differences, {"auc": "difference in AUC"})
@@ -242,33 +230,33 @@ def page(out, ensembles, scored, frame):
     leakage, fits, control = (text.wide(rows, across=("metric",)).to_html(border=0) for rows in tables)
     over = text.joined(name for name in ensembles if name not in least) if len(ensembles) > 1 else ""
     sections = {
-        "For engineers": report.for_engineers(frame, text.joined(sorted(least)) if least else "", over),
+        "For engineers": report.for_engineers(frame, " and ".join(sorted(least)), over),
         "Families of attacks": pd.DataFrame(families).T.to_html(border=0),
         "Fit": f"<p>Models: {len(e.member)}; examples: {len(e.dataset.y)}, of {e.logits.shape[-1]} classes.</p>{fits}",
         "Figures": "".join(f"<p>{report.embedded(*each)}</p>" for each in others),
         "Limits": report.bullets(limits(ensembles, shadows)),
-        "Appendix": f"""<details><summary>Each attack by itself</summary>{leakage}</details>
-<details><summary>The null control</summary>{control}</details>
-<p>All numbers: <a href="../results.csv">results.csv</a>.</p>""",
     }
-    return report.opening(f"Membership leakage: {', '.join(ensembles)}", answer, first, sections)
+    folded = {"Each attack by itself": leakage, "The null control": control}
+    return report.opening(f"Membership leakage: {', '.join(ensembles)}", answer, first, sections, folded)
 
 
 def limits(ensembles, shadows):
     """What the numbers are about and what they cannot say, in sentences. shadows: LiRA and RMIA ran."""
     e = next(iter(ensembles.values()))
-    member, y, groups, alone = e.member, e.dataset.y, e.dataset.groups, len(e.member) < 3
-    part = 2 * calibration_split(member, 0, y, groups) + member  # 0 to 3: the non-members and members of each half
-    thin = [c for c in np.unique(y).tolist() if any((part[:, y == c] != k).all(1).any() for k in range(4))]
+    member, y, groups = e.member, e.dataset.y, e.dataset.groups
+    side = 2 * calibration_split(member, 0, y, groups) + member  # 0 to 3: the non-members and members of each half
+    thin = [c for c in np.unique(y).tolist() if any((side[:, y == c] != k).all(1).any() for k in range(4))]
     said = [f"{name}: {note}" for name, one in ensembles.items() for note in one.notes]
     if not shadows:
-        said += ["We ran only attacks on one model's output. LiRA and RMIA were left out: they need three models with "
-                 "every example and three without it (n_models >= 6 in halves)."]  # fmt: skip
-    said += ["The 95% intervals are over new examples only: one or two models cannot say how others would differ."
-             if alone else "The 95% intervals are over new models and new examples."]  # fmt: skip
+        said.append("LiRA and RMIA were left out: they need 3 models with and 3 without every example (n_models >= 6).")
+    alone = "examples only: one or two models cannot say how others would differ"
+    said.append(f"The 95% intervals are over new {alone if len(member) < 3 else 'models and new examples'}.")
     if groups is not None:
-        said += [f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples."]
+        said.append(f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples.")
     if thin:
-        said += [f"Classes {thin} lack members or non-members in a half of some model: their thresholds are those of "
-                 "all classes together."]  # fmt: skip
-    return [*said, *ALWAYS]
+        said.append(f"Classes {thin} lack members or non-members in a half of some model: there all share a threshold.")
+    return said + [
+        "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
+        "If members and non-members differ in more than training (date, source), attacks see it; no control can tell.",
+        "The highest of many AUCs is high in part by chance; a stronger attack may exist: low values prove nothing.",
+    ]

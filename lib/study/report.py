@@ -11,9 +11,9 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import nh3
-import numpy as np
 import pandas as pd
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
@@ -28,54 +28,30 @@ from lib.training.store import write_atomic
 
 # The browser refuses whatever runs or loads, should anything slip through `clean`.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-MATH = "math menclose mfrac mi mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle msub msubsup msup mtable mtd"
-TAGS = nh3.ALLOWED_TAGS | set(f"{MATH} mtext mtr munder munderover style".split())
-EVERYWHERE = "class columnalign columnspacing display displaystyle fence form height id lang largeop linethickness"
-EVERYWHERE += " lspace mathvariant maxsize minsize movablelimits notation open rowspacing rspace scriptlevel separator"
-ATTRIBUTES = nh3.ALLOWED_ATTRIBUTES | {"*": set(f"{EVERYWHERE} stretchy title type width xmlns".split())}
+# what nbconvert, pandas and MathML need beside the usual tags and attributes
+TAGS = "style math mfrac mi mn mo mover mroot mrow mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder"
+TAGS = nh3.ALLOWED_TAGS | set(f"{TAGS} munderover".split())
+EVERYWHERE = "class display displaystyle fence form id mathvariant maxsize minsize movablelimits scriptlevel stretchy"
+ATTRIBUTES = nh3.ALLOWED_ATTRIBUTES | {"*": set(f"{EVERYWHERE} title type width".split())}
 SETUP = {"setup", "parameters", "injected-parameters"}  # tags of cells that a page folds
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*$")
 LOADS = re.compile(r"<|url\s*\(|@import|expression\s*\(|\\", re.I)  # in a style sheet; a backslash can spell the others
-CSS = """
-:root { color-scheme: light dark }
-body { background: Canvas; color: CanvasText; font: 16px/1.55 system-ui, sans-serif; margin: auto; padding: 1.5em;
-  max-width: 62em }
-body.wide { max-width: 90em }
-table { border-collapse: collapse; font-size: 0.85em; margin: 1em 0; display: block; overflow-x: auto }
-th, td { border: 1px solid #8886; padding: 0.3em 0.6em; text-align: left }
-.wide td:first-child { white-space: nowrap }
-pre { background: #8888880c; padding: 0.7em; overflow-x: auto; font-size: 0.82em; line-height: 1.4 }
-img { max-width: 100%; background: #fff }
-h1 { font-size: 1.7em; line-height: 1.2; margin: 0 }
-nav a { display: inline-block; margin-right: 1.2em }
-@media (min-width: 60em) { /* the first screen holds the whole header: its picture takes what the text leaves */
-  header { display: flex; flex-direction: column; gap: 0.5em; max-height: calc(100vh - 3em) }
-  header img { align-self: start; min-height: 10em; object-fit: contain }
-  .beside { flex-direction: row; gap: 2em }
-  .beside div { flex: 1 0 24em }
-  .beside img { max-height: calc(100vh - 3em); min-width: 0 }
-}
-.anchor-link { visibility: hidden }
-"""
 PICTURES = {  # of a run: the first that is there opens its page
     "leakage_against_accuracy": "Every setting tried: higher up it leaks more, further right it tests better.",
     "difference_auc": "Each attack's AUC, minus the baseline's: right of the line, the model leaks more.",
 }
-SPELLINGS = {r"\operatorname*": r"\operatorname", r"arg\,min": "argmin", r"\arg\min": r"\operatorname{argmin}",
-             "{aligned}": "{align*}", r"\!": ""}  # fmt: skip
 LIGHT, DARK = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "monokai"))
+CSS = Path(__file__).with_suffix(".css").read_text()
 CSS += f"{LIGHT} @media (prefers-color-scheme: dark) {{ {DARK} }} .highlight {{ background: none !important }}"
 
 
 def mathml(tex, display="inline"):
     """TeX as MathML, which browsers draw without a script; what the converter can't read stays TeX."""
-    for written, known in SPELLINGS.items():
-        tex = tex.replace(written, known)
+    known = tex.strip().replace(r"\arg\min", r"\operatorname{argmin}")
     try:
-        found = convert(re.sub(r"\\log\s*(?=[a-zA-Z])", r"\\log\\,", tex.strip()), display=display)
-        return re.sub(r"&(?!#?\w+;)", "&amp;", found)
+        return convert(re.sub(r"\\log\s*(?=[a-zA-Z])", r"\\log\\,", known), display=display)
     except Exception:  # the converter's own kinds, and whatever a malformed formula makes of it
-        return f'<code class="tex">{html.escape(tex)}</code>'
+        return f"<code>{html.escape(tex)}</code>"
 
 
 class Renderer(IPythonRenderer):
@@ -83,9 +59,6 @@ class Renderer(IPythonRenderer):
 
     inline_math = staticmethod(mathml)
     block_math = staticmethod(partial(mathml, display="block"))
-
-    def latex_environment(self, name, body):
-        return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
 
 def clean(body):
@@ -115,10 +88,7 @@ def rendered(path):
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.source = re.sub(r'"/[^"]*/', '"…/', cell.source)
         for output in cell.get("outputs", []):
-            shown = output.get("data", {})
-            for kind in [k for k in shown if k.startswith("application/")]:
-                del shown[kind]
-            if "text/latex" in shown:
+            if "text/latex" in (shown := output.get("data", {})):
                 shown["text/html"] = mathml(shown.pop("text/latex").strip("$ \n"), "block")
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.register_filter("markdown2html", lambda text: MarkdownWithMath(Renderer(escape=False)).render(text))
@@ -142,18 +112,20 @@ def embedded(path, caption):
     return f'<img alt="{said}" title="{said}" src="data:image/png;base64,{data}">'
 
 
-def opening(title, answer, picture, sections):
+def opening(title, answer, picture, sections, folded):
     """A page whose first screen holds the answer and the picture; links to the sections, then these follow.
 
-    answer: text; picture: (path of a PNG, caption), or None; sections: dict heading -> HTML.
+    answer: text; picture: (path of a PNG, caption), or None; sections: dict heading -> HTML; folded: of the appendix.
     """
-    links = "".join(f'<a href="#part{k}">{html.escape(name)}</a>' for k, name in enumerate(sections, 1))
+    folds = (f"<details><summary>{summary}</summary>{text}</details>" for summary, text in folded.items())
+    numbers = '<p>All numbers: <a href="../results.csv">results.csv</a>.</p>'
+    sections = sections | {"Appendix": f"{''.join(folds)}{numbers}"}
+    links = "".join(f'<a href="#part{k}">{name}</a>' for k, name in enumerate(sections))
     body = f"<div><h1>{html.escape(title)}</h1><p>{html.escape(answer)}</p><nav>{links}</nav></div>"
-    if picture:  # a PNG begins with its width and height; a narrow one stands beside the text
-        width, height = np.frombuffer(Path(picture[0]).read_bytes(), ">u4", 2, 16)
+    if picture:  # a narrow one stands beside the text
+        height, width = plt.imread(picture[0]).shape[:2]
         body = f'<header class="{"beside" if width < 1.6 * height else ""}">{body}{embedded(*picture)}</header>'
-    for k, (name, text) in enumerate(sections.items(), 1):
-        body += f'<h2 id="part{k}">{html.escape(name)}</h2>{text}'
+    body += "".join(f'<h2 id="part{k}">{name}</h2>{text}' for k, (name, text) in enumerate(sections.items()))
     return page(title, body, "wide")
 
 
@@ -172,23 +144,25 @@ def for_engineers(rows, prefer="", over=""):
     best, own = strongest(rows), rows[(rows.experiment == "main") & (rows.baseline == "")]
     null, (attack, *_) = rows[rows.experiment == "null control"], [*best.attack, "none"]
     found = [*null.attack], null[NUMBERS].to_numpy(float) - 0.5, 0.0, "family"
-    names, right, exposed = joined(best.optimizer), {}, []
-    do = next(said for holds, said in (
-        (len(null) and verdict.judge_attacks(*found)[0] != "inconclusive", "look for a fault first: membership was "
-         "shuffled, and attacks still tell members apart"),
-        (prefer, f"prefer {prefer} to {over} where it is accurate enough, and audit what you release"),
-        (over, f"choose between {over} by test accuracy: no difference in leakage was shown"),
-        ((best.ci_low > 0.5).any(), f"do not release {names} if membership is a secret"),
-        (True, "treat this as no proof of privacy: no leak was shown"),
-    ) if holds)  # fmt: skip
+    if len(null) and verdict.judge_attacks(*found)[0] != "inconclusive":
+        do = "look for a fault first: membership was shuffled, and attacks still tell members apart"
+    elif prefer:
+        do = f"prefer {prefer} to {over} where it is accurate enough, and audit what you release"
+    elif over:
+        do = f"choose between {over} by test accuracy: no difference in leakage was shown"
+    elif (best.ci_low > 0.5).any():
+        do = f"do not release {joined(best.optimizer)} if membership is a secret"
+    else:
+        do = "treat this as no proof of privacy: no leak was shown"
+    right, exposed = {}, []
     for row in own[own.metric.str.startswith("precision@") & (own.attack == attack)].itertuples():
         rate, share = (f"{100 * float(number):g}%" for number in re.findall(r"[\d.]+", row.metric))
         right.setdefault(f"if {share} of the candidates are, at {rate} FPR", {})[row.optimizer] = of_hundred(row)
     for name, part in own[own.metric.str.startswith("expos")].groupby("optimizer", sort=False):
         who = part.coordinate[part.metric == "exposure"].str.removeprefix("example=")
-        both, again = part[~part.metric.isin(["exposure"])], "too few models or examples to ask two halves."
-        if len(both) == 2:
-            both, chance = map(of_hundred, both.itertuples())
+        halves, again = part[part.metric != "exposure"], "too few models or examples to ask two halves."
+        if len(halves) == 2:
+            both, chance = map(of_hundred, halves.itertuples())
             again = f"of a hundred whom one half of the models names, the other half names {both}, by chance {chance}."
         exposed.append(f"{name}: the most exposed examples are {joined(who)}; {again}")
     controls = [f"Null control, membership shuffled: {null_control(null)}"]
@@ -210,30 +184,29 @@ def index(out, rows, titles):
     ledger, by_attack = verdict.ledger(rows), verdict.ledger(rows, verdict.BY_ATTACK)
     counts = ledger.verdict.value_counts()
     counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
-    groups = filter(None, (", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values))
+    groups = "; ".join(", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values)
     settings = ledger[(ledger.optimizer != "") & (ledger.setting != "")][["dataset", "arch", "optimizer", "setting"]]
     lines = [f"{', '.join(about)}: {said}" for *about, said in settings.drop_duplicates().values]
     links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     names, advice = ("the tuned baseline", "sharpness-aware training"), ("", "")
-    for claim in ("more_at_equal_accuracy", "more_when_tuned"):  # where the first was not judged, the second
-        judged = {*ledger.verdict[ledger.claim == claim]} - {"not run", "not testable here"}
-        if judged and not advice[1]:
+    for claim in ("more_when_tuned", "more_at_equal_accuracy"):  # the second has the last word, where it was judged
+        if judged := {*ledger.verdict[ledger.claim == claim]} - {"not run", "not testable here"}:
             way = ("supported" in judged) - ("contradicted" in judged)
             advice = {1: names, -1: names[::-1], 0: ("", joined(names))}[way]
     pictures = ((Path(out) / "figures" / f"{name}.png", caption) for name, caption in PICTURES.items())
+    picture = next((each for each in pictures if each[0].exists()), None)
     sections = {
         "For engineers": for_engineers(rows, *advice),
         "Verdicts": f"""<p>The paper's claims, and checks of ours: {counted}.
 An effect is a difference from the baseline, with its 95% interval.
 The size of this run, and how well the optimizers fit their own training halves:</p>
 {bullets([*(lines or ["nothing was run yet"]), *differing(out)])}{verdict.table(ledger).to_html()}""",
-        "Evidence": f'<ul>{links}</ul><p>All numbers: <a href="../results.csv">results.csv</a>.</p>',
-        "Appendix": f"""<details><summary>Each attack by itself</summary>{verdict.table(by_attack).to_html()}</details>
-<details><summary>The rule</summary><pre>{html.escape(verdict.__doc__)}</pre></details>""",
+        "Evidence": f"<ul>{links}</ul>",
     }
-    picture = next((each for each in pictures if each[0].exists()), None)
-    title = f"Flat Is Not Private: {'; '.join(groups) or 'no results yet'}"
-    return opening(title, verdict.headline(ledger), picture, sections)
+    folded = {"Each attack by itself": verdict.table(by_attack).to_html()}
+    folded["The rule"] = f"<pre>{html.escape(verdict.__doc__)}</pre>"
+    title = f"Flat Is Not Private: {groups or 'no results yet'}"
+    return opening(title, verdict.headline(ledger), picture, sections, folded)
 
 
 def build(out):

@@ -94,10 +94,8 @@ def checked(given):
     except ValidationError as error:
         first, known = error.errors()[0], Parameters.model_fields
         name = first["loc"][0]
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}: the parameters are {', '.join(known)}") from None
-        about = f"{first['msg']} ({name}: {known[name].description})"
-        raise ValueError(f"{name}={first['input']!r} is not valid: {about}") from None
+        valid = f"{name}: {known[name].description}" if name in known else f"the parameters are {', '.join(known)}"
+        raise ValueError(f"{name}={first['input']!r} is not valid: {first['msg']} ({valid})") from None
 
 
 DOING = {"plan": "say what is left to train, and its cost", "work": "only train it, beside others"}
@@ -107,8 +105,8 @@ DOING |= {"report": "only make the report anew", "audit": "audit logits in the f
 def parse(arguments):
     """(words, parameters, what to do: "run" or flag) of a command line: --name value, or NAME=value as make has it."""
     about = "Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too."
-    how = dict(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser("python -m lib.study", **how)
+    parser = argparse.ArgumentParser("python -m lib.study", description=about, allow_abbrev=False)
+    parser.argument_default = argparse.SUPPRESS
     for name, field_of in Parameters.model_fields.items():
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
         parser.add_argument(*flags, dest=name, help=field_of.description)
@@ -118,8 +116,8 @@ def parse(arguments):
     parser.add_argument("words", nargs="*", metavar="notebook", help="which notebooks, such as 01 (default: all)")
     given = vars(parser.parse_intermixed_args(arguments))
     words, doing = given.pop("words", []), given.pop("doing")
-    made = [word.partition("=") for word in words if "=" in word]
-    return [word for word in words if "=" not in word], given | {name.lower(): value for name, _, value in made}, doing
+    given |= {word.partition("=")[0].lower(): word.partition("=")[2] for word in words if "=" in word}
+    return [word for word in words if "=" not in word], given, doing
 
 
 @dataclass(frozen=True)
@@ -141,19 +139,18 @@ class Run:
 
     @property
     def names(self):
-        """The optimizers' texts, the baseline first."""
+        """The optimizers' texts, the baseline first: all others are compared with it."""
         return split(self.optimizers)
 
     @property
     def baseline(self):
-        """The optimizer that all others are compared with."""
         return self.names[0]
 
     @cached_property
     def treatment(self):
         """The last sharpness-aware optimizer, which figures and sentences compare with the baseline."""
         parsed = {name: Optimizer.parse(name) for name in self.names}
-        aware = [name for name, optimizer in parsed.items() if optimizer.has_radius and not optimizer.is_private]
+        aware = [name for name, one in parsed.items() if one.has_radius and not one.is_private]
         return (aware or self.names)[-1]
 
     @property
@@ -163,13 +160,10 @@ class Run:
 
     @cached_property
     def other_pools(self):
-        """The data drawn anew with the next seeds, n_pools - 1 of them: dict seed -> Dataset.
-
-        The test part is another one too, unless the data come with a test part of their own.
-        """
-        found, cache = {}, Path(self.store) / "cache"
+        """The data, and a test part that was split off, drawn anew with the next seeds: dict seed -> Dataset."""
+        found = {}
         for seed in range(self.seed + 1, self.seed + self.n_pools):
-            whole = load(self.parameters.dataset, self.data, cache, seed)
+            whole = load(self.parameters.dataset, self.data, Path(self.store) / "cache", seed)
             n = self.n_examples if self.n_examples < len(whole.y) - 1 else None
             found[seed] = pool(whole, n, seed, len(self.dataset.y_test))
         return found
@@ -225,7 +219,7 @@ def open_run(given):
     kinds = PRESETS[asked.preset]
     preset = kinds.get(asked.dataset) or kinds["table" if Run(asked, whole).is_small else "image"]
     values = {**preset, **asked.model_dump(exclude_none=True)}
-    bound = None if asked.n_examples is None and len(whole.y) <= values["n_examples"] else values["n_examples"]
+    bound = values["n_examples"] if asked.n_examples or values["n_examples"] < len(whole.y) else None
     # the models are asked about as many test points as each is trained on, or about all there are
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
     chosen = pool(whole, bound, values["seed"], n_test)

@@ -160,14 +160,14 @@ def test_a_notebook_reads_its_parameters_and_those_that_papermill_adds(tmp_path)
 
 @pytest.mark.parametrize("cells", [["# Parameters\nn_model = 24"], ["# Parameters\nseed = 0", "n_model = 24"]])
 def test_a_misspelt_parameter_of_a_notebook_is_refused(tmp_path, cells):
-    with pytest.raises(ValueError, match="'n_model'"):
+    with pytest.raises(ValueError, match="n_model=24"):
         settings.notebook_run(kernel(tmp_path, *cells, OPENING))
 
 
 def test_a_notebook_run_again_in_the_same_kernel_sees_its_changed_parameters(tmp_path):
     first = "# Parameters\nn_models = 24"
     later = ["leak = 1", "# Parameters\nn_models = 16", "run = style = 2", OPENING.replace("style = 1", "")]
-    with pytest.raises(ValueError, match="'run'|'style'"):
+    with pytest.raises(ValueError, match="run=|style="):
         settings.notebook_run(kernel(tmp_path, first, *later))
     del later[2]
     assert settings.notebook_run(kernel(tmp_path, first, *later)).n_models == 16

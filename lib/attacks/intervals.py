@@ -1,14 +1,13 @@
 """From membership scores to AUC, TPR at a fixed FPR and accuracy, each with a 95% interval.
 
-How it works. Every metric is written as a matrix of influence values [M, N], one number for each model and example.
-Their mean is the estimate. Their deviations from the mean say how much each model and each example moves it (to first
-order). `estimate` makes every interval from such a matrix; the difference of two optimizers' matrices gives the paired
-difference. Models and examples are both random samples, so an interval is about new models *and* new examples.
+Every metric is a matrix of influence values [M, N], one for each model and example. Their mean is the estimate; their
+deviations from it say how much each model and each example moves it, to first order. `estimate` makes every interval
+from such a matrix, and the difference of two optimizers' matrices gives the paired difference. Models and examples are
+both random samples, so an interval is about new models *and* new examples.
 
-The shadow correction. Every model is also a shadow of all the others, and what it does to them is common to all rows,
-so the variance between rows does not show it. `table` therefore multiplies the variance between models, for AUC and
-accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitted in simulation. How often the intervals
-hold the truth is in docs/benchmarks.md: with 8 models on a large pool nearer 90 than 95%, with 16 or more about 95%.
+Every model is also a shadow of all the others, which the variance between rows does not show. `table` therefore
+multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitted
+in simulation. How often the intervals hold the truth is in docs/benchmarks.md.
 """
 
 from typing import NamedTuple
@@ -41,22 +40,17 @@ def estimate(
 ) -> Estimate:
     """Mean of influence values [M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
-    clusters [M]: which models belong together, default the pairs (2k, 2k + 1). columns [N]: which examples belong
-    together (a patient's two eyes), default none do. The variance is that of Cameron, Gelbach & Miller (2011, equation
-    2.10); see also Owen (2007) and, for readers and cases, Gallas (2006). The quantile is Student's t, with
-    Satterthwaite's degrees of freedom. rate: the mean is a probability, so the interval is made on the logit scale.
-    shadow_correction: see the top of this file. examples_only: it is about new examples only (DeLong's for one
-    model's AUC, Student's t for a single row). With one cluster, or one (group of) example(s), it is (nan, nan). Raises
-    ValueError unless the matrix is finite and clusters (columns) has an entry for each row (column).
+    clusters [M]: which models belong together, default the pairs (2k, 2k + 1). columns [N]: which examples do (a
+    patient's two eyes), default none. The variance is that of Cameron, Gelbach & Miller (2011, equation 2.10); see also
+    Owen (2007) and Gallas (2006). The quantile is Student's t, with Satterthwaite's degrees of freedom. rate: the mean
+    is a probability, so the interval is made on the logit scale. shadow_correction: see the top of this file.
+    examples_only: it is about new examples only (DeLong's for one model's AUC, Student's t for a single row). With one
+    cluster, or one (group of) example(s), it is (nan, nan). Raises ValueError unless the matrix is finite.
     """
     x = np.asarray(influence_values)
-    need(x.ndim == 2 and x.size, f"influence_values: shape {x.shape}; valid is a matrix [M, N]")
     names, cluster = np.unique(np.arange(len(x)) // 2 if clusters is None else clusters, return_inverse=True)
-    need(cluster.shape == (len(x),), f"clusters: shape {cluster.shape}; valid is ({len(x)},), one per row")
-    fits = columns is None or np.shape(columns) == x.shape[1:]
-    need(fits, f"columns: shape {np.shape(columns)}; valid is {x.shape[1:]}, one per column")
     value = float(x.mean(dtype=np.float64))
-    need(np.isfinite(value), f"influence_values: mean {value}; valid are finite numbers")
+    need(x.ndim == 2 and np.isfinite(value), f"influence_values: {x.shape}, mean {value}; valid are finite [M, N]")
     # sums of the deviations: one for each cluster of models and (group of) example(s)
     sums = np.zeros((len(names), x.shape[1]))
     for of_model, k in zip(x, cluster, strict=True):
@@ -107,10 +101,9 @@ def paired(values, metric, rate=False, log_ratio_from=None, **how) -> pd.DataFra
     """Each optimizer's estimate of a metric, and the paired differences from the first optimizer: a tidy frame.
 
     values: dict optimizer -> influence values [M, N], of the same models and examples. rate: each optimizer's own value
-    is a probability (a difference is not). how: further arguments of `estimate`. Columns TIDY; the baseline is "" for
-    an optimizer's own value and the first optimizer's name for a difference (optimizer minus baseline).
-    log_ratio_from: where the metric's scale begins (0; 1/2 for an AUC). Then every difference also has a row
-    log_ratio_<metric>, unless one of the two values does not exceed it.
+    is a probability (a difference is not). how: further arguments of `estimate`. The baseline is "" for an optimizer's
+    own value, else the first optimizer. log_ratio_from: where the metric's scale begins (0; 1/2 for an AUC). Then every
+    difference also has a row log_ratio_<metric>, unless one of the two values does not exceed it.
     """
     first, *others = values
     rows = [row(metric, estimate(v, rate=rate, **how), optimizer=k, baseline="") for k, v in values.items()]
@@ -128,11 +121,11 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, *
 
     scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Columns TIDY.
     Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), and, where an FPR is `reportable`, tpr@<fpr> and
-    realised_fpr@<fpr>. With log_ratios a pair also has log_ratio_auc (of the excess above 1/2),
-    log_ratio_tpr@<fpr>, and log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in
-    balanced_accuracy_influence_values (0.0 for catalogue.FIXED). how: columns and examples_only, as in `estimate`;
-    groups in `columns` also stay together in the halves on which thresholds are learned. With examples_only and one or
-    two models, no other model can give a threshold at an FPR, so it comes from half of the target's own non-members.
+    realised_fpr@<fpr>. With log_ratios a pair also has log_ratio_auc (of the excess above 1/2), log_ratio_tpr@<fpr>,
+    and log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in balanced_accuracy_influence_values
+    (0.0 for catalogue.FIXED). how: columns and examples_only, as in `estimate`; groups in `columns` also stay together
+    in the halves on which thresholds are learned. With examples_only and one or two models, the threshold at an FPR
+    comes from half of the target's own non-members.
     """
     how["clusters"] = pairs(checked(next(iter(scores.values())), member)[1])
     learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
@@ -169,9 +162,9 @@ def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFra
     """Of those whom an attacker names, the share that are members, if a share `prevalence` of the candidates are.
 
     frame: rows of `table`, with any further columns. Metrics precision@<fpr>,prevalence=<prevalence>, of the rows that
-    are no differences. TPR and FPR are those obtained at the attack's threshold. The interval combines the unfavourable
-    ends of their two intervals, then the favourable ones, so it holds the truth at least as often as both do. Where
-    nobody is named there is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
+    are no differences, from the TPR and FPR obtained. The interval combines the unfavourable ends of their two
+    intervals, then the favourable ones, so it holds the truth at least as often as both do. Where nobody is named there
+    is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
     """
     own, frames = frame[frame.baseline == ""] if "baseline" in frame else frame, []
     for fpr in fprs:
@@ -222,15 +215,12 @@ def auc_influence_values(scores, member) -> np.ndarray:
     scores, member = checked(scores, member)
 
     def of_target(m):
-        order = np.argsort(scores[m])
-        s, inside = scores[m][order], member[m][order]
-        left, right = (np.searchsorted(s, s, side) for side in ("left", "right"))  # the ends of each run of ties
-        before = np.append(0, np.cumsum(inside))  # members among the first k
-        members_below = before[left] + before[right]  # twice, ties counted half
-        others_below = left + right - members_below
+        rank = stats.rankdata(scores[m])
+        for side in (member[m], ~member[m]):
+            # the share of the other side's examples below each of this side's
+            rank[side] = (rank[side] - stats.rankdata(scores[m, side])) / (~side).sum()
         # placement: for a member the share of non-members below it, for a non-member the share of members above it
-        place, n_in = np.empty(len(s)), before[-1]
-        place[order] = np.where(inside, others_below / (2 * (len(s) - n_in)), 1 - members_below / (2 * n_in))
+        place = np.where(member[m], rank, 1 - rank)
         of_members, of_others = (ratio_influence_values(place, side) for side in (member[m], ~member[m]))
         # AUC = mean placement of the members = mean placement of the non-members
         return of_members + of_others - place[member[m]].mean()
@@ -289,12 +279,3 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
 def limit_at(null, fpr):
     """The smallest score that at most a share fpr of the sorted null scores exceed."""
     return null[max(len(null) - 1 - int(fpr * len(null)), 0)]
-
-
-def roc(scores, member, grid) -> np.ndarray:
-    """The ROC curve of all targets pooled, for plotting: the TPR at every FPR in grid, same shape as grid."""
-    scores, member = checked(scores, member)
-    null, inside = np.sort(scores[~member]), np.sort(scores[member])
-    limits = np.array([limit_at(null, fpr) for fpr in np.ravel(grid)])
-    flagged = len(inside) - np.searchsorted(inside, limits, side="right")
-    return (flagged / len(inside)).reshape(np.shape(grid))

@@ -38,13 +38,11 @@ def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, n
     output would know something of the part it judges (AUC 0.501 on shuffled membership). groups [N] (a patient's two
     eyes) stay together. Raises ValueError for shapes that do not fit, NaN, or fewer than 3 members or non-members.
     """
-    seen = [checked(values, member)[0] for values in seen]
-    member = np.asarray(member)
+    x = np.stack([checked(values, member)[0].ravel() for values in seen], -1)
+    member, rng = np.asarray(member), np.random.default_rng(seed)
     part = calibration_split(member, seed, groups=groups, parts=3)
-    rng = np.random.default_rng(seed)
     cells = np.arange(member.size) if member.size <= CELLS else rng.integers(member.size, size=CELLS)
-    seen, inside, of_part = [values.ravel() for values in seen], member.ravel(), part.ravel()
-    drawn = np.stack([values[cells] for values in seen], -1)
+    inside, of_part, drawn = member.ravel(), part.ravel(), x[cells]
     mean, std = drawn.mean(0), drawn.std(0) + 1e-6
 
     def scaled(x):
@@ -55,7 +53,7 @@ def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, n
 
     def judge(start):
         rows = slice(start, start + BLOCK)
-        odds = log_odds(weights, scaled(np.stack([values[rows] for values in seen], -1))).numpy()  # [3, block]
+        odds = log_odds(weights, scaled(x[rows])).numpy()  # [3, block]
         # part p is judged by network p - 2, and stopped network p - 1
         for out, ahead in ((scores, 1), (own, 2)):
             out.ravel()[rows] = np.take_along_axis(odds, (of_part[None, rows] + ahead) % 3, 0)[0]

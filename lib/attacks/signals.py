@@ -1,8 +1,7 @@
 """From logits to what a membership attack looks at: one number for each model and example.
 
 Everything is computed in float64 from differences to the largest logit, so that no digits cancel when a model is nearly
-certain, and returned in float32. Only `confidence` saturates: it ties at 1.0 from phi = 17 on. The attacks therefore
-rank by phi, which has the same order and no ties.
+certain, and returned in float32. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and no ties.
 """
 
 import os
@@ -32,19 +31,12 @@ def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
     logits: [..., N, C] floats (or a memory map, read one [N, C] block at a time); y: [N] integers. Returns a dict of
     [..., N] arrays, float32 (`correct`: bool), in natural logarithms: phi = log p_y - log(1 - p_y) (Carlini et al.
     2022, section IV), log_confidence = log p_y = -loss, confidence = p_y, entropy, modified_entropy (Song & Mittal
-    2021, section 3.2) and correct. `only` limits which. Raises ValueError for wrong shapes, labels out of range, NaN or
-    +inf logits.
+    2021, section 3.2) and correct. `only` limits which. Raises ValueError for labels out of range, NaN or +inf logits.
     """
     logits, y = np.asanyarray(logits), np.asarray(y)
-    fine = logits.ndim > 1 and logits.shape[-1] > 1 and logits.dtype.kind == "f"
-    need(fine, f"logits: {logits.dtype} of shape {logits.shape}; valid are floats [..., N, C >= 2]")
-    fine = y.shape == logits.shape[-2:-1] and y.dtype.kind in "iu"
-    need(fine, f"y: {y.dtype} of shape {y.shape}; valid are integers [{logits.shape[-2]}]")
-    seen = f"values {y.min()} to {y.max()}" if y.size else "no values"
-    fine = y.size and y.min() >= 0 and y.max() < logits.shape[-1]
-    need(fine, f"y: {seen}; valid are 0 to {logits.shape[-1] - 1}, the classes of logits")
-    unknown = sorted(set(only) - set(NAMES))
-    need(not unknown, f"only: unknown signals {unknown}; valid are {NAMES}")
+    n_classes, fits = logits.shape[-1], y.shape == logits.shape[-2:-1] and y.dtype.kind in "iu"
+    fits = fits and y.size and 0 <= y.min() and y.max() < n_classes
+    need(fits, f"y: {y.dtype} of shape {y.shape}; valid are [N] integers, classes of logits, 0 to {n_classes - 1}")
     out = {name: np.empty(logits.shape[:-1], bool if name == "correct" else np.float32) for name in only}
 
     def fill(index):

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from lib import need
-from lib.attacks.membership import calibration_split, checked
+from lib.attacks.membership import checked
 from lib.attacks.signals import TINY, parallel
 
 
@@ -24,27 +23,23 @@ def yeom(log_confidence, member, half) -> np.ndarray:
     return np.stack(parallel(attack, range(len(member))))
 
 
-def classwise(scores, member, y, part=None, own=None) -> np.ndarray:
+def classwise(scores, member, y, part, own=None) -> np.ndarray:
     """Scores minus a threshold for each class (Song & Mittal 2021, section 3.2): [M, N] float32.
 
-    The decision is score > 0. scores: [M, N]; y: [N] labels. In each part of a target's examples, the threshold of best
-    balanced accuracy is found for each class, and subtracted in the next part (of two, in the other half). A class
-    without members or non-members in a part takes the threshold of that whole part. part: [M, N] integers, default
-    calibration_split(member, 0, y). own: [M, N], what the thresholds are learned from, default `scores`.
+    The decision is score > 0. scores: [M, N]; y: [N] labels; part: [M, N] integers, as from calibration_split. In each
+    part of a target's examples, the threshold of best balanced accuracy is found for each class, and subtracted in the
+    next part. A class without members or non-members in a part takes the threshold of that whole part. own: [M, N],
+    what the thresholds are learned from, default `scores`.
     """
     scores, member = checked(scores, member)
-    own = scores if own is None else checked(own, member)[0]
-    need(np.shape(y) == scores.shape[1:], f"y: shape {np.shape(y)}; valid is [N] = {scores.shape[1:]}")
-    _, y = np.unique(y, return_inverse=True)
-    part = calibration_split(member, 0, y) if part is None else part
+    own, y = scores if own is None else own, np.unique(y, return_inverse=True)[1]
     n_classes, n_parts = int(y.max()) + 1, int(part.max()) + 1
 
     def attack(m):
         here = part[m].astype(np.uint16)
         best = best_thresholds(own[m], member[m], (n_parts * y + here).astype(np.uint16), n_parts * n_classes)
-        if np.isnan(best).any():
-            everyone = np.tile(best_thresholds(own[m], member[m], here, n_parts), n_classes)
-            best = np.where(np.isnan(best), everyone, best)
+        everyone = np.tile(best_thresholds(own[m], member[m], here, n_parts), n_classes)
+        best = np.where(np.isnan(best), everyone, best)
         # score - threshold of its class in the part before
         return (scores[m] - best[n_parts * y + (here + n_parts - 1) % n_parts]).astype(np.float32)
 

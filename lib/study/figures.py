@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sklearn.metrics import roc_curve
 
-from lib.attacks import intervals
 from lib.study.results import NUMBERS
 from lib.study.text import series
 from lib.study.verdict import FITS
@@ -97,7 +97,8 @@ def roc(scored, member, attack="lira_shrunk"):
     figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     grid = np.geomspace(10 / (~member).sum(), 1, 200)
     for index, (name, attacks) in enumerate(scored.items()):
-        axis.plot(grid, intervals.roc(attacks[attack], member, grid), **(look(index, name) | {"marker": None}), lw=2)
+        curve = np.interp(grid, *roc_curve(member.ravel(), attacks[attack].ravel())[:2])
+        axis.plot(grid, curve, **(look(index, name) | {"marker": None}), lw=2)
     axis.plot(grid, grid, color="0.5", lw=1, label="guessing")
     axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)
     axis.legend(loc="lower right")

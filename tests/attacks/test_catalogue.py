@@ -82,7 +82,7 @@ def test_two_eyes_of_a_patient_are_judged_by_what_neither_taught():
     [
         ({"logits": np.zeros((300, 5))}, "logits: shape"),
         ({"member": np.zeros((16, 299), bool)}, "scores: shape .*valid is the shape of member"),
-        ({"y": np.full(300, 9)}, "y: values 9"),
+        ({"y": np.full(300, 9)}, "y: int64 .*0 to 4"),
         ({"only": ("lira_pooled",)}, "only: .*'lira_pooled'.*; valid are gap"),
         ({"population_logits": np.zeros((16, 10, 5))}, "y: object"),
     ],

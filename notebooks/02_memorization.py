@@ -229,7 +229,7 @@ for kind, rows in kinds.items():
 #
 # An estimate of correctness is a difference of two shares of models, so it lies on a lattice. A band counts as
 # *resolved* if an example in its middle lands in it at least four times in five, and one in the middle of another band
-# at most once in five (`memorization.resolved_bands`). The verdict judges no band that is not resolved.
+# at most once in five. The verdict judges no band that is not resolved.
 
 # %%
 values = {name: mem["correct"][name].value for name in (baseline, treatment)}
@@ -243,7 +243,15 @@ for index, (axis, (name, of)) in enumerate(zip(axes, values.items(), strict=True
 figures.save(figure, run, "memorization")
 
 # %%
-tables, resolved = {}, memorization.resolved_bands(n_out.min())
+# an example in the middle of a band is estimated as 1 - k / n, where k ~ Bin(n, 1 - mem) of the n models without it
+# get it right nevertheless
+k, middle = np.arange(n_out.min() + 1), np.array([0.05, 0.25, 0.5, 0.725, 0.925])
+lands = np.digitize(np.round(1 - k / k.max(), 9), memorization.EDGES)  # the band of each possible estimate
+chance = stats.binom.pmf(k[:, None], k.max(), 1 - middle)
+landing = np.array([chance[lands == band].sum(0) for band in range(5)])  # [where it lands, where it is]
+resolved = np.where(np.eye(5, dtype=bool), landing >= 0.8, landing <= 0.2).all(1)
+
+tables = {}
 flags = [dict(metric=f"band_is_resolved_{b}", value=v) for b, v in zip(memorization.BANDS, resolved, strict=True)]
 flags = pd.DataFrame(flags).astype({"value": float}).assign(ci_low=np.nan, ci_high=np.nan, baseline=baseline)
 for name in run.names[1:]:

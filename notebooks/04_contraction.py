@@ -597,12 +597,26 @@ for name, move in moves.items():
 # **Method.** We run both. We measure the part of $w$ outside the row space and the distance from $w_0$, each relative
 # to $\lVert w_0\rVert$.
 
+
 # %%
+def gradient_descent(x, y, rho=0.0, steps=4000):
+    """w after full-batch descent on |Xw - y|^2 / 2n from w = 0, with a cosine learning rate. rho > 0: SAM."""
+    w, top = np.zeros(x.shape[1]), np.linalg.norm(x, 2) ** 2 / len(x)
+    for t in range(steps):
+        g = x.T @ (x @ w - y) / len(x)
+        if rho:
+            # g_SAM = grad L(w + rho g / |g|)
+            g = x.T @ (x @ (w + rho * g / (np.linalg.norm(g) + 1e-30)) - y) / len(x)
+        # w <- w - lr_t g,  lr_t = (1 + cos(pi t / T)) / (2 largest curvature)
+        w = w - (1 + np.cos(np.pi * t / steps)) / (2 * top) * g
+    return w
+
+
 few_values = interpolation.spectrum("power law", 60)
 x, y = interpolation.draw(20, few_values, seed=run.seed + 5)
 w0, rows = interpolation.minimum_norm(x, y), []
 for name, radius in (("gd", 0.0), ("sam", 0.3)):
-    w = interpolation.gradient_descent(x, y, radius, steps=20_000)
+    w = gradient_descent(x, y, radius, steps=20_000)
     outside = w - np.linalg.pinv(x) @ (x @ w)
     for metric, gap in (("row_space_residual", outside), ("distance_to_minimum_norm", w - w0)):
         rows.append((name, metric, np.linalg.norm(gap) / np.linalg.norm(w0)))
@@ -639,7 +653,7 @@ gram = copies.T @ copies / len(copies) + decay * np.eye(60)
 ways["input noise"] = np.linalg.solve(gram, copies.T @ labels / len(copies))
 
 features = rng.normal(size=(3000, 60)) / np.sqrt(3000 * (1 + eta * few_values))
-ways["random features"] = features.T @ interpolation.gradient_descent(x @ features.T, y)
+ways["random features"] = features.T @ gradient_descent(x @ features.T, y)
 
 # %%
 target, v0 = interpolation.minimum_norm(x, y, np.eye(60) + eta * sigma), interpolation.variance(w0, sigma)

@@ -207,19 +207,17 @@ def scores(ensemble, member=None, only=catalogue.NAMES):
     return catalogue.run(ensemble.logits, data.y, member, *population, groups=data.groups, only=only)
 
 
-def leakage(ensembles, scored, fixed=catalogue.FIXED, rows=slice(None)):
+def leakage(ensembles, scored):
     """Every metric of every attack: a tidy frame with the column attack.
 
-    scored: dict optimizer -> dict attack -> scores [M, N]. fixed: the attacks whose own decision is score > 0. rows:
-    the examples of the pool that the scores are about, if not all.
+    scored: dict optimizer -> dict attack -> scores [M, N].
     """
     first, frames = next(iter(ensembles.values())), []
-    member, groups = np.array(first.member)[:, rows], first.dataset.groups
+    how = {**design(first), "log_ratios": len(scored) > 1}
     for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
-        how = design(first) | {"threshold": 0.0 if attack in fixed else None, "log_ratios": len(scored) > 1}
-        how["columns"] = None if groups is None else groups[rows]
-        found = {label: scored[label][attack] for label in ensembles}
-        frames.append(intervals.table(found, member, **how).assign(attack=attack))
+        threshold, found = 0.0 if attack in catalogue.FIXED else None, {k: scored[k][attack] for k in ensembles}
+        frame = intervals.table(found, np.array(first.member), threshold=threshold, **how)
+        frames.append(frame.assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -231,7 +229,6 @@ def exposure_table(ensembles, scored, ids=None):
     (from `ids` [N]) as coordinate. Each half of the pairs of models also names, by itself, the 1% most exposed of the
     examples that three of its models or more have, and three have not. exposed_in_both_halves is the share of one
     half's names that are also the other's; by chance it would be exposed_by_chance. It takes 1,000 such examples.
-    scored: dict optimizer -> dict attack -> scores [M, N].
     """
     first, rows, attack = next(iter(ensembles.values())), [], "lira_shrunk"
     member, data, ids = np.array(first.member), first.dataset, np.arange(len(first.dataset.y)) if ids is None else ids
@@ -288,7 +285,7 @@ def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     there = common_ids(ensembles.values())
     ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
     need(len(ids) >= 8, f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
-    asked, scored, nulls = {label: e.only(ids) for label, e in ensembles.items()}, {}, []
+    asked, frames, nulls = {label: e.only(ids) for label, e in ensembles.items()}, [], []
     first = next(iter(asked.values()))
     data, n = first.dataset, len(first.dataset.y)
     # the seed is not 0, from which the first model's half is drawn
@@ -297,19 +294,22 @@ def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     groups = None if data.groups is None else data.groups[rows]
     half = calibration_split(member, 0, y, groups)
     shuffled = [catalogue.null_member(member, seed, groups) for seed in range(5)]
+    scored = {"label_only": {}, "label_only_classwise": {}, "label_once": {}}  # attack -> optimizer -> [M, rows]
     for label, e in asked.items():
         # channels last: the fastest layout for convolutions
         nets = [e.weights(k)[0].to(device, memory_format=torch.channels_last) for k in ids]
         predict = [lambda batch, net=net: net(batch).argmax(-1) for net in nets]
         answers = label_only.answers(predict, x, y, data.is_image, device=device)
-        found, once = label_only.scores(answers, member), signal(e, "correct")[:, rows]
-        by_class = thresholds.classwise(found, member, y, part=half)
-        scored[label] = {"label_only": found, "label_only_classwise": by_class, "label_once": once}
+        scored["label_only"][label] = found = label_only.scores(answers, member)
+        scored["label_only_classwise"][label] = thresholds.classwise(found, member, y, part=half)
+        scored["label_once"][label] = signal(e, "correct")[:, rows]
         values = [intervals.auc_influence_values(label_only.scores(answers, alleged), alleged) for alleged in shuffled]
         null = intervals.paired({label: np.mean(values, axis=0)}, "null_auc", True, columns=groups)
         nulls.append(null.assign(attack="label_only"))
-    table = leakage(asked, scored, ("label_only_classwise", "label_once"), rows)
-    return pd.concat([table, *nulls], ignore_index=True).assign(n_models=len(ids), n_examples=len(rows))
+    for attack, found in scored.items():
+        how = {"threshold": None if attack == "label_only" else 0.0, "log_ratios": len(asked) > 1, "columns": groups}
+        frames.append(intervals.table(found, member, **how).assign(attack=attack))
+    return pd.concat([*frames, *nulls], ignore_index=True).assign(n_models=len(ids), n_examples=len(rows))
 
 
 def split_labels(frame, column):
@@ -353,8 +353,7 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
     With the name test_accuracy, x is the accuracy, and the last is auc_at_equal_accuracy. The intervals hold the errors
     of all AUCs and coordinates, x too, as they fall together in each model and example (delta method), but not the
     curve's shape between two runs. Without two runs that enclose x and differ by more than noise, only auc_total is
-    given. Columns beside the usual ones: attack, coordinate, and the name's, which is x. Raises ValueError for other
-    models.
+    given. Columns beside the usual ones: attack, coordinate, and the name's, which is x.
     """
     test = name == "test_accuracy"
     values_of, scale, slope = (hits_on_test, float, np.ones_like) if test else (train_losses, np.log, np.reciprocal)

@@ -120,16 +120,3 @@ def draw(n, values, teacher=None, noise=0.0, seed=0) -> tuple[np.ndarray, np.nda
     x = rng.normal(size=(n, len(values))) * np.sqrt(values)
     signs = np.where(rng.random(n) < (0.5 if teacher is None else noise), -1.0, 1.0)
     return x, signs if teacher is None else signs * np.where(x @ teacher >= 0, 1.0, -1.0)
-
-
-def gradient_descent(x, y, rho=0.0, steps=4000) -> np.ndarray:
-    """w [d] after full-batch descent on |Xw - y|^2 / 2n from w = 0, with a cosine learning rate. rho > 0: SAM."""
-    w, top = np.zeros(x.shape[1]), np.linalg.norm(x, 2) ** 2 / len(x)
-    for t in range(steps):
-        g = x.T @ (x @ w - y) / len(x)
-        if rho:
-            # g_SAM = grad L(w + rho g / |g|)
-            g = x.T @ (x @ (w + rho * g / (np.linalg.norm(g) + 1e-30)) - y) / len(x)
-        # w <- w - lr_t g,  lr_t = (1 + cos(pi t / T)) / (2 largest curvature)
-        w = w - (1 + np.cos(np.pi * t / steps)) / (2 * top) * g
-    return w

@@ -65,21 +65,6 @@ def band_shares(memorized):
     return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
 
 
-def resolved_bands(n_out):
-    """Which of BANDS the estimates of correctness resolve with n_out models without each example: [5] bool.
-
-    The estimate of an example that its members get right is one of the n_out + 1 numbers 1 - k / n_out. A band is
-    resolved if an example in its middle (of the outer ones: 0.05 and 0.925) has its estimate there with probability 0.8
-    or more, and one in the middle of another band with 0.2 or less.
-    """
-    edges, k = np.array([0.0, *EDGES, 1.0]), np.arange(n_out + 1)
-    middle, lands = (edges[:-1] + edges[1:]) / 2, np.digitize(np.round(1 - k / n_out, 9), EDGES)
-    # k ~ Bin(n_out, 1 - mem): how many of the models without the example get it right nevertheless
-    chance = stats.binom.pmf(k[:, None], n_out, 1 - middle)
-    landing = np.array([chance[lands == band].sum(0) for band in range(len(BANDS))])  # [where it lands, where it is]
-    return np.where(np.eye(len(BANDS), dtype=bool), landing >= 0.8, landing <= 1 - 0.8).all(1)
-
-
 def jackknife(statistic, member, groups=20):
     """95% intervals of statistic(rows, columns) -> [K], of the models and examples at these indices: K Estimates.
 

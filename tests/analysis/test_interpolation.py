@@ -167,7 +167,7 @@ def test_the_region_where_a_smaller_out_variance_helps_the_attacker():
     assert helps.any() and not helps.all() and (delta[helps] ** 2 > 2 * np.log(r[helps])).all()
 
 
-# ---- data and descent ------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "power law", "spiked"])
@@ -183,14 +183,6 @@ def test_labels_follow_the_teacher_but_for_the_noise():
     teacher = np.arange(1.0, 11)
     x, y = interpolation.draw(20_000, np.ones(10), teacher, noise=0.2)
     assert np.mean(y != np.sign(x @ teacher)) == pytest.approx(0.2, abs=0.015)
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.1])
-def test_descent_stays_in_the_row_space_and_reaches_the_minimum_norm(rho):
-    x, y, _ = problem()
-    w = interpolation.gradient_descent(x, y, rho)
-    assert np.linalg.norm(w - np.linalg.pinv(x) @ (x @ w)) < 1e-13
-    np.testing.assert_allclose(w, interpolation.minimum_norm(x, y), atol=1e-6)
 
 
 @pytest.mark.parametrize("solve", [interpolation.minimum_norm, lambda x, y: interpolation.spectral(x, y, np.eye(15))])

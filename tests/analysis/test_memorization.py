@@ -97,17 +97,6 @@ def test_bands_are_the_issues():
     np.testing.assert_allclose(shares, np.array([2, 1, 1, 2, 2]) / 8)
 
 
-def test_a_band_is_resolved_if_its_middle_stays_there_on_the_lattice():
-    rng, middle = np.random.default_rng(3), [0.05, 0.25, 0.5, 0.725, 0.925]
-    for n in (8, 24, 64):
-        hits = rng.binomial(n, 1 - np.array(middle), size=(20_000, 5))  # models without the example that get it right
-        drawn = np.array([memorization.band_shares(1 - hits[:, b] / n) for b in range(5)])  # [where it is, lands]
-        fine = [drawn[b, b] >= 0.8 and np.delete(drawn[:, b], b).max() <= 0.2 for b in range(5)]
-        np.testing.assert_array_equal(memorization.resolved_bands(n), fine, str(drawn))
-    assert not memorization.resolved_bands(8)[3] and memorization.resolved_bands(32)[3]
-    assert memorization.resolved_bands(256).all() and not memorization.resolved_bands(2).any()
-
-
 def test_published_scores_are_correlated_by_rank_with_both_and_the_difference_is_paired():
     member, (rng, hard) = halves(64, 150), (np.random.default_rng(0), np.linspace(0, 1, 150))
     a, b = (np.where(member, 1.0, 1 - hard) + noise * rng.normal(size=member.shape) for noise in (0.1, 2.0))

@@ -120,17 +120,19 @@ def obstacle(known, row, needs):
         return known.get((*group, row.experiment, row.coordinate, *of), main)
 
     pair = row.optimizer, row.baseline
-    fits = [look("train_accuracy", name)[0] for name in pair]
+    fits, skills = zip(*((look("train_accuracy", name)[0], look(SKILL, name)[1]) for name in pair), strict=True)
     band = look(row.metric.replace("memorization_share", "band_is_resolved"), *pair)[0]
-    # condition, the number that tells, whether it stands in the way, and how we say so
-    checks = [("models", band, band == 0, f"{row.n_models:.0f} models are too few to resolve the band")]
-    for name, fit in zip(pair, fits, strict=True):
-        skill, said = look(SKILL, name)[1], f"{name.upper()} fits {100 * fit:.3g}%"
-        checks += [("fit", fit, fit < FITS, said), ("unfit", fit, fits[0] >= min(FITS, fits[1]), said)]
-        checks += [("learning", skill, skill <= LEARNS, f"{name.upper()} may be guessing on the test part")]
-    checks = [check for check in checks if check[0] in needs.split()]
-    said = "; ".join(said for *_, fails, said in checks if fails)
-    return said or (None if any(np.isnan(number) for _, number, *_ in checks) else "")
+    fit = " and ".join(f"{name.upper()} fits {100 * value:.3g}%" for name, value in zip(pair, fits, strict=True))
+    conditions = {  # the numbers that tell, whether they will do, and what is wrong if not
+        "fit": (fits, min(fits) >= FITS, fit),
+        "unfit": (fits, fits[0] < min(FITS, fits[1]), fit),
+        "learning": (skills, min(skills) > LEARNS, "one of the two may be guessing on the test part"),
+        "models": ([band], band > 0, f"{row.n_models:.0f} models are too few to resolve the band"),
+    }
+    wanted = [conditions[need] for need in needs.split()]
+    if any(np.isnan(numbers).any() for numbers, *_ in wanted):
+        return None
+    return "; ".join(wrong for _, holds, wrong in wanted if not holds)
 
 
 def tested(known, rows, test, pair):
@@ -149,10 +151,10 @@ def tested(known, rows, test, pair):
         who = (test.optimizer, "") if test.optimizer else pair
         rows = rows[(rows.optimizer == who[0]) & (rows.baseline == who[1])]
     rows = rows.assign(**{name: change(rows[name]) for name in NUMBERS})
-    verdicts, sizes, said, aside = [], [], [], []
+    verdicts, sizes, said = [], [], []
     for at, here in rows.groupby("at", sort=False):
         if (why := obstacle(known, next(here.itertuples()), test.needs)) != "":
-            aside += [f"{at}: {why}".removeprefix(": ")] if why else []
+            said += [f"{at}: {why}".removeprefix(": ")] if why else []
             continue
         numbers, effects = here[NUMBERS].to_numpy(float), []
         agreeing = -numbers[:, [0, 2, 1]] if against else numbers
@@ -168,13 +170,10 @@ def tested(known, rows, test, pair):
         verdicts.append(verdict)
         sizes.append(np.median(numbers[:, 0]))
         said.append(f"{at or test.metric}: {', '.join([*effects, reason])}".removesuffix(", "))
-    about = {"size": np.nan, "evidence": evidence, "n_models": rows.n_models.min()}
-    if verdicts:
-        said += [f"set aside: {why}" for why in aside]
-        return about | {"verdict": worst(verdicts), "effect": "; ".join(said), "size": sizes[0]}
-    if aside:
-        return about | {"verdict": "not testable here", "effect": "; ".join(aside)}
-    return about | {"verdict": "not run", "effect": "", "evidence": f"{evidence} (not recorded)"}
+    verdict = worst(verdicts) if verdicts else "not testable here" if said else "not run"
+    evidence += " (not recorded)" * (not said)
+    about = {"verdict": verdict, "effect": "; ".join(said), "size": next(iter(sizes), np.nan)}
+    return about | {"evidence": evidence, "n_models": rows.n_models.min()}
 
 
 def setting(main, pair):

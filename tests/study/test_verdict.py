@@ -220,7 +220,7 @@ def test_the_lowest_rate_and_its_growth_beyond_the_auc():
 def test_one_length_that_fits_is_enough_to_contradict_every_length_and_one_that_does_not_is_set_aside():
     rows = everything()
     found = judged(rows, "at_every_length")
-    assert found.verdict == "supported" and "set aside: epochs=2: SAM fits 80%" in found.effect
+    assert found.verdict == "supported" and "epochs=2: SAM fits 80% and SGD fits 100%;" in found.effect
     rows.loc[(rows.coordinate == "epochs=5") & (rows.baseline == "sgd"), NUMBERS] = [-0.02, -0.021, -0.019]
     found = verdicts(rows)
     assert found["at_every_length"] == "contradicted" and found["at_equal_loss"] == "supported"
@@ -255,13 +255,15 @@ def planted(sgd=1.0, sam=1.0, skill=0.9, resolved=1.0):
 def test_where_sam_fits_79_percent_leakage_is_not_testable_and_a_theorem_is():
     found = verdict.ledger(planted(sam=0.79)).set_index("claim")
     for name in LEAKAGE:
-        assert found.verdict[name] == "not testable here" and found.effect[name] == "SAM fits 79%", name
+        assert found.verdict[name] == "not testable here" and found.effect[name] == "SAM fits 79% and SGD fits 100%", (
+            name
+        )
     assert set(found.verdict[THEOREM]) == {"supported"} and len(THEOREM) == 3
     assert found.verdict["flatter_yet_leaks_more"] == "not testable here"
     assert found.verdict["at_equal_loss"] == found.verdict["generalizes_better"] == "supported"  # these need no fit
     assert verdicts(planted(sam=0.99))["leaks_more_rmia"] == "supported"
     both = judged(planted(sgd=0.985, sam=0.79), "leaks_more_rmia")
-    assert both.effect == "SAM fits 79%; SGD fits 98.5%"
+    assert both.effect == "SAM fits 79% and SGD fits 98.5%"
 
 
 def test_a_classifier_that_says_only_the_commonest_class_decides_nothing():
@@ -396,7 +398,7 @@ def test_the_headline_counts_tuned_and_fitted_cases_and_says_what_was_not_run():
     assert "more in 1 of 3 cases, less in 1; it changes the AUC by +0.0 points, from -1.0 to +2.0" in tuned
     assert "more in 0 of 1 cases, less in 1; it changes the AUC by -1.3 points" in equal
     unfit = verdict.ledger(frame(r for r in rows if r["dataset"] == "d"))
-    assert "fit: not testable here (SAM fits 80%)." in verdict.headline(unfit)
+    assert "fit: not testable here (SAM fits 80% and SGD fits 100%)." in verdict.headline(unfit)
 
 
 # ---- runs and groups -----------------------------------------------------------------------------------------

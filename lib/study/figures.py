@@ -1,5 +1,4 @@
-"""Figures from tidy frames and arrays. Colours are seaborn's colour-blind palette, and every series also differs by
-marker or line. Each function returns the figure; `save` keeps it beside the results."""
+"""Figures of several notebooks. Colours are seaborn's colour-blind palette; series also differ by marker or line."""
 
 from pathlib import Path
 
@@ -80,9 +79,11 @@ def forest(frame, panels, rows="attack", reference=0):
         part = frame[frame.metric == metric]
         for index, (name, found) in enumerate(part.groupby(series(part), sort=False)):
             found = found.set_index(rows).reindex(order)
-            spread = [found.value - found.ci_low, found.ci_high - found.value]
-            look_of = look(index, name) | {"linestyle": ""}
-            axis.errorbar(found.value, np.arange(len(order)) + 0.15 * index, xerr=spread, capsize=3, **look_of)
+            height, bars = (
+                np.arange(len(order)) + 0.15 * index,
+                (found.value - found.ci_low, found.ci_high - found.value),
+            )
+            axis.errorbar(found.value, height, xerr=bars, capsize=3, **look(index, name) | {"linestyle": ""})
         axis.axvline(found.value[reference] if reference in found.index else reference, color="0.5", lw=1)
         axis.set(yticks=range(len(order)), yticklabels=map(plain, order), xlabel=xlabel)
         axis.locator_params(axis="x", nbins=5)
@@ -117,18 +118,15 @@ def leakage_against_accuracy(axis, rows, attack, chosen):
     rows = rows.set_index(["optimizer", "rho", "lr", "decay"])
     fit = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value
     paired = rows[rows.baseline != ""].groupby(["metric", "attack"])[NUMBERS]
-    # the tuned baseline has no difference from itself
-    x, y = (
-        100 * paired.get_group(key).reindex(fit.index).fillna(0) for key in (("test_accuracy", ""), ("auc", attack))
-    )
+    what = ("test_accuracy", ""), ("auc", attack)
+    x, y = (100 * paired.get_group(key).reindex(fit.index).fillna(0) for key in what)  # 0: the tuned baseline
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
     for index, ((name, rho), part) in enumerate(fit.groupby(level=["optimizer", "rho"], sort=False)):
         colour, marker, label = COLOURS[index % 10], MARKERS[index % 4], plain(f"{name}, rho {rho:g}" if rho else name)
         for k, (_, line) in enumerate(part.groupby(level="decay", sort=False)):
-            at = line.sort_index(level="lr").index
-            line_of = ":" if k else "-"
-            axis.plot(x.value[at], y.value[at], marker + line_of, color=colour, lw=1.2, label=None if k else label)
+            at, dots = line.sort_index(level="lr").index, ":" if k else "-"
+            axis.plot(x.value[at], y.value[at], marker + dots, color=colour, lw=1.2, label=None if k else label)
         for at, share in part.items():
             bars = ([[of.value - of.ci_low], [of.ci_high - of.value]] for of in (y.loc[at], x.loc[at]))
             look_of = dict(color=colour, mfc=colour if share >= FITS else "white", ms=12 if at in chosen else 6)
@@ -139,8 +137,8 @@ def leakage_against_accuracy(axis, rows, attack, chosen):
 
 def phi_of_members(phis, member):
     """Densities of phi of members and non-members, an optimizer a panel, on shared axes."""
-    n = len(phis)
-    figure, axes = plt.subplots(1, n, figsize=(5.2 * n, 3.4), sharex=True, sharey=True, layout="constrained")
+    size = (5.2 * len(phis), 3.4)
+    figure, axes = plt.subplots(1, len(phis), figsize=size, sharex=True, sharey=True, layout="constrained")
     for axis, (name, phi) in zip(np.ravel(axes), phis.items(), strict=True):
         histograms(axis, phi[member], phi[~member], ("members", "non-members"))
         axis.set(title=plain(name), xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")

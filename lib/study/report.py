@@ -29,10 +29,10 @@ from lib.training.store import write_atomic
 # The browser refuses whatever runs or loads, should anything slip through `clean`.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # what nbconvert, pandas and MathML need beside the usual tags and attributes
-TAGS = "style math mfrac mi mn mo mover mroot mrow mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder"
-TAGS = nh3.ALLOWED_TAGS | set(f"{TAGS} munderover".split())
-EVERYWHERE = "class display displaystyle fence form id mathvariant maxsize minsize movablelimits scriptlevel stretchy"
-ATTRIBUTES = nh3.ALLOWED_ATTRIBUTES | {"*": set(f"{EVERYWHERE} title type width".split())}
+MATH = "math mfrac mi mn mo mover mrow mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover"
+SHAPE = "display displaystyle fence form mathvariant maxsize minsize movablelimits scriptlevel stretchy type width"
+TAGS = nh3.ALLOWED_TAGS | {"style", *MATH.split()}
+ATTRIBUTES = nh3.ALLOWED_ATTRIBUTES | {"*": {"class", "id", "title", *SHAPE.split()}}
 SETUP = {"setup", "parameters", "injected-parameters"}  # tags of cells that a page folds
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*$")
 LOADS = re.compile(r"<|url\s*\(|@import|expression\s*\(|\\", re.I)  # in a style sheet; a backslash can spell the others
@@ -47,9 +47,9 @@ CSS += f"{LIGHT} @media (prefers-color-scheme: dark) {{ {DARK} }} .highlight {{ 
 
 def mathml(tex, display="inline"):
     """TeX as MathML, which browsers draw without a script; what the converter can't read stays TeX."""
-    known = tex.strip().replace(r"\arg\min", r"\operatorname{argmin}")
     try:
-        return convert(re.sub(r"\\log\s*(?=[a-zA-Z])", r"\\log\\,", known), display=display)
+        spaced = re.sub(r"\\log\s*(?=[a-zA-Z])", r"\\log\\,", tex.strip())
+        return convert(spaced.replace(r"\arg\min", r"\operatorname{argmin}"), display=display)
     except Exception:  # the converter's own kinds, and whatever a malformed formula makes of it
         return f"<code>{html.escape(tex)}</code>"
 
@@ -96,8 +96,8 @@ def rendered(path):
     for folded, cells in groupby(book.cells, lambda cell: bool(SETUP & set(cell.metadata.get("tags", [])))):
         part, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=list(cells)))
         body += f"<details><summary>Set-up and parameters</summary>{part}</details>" if folded else part
-    titles = re.findall(r"^# (.+)", "\n".join(c.source for c in book.cells if c.cell_type == "markdown"), flags=re.M)
-    title = [*titles, path.stem][0]
+    said = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    title = [*re.findall(r"^# (.+)", said, flags=re.M), path.stem][0]
     return title, page(title, body)
 
 
@@ -182,8 +182,7 @@ def index(out, rows, titles):
     rows: of results.csv (results.read); titles: file name -> title.
     """
     ledger, by_attack = verdict.ledger(rows), verdict.ledger(rows, verdict.BY_ATTACK)
-    counts = ledger.verdict.value_counts()
-    counted = ", ".join(f"{counts[name]} {name}" for name in verdict.SHADES if name in counts)
+    counted = ", ".join(f"{count} {name}" for name, count in ledger.verdict.value_counts().items())
     groups = "; ".join(", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values)
     settings = ledger[(ledger.optimizer != "") & (ledger.setting != "")][["dataset", "arch", "optimizer", "setting"]]
     lines = [f"{', '.join(about)}: {said}" for *about, said in settings.drop_duplicates().values]

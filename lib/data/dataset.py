@@ -58,7 +58,7 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
     `folder` reads images train/<class>/ and test/<class>/, also in an archive; an .npz holds x, y (or features, labels)
     and groups; other forms are those in which a data set is published. data=None looks in data/. Without a test part,
     one is split off, in whole groups; `seed` says which. What is left out (other files, labels without an image) is
-    counted and printed. Raises FileNotFoundError for a missing path, ValueError for anything else.
+    counted and printed. Raises ValueError for what is missing or wrong.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -70,9 +70,6 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
         if "groups" in more:  # numbers or names
             more["groups"] = np.unique(more["groups"], return_inverse=True)[1]
         d = Dataset(name, x, y, x, y, tuple(map(str, labels)), **more)
-        if name.startswith("cifar"):
-            found, form = f"{d.n_classes} classes, {list(x.shape[1:])}", f"{name[5:]} classes, [3, 32, 32]"
-            need(found == form, f"it holds {found}, {name} has {form}; use dataset 'folder'")
         if "x_test" in given:
             y_test = _labels("y_test", given["y_test"])
             extra = np.setdiff1d(y_test, labels)[:5].tolist()
@@ -135,17 +132,14 @@ def validate(dataset: Dataset) -> Dataset:
     """Return `dataset` unchanged, or raise one ValueError that says what is wrong with it."""
     c, shape = dataset.n_classes, dataset.x.shape[1:]
     for part in ("", "_test"):
-        x, y = getattr(dataset, f"x{part}"), getattr(dataset, f"y{part}")
+        x, y, groups = (getattr(dataset, f"{key}{part}") for key in ("x", "y", "groups"))
         fine = x.dtype in (np.uint8, np.float32) and x.ndim in (2, 4) and x.size and x.shape[1:] == shape
         what = f"x{part} is {x.dtype} {list(x.shape)} and y{part} {y.dtype} {list(y.shape)}"
         form = f"uint8 or float32 [N, *{list(shape)}], 2-D or 4-D, and integers [N], N > 0, are needed"
         need(fine and y.dtype.kind in "iu" and y.shape == x.shape[:1], f"{what}; {form}")
         need(x.dtype == np.uint8 or np.isfinite(x).all(), f"x{part} holds NaN or infinity; finite numbers are needed")
         need(0 <= y.min() and y.max() < c, f"y{part} runs from {y.min()} to {y.max()}; valid are 0..{c - 1}")
-        for key in (f"groups{part}", f"pattern{part}"):
-            a = getattr(dataset, key)
-            fine = a is None or a.dtype.kind in "iu" and a.shape == y.shape and a.min() >= 0
-            need(fine, f"{key}: {len(y)} integers, not negative, are needed")
+        need(groups is None or groups.shape == y.shape, f"groups{part}: {len(y)} integers are needed")
     n = np.bincount(dataset.y, minlength=c)
     why = f"class {dataset.classes[n.argmin()]!r} has {n.min()} of the pool"
     need(c > 1 and n.min() > 1, f"y: {why}; at least two classes are needed, and two examples of each")

@@ -38,14 +38,14 @@ _IMAGE = rf"(?:{_NAME}/)*{_NAME}\.(?i:png|jpe?g|bmp|webp)"  # at any depth
 PLACE = rf"{_IN}(train|test)/({_NAME})/({_IMAGE})"
 LAYOUT = f"train/<class>/* ({', '.join(IMAGES)}) and perhaps test/<class>/*"
 RETINA = rf"{_IN}(?:(?:train|test)/{_IMAGE}|(?:trainLabels|retinopathy_solution)\.csv)"
-EYE = r"([^_]+)_(?:left|right)"  # the name of a retina photograph: its patient and which eye
+EYE = r"[^_]+_(?:left|right)"  # the name of a retina photograph: its patient and which eye
 GRADES = ("0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative")
 SIDE = 32  # pixels to a side of a retina photograph, once it is scaled down; twice as many for eyepacs_referable
 
 # what the arrays of an .npz may be called: here, in papers on attacks, by Keras and by MedMNIST (its val_ is not read)
-NAMES = [["x", "y", "x_test", "y_test"], ["features", "labels", "features_test", "labels_test"]]
-NAMES += [["x_train", "y_train", "x_test", "y_test"], ["images", "labels", "images_test", "labels_test"]]
-NAMES += [["train_images", "train_labels", "test_images", "test_labels"]]
+NAMES = ["x y x_test y_test", "features labels features_test labels_test", "x_train y_train x_test y_test"]
+NAMES += ["images labels images_test labels_test", "train_images train_labels test_images test_labels"]
+NAMES = [[*names.split(), "groups"] for names in NAMES]
 
 # what is looked for in a folder that is given, and in data/ when no path is given
 FILES = {
@@ -60,8 +60,7 @@ FILES = {
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     """Arrays of a data set of DATASETS: x, y and perhaps x_test, y_test, groups, pattern and pattern_test.
 
-    data: its path, or None. cache: the folder for decoded data. Raises FileNotFoundError for a missing path or file,
-    ValueError for anything else that is wrong.
+    data: its path, or None. cache: the folder for decoded data. Raises ValueError for what is missing or wrong.
     """
     if name in ("digits", "mnist5k", "subclasses"):
         need(data is None, f"dataset {name!r} is built in; it takes no path")
@@ -92,11 +91,10 @@ def _find(name: str, data) -> Path:
     places = [folder / file for file in known] + [folder] * (data is not None)
     if data is None and name in ("cifar10", "cifar100", "fashionmnist"):
         return places[0]  # torchvision downloads what is missing
-    for path in (Path(f"{place}{end}") for place in places for end in ("", *ARCHIVES)):
-        if path.exists():
-            return path
+    found = [path for place in places for end in ("", *ARCHIVES) if (path := Path(f"{place}{end}")).exists()]
     what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
-    raise FileNotFoundError(f"data={data!r}: {what}; docs/settings.md says how to obtain {name}")
+    need(found, f"{what}; docs/settings.md says how to obtain {name}")
+    return found[0]
 
 
 def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, np.ndarray]:
@@ -145,14 +143,13 @@ def _torchvision(name: str, path: Path, download: bool) -> dict[str, np.ndarray]
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     """x, y and perhaps x_test, y_test and groups; in the file they may have any of NAMES."""
-    held = read_npz(path, {"groups"}.union(*NAMES))
+    held = read_npz(path, set().union(*NAMES))
     names = next((names for names in NAMES if {*names[:2]} <= set(held)), NAMES[0])
-    keys = zip((*NAMES[0], "groups"), (*names, "groups"), strict=True)
-    arrays = {key: held[name] for key, name in keys if name in held}
+    arrays = {key: held[name] for key, name in zip(NAMES[0], names, strict=True) if name in held}
     complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
     forms = "; or ".join(", ".join(names) for names in NAMES)
     need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (the test part and groups are optional)")
-    return arrays | {"left_out": _counted({"arrays": sorted({*held} - {*names, "groups"})})}
+    return arrays | {"left_out": _counted({"arrays": sorted({*held} - {*names})})}
 
 
 def read_npz(path, names) -> dict[str, np.ndarray | None]:
@@ -186,7 +183,7 @@ def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None)
     key = blake2b(repr([6, wanted, side, known]).encode(), digest_size=16).hexdigest()
     cached = cache / f"{path.name.split('.')[0]}-{key}.npz"
     with suppress(ValueError):  # if the cache file is absent or damaged: NumPy compares each array with its CRC-32
-        return read_npz(cached, (*NAMES[0], "groups", "left_out"))
+        return read_npz(cached, (*NAMES[0], "left_out"))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         folder = path if path.is_dir() else _unpacked(path, Path(temporary, "archive"))
@@ -291,23 +288,21 @@ def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
     The layout is that of Kaggle's Diabetic Retinopathy Detection (2015): the tables trainLabels.csv and
     retinopathy_solution.csv grade the images of train/ and of test/. What lacks a grade or an image is left out.
     """
-    images = [(Path(name).stem, content) for name, content in files.items() if not name.endswith(".csv")]
+    images = {Path(name).stem: content for name, content in files.items() if not name.endswith(".csv")}
     tables = [content for name, content in files.items() if name.endswith(".csv")]
     graded = pd.concat([pd.DataFrame(), *tables]).fillna("")
     what = f"it holds {len(images)} images and tables with the columns {[*graded]}"
     form = "images and trainLabels.csv or retinopathy_solution.csv, with the columns image and level,"
     need(images and {"image", "level"} <= {*graded}, f"{what}; {form} are needed")
-    table = graded.merge(pd.DataFrame(images, columns=["image", "pixels"]), "outer", "image")  # sorted by image
-    left["labels without an image"] += table.image[table.pixels.isna()].tolist()
-    left["images without a label"] += table.image[table.level.isna()].tolist()
-    table = table.dropna(subset=["level", "pixels"])
-    fine = table.image.str.fullmatch(EYE) & table.level.isin(list("01234")) & ~table.image.duplicated(keep=False)
-    odd = table[~fine][["image", "level"]].values.tolist()
+    level = dict(zip(graded.image, graded.level, strict=True))
+    left["labels without an image"] += sorted(level.keys() - images.keys())
+    left["images without a label"] += sorted(images.keys() - level.keys())
+    names = sorted(level.keys() & images.keys())
+    odd = [(name, level[name]) for name in names if not re.fullmatch(EYE, name) or level[name] not in {*"01234"}]
     what = f"image and level are {odd[:3]}, {len(odd)} in all; left out are {_counted(left)}"
-    form = "<patient>_left or <patient>_right, once among the images and once in a table with a level 0..4, is needed"
-    need(len(table) and not odd, f"{what}; {form}")
-    y = np.array(GRADES)[table.level.astype(int)]
-    return {"x": np.stack(table.pixels), "y": y, "groups": table.image.str.extract(EYE)[0].to_numpy(str)}
+    need(names and not odd, f"{what}; <patient>_left or <patient>_right, with a level 0..4, is needed")
+    y, groups = [GRADES[int(level[name])] for name in names], [name.split("_")[0] for name in names]
+    return {"x": np.stack([images[name] for name in names]), "y": np.array(y), "groups": np.array(groups)}
 
 
 def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:

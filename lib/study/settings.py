@@ -206,7 +206,7 @@ class Run:
 def open_run(given):
     """Check the given parameters (a dict), load the data, fill in the rest from the preset: a Run.
 
-    Raises ValueError or FileNotFoundError that names the parameter, before anything is trained.
+    Raises ValueError that names the parameter, before anything is trained.
     """
     asked = checked(given)
     for name, folder in (("out", asked.out), ("store", asked.store)):

@@ -1,6 +1,5 @@
 """The experiments, declared once for `run.ensembles`, `--plan`, `--work`, the forecast and the check of the disk."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -36,26 +35,25 @@ PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs 
 
 
 class Planned(NamedTuple):
-    """An ensemble to train. is_drawn: its pool is drawn from results later on, and `dataset` only stands in for it."""
+    """An ensemble to train."""
 
     recipe: Recipe
     n_models: int
     dataset: Dataset
-    is_drawn: bool = False
 
 
 class Experiment(NamedTuple):
     """Ensembles that are compared with each other: declare(run) gives dict key -> Planned.
 
     notebooks: the numbers of those that use it. essential: run -> the keys that must stay when models diverge (default:
-    all). pool: the end of the data set's name, if a notebook draws it from results; then declare(run, dataset).
+    all). has_own_pool: its notebook draws a pool from results, for declare(run, dataset); no plan lists it.
     is_private: nothing is compared if fewer than 8 models of the first ensemble learn.
     """
 
     declare: Callable
     notebooks: tuple
     essential: Callable | None = None
-    pool: str = ""
+    has_own_pool: bool = False
     is_private: bool = False
 
 
@@ -167,13 +165,13 @@ def length_sweep(run):
     return {key: of(run, key[1], n_models(run, "sweep"), epochs=key[0]) for key in dict.fromkeys(keys)}
 
 
-@experiment("planted leak", "01", pool="leak")
+@experiment("planted leak", "01", has_own_pool=True)
 def planted_leak(run, dataset):
     """The baseline, trained for a quarter of the epochs, on a pool that holds one example many times. Key: "leak"."""
     return {"leak": of(run, run.baseline, PLANTED, dataset, subset=0.5, epochs=max(1, run.epochs // 4))}
 
 
-@experiment("planted faults", "02", pool="planted")
+@experiment("planted faults", "02", has_own_pool=True)
 def planted_faults(run, dataset):
     """The baseline on the pool as it is and with faults. Keys: "before", "after"."""
     size = min(run.n_models, max(32, run.n_models // 8))
@@ -273,12 +271,11 @@ def private(run):
 def declared(run, name, dataset=None):
     """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
     need(name in EXPERIMENTS, f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
-    declare, pool = EXPERIMENTS[name].declare, EXPERIMENTS[name].pool
-    if not pool:
-        return declare(run)
-    stand_in = replace(run.dataset, name=f"{run.dataset.name}-{pool}")  # about its size
-    found = declare(run, stand_in if dataset is None else dataset)
-    return {key: planned._replace(is_drawn=planned.dataset is stand_in) for key, planned in found.items()}
+    found = EXPERIMENTS[name]
+    if not found.has_own_pool:
+        return found.declare(run)
+    need(dataset is not None, f"dataset=None: {name!r} needs the pool that its notebook draws from results")
+    return found.declare(run, dataset)
 
 
 # ---- what is left to do, and what it costs ------------------------------------------------------------------
@@ -292,19 +289,15 @@ def work(recipe, n, n_models):
 
 
 def flags(run, planned):
-    """Paths of the flags of an ensemble's finished models; of a pool that is drawn later, in the store with most."""
-    name, key = ensemble.store_key(planned.recipe, planned.dataset)
-    folder, text = place(run.store, name, key)
-    folders, any_data = [folder], {"data": ""}
-    if planned.is_drawn:
-        made, wanted = folder.parent.glob(f"{name}-*/recipe.json"), json.loads(text) | any_data
-        folders = [path.parent for path in made if read_json(path) | any_data == wanted]
-    found = [[f / "done" / f"{k:05d}.json" for k in range(planned.n_models)] for f in folders]
-    return max(([path for path in paths if path.exists()] for paths in found), key=len, default=[])
+    """Paths of the flags of an ensemble's finished models."""
+    folder, _ = place(run.store, *ensemble.store_key(planned.recipe, planned.dataset))
+    return [path for k in range(planned.n_models) if (path := folder / "done" / f"{k:05d}.json").exists()]
 
 
 class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes.
+
+    Controls on a pool that a notebook draws from results are left to the notebook.
 
     ensembles: (experiment's name, the first of its notebooks, Planned) of each.
     """
@@ -313,8 +306,8 @@ class Plan:
         self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), 0.0, {}
         for name, experiment in EXPERIMENTS.items():
             first = next((book for book in self.notebooks if book in experiment.notebooks), None)
-            for planned in declared(run, name).values() if first else ():
-                key = planned.recipe, planned.dataset.hash, planned.is_drawn and planned.dataset.name
+            for planned in declared(run, name).values() if first and not experiment.has_own_pool else ():
+                key = planned.recipe, planned.dataset.hash
                 *about, before = found.get(key, (name, first, planned))
                 found[key] = *about, max(before, planned, key=lambda one: one.n_models)
         self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
@@ -328,7 +321,7 @@ class Plan:
         """
         rows, device = [], ensemble.device_of(self.run.device)
         for name, book, planned in self.ensembles:
-            recipe, n_models, data, _ = planned
+            recipe, n_models, data = planned
             done, one = flags(self.run, planned), work(recipe, len(data.y), 1)
             left, took = range(len(done), n_models), [read_json(path).get("seconds", np.nan) for path in done]
             row = [book, name, recipe.arch, str(recipe.optimizer), recipe.rho, recipe.run_epochs, n_models, len(done)]
@@ -362,14 +355,11 @@ class Plan:
         self.speak_at = time.monotonic() + max(20, seconds / 5)
 
     def train(self, book=None, quiet=False):
-        """Train what one notebook needs and no other process is training; None: what all need, which are not run then.
-
-        Pools that a notebook draws are left to it.
-        """
+        """Train what one notebook needs and no other process trains; None: what all need, none of which is run then."""
         self.notebooks, run = self.notebooks if book else [], self.run
         where = run.store, run.device, run.engine, run.gpus
-        for _, first, (recipe, n_models, data, is_drawn) in self.ensembles:
-            if book in (None, first) and not is_drawn:
+        for _, first, (recipe, n_models, data) in self.ensembles:
+            if book in (None, first):
                 train(recipe, data, n_models, *where, quiet=quiet, notify=self.say, wait=False)
 
     def trial(self):

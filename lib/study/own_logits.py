@@ -68,7 +68,7 @@ def models(name, given):
         refuse("population_logits", test.shape != (m, q, len(y_test), c), same)
     swapped = ", so give member.T" * (np.shape(member) == (n, m))
     refuse("member", np.shape(member) != (m, n), f"[M, N] = {(m, n)}, as in logits{swapped}")
-    refuse("member", ~np.isin(member, (0, 1)), "0 and 1")
+    refuse("member", ~np.isin(member, (0, 1)), "0 and 1", member)
     refuse("groups", groups is not None and groups.shape != (n,), f"[N] = {(n,)}")
 
     member, names = member.astype(bool), np.arange(n) if groups is None else groups
@@ -145,9 +145,9 @@ def has_shadows(member):
 def audit(given, out) -> pd.DataFrame:
     """Audit models trained elsewhere: the tidy frame of results.csv, with figures/ and report/index.html in `out`.
 
-    given: dict name -> path of an .npz or dict of arrays (see the top of this file), or a list of paths, named by
-    their stems; the first is the baseline. The experiments are "main" and "null control" (shuffled membership, on
-    which every AUC should be 1/2). Raises ValueError before any attack runs.
+    given: dict name -> path of an .npz or dict of arrays, or a list of paths, named by their stems; the first is the
+    baseline. The experiments are "main" and "null control" (shuffled membership, on which every AUC should be 1/2).
+    Raises ValueError before any attack runs.
     """
     named = {str(k): v for k, v in given.items()} if hasattr(given, "items") else {Path(p).stem: p for p in given}
     need(0 < len(named) == len(given), f"data: {[*map(str, given)]}; valid are one or more .npz of different names")

@@ -115,7 +115,7 @@ def embedded(path, caption):
 def opening(title, answer, picture, sections, folded):
     """A page whose first screen holds the answer and the picture; links to the sections, then these follow.
 
-    answer: text; picture: (path of a PNG, caption), or None; sections: dict heading -> HTML; folded: of the appendix.
+    answer: text; picture: (path of a PNG, caption), or None; sections, folded (in the appendix): dict heading -> HTML.
     """
     folds = (f"<details><summary>{summary}</summary>{text}</details>" for summary, text in folded.items())
     numbers = '<p>All numbers: <a href="../results.csv">results.csv</a>.</p>'
@@ -177,10 +177,7 @@ def for_engineers(rows, prefer="", over=""):
 
 
 def index(out, rows, titles):
-    """The first page of the run in folder `out`: the answer, its use, the verdicts, a link to every page.
-
-    rows: of results.csv (results.read); titles: file name -> title.
-    """
+    """The first page of the run in folder `out`, from the rows of its results.csv and its pages' titles by file."""
     ledger, by_attack = verdict.ledger(rows), verdict.ledger(rows, verdict.BY_ATTACK)
     counted = ", ".join(f"{count} {name}" for name, count in ledger.verdict.value_counts().items())
     groups = "; ".join(", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values)

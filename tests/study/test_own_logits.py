@@ -220,6 +220,11 @@ FAULTS = {
     r"x: y: .*\(80, 4\)": changed(y=np.zeros((80, 4))),
     r"x: member: bool of shape \(8, 79\); valid are \[M, N\] = \(8, 80\)": changed(member=ONE["member"][:, :79]),
     r"x: member: 2 at \[1, 3\]; valid are 0 and 1": changed(member=at(ONE["member"].astype(int), (1, 3), 2)),
+    r"x: member: 2 at \[0, 3\]": {
+        "probabilities": P[0],
+        "y": ONE["y"],
+        "member": at(ONE["member"][0].astype(int), 3, 2),
+    },
     r"x: member: nan at \[0, 0\]": changed(member=at(ONE["member"].astype(float), (0, 0), np.nan)),
     r"x: member: 80 at \[4\]; valid are 4 members": changed(member=at(ONE["member"], 4, True)),
     r"x: member: bool of shape \(80, 8\); .* give member.T": changed(member=ONE["member"].T),

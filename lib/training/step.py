@@ -277,7 +277,7 @@ def through_vmap(function, *trees):
 
 # ---- what makes a step fast: each choice with its reason -------------------------------------------------------
 
-STACKS = {}  # compiled stacks of this process: neither the rule, nor rho, nor the length asks for another
+STACKS = {}  # compiled stacks of this process: no rule or base, rate, decay, radius or length asks for another
 WORTH = 2.5e8  # models x steps x weights of an ensemble from which compiling its gradient saves more than it takes
 
 
@@ -286,8 +286,8 @@ def stack_for(recipe, inputs, ids, n_models, n_steps, alone):
     args = recipe, inputs.shape, inputs.n_classes, len(ids), inputs.device
     if alone or not worth_compiling(recipe, inputs, n_models, n_steps):
         return Stack(*args, alone=alone).reset(recipe, ids)
-    fixed = recipe.arch, recipe.optimizer.base_name, recipe.momentum, recipe.weight_decay, recipe.smoothing
-    key = *fixed, recipe.precision, recipe.batch_size, "losses" in recipe.optimizer.wants, *args[1:]
+    fixed = recipe.arch, recipe.smoothing, recipe.precision, recipe.batch_size
+    key = *fixed, "losses" in recipe.optimizer.wants, *args[1:]
     if key not in STACKS:
         STACKS[key] = Stack(*args, compiled=True)
     return STACKS[key].reset(recipe, ids)

@@ -195,7 +195,7 @@ def index(out, rows, titles):
         "For engineers": for_engineers(rows, *advice),
         "Verdicts": f"""<p>The paper's claims, and checks of ours: {counted}.
 An effect is a difference from the baseline, with its 95% interval.
-The size of this run, and how well the optimizers fit their own training halves:</p>
+The size of this run (the paper's: 50,000 examples, 256 models), and how well the optimizers fit their own halves:</p>
 {bullets([*(lines or ["nothing was run yet"]), *differing(out)])}{verdict.table(ledger).to_html()}""",
         "Evidence": f"<ul>{links}</ul>",
     }

@@ -23,7 +23,7 @@ def show_text(text):
 
 
 def number(row, form=None, unit="", scale=1):
-    """'0.634 [0.620, 0.648]': a value and its interval, if it has one, times a scale. form: else 3 or 5 digits."""
+    """'0.634 [0.620, 0.648]': value and interval, times a scale. form: by default 3 decimals, 5 of a small number."""
     form = form or (".5f" if 0 < np.nanmax([abs(row.value), row.ci_high - row.ci_low]) < 0.005 else ".3f")
     value, low, high = (f"{scale * v:{form}}" for v in (row.value, row.ci_low, row.ci_high))
     return f"{value}{unit}" + f" [{low}, {high}]" * bool(row.ci_low < row.ci_high)

@@ -57,7 +57,6 @@ FITS, LEARNS, CEILING = 0.99, 0.1, 0.97  # least train accuracy; least low end o
 CLAIMS = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False, dtype={"notebook": str})
 attacks_of = {name: " ".join(attacks) for name, attacks in {**FAMILIES, "headline": HEADLINES}.items()}
 CLAIMS["attack"] = CLAIMS.attack.replace(attacks_of)
-ALIKE = tuple(CLAIMS.claim[CLAIMS.optimizer == EACH])  # these need more than one run can have by default
 # the appendix: each attack by itself, its interval not corrected for the other attacks
 BY_ATTACK = CLAIMS[CLAIMS.rule == "family"].assign(attack=lambda tests: tests.attack.str.split(" ")).explode("attack")
 BY_ATTACK["claim"] = "leaks_more_" + BY_ATTACK.attack

@@ -236,7 +236,7 @@ def test_notebook_07_and_the_report_judge_every_claim_of_the_run(run):
     not_run = {"other_architectures_alike", "memorizes_atypical", "gains_on_atypical"}
     missing = set(ledger[ledger == "not run"].index) - {"more_at_equal_accuracy"}  # SGD may not reach SAM's accuracy
     assert missing == not_run  # one architecture ran, on data of unknown sub-patterns
-    assert set(verdict.ALIKE) <= set(ledger.index)
+    assert set(verdict.CLAIMS.claim) <= set(ledger.index)
     assert ledger["premise_interpolator"] == ledger["premise_curvature"] == "contradicted"
     page = (run / "out" / "report" / "index.html").read_text()
     assert all(f'href="{book.stem}.html"' in page for book in NOTEBOOKS)

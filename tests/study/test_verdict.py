@@ -14,7 +14,7 @@ from lib.study.settings import ROOT
 
 REFERENCE = sorted((ROOT / "outputs" / "reference").glob("*/results.csv"))
 NAMES = list(verdict.CLAIMS.claim.unique())
-ONE_RUN = [name for name in NAMES if name not in verdict.ALIKE]
+ONE_RUN = [name for name in NAMES if not name.endswith("_alike")]
 SPREAD = list(product(("confidence", "phi"), ("examples", "models")))
 OPPOSITE = {"supported": "contradicted", "contradicted": "supported"}
 

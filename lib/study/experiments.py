@@ -103,7 +103,8 @@ def lengths(run):
 def equal_compute(run):
     """dict epochs of the treatment -> epochs of the baseline that take as many gradients, up to the run's length."""
     treatment, baseline = (run.recipe(n).optimizer.gradients_per_step() for n in (run.treatment, run.baseline))
-    return {e: max(1, round(treatment / baseline * e)) for e in lengths(run) if e <= run.epochs}
+    compared = [epochs for epochs in lengths(run) if epochs <= run.epochs] if run.is_small else [run.epochs]
+    return {epochs: max(1, round(treatment / baseline * epochs)) for epochs in compared}
 
 
 def at_own_length(run):

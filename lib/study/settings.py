@@ -37,7 +37,10 @@ LARGE = IMAGE | dict(n_models=64, n_examples=50_000, batch_size=256)
 PRESETS = {
     "tiny": {"table": TABLE | dict(n_models=16, n_examples=300, epochs=10, batch_size=32),
              "image": IMAGE | dict(n_models=8, n_examples=200, epochs=2, batch_size=32)},
-    "default": {"table": TABLE, "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
+    # long enough on these images that both optimizers fit
+    "default": {"table": TABLE, "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000),
+                "fashionmnist": IMAGE | dict(n_models=8, n_examples=20_000, epochs=45, batch_size=128),
+                "cifar10": IMAGE | dict(n_examples=8000, epochs=320, batch_size=128, rho=0.05, augment=True)},
     "small": {"table": TABLE | dict(n_models=64), "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
     "fast": {"table": TABLE, "image": LARGE | dict(arch="resnet9", epochs=16)},
     "paper": {"table": TABLE | dict(n_examples=50_000, epochs=100),

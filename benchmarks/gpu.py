@@ -250,7 +250,7 @@ def train_until(deadline, recipe, data, store, device, most):
             continue
         began = time.time()
         kept = ensemble.open_store(one, dataset, store)
-        if workers.train_here(one, dataset, inputs, [range(k, k + 1)], kept, most, quiet=True):
+        if workers.train_one(one, inputs, range(k, k + 1), kept, most):
             # the first model compiles: its time says little
             cost = (time.time() - began) / work if cost is not None else 0
             say(f"{name}: model {k}, {time.time() - began:.1f} s")

@@ -32,12 +32,11 @@ class Inputs:
         # contiguous, however the data were read: a compiled step is built for the strides that it first saw
         self.x, self.x_test = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in inputs(dataset))
         self.y, self.y_test = torch.from_numpy(dataset.y).to(device), torch.from_numpy(dataset.y_test).to(device)
-        share = np.bincount(dataset.y) / len(dataset.y)
-        # labels smoothed by s are guessed best by (1 - s) share + s / C
-        share = (1 - recipe.smoothing) * share + recipe.smoothing / len(share)
+        share, smoothing = np.bincount(dataset.y) / len(dataset.y), recipe.smoothing
+        share = (1 - smoothing) * share + smoothing / len(share)  # what guesses smoothed labels best
         self.chance = -(share * np.log(share)).sum()  # the loss of guessing the class shares
-        self.n_classes, self.shape, self.device = dataset.n_classes, tuple(self.x.shape[1:]), device
-        self.groups = dataset.groups
+        self.n_classes, self.shape = dataset.n_classes, tuple(self.x.shape[1:])
+        self.groups, self.device = dataset.groups, device
         if recipe.augment or recipe.queries > 1:
             sides = np.array(self.shape[1:])
             self.border = np.minimum(np.maximum(1, sides // 8), sides - 1)  # of height and width; a side of 1 has none
@@ -68,7 +67,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     """Train models `ids` together: what the store keeps of each, name -> array [len(ids), ...].
 
     `stuck` [len(ids)]: the loss was not finite, or ended no better than guessing. tick() is called after every epoch.
-    n_models: of the whole ensemble, whose size decides whether its gradient is compiled; None: these are all.
+    n_models: of the whole ensemble (None: these are all), whose size decides whether its gradient is compiled.
     """
     member = membership(recipe, len(inputs.y), ids, inputs.groups)
     examples = torch.from_numpy(np.stack([np.flatnonzero(row) for row in member])).to(inputs.device)  # [M, n]
@@ -83,30 +82,29 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
 
     for epoch in range(epochs):
         steps = []
-        stack.switch("train")
+        stack.of_bases("train")
         for at, (x, y) in enumerate(batches(recipe, inputs, examples, streams), epoch * per_epoch):
             lr = learning_rate(recipe, at, n_steps)
             context = step.rule_context(recipe, stack.params, streams["rule"], at, lr)
             steps.append(stack.step(x, y, context, lr, is_kth_step=at % optimizer.k == 0))
             if recipe.ema:  # an average over all steps, whose memory grows to 1 / (1 - ema) (Polyak & Juditsky 1992)
-                stack.switch("eval")
+                stack.of_bases("eval")
                 mean = mean or {n: w.clone() for n, w in stack.params.items()}
                 # m <- m + (1 - d) (w - m), d = min(ema, (1 + t) / (10 + t))
                 share = 1 - min(recipe.ema, (1 + at) / (10 + at))
                 torch._foreach_lerp_(list(mean.values()), list(stack.params.values()), share)
-                stack.switch("train")
+                stack.of_bases("train")
         for column, found in enumerate(zip(*steps, strict=True)):  # losses, then accuracies
             history[:, epoch, column] = torch.stack(found).mean(0).cpu().numpy()
-        stack.switch("eval")
+        stack.of_bases("eval")
         if epoch + 1 > swa_from:  # the mean at the ends of the last epochs (Izmailov et al. 2018, algorithm 1)
             n_averaged += 1
             # m_n = m_{n-1} + (w - m_{n-1}) / n
             mean = {n: m + (stack.params[n] - m) / n_averaged for n, m in (mean or stack.params).items()}
 
         last = epoch + 1 == epochs
-        if last and mean:
-            stack.params = mean
         if last and (mean or any(hasattr(base, "eval") for base in stack.bases)):
+            stack.params = mean or stack.params
             stack.refresh_batchnorm(batches(recipe, inputs, examples, streams))
         tick()
         stuck |= ~np.isfinite(history[:, epoch, 0])
@@ -192,14 +190,6 @@ class Ensemble:
         return net, params, buffers
 
 
-def finished(recipe, dataset, n_models, kept):
-    """The Ensemble of models 0..n_models-1, which the store has; diverged ones are named and left out, in pairs."""
-    if lost := {k for k in range(n_models) if kept.flag(k)["status"] == "diverged"}:
-        print(f"{kept.folder.name}: models {sorted(lost)} diverged: they and their partners are left out", flush=True)
-    ids = np.array([k for k in range(n_models) if not {k, k ^ 1} & lost], int)
-    return Ensemble(recipe, dataset, kept, ids)
-
-
 def open_store(recipe, dataset, store):
     """The store of this recipe on this data set, made if it is not there."""
     return Store(store, *store_key(recipe, dataset), layout(recipe, dataset))
@@ -213,13 +203,11 @@ def store_key(recipe, dataset):
 
 def layout(recipe, dataset):
     """What the store keeps of one model: array name -> (shape, dtype)."""
-    net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
-    n_weights = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
-    n, t, c = len(dataset.y), len(dataset.y_test), dataset.n_classes
-    kind = np.float16 if recipe.queries * n * c >= HALF else np.float32
-    logits = {"logits": ((recipe.queries, n, c), kind), "test_logits": ((recipe.queries, t, c), kind)}
-    rest = {"history": ((recipe.epochs, 3), np.float32), "weights": ((n_weights,), np.float32)}
-    return {**logits, "member": ((n,), bool), **rest}
+    n, t, c, q = len(dataset.y), len(dataset.y_test), dataset.n_classes, recipe.queries
+    net, kind = networks.build(recipe.arch, dataset.x.shape[1:], c), np.float16 if q * n * c >= HALF else np.float32
+    n_weights = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
+    found = {"logits": ((q, n, c), kind), "test_logits": ((q, t, c), kind), "member": ((n,), bool)}
+    return found | {"history": ((recipe.epochs, 3), np.float32), "weights": ((n_weights,), np.float32)}
 
 
 def stored_bytes(recipe, dataset, ids):
@@ -238,27 +226,24 @@ def device_of(name="auto"):
 
 def precision_of(arch, device):
     """bfloat16 where it is fast (convolutions, on a GPU or a CPU with bfloat16 instructions), else float32."""
-    if arch.startswith("mlp") or device.type == "mps":
-        return "float32"
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        is_fast = re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text())
+    return "bfloat16" if is_fast and not arch.startswith("mlp") else "float32"
 
 
 def check(recipe, dataset, n_models, device="cpu"):
     """Raise ValueError naming the parameter if this ensemble can't be trained: called before any training."""
-    n, shape = len(dataset.y), dataset.x.shape[1:]
-    size, optimizer = round(n * recipe.subset), recipe.optimizer
-    even = n_models >= 2 and n_models % 2 == 0
-    need(even, f"n_models={n_models!r} is not valid: models come in pairs, so an even number from 2")
+    n, shape, size = len(dataset.y), dataset.x.shape[1:], round(len(dataset.y) * recipe.subset)
+    fine = n_models >= 2 and n_models % 2 == 0
+    need(fine, f"n_models={n_models!r} is not valid: models come in pairs, so an even number from 2")
     need(n % 2 == 0 or recipe.subset != 0.5, f"n_examples={n} is odd: complementary halves need an even number")
-    need(1 <= size < n, f"subset={recipe.subset!r} of {n} examples leaves {size} in and {n - size} out")
     fine = dataset.is_image or not (recipe.augment or recipe.queries > 1)
     need(fine, f"augment={recipe.augment!r} needs images; an example here has shape {shape}")
+    need(size < n, f"subset={recipe.subset!r} leaves none of {n} examples out")
     need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")
     net = networks.build(recipe.arch, shape, dataset.n_classes)
-    mixes = "norms" in optimizer.wants and networks.has_batchnorm(net)
-    need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {optimizer} keeps apart")
+    mixes = recipe.optimizer.is_private and networks.has_batchnorm(net)
+    need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {recipe.optimizer} keeps apart")
     trial.trial(recipe, shape, dataset.n_classes, device_of(device))
     membership(recipe, n, [0], dataset.groups)

@@ -20,11 +20,7 @@ from lib import need
 
 
 def mlp(shape, n_classes, hidden=(256,), activation=nn.ReLU, norm=False):
-    """Fully connected layers on the flattened input, by default one of 256 ReLUs; norm: BatchNorm before each.
-
-    mlp3 and mlp3_tanh have the layers of the networks that membership studies train on Purchase-100 and Texas-100
-    (Nasr et al. 2019, with tanh and one layer more).
-    """
+    """Fully connected layers on the flattened input, by default one of 256 ReLUs; norm: BatchNorm before each."""
     widths, layers = [prod(shape), *hidden], [nn.Flatten()]
     for before, after in zip(widths, widths[1:], strict=False):
         layers.append(nn.Linear(before, after, bias=not norm))
@@ -56,14 +52,14 @@ def resnet18(shape, n_classes):
 def resnet9(shape, n_classes):
     """Page's ResNet-9 ("How to train your ResNet", 2018): eight convolutions and a linear layer, made to be fast."""
 
-    def block(before, after, pool=False):
-        layers = [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+    def block(before, after, *pool):
+        return nn.Sequential(nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), *pool)
 
-    first = [block(shape[0], 64), block(64, 128, True), Residual(block(128, 128), block(128, 128))]
-    first.append(block(128, 256, True))
+    first = [block(shape[0], 64), block(64, 128, nn.MaxPool2d(2)), Residual(block(128, 128), block(128, 128))]
+    first.append(block(128, 256, nn.MaxPool2d(2)))
     head = [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(512, n_classes)]
-    return he_normal(nn.Sequential(*first, block(256, 512, True), Residual(block(512, 512), block(512, 512)), *head))
+    last = block(256, 512, nn.MaxPool2d(2)), Residual(block(512, 512), block(512, 512))
+    return he_normal(nn.Sequential(*first, *last, *head))
 
 
 class Residual(nn.Sequential):
@@ -86,7 +82,7 @@ class PreActivation(nn.Module):
     def forward(self, x):
         active = F.relu(self.norm1(x))
         # where the width changes, the shortcut branches off after the activation, as in Zagoruyko's code
-        kept = x if self.shortcut is None else self.shortcut(active)
+        kept = self.shortcut(active) if self.shortcut else x
         return kept + self.conv2(F.relu(self.norm2(self.conv1(active))))
 
 
@@ -125,6 +121,7 @@ def he_normal(net):
 MODELS = {
     "mlp": mlp,
     "mlp_bn": partial(mlp, norm=True),
+    # as membership studies train on Purchase-100 and Texas-100 (Nasr et al. 2019, with tanh and one layer more)
     "mlp3": partial(mlp, hidden=(512, 256, 128)),
     "mlp3_tanh": partial(mlp, hidden=(512, 256, 128), activation=nn.Tanh),
     "cnn": cnn,

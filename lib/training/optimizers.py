@@ -58,22 +58,11 @@ class Optimizer:
     @cached_property
     def wants(self):
         """Which entries of sharpness.CONTEXT the rule asks for by its arguments' names."""
-        return frozenset(inspect.signature(self.rule).parameters) & frozenset(sharpness.CONTEXT)
+        return sharpness.CONTEXT.keys() & inspect.signature(self.rule).parameters
 
-    @property
-    def has_radius(self):
-        """True for a sharpness-aware optimizer: its rule asks for rho."""
-        return "rho" in self.wants
-
-    @property
-    def is_private(self):
-        """True for a differentially private rule: it clips the gradient of every example and adds noise."""
-        return {"noise", "norms"} <= self.wants
-
-    @property
-    def has_own_base(self):
-        """True if the base is a reader's own optimizer class."""
-        return self.base not in BASES.values()
+    has_radius = property(lambda self: "rho" in self.wants)  # sharpness-aware
+    is_private = property(lambda self: {"noise", "norms"} <= self.wants)  # clips each example's gradient, adds noise
+    has_own_base = property(lambda self: self.base not in BASES.values())  # a reader's own optimizer class
 
     @property
     def least_batch(self):
@@ -96,10 +85,11 @@ class Optimizer:
 
         fused: one kernel updates all the tensors, if the base is one of BASES.
         """
-        given, has = dict(lr=lr, momentum=momentum, weight_decay=weight_decay), inspect.signature(self.base).parameters
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         if fused and not self.has_own_base and not {"foreach", "differentiable"} & set(self.base_options):
             given["fused"] = True
-        return self.base(params, **{**{n: v for n, v in given.items() if n in has}, **self.base_options})
+        given = {name: given[name] for name in given.keys() & inspect.signature(self.base).parameters}
+        return self.base(params, **{**given, **self.base_options})
 
     def gradients_per_step(self):
         """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third.
@@ -137,7 +127,7 @@ def written(name, options):
     """name(option=value, ...). Numbers are written without an exponent, whose sign would look like a plus or minus."""
     number = partial(np.format_float_positional, trim="0")
     shown = [f"{k}={number(v) if isinstance(v, float) else repr(v)}" for k, v in options.items()]
-    return name + (f"({', '.join(shown)})" if options else "")
+    return f"{name}({', '.join(shown)})" if options else name
 
 
 # ---- from text to optimizer ----------------------------------------------------------------------------------

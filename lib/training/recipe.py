@@ -8,6 +8,12 @@ from lib import need
 from lib.training import networks
 from lib.training.optimizers import Optimizer
 
+TINY = 1e-12
+LIMITS = {  # of the fields that are numbers; rho and batch_size have those of the optimizer
+    "lr": (TINY, np.inf), "momentum": (0, 1 - TINY), "weight_decay": (0, np.inf), "epochs": (1, np.inf),
+    "warmup": (0, 1 - TINY), "stop": (TINY, 1), "smoothing": (0, 1 - TINY), "subset": (TINY, 1 - TINY),
+    "queries": (1, 18), "ema": (0, 1 - TINY), "seed": (0, np.inf),
+}  # fmt: skip
 STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 
 
@@ -15,10 +21,8 @@ STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 class Recipe:
     """Everything that decides what is trained, except the data. Raises ValueError naming a bad field.
 
-    arch: a name of networks.MODELS, or a reader's own network as package.module:name.
-    optimizer: an Optimizer or its text, see optimizers.py.
-    rho: radius of the rule's neighbourhood (negative for sharpreg). A radius among the optimizer's options wins; an
-        optimizer without a radius gets 0.
+    arch: a name of networks.MODELS, or a reader's own network as package.module:name. optimizer: see optimizers.py.
+    rho: radius of the rule's neighbourhood (negative for sharpreg); one among the optimizer's options wins.
     lr: peak learning rate. warmup: share of the steps over which it rises, before a cosine takes it down to 0.
     stop: share of the epochs after which training stops, while the schedule is that of all the epochs.
     smoothing: of the labels (Szegedy et al. 2016, section 7). subset: share of the pool that each model trains on.
@@ -51,26 +55,15 @@ class Recipe:
         object.__setattr__(self, "optimizer", optimizer)
         # an optimizer without a radius has 0, so that one store serves SGD at every rho
         object.__setattr__(self, "rho", float(rho) if optimizer.has_radius else 0.0)
-        sign, side = (-1, "negative") if optimizer.rule_name == "sharpreg" else (1, "positive")
-        least, known = optimizer.least_batch, f"one of {', '.join(networks.MODELS)}, or package.module:name"
-        for names, is_valid, valid in (
-            ("arch", lambda v: v in networks.MODELS or ":" in v, known),
-            ("rho", lambda v: sign * v >= 0, f"zero or {side}"),
-            ("lr", lambda v: v > 0, "positive"),
-            ("momentum warmup smoothing ema", lambda v: 0 <= v < 1, "in [0, 1)"),
-            ("momentum", lambda v: v > 0 or optimizer.base_name != "nesterov", "positive for nesterov"),
-            ("weight_decay seed", lambda v: v >= 0, "zero or positive"),
-            ("epochs", lambda v: v >= 1, "at least 1"),
-            ("batch_size", lambda v: v >= least, f"at least {least}" + ", two for each of msam's shards" * (least > 1)),
-            ("stop", lambda v: 0 < v <= 1, "in (0, 1]"),
-            ("subset", lambda v: 0 < v < 1, "strictly between 0 and 1"),
-            ("queries", lambda v: 1 <= v <= 18, "between 1 and 18"),
-            ("ema", lambda v: v == 0 or optimizer.rule_name != "swa", "0 for swa, which is an average already"),
-            ("precision", lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                need(is_valid(value), f"{name}={value!r} is not valid: it must be {valid}")
+        known = f"one of {', '.join(networks.MODELS)}, or package.module:name"
+        need(self.arch in networks.MODELS or ":" in self.arch, f"arch={self.arch!r} is not valid: it must be {known}")
+        fine = self.precision in ("float32", "bfloat16")
+        need(fine, f"precision={self.precision!r} is not valid: it must be float32 or bfloat16")
+        need(not self.ema or optimizer.rule_name != "swa", f"ema={self.ema!r} is not valid: swa is an average already")
+        radii = (-np.inf, 0) if optimizer.rule_name == "sharpreg" else (0, np.inf)
+        for name, (low, high) in {**LIMITS, "rho": radii, "batch_size": (optimizer.least_batch, np.inf)}.items():
+            value = getattr(self, name)
+            need(low <= value <= high, f"{name}={value!r} is not valid: it must lie between {low:g} and {high:g}")
 
     @property
     def run_epochs(self):
@@ -81,8 +74,8 @@ class Recipe:
         """What names the recipe's store: every field, and what the optimizer's and network's names do not say."""
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         paths = self.optimizer.rule_name, self.optimizer.base_name.partition("(")[0]
-        own = {"options": self.optimizer.all_options, "source": [networks.source_hash(path) for path in paths]}
-        own = {"optimizer": own, "arch": networks.source_hash(self.arch)}
+        optimizer = {"options": self.optimizer.all_options, "source": [networks.source_hash(path) for path in paths]}
+        own = {"optimizer": optimizer, "arch": networks.source_hash(self.arch)}
         return {"recipe": {**said, "optimizer": self.optimizer.text}, "own": own}
 
 
@@ -98,8 +91,7 @@ def membership(recipe, n, ids, groups=None):
     groups [n]: examples of one group are all members or all non-members. Raises ValueError if no subset of the right
     size was found.
     """
-    size = round(n * recipe.subset)
-    member = np.zeros((len(ids), n), bool)
+    size, member = round(n * recipe.subset), np.zeros((len(ids), n), bool)
     for row, k in enumerate(ids):
         draw = generator(recipe, "halves", k // 2 if recipe.subset == 0.5 else k)
         chosen = draw.permutation(n)[:size] if groups is None else whole_groups(draw, groups, size)
@@ -109,18 +101,17 @@ def membership(recipe, n, ids, groups=None):
     return member
 
 
-def whole_groups(draw, groups, size, tries=50):
+def whole_groups(draw, groups, size):
     """Indices of `size` examples that make up whole groups: groups are taken in a random order where they still fit."""
     sizes = np.bincount(groups)
-    for _ in range(tries):  # one order may end one example short, if the last single example came too early
+    for _ in range(50):  # one order may end one example short, if the last single example came too early
         taken, left = np.zeros(len(sizes), bool), size
         for group in draw.permutation(len(sizes)):
             if sizes[group] <= left:
                 taken[group], left = True, left - sizes[group]
         if not left:
             return np.flatnonzero(taken[groups])
-    what = f"no {size} examples made of whole groups were found: choose another number"
-    raise ValueError(f"n_examples={len(groups)}: {what}")
+    raise ValueError(f"n_examples={len(groups)}: no {size} examples made of whole groups were found: choose another")
 
 
 def learning_rate(recipe, step, n_steps):

@@ -6,10 +6,9 @@ step.py maps it over the stack. Its first two arguments are
     gradient(params, index=None) -> (grads, aux)    of the mean loss over the batch, or over the examples `index` of it
     params                                          dict of tensors
 
-It returns (grads, aux), with the aux of the pass at the *unperturbed* weights: that holds BatchNorm's new statistics,
-which so move once a step under every rule. A rule asks for anything else by the names of its arguments (CONTEXT). Any
-other argument has a default and is an option: looksam(k=5, alpha=0.7). A rule with `memory` in its arguments returns
-(grads, aux, memory). Every rule's radius is `rho`; at radius 0 our rules are not called, but the base alone is used.
+It returns (grads, aux), with the aux of the pass at the *unperturbed* weights: it holds BatchNorm's new statistics. It
+asks for anything else by the names of its arguments (CONTEXT); with `memory` it returns (grads, aux, memory). Any other
+argument has a default and is an option: looksam(k=5, alpha=0.7). At radius 0 the base alone is used.
 """
 
 import math
@@ -70,7 +69,6 @@ def sam(gradient, params, rho):
 
 def sharpreg(gradient, params, rho):
     """SharpReg: SAM with a negative radius, which seeks sharper minima; the defence of arXiv 2310.00488, version 1."""
-    # g = grad L(w - |rho| grad L(w) / |grad L(w)|)
     return sam(gradient, params, rho)
 
 
@@ -107,22 +105,19 @@ def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwis
     less than SGD (docs/limits.md). layerwise: norms and angles of each tensor by itself, not of the whole gradient.
     """
     first, aux = gradient(params)
-    parts, grads = [[n] for n in params] if layerwise else [list(params)], {}
-    if is_kth_step:
-        second, _ = gradient(ascend(params, first, rho))
-        memory = {}
-        for part in parts:
-            g, h = ({n: tree[n] for n in part} for tree in (first, second))
+    other = gradient(ascend(params, first, rho))[0] if is_kth_step else memory
+    found = {}
+    for part in [[n] for n in params] if layerwise else [list(params)]:
+        g, h = ({n: tree[n] for n in part} for tree in (first, other))
+        if is_kth_step:
             # g_v = g_SAM - (g_SAM . g / |g|^2) g: what SAM adds at a right angle to the gradient
             along = dot(h, g) / (dot(g, g) + 1e-24)
-            memory |= {n: h[n] - along * g[n] for n in part}
-        return second, aux, memory
-    for part in parts:
-        g, v = ({n: tree[n] for n in part} for tree in (first, memory))
-        # g + alpha |g| / |g_v| g_v
-        scale = alpha * norm(g) / (norm(v) + 1e-12)
-        grads |= {n: g[n] + scale * v[n] for n in part}
-    return grads, aux, memory
+            found |= {n: h[n] - along * g[n] for n in part}
+        else:
+            # g + alpha |g| / |g_v| g_v
+            scale = alpha * norm(g) / (norm(h) + 1e-12)
+            found |= {n: g[n] + scale * h[n] for n in part}
+    return (other, aux, found) if is_kth_step else (found, aux, memory)
 
 
 def msam(gradient, params, rho, size, m=2):
@@ -154,8 +149,8 @@ def fsam(gradient, params, rho, step, memory, sigma=1.0, decay=0.9):
 def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
     """ESAM: Du et al. 2022, "Efficient sharpness-aware minimization", algorithm 1, with their CIFAR options.
 
-    A random share beta of the tensors, one at least, is perturbed; the gradient is then that of the share gamma of the
-    batch whose loss rises most.
+    A random share beta of the tensors, one at least, is perturbed; then the share gamma of the batch whose loss rises
+    most gives the gradient.
     """
     first, aux = gradient(params)
     bound = uniform.min().clamp(min=beta)  # with no tensor perturbed, rounding would choose the examples
@@ -173,7 +168,7 @@ def swa(gradient, params, start=0.75, floor=0.5):
     """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": the mean of each epoch's last weights.
 
     The learning rate falls (by a cosine, not by the authors' line) to `floor` of its peak at the share `start` of
-    training, and stays there while the weights are averaged. ensemble.py averages them; the gradient is the plain one.
+    training, and stays there while ensemble.py averages the weights.
     """
     return gradient(params)
 
@@ -185,8 +180,7 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
     """Largest-magnitude Hessian eigenvalue of `loss` at `params`, by power iteration on Hessian-vector products.
 
     loss: dict of tensors -> scalar. Returns the Rayleigh quotient v'Hv (a scalar tensor), once a product changes it
-    by less than the share `tolerance`, or after `steps` products.
-    Source: Yao et al. 2020, "PyHessian", section 3.
+    by less than the share `tolerance`, or after `steps` products: Yao et al. 2020, "PyHessian", section 3.
     """
     leaves = [p.detach().requires_grad_() for p in params.values()]
     source, value = torch.Generator().manual_seed(seed), torch.zeros(())
@@ -209,8 +203,8 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
 def loss_rise_in_ball(loss, params, rho, steps=5):
     """How much the loss can rise within |e| <= rho: max_e L(w + e) - L(w), by `steps` normalised ascent steps.
 
-    loss: dict of tensors -> scalar; rho > 0. A lower bound of the true maximum. Returns a scalar tensor.
-    Source: the inner problem of SAM, Foret et al. 2021, eq. 1.
+    loss: dict of tensors -> scalar; rho > 0. Returns a scalar tensor, a lower bound of the true maximum, which is the
+    inner problem of SAM: Foret et al. 2021, eq. 1.
     """
     offset = {n: torch.zeros_like(p) for n, p in params.items()}
     for _ in range(steps):

@@ -1,6 +1,6 @@
 """A stack of models: every weight has a leading axis of models, and one step trains them all.
 
-    stack = stack_for(recipe, inputs, ids, n_steps)
+    stack = stack_for(recipe, inputs, ids, n_models, n_steps, alone)
     loss, accuracy = stack.step(x, y, context, lr, is_kth_step)     # each [M]
     logits = stack.predict(x)                                        # [M, N, C]
 
@@ -82,9 +82,9 @@ class Stack:
         params, self.buffers = initial_state(recipe, self.shape, self.n_classes, ids, self.device)
         self.params = {name: in_format(p, self.channels_last) for name, p in params.items()}
         self.memory = {n: torch.zeros_like(p) for n, p in params.items()} if "memory" in optimizer.wants else {}
-        self.own = []  # of each model, the tensors that a reader's own base steps on: it may use norms of whole tensors
-        if optimizer.has_own_base:
-            self.own = [{n: p[k].clone().requires_grad_() for n, p in params.items()} for k in range(self.n_stacked)]
+        # of each model, the tensors that a reader's own base steps on: it may use norms of whole tensors
+        own = range(self.n_stacked) if optimizer.has_own_base else ()
+        self.own = [{n: p[k].clone().requires_grad_() for n, p in params.items()} for k in own]
         rate = recipe.lr
         fixed = rate, recipe.momentum, recipe.weight_decay, self.device.type in ("cpu", "cuda")
         self.bases = [optimizer.build(list(tensors.values()), *fixed) for tensors in self.own or [self.params]]
@@ -93,22 +93,12 @@ class Stack:
         # as torch's schedulers do, the schedule scales each group's initial rate: here as a share of the recipe's
         groups = [group for base in self.bases for group in base.param_groups]
         self.rates = [(group, group.get("lr", rate) / rate) for group in groups]
-        if "norms" in optimizer.wants:
-            one, buffers = ({n: t[0] for n, t in part.items()} for part in (self.params, self.buffers))
-            x = torch.linspace(-1, 1, 2 * int(np.prod(self.shape)), device=self.device).view(2, *self.shape)
-            y = torch.arange(2, device=self.device)
-            self.norms = privacy.norms_for(self.net, lambda p, x, y: self.loss_of_one(p, buffers, x, y)[0], one, x, y)
         return self
 
-    def switch(self, mode):
-        """Call train() or eval() of the bases that have it: schedule-free ones hold other weights for each."""
+    def of_bases(self, call):
+        """Call train, eval or step of every base that has it: schedule-free ones hold other weights in evaluation."""
         for base in self.bases:
-            if hasattr(base, mode):
-                getattr(base, mode)()
-        self.gather()
-
-    def gather(self):
-        """Copy what readers' own bases made of the weights into the stack."""
+            getattr(base, call, lambda: None)()
         for k, weights in enumerate(self.own):
             for name, weight in weights.items():
                 self.params[name][k].copy_(weight.detach())
@@ -120,13 +110,11 @@ class Stack:
 
         context: what the rule asks for as tensors [M, ...], see sharpness.CONTEXT.
         """
-        optimizer = self.recipe.optimizer
+        optimizer, loss, norms = self.recipe.optimizer, self.loss_of_one, privacy.norms_for(self.net)
         rule, wants, options = optimizer.rule, optimizer.wants, optimizer.options
         if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and self.recipe.rho == 0:
             rule, wants, options = sharpness.plain, (), {}  # at radius 0 every one of these rules is the base alone
-
         gradient_of = self.gradient if self.n_stacked == 1 else partial(through_vmap, self.gradient)
-        loss = self.loss_of_one
 
         def rule_of_one(params, buffers, x, y, context):
             """(gradients, Pass, memory) of one model by the rule."""
@@ -134,10 +122,13 @@ class Stack:
             def gradient(at, index=None):
                 return gradient_of(at, buffers, x, y) if index is None else gradient_of(at, buffers, x[index], y[index])
 
-            offered = {"is_kth_step": is_kth_step, "size": len(y)}
-            offered["norms"] = lambda at: self.norms(lambda at, x, y: loss(at, buffers, x, y)[0], at, x, y)
-            offered["losses"] = lambda at: loss(at, buffers, x, y)[1].losses
-            offered["weighted"] = lambda at, weight: self.gradient_of_one(at, buffers, x, y, weight)
+            offered = {
+                "is_kth_step": is_kth_step,
+                "size": len(y),
+                "losses": lambda at: loss(at, buffers, x, y)[1].losses,
+                "norms": lambda at: norms(lambda at, x, y: loss(at, buffers, x, y)[0], at, x, y),
+                "weighted": lambda at, weight: self.gradient_of_one(at, buffers, x, y, weight),
+            }
             found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
             return found if "memory" in wants else (*found, {})
 
@@ -188,9 +179,7 @@ class Stack:
             weight.grad = grads[name] if fits else torch.empty_like(weight).copy_(grads[name])
             for k, weights in enumerate(self.own):
                 weights[name].grad = weight.grad[k].clone()
-        for base in self.bases:
-            base.step()
-        self.gather()
+        self.of_bases("step")
 
     # ---- after training --------------------------------------------------------------------------------------
 
@@ -229,7 +218,7 @@ def rule_context(recipe, params, draws, number, lr):
     """What the rule asks for at step `number`, as tensors [M, ...]; the meaning of each is in sharpness.CONTEXT."""
     wants, device = recipe.optimizer.wants, next(iter(params.values())).device
     numbers = {"rho": recipe.rho, "rate": lr / recipe.lr, "step": float(number)}
-    found = {name: torch.full((len(draws),), value, device=device) for name, value in numbers.items()}
+    found = {name: torch.full((len(draws),), numbers[name], device=device) for name in numbers.keys() & wants}
 
     def stacked(draw):
         return torch.from_numpy(np.stack([draw(rng) for rng in draws])).to(device)
@@ -239,7 +228,7 @@ def rule_context(recipe, params, draws, number, lr):
     if "noise" in wants:
         shapes = {name: (recipe.optimizer.rule.queries, *p.shape[1:]) for name, p in params.items()}
         found["noise"] = {n: stacked(lambda rng, s=s: rng.standard_normal(s, np.float32)) for n, s in shapes.items()}
-    return {name: value for name, value in found.items() if name in wants}
+    return found
 
 
 class ThroughVmap(torch.autograd.Function):
@@ -310,27 +299,27 @@ def compiled_once(function, device):
     Only one process of this machine compiles at a time. The others wait and find the code in the compiler's cache.
     On a GPU its kernels are recorded as a CUDA graph: 1.4 times the images a second of ResNet-9 on an H200.
     """
+    import torch._inductor.config as inductor  # here: it takes seconds, and many runs compile nothing
+
     for name in ("torch._dynamo", "torch._inductor", "torch._logging", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)  # notes to the compiler's developers
     torch._dynamo.config.recompile_limit = 64
-    import torch._inductor.config as inductor  # here: it takes seconds, and many runs compile nothing
-
     inductor.cpp.vec_isa_ok = True  # no trial of the vector instructions, which takes seconds
-    record = device.type == "cuda"
-    made, calls = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None), []
+    record, chosen = device.type == "cuda", []
+    compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
 
     def call(*args):
-        if not calls:
+        if not chosen:
             with FileLock(Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"):
                 try:
-                    calls.append(made)
-                    return call(*args)
+                    compiled(*args)
+                    chosen.append(compiled)
                 except Exception:
-                    calls[0] = function
-        if not record or calls[0] is function:
-            return calls[0](*args)
+                    chosen.append(function)
+        if not record or chosen[0] is function:
+            return chosen[0](*args)
         torch.compiler.cudagraph_mark_step_begin()  # the next replay overwrites these outputs: they are copied
-        return tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, made(*args))
+        return tree_map(torch.clone, compiled(*args))
 
     return call
 

@@ -6,10 +6,9 @@
         done/00012.json     written, atomically, after the rows of model 12; holds their checksums
         claims/00000.lock   held by the process that trains the chunk of models that begins with 0
 
-A model counts as finished if its flag is there and every checksum matches. So a kill at any moment loses at most the
-models in training, and a damaged row is found, named and trained again. Any number of processes may train into one
-store: a chunk belongs to the process that holds its lock, and the system frees the lock when that process ends. (On a
-network file system file locks must be on, as they are by default on NFS.)
+A model counts as finished if its flag is there and every checksum matches, so a kill loses at most the models in
+training, and a damaged row is found, named and trained again. A chunk belongs to the process that holds its lock, which
+the system frees when that process ends. (File locks must be on, as they are by default on NFS.)
 """
 
 import hashlib
@@ -55,7 +54,6 @@ class Rows:
 
     def __init__(self, path, shape, dtype):
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
-        self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
         self.header_bytes = len(self.header(0))
 
     def header(self, rows):
@@ -75,11 +73,10 @@ class Rows:
 
     def write(self, index, row):
         """Put one row in place, then the header; rows before it that are not there yet read as zeros."""
-        row = np.ascontiguousarray(row, self.dtype)
-        need(row.shape == self.shape, f"{self.path.name}: a row has shape {row.shape}, expected {self.shape}")
+        row = np.ascontiguousarray(row, self.dtype).reshape(self.shape)
         rows = max(len(self.read()), index + 1)
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-            file.seek(self.header_bytes + index * self.row_bytes)
+            file.seek(self.header_bytes + index * row.nbytes)
             file.write(row.data)
             file.seek(0)
             file.write(self.header(rows))
@@ -118,7 +115,7 @@ class Store:
         """Raise ValueError naming `store` if `needed` bytes more do not fit."""
         free = shutil.disk_usage(self.folder).free
         what = f"the disk has {free / 1e6:.0f} MB free, these models need {needed / 1e6:.0f} MB"
-        need(needed <= free, f"store={str(self.folder.parent)!r}: {what}: free some, or train fewer models")
+        need(needed <= free, f"store={str(self.folder.parent)!r}: {what}")
 
     def save(self, model, arrays, **notes):
         """Write the model's row of each array (name -> row), then its flag with their checksums and the notes.
@@ -166,10 +163,9 @@ class Store:
 
 def read_json(path):
     """The dict in a JSON file; {} if the file is absent, torn, or holds something else."""
-    try:
+    found = None
+    with suppress(OSError, ValueError):
         found = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return {}
     return found if isinstance(found, dict) else {}
 
 

@@ -46,12 +46,12 @@ def trial(recipe, shape, n_classes, device):
             y = torch.arange(one.batch_size, device=device).remainder(n_classes).expand(len(ids), -1)
             draws, used = [generator(one, "rule", k) for k in ids], (one.optimizer.rule, stack.net, stack.eval_net)
             before = random_states(*used, stack.bases)
-            stack.switch("train")
+            stack.of_bases("train")
             remembers = {"is_kth_step", "memory"} & one.optimizer.wants or one.optimizer.has_own_base
             for number in range(2 if remembers else 1):
                 context = step.rule_context(one, stack.params, draws, number, one.lr)
                 stack.step(x, y, context, one.lr, is_kth_step=number == 0)
-            stack.switch("eval")
+            stack.of_bases("eval")
             stack.predict(x[0, :2])
             if random_states(*used, stack.bases) != before:
                 return f"{DRAWS}: take out what does (dropout, say; a rule may ask for `noise`)"
@@ -63,26 +63,24 @@ def trial(recipe, shape, n_classes, device):
             said = re.split(r"[.:]?\s*\n|\.\s", str(error).strip())[0][:200]
             return f"fails with {type(error).__name__}: {said}"
 
-    mapped = fault(recipe.optimizer, False)
+    mapped = fault(recipe.optimizer, alone=False)
     if not mapped:
         return ""
-    plain, alone = fault("sgd", False), fault(recipe.optimizer, True)
-    if not alone:
-        why = f"models are trained one at a time, since a step that maps over them {plain or mapped}"
-        return f"{arch if plain else optimizers}: {why}"
-    unfit = fault("sgd", True)
+    unmapped, unfit = fault("sgd", alone=False), fault("sgd", alone=True)  # of the network, by itself
     need(not unfit, f"{arch} {unfit}")
+    alone = fault(recipe.optimizer, alone=True)
+    if not alone:
+        why = f"models are trained one at a time, since a step that maps over them {unmapped or mapped}"
+        return f"{arch if unmapped else optimizers}: {why}"
     form = "a rule returns (grads, aux), or (grads, aux, memory) if it asks for memory, with grads like params"
     raise ValueError(f"{optimizers} {alone}; it was tried on {arch}; {form}")
 
 
 def random_states(*used):
-    """The states of all generators of random numbers: the global ones, and what objects hold and their functions name.
-
-    used: what is searched, through attributes, elements, closures and names, but not inside libraries.
-    """
-    todo, seen, found = [*used, torch.default_generator, *torch.cuda.default_generators], {}, []
-    todo += [random.random.__self__, np.random.rand.__self__]
+    """The states of the global generators of random numbers, and of those that `used` reaches by attributes, elements,
+    closures and names, but not inside libraries."""
+    todo, seen, found = [*used, random.random.__self__, np.random.rand.__self__], {}, []
+    todo += [torch.default_generator, *torch.cuda.default_generators]
     while todo:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, torch.Tensor | ModuleType):

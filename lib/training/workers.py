@@ -32,15 +32,15 @@ def train(
     """Models 0..n_models-1 of the recipe, trained where the store lacks them: an ensemble.Ensemble.
 
     engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,
-    seconds) is called after each chunk of models. wait=False: models that other processes are training are left to
-    them, and None is returned. Diverged models are named and left out with their partners: see Ensemble.ids.
-    Raises ValueError naming the parameter before anything is trained.
+    seconds) is called after each chunk. wait=False: models that other processes are training are left to them, and None
+    is returned. Raises ValueError naming the parameter before anything is trained.
     """
     check(engine)
     where = ensemble.device_of(device)
     ensemble.check(recipe, dataset, n_models, device)
     kept = ensemble.open_store(recipe, dataset, store)
     todo, n = missing(recipe, dataset, n_models, kept, where), n_processes(recipe, dataset, where)
+    kept.check_disk(ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
     if todo and (why := trial.trial(recipe, dataset.x.shape[1:], dataset.n_classes, where)):
         tell_once(why)
     if todo and engine == "ray":
@@ -49,15 +49,23 @@ def train(
         train_by_processes(recipe, dataset, todo, store, n, n_models, quiet, notify)
     inputs = None
     while todo := missing(recipe, dataset, n_models, kept, where):  # here, and what others left or still train
-        inputs = inputs or ensemble.Inputs(dataset, recipe, where)
-        n_trained = train_here(recipe, dataset, inputs, todo, kept, n_models, quiet, notify)
+        inputs, taken = inputs or ensemble.Inputs(dataset, recipe, where), 0
+        with progress(recipe, todo, "here", quiet) as bar:
+            for ids in todo:
+                if seconds := train_one(recipe, inputs, ids, kept, n_models, bar.update):
+                    taken += seconds
+                    if notify:
+                        notify(recipe, len(dataset.y), len(ids), seconds)
         if not wait:
             return None
-        if not n_trained:
+        if not taken:
             tell_once(f"another run is training {kept.folder.name}: waiting for it")
             quiet = True
             time.sleep(0.5)
-    return ensemble.finished(recipe, dataset, n_models, kept)
+    if lost := {k for k in range(n_models) if kept.flag(k)["status"] == "diverged"}:
+        print(f"{kept.folder.name}: models {sorted(lost)} diverged: they and their partners are left out", flush=True)
+    ids = np.array([k for k in range(n_models) if not {k, k ^ 1} & lost], int)
+    return ensemble.Ensemble(recipe, dataset, kept, ids)
 
 
 def check(engine):
@@ -79,34 +87,22 @@ def missing(recipe, dataset, n_models, kept, device):
     return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
 
 
-# ---- in this process -----------------------------------------------------------------------------------------
-
-
-def train_here(recipe, dataset, inputs, todo, kept, n_models=None, quiet=False, notify=None):
-    """Train and save those of the chunks that no other process has claimed: how many."""
-    kept.check_disk(ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
-    n_trained = 0
-    with progress(recipe, todo, "here", quiet) as bar:
-        for ids in todo:
-            lock = kept.claim(ids[0])
-            try:
-                if lock is None or all(kept.flag(k) for k in ids):  # another process trains it, or has just finished it
-                    bar.update(recipe.run_epochs)
-                    continue
-                began, arrays = time.time(), train_or_halve(recipe, inputs, list(ids), bar.update, n_models)
-                seconds, n_trained = time.time() - began, n_trained + 1
-                notes = {"seconds": seconds / len(ids), "device": str(inputs.device), "torch": torch.__version__}
-                for place, k in enumerate(ids):
-                    if kept.flag(k) is None:
-                        status = "diverged" if arrays["stuck"][place] else "finished"
-                        rows = {n: arrays[n][place] for n in kept.rows if n != "weights" or k < ensemble.KEEP_WEIGHTS}
-                        kept.save(k, rows, status=status, **notes)
-            finally:
-                if lock:
-                    lock.release()
-            if notify:
-                notify(recipe, len(inputs.y), len(ids), seconds)
-    return n_trained
+def train_one(recipe, inputs, ids, kept, n_models, tick=lambda: None):
+    """Train and save models `ids`: the seconds it took, 0 if another process has or does. tick() after every epoch."""
+    lock, began = kept.claim(ids[0]), time.time()
+    try:
+        if lock is None or all(kept.flag(k) for k in ids):
+            return 0
+        arrays = train_or_halve(recipe, inputs, list(ids), tick, n_models)
+        notes = {"seconds": (time.time() - began) / len(ids), "device": str(inputs.device), "torch": torch.__version__}
+        for place, k in enumerate(ids):
+            if kept.flag(k) is None:
+                rows = {n: arrays[n][place] for n in kept.rows if n != "weights" or k < ensemble.KEEP_WEIGHTS}
+                kept.save(k, rows, status="diverged" if arrays["stuck"][place] else "finished", **notes)
+        return time.time() - began
+    finally:
+        if lock:
+            lock.release()
 
 
 def train_or_halve(recipe, inputs, ids, tick, n_models):
@@ -132,19 +128,14 @@ def progress(recipe, todo, where, quiet):
     return tqdm(None, label, total * recipe.run_epochs, leave=False, disable=quiet, unit="epoch", mininterval=1)
 
 
-# ---- in other processes --------------------------------------------------------------------------------------
-
-
-def train_one(recipe, dataset, ids, store, device, n_models):
-    """Train models `ids` into the store, unless another process has or does. Returns the seconds it took."""
-    began, kept = time.time(), ensemble.open_store(recipe, dataset, store)
+def train_there(recipe, dataset, ids, store, device, n_models):
+    """train_one in another process."""
     inputs = ensemble.Inputs(dataset, recipe, ensemble.device_of(device))
-    train_here(recipe, dataset, inputs, [ids], kept, n_models, quiet=True)
-    return time.time() - began
+    return train_one(recipe, inputs, ids, ensemble.open_store(recipe, dataset, store), n_models)
 
 
 def collect(recipe, dataset, waiting, where, n, quiet, notify):
-    """Wait for `train_one` of each chunk, n at once. waiting: dict future -> ids.
+    """Wait for `train_there` of each chunk, n at once. waiting: dict future -> ids.
 
     notify is told of the chunks after the first n, whose time is partly the compiler's.
     """
@@ -179,7 +170,7 @@ def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, n
 
     pool = loky.get_reusable_executor(n, timeout=None, initializer=alone, initargs=(os.getpid(),))
     try:
-        waiting = {pool.submit(train_one, recipe, dataset, ids, str(store), "cpu", n_models): ids for ids in todo}
+        waiting = {pool.submit(train_there, recipe, dataset, ids, str(store), "cpu", n_models): ids for ids in todo}
         collect(recipe, dataset, waiting, f"{n} processes", n, quiet, notify)
     except loky.process_executor.BrokenProcessPool:
         print("a process that trained was lost (memory?): its models are trained in this one", flush=True)
@@ -215,7 +206,7 @@ def train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet=Fal
             paths = str(Path(__file__).resolve().parents[2]), os.getcwd(), os.environ.get("PYTHONPATH", "")
             there = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
             ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=there)
-        task = ray.remote(num_cpus=1, num_gpus=gpus)(train_one)
+        task = ray.remote(num_cpus=1, num_gpus=gpus)(train_there)
         shared, folder = ray.put(dataset), str(Path(store).resolve())
         waiting = {task.remote(recipe, shared, ids, folder, device, n_models).future(): ids for ids in todo}
         n_at_once = ray.cluster_resources().get("GPU" if gpus else "CPU", 1) // (gpus or 1)

@@ -201,7 +201,7 @@ def test_what_another_run_finished_meanwhile_is_not_trained_again(table, quick, 
     stale = ensemble.open_store(quick, table, tmp_path)
     monkeypatch.setattr(ensemble, "train_chunk", None)  # training anything would fail
     inputs = ensemble.Inputs(table, quick, torch.device("cpu"))
-    assert workers.train_here(quick, table, inputs, [range(4)], stale, quiet=True) == 0
+    assert workers.train_one(quick, inputs, range(4), stale, 4) == 0
     assert [stale.flag(k)["status"] for k in range(4)] == ["finished"] * 4
 
 

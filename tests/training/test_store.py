@@ -36,13 +36,13 @@ def test_a_truncated_file_or_one_of_other_rows_has_none(tmp_path):
     for shape, dtype in (((6,), np.float32), ((2, 3), np.int32), ((3, 2), np.float32)):
         assert len(Rows(rows.path, shape, dtype).read()) == 0
     with open(rows.path, "r+b") as file:
-        file.truncate(rows.header_bytes + 3 * rows.row_bytes + 5)
+        file.truncate(rows.header_bytes + 3 * 24 + 5)
     assert len(rows.read()) == 0
 
 
 def test_a_row_of_another_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shape"):
-        Rows(tmp_path / "a.npy", (2, 3), np.float32).write(0, np.zeros((3, 2), np.float32))
+        Rows(tmp_path / "a.npy", (2, 3), np.float32).write(0, np.zeros((3, 3), np.float32))
 
 
 def test_a_model_is_finished_only_with_its_flag(tmp_path):

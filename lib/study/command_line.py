@@ -3,8 +3,6 @@
 --plan, --work, --report and --audit do something else instead: see --help.
 """
 
-import base64
-import io
 import json
 import logging
 import os
@@ -13,8 +11,6 @@ import time
 from concurrent import futures
 from contextlib import closing, suppress
 from pathlib import Path
-
-from PIL import Image
 
 from lib import need
 from lib.study import experiments, own_logits, report, settings
@@ -41,8 +37,8 @@ def shortest(path):
 def execute(book, given, out, awaited):
     """Run one notebook with papermill, once the futures in `awaited` are done.
 
-    What its kernel prints is printed here; the copy has no progress bars. The kernel runs this interpreter, whatever
-    kernel of the name python3 is installed for others.
+    What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel of the name python3 is
+    installed for others.
     """
     for future in awaited:
         with suppress(Exception):  # if the training has failed, the notebook tries itself, and says why
@@ -56,9 +52,10 @@ def execute(book, given, out, awaited):
         kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # knows of none that is installed: makes its own
 
         async def start_kernel(self, **more):
-            # one thread and one process: beside those that train, two wait for each other (a cell of 2 s took 51 s)
-            alone = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), "1")
-            await super().start_kernel(**more, env={**os.environ, **alone})
+            # one thread and one process: beside those that train, two wait for each other (a cell of 2 s took 51 s);
+            # no progress bars, since those of two notebooks would overwrite each other
+            settled = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "TQDM_DISABLE"), "1")
+            await super().start_kernel(**more, env={**os.environ, **settled})
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     print(f"{book.stem} -> {out}", flush=True)
@@ -67,18 +64,7 @@ def execute(book, given, out, awaited):
     how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (book, out / book.name))  # it formats them
     with closing(ensure_event_loop()):  # of this thread
-        done = papermill.execute_notebook(*paths, given, **how)
-    for cell in done.cells:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):  # a hundred colours look the same, in half the bytes
-                image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
-                image.quantize(100, dither=Image.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
-                output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key != "papermill"}  # times of the cell
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" or not o.text.startswith("\r")]
-    del done.metadata.papermill["input_path"], done.metadata.papermill["output_path"]  # the copy may travel
-    papermill.iorw.write_ipynb(done, str(out / book.name))
+        papermill.execute_notebook(*paths, given, **how)
 
 
 def main(arguments=None):

@@ -89,8 +89,6 @@ def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch
     assert "IPKernelApp" not in said.err
     took = json.loads((out / "run.json").read_text())
     assert took["notebooks"] == ["07"] and took["n_models"] == 8 and took["trained"] == 0
-    made = nbformat.read(out / "07_mine.ipynb", 4)
-    assert "input_path" not in made.metadata.papermill
 
 
 @pytest.mark.parametrize(

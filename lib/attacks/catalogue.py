@@ -11,10 +11,8 @@ from lib.attacks.signals import TINY, parallel, signals
 from lib.attacks.thresholds import classwise, yeom
 
 # those that look at one model alone
-ALONE = tuple(
-    "gap loss confidence confidence_classwise entropy entropy_classwise m_entropy m_entropy_classwise neural "
-    "neural_classwise".split()
-)
+ALONE = ("gap", "loss", "confidence", "confidence_classwise", "entropy", "entropy_classwise", "m_entropy")
+ALONE += ("m_entropy_classwise", "neural", "neural_classwise")
 LIRAS = {  # (offline, variance), as in shadow.lira
     "lira": (False, "example"),
     "lira_shrunk": (False, "shrunk"),
@@ -37,17 +35,14 @@ FAMILIES = {
 }
 
 
-def run(
-    logits, y, member, population_logits=None, population_y=None, gamma=1.0, a=0.3, seed=0, groups=None, only=NAMES
-):
+def run(logits, y, member, population_logits=None, population_y=None, seed=0, groups=None, only=NAMES):
     """All attacks in NAMES, or those in `only`: a dict name -> scores [M, N] float32.
 
     logits: [M, N, C] or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
     the queries; the others see the first. y: [N] labels; member: [M, N] bool. population_logits [M, T, C] (or
     [M, Q, T, C]) and population_y [T]: examples that no model trained on; without them RMIA compares with the pool.
-    gamma, a: RMIA's. seed: of the parts on which thresholds and networks are learned; groups [N] (a patient's two eyes)
-    stay together in them. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to
-    1, ties averaged. Raises ValueError, naming the argument, where they do not fit.
+    seed: of the parts on which thresholds and networks are learned; groups [N] (a patient's two eyes) stay together in
+    them. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to 1, ties averaged.
     """
     logits = np.asanyarray(logits)
     need(logits.ndim in (3, 4), f"logits: shape {logits.shape}; valid are [M, N, C] and [M, Q, N, C]")
@@ -63,7 +58,7 @@ def run(
         population = None
         if population_logits is not None:
             population = signals(population_logits, population_y, only=("confidence",))["confidence"]
-        out |= {name: rmia(confidence, member, population, name == "rmia_offline", gamma, a) for name in rmias}
+        out |= {name: rmia(confidence, member, population, name == "rmia_offline") for name in rmias}
     if "combined" in wanted:
         pairs = zip(out["lira_shrunk"], out["rmia"], strict=True)
         ranks = np.stack(parallel(lambda pair: rankdata(pair, axis=1).mean(0).astype(np.float32), pairs))
@@ -71,21 +66,16 @@ def run(
     return {name: out[name] for name in NAMES if name in only}
 
 
-def of_single_models(seen, y, member, seed=0, groups=None):
-    """The attacks in ALONE, given the signals of the plain input, some of which are changed in their place.
-
-    Thresholds are learned on one half of each model's members and non-members, and judge the other half.
-    """
-    member = checked(seen["phi"], member)[1]
-    half = calibration_split(member, seed, y, groups)
-    for values in (seen["entropy"], seen["modified_entropy"]):
-        # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
-        np.negative(np.log(np.maximum(values, np.float32(TINY), out=values), out=values), out=values)
-    levels = {"confidence": seen["phi"], "entropy": seen["entropy"], "m_entropy": seen["modified_entropy"]}
-    out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen.pop("log_confidence"), member, half)}
-    out |= levels | {f"{name}_classwise": classwise(s, member, y, part=half) for name, s in levels.items()}
+def of_single_models(seen, y, member, seed, groups):
+    """The attacks in ALONE, from the signals of the plain input; one half of the examples teaches about the other."""
+    half = calibration_split(checked(seen["phi"], member)[1], seed, y, groups)
+    # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
+    entropies = (-np.log(np.maximum(seen[key], np.float32(TINY))) for key in ("entropy", "modified_entropy"))
+    levels = dict(zip(("confidence", "entropy", "m_entropy"), (seen["phi"], *entropies), strict=True))
+    out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen["log_confidence"], member, half)}
+    out |= levels | {f"{name}_classwise": classwise(s, member, y, half) for name, s in levels.items()}
     out["neural"], own, part = neural.attack(list(levels.values()), member, seed, groups)
-    out["neural_classwise"] = classwise(out["neural"], member, y, part=part, own=own)
+    out["neural_classwise"] = classwise(out["neural"], member, y, part, own)
     return out
 
 

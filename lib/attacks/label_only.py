@@ -31,8 +31,8 @@ def answers(predict, x, y, is_image, seed=0, most=None, device="cpu") -> np.ndar
     predict: M functions, each from a batch of inputs [B, ...] (a tensor on `device`) to predicted labels [B];
     x: [N, channels, H, W] images (is_image) or [N, D] features; y: [N] labels. The first of the S strengths is no
     change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels over a reflected border, each also
-    mirrored (18, 50, 162 queries); `most` limits the shift (default an eighth of each side). For features they are
-    the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise. seed: of the noise.
+    mirrored; `most` limits the shift (default an eighth of each side). For features they are the input and COPIES noisy
+    copies: flipped bits if all of x is 0 or 1, else Gaussian noise, by `seed`.
     """
     x = torch.as_tensor(x)
     strengths = queries(x, is_image, seed, most)

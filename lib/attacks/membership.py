@@ -52,7 +52,6 @@ def calibration_split(member, seed=0, y=None, groups=None, parts=2) -> np.ndarra
     have the same parts. Raises ValueError if a model has too few members or non-members for so many parts.
     """
     groups = np.arange(member.shape[1]) if groups is None else np.asarray(groups)
-    need(groups.shape == member.shape[1:], f"groups: shape {groups.shape}; valid is {member.shape[1:]}")
     _, first, own = np.unique(groups, return_index=True, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(first))
     if y is not None:

@@ -1,11 +1,9 @@
 """The neural attack: a small network learns to tell members from non-members by what the models answer.
 
 Shokri et al. (2017, section V) and Salem et al. (2019, adversary 1) train it on shadow models, Nasr et al. (2019) on
-known members of the target. Here it learns from both. Each model's members and non-members are cut into three parts.
-Network k learns on part k of all models, stops early by its loss on part k + 1, and judges part k + 2 (modulo 3).
-
-No network sees a membership that it judges. Nor does it see the partner's, which would give it away: partners have the
-same parts. So a shuffled membership gives AUC and accuracy 1/2.
+known members of the target; here it learns from both. Each model's members and non-members are cut into three parts.
+Network k learns on part k of all models, stops early by its loss on part k + 1, and judges part k + 2 (modulo 3). No
+network sees a membership that it judges, nor the partner's, which would give it away: partners have the same parts.
 """
 
 import numpy as np
@@ -29,14 +27,11 @@ BLOCK = 8192  # outputs that are judged at a time; the hidden layers stay in the
 def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores, own, part): log-odds of membership, [M, N] float32 each, and the parts, [M, N] integers 0 to 2.
 
-    scores come from the network that judges an example's part. own, from the network that stopped on it, are for
-    learning thresholds (thresholds.classwise): they have the scale of the next part's scores, and owe the example
-    nothing. Members and non-members weigh alike, so 0 is undecided.
-
-    seen: what the networks look at, a list of [M, N] arrays; member: [M, N] bool. The parts are not drawn within
-    classes: then all would have the same share of members in each class, and a network that reads the class off an
-    output would know something of the part it judges (AUC 0.501 on shuffled membership). groups [N] (a patient's two
-    eyes) stay together. Raises ValueError for shapes that do not fit, NaN, or fewer than 3 members or non-members.
+    scores come from the network that judges an example's part; own, from the network that stopped on it, are for
+    learning thresholds (thresholds.classwise). Members and non-members weigh alike, so 0 is undecided. seen: what the
+    networks look at, a list of [M, N] arrays; member: [M, N] bool. The parts are not drawn within classes: all would
+    have the same share of members in each, and a network that reads the class off an output would know something of the
+    part it judges. Raises ValueError for shapes that do not fit, NaN, or fewer than 3 members or non-members.
     """
     x = np.stack([checked(values, member)[0].ravel() for values in seen], -1)
     member, rng = np.asarray(member), np.random.default_rng(seed)

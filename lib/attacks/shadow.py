@@ -10,7 +10,6 @@ the rest would give away the target's own membership. So an attack on a model th
 import numpy as np
 from scipy.special import digamma, gammaln, polygamma
 
-from lib import need
 from lib.attacks.membership import checked, partners
 from lib.attacks.signals import TINY, parallel
 
@@ -21,9 +20,8 @@ def lira(phi, member, offline=False, variance="example") -> np.ndarray:
     """The likelihood-ratio attack of Carlini et al. (2022, algorithm 1): scores [M, N] float32.
 
     phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; member: [M, N] bool. offline: use the OUT
-    models only and return a z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4; their
-    code has a two-sided density). variance: one of VARIANCES. Raises ValueError if an example would have fewer than 2
-    OUT (or IN) shadows.
+    models only and return a z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4). variance:
+    one of VARIANCES. Raises ValueError if an example would have fewer than 2 OUT (or IN) shadows.
     """
     if np.ndim(phi) == 3:
         return sum(lira(phi[:, q], member, offline, variance) for q in range(phi.shape[1])) / phi.shape[1]
@@ -100,12 +98,11 @@ def prior(n, squares) -> tuple[float, float]:
 
 # (sigma^2, degrees of freedom) of the IN (or OUT) shadows of each example, from n, mean and squares (`statistics`)
 VARIANCES = {
-    # an own variance for each example, without Bessel's correction, as in the authors' code
+    # each example's own, without Bessel's correction, as in the authors' code
     "example": lambda n, mean, squares: (squares / n, np.inf),
-    # one variance for all examples: the squares within examples over their degrees of freedom
+    # one for all examples: the squares within examples over their degrees of freedom
     "pooled": lambda n, mean, squares: (squares.sum() / (n - 1).sum(), np.inf),
-    # between the two, by as much as the examples' variances differ
-    "shrunk": shrunk,
+    "shrunk": shrunk,  # between the two, by as much as the examples' variances differ
 }
 
 
@@ -113,14 +110,12 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     """The robust attack of Zarifzadeh, Liu & Shokri (2024, algorithm 1): scores [M, N] float32 in [0, 1].
 
     confidence: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; population: [M, T] or [M, Q, T],
-    confidences on examples that no model trained on; without it the pool's own examples take its place (their
-    membership in the target is not used). offline: use the OUT models only and estimate the mean of IN by the line
-    a mean_out + 1 - a. gamma: the ratio to exceed. The paper uses 2, with a Taylor softmax. On
-    plain confidences near 1, 2 would leave a few dozen distinct scores, and ties would decide who leaks more; 1, as in
-    the authors' privacy_meter, keeps the order of the ratios. Scores are multiples of 1/T (or 1/N), so they can tie.
-    Raises ValueError if an example would have no OUT (or IN) shadow, and for gamma <= 0 or a outside [0, 1].
+    confidences on examples that no model trained on; without it the pool's own take their place (their membership in
+    the target is not used). offline: use the OUT models only and estimate the mean of IN by a mean_out + 1 - a. gamma:
+    the ratio to exceed. The paper uses 2, with a Taylor softmax. On plain confidences near 1, 2 would leave a few dozen
+    distinct scores; 1, as in the authors' privacy_meter, keeps the order of the ratios. Scores are multiples of 1/T (or
+    1/N), so they can tie. Raises ValueError if an example would have no OUT (or IN) shadow.
     """
-    need(gamma > 0 and 0 <= a <= 1, f"gamma, a: {gamma}, {a}; valid are gamma > 0 and 0 <= a <= 1")
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
         found = (rmia(confidence[:, q], member, z, offline, gamma, a) for q, z in enumerate(each))

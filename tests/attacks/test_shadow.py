@@ -320,10 +320,3 @@ def test_lira_faults_are_named(change, words):
     phi, member = leaky()
     with pytest.raises(ValueError, match=words):
         shadow.lira(**{"phi": phi, "member": member, **change})
-
-
-@pytest.mark.parametrize("change, words", [({"gamma": 0}, "gamma"), ({"a": 1.5}, "gamma, a")])
-def test_rmia_faults_are_named(change, words):
-    phi, member = leaky()
-    with pytest.raises(ValueError, match=words):
-        shadow.rmia(1 / (1 + np.exp(-phi)), member, **change)

@@ -15,6 +15,7 @@ from sklearn.metrics import balanced_accuracy_score
 from lib.analysis import compare
 from lib.attacks import catalogue, intervals, label_only, thresholds
 from lib.attacks.intervals import auc_influence_values
+from lib.attacks.membership import calibration_split
 from lib.training import Recipe, train
 from tests.analysis.conftest import simulated
 from tests.conftest import blobs
@@ -422,7 +423,7 @@ def test_table_has_both_attacks_each_optimizer_and_the_paired_difference(pair, a
     for name, answers in zip(both, answered, strict=True):
         scores = label_only.scores(answers, member)
         assert auc["label_only", name, ""] == pytest.approx(auc_influence_values(scores, member).mean())
-        by_class = thresholds.classwise(scores, member, y)
+        by_class = thresholds.classwise(scores, member, y, calibration_split(member, 0, y))
         assert auc["label_only_classwise", name, ""] == pytest.approx(auc_influence_values(by_class, member).mean())
     difference = auc["label_only", "sam", ""] - auc["label_only", "sgd", ""]
     assert auc["label_only", "sam", "sgd"] == pytest.approx(difference)

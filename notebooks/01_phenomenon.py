@@ -36,6 +36,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython.display import display
+from sklearn.metrics import roc_curve
 from sklearn.neighbors import NearestNeighbors
 from torch.func import functional_call, grad
 
@@ -92,10 +93,21 @@ rise = np.average(phi, 0, member) - np.average(phi, 0, ~member)  # what training
 example = np.argsort(rise)[-1 - len(rise) // 100]
 seen = member[:, example]
 
+
+def draw_hills(axis, inside, outside, labels):
+    """Two filled histograms on common bins, told apart by colour and outline."""
+    bins = np.histogram_bin_edges(np.concatenate([inside, outside]), 30)
+    for index, (values, label) in enumerate(zip((inside, outside), labels, strict=True)):
+        colour, line = figures.COLOURS[2 + index], figures.LINES[index]
+        look = dict(edgecolor=colour, facecolor=(*colour, 0.3), linestyle=line, linewidth=1.8, label=label)
+        axis.hist(values, bins, density=True, histtype="stepfilled", **look)
+    axis.legend(fontsize=9)
+
+
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=[1, 2, 2], layout="constrained")
 figures.picture(axes[0], run.dataset.x[example])
-figures.histograms(axes[1], phi[seen, example], phi[~seen, example], ("trained with it", "trained without it"))
-figures.histograms(axes[2], phi[0, member[0]], phi[0, ~member[0]], ("members", "non-members"))
+draw_hills(axes[1], phi[seen, example], phi[~seen, example], ("trained with it", "trained without it"))
+draw_hills(axes[2], phi[0, member[0]], phi[0, ~member[0]], ("members", "non-members"))
 axes[0].set_title(figures.plain(f"a '{run.dataset.classes[run.dataset.y[example]]}' from the pool"))
 axes[1].set(title="one example, many models", xlabel=r"confidence $\phi$", ylabel="density of models")
 axes[2].set(title="one model, many examples", xlabel=r"confidence $\phi$", ylabel="density of examples")
@@ -325,7 +337,15 @@ for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy")
 # and is nearly always right. The curves end where ten false positives are expected.
 
 # %%
-figures.save(figures.roc(scored, member), run, "roc")
+figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
+grid = np.geomspace(10 / (~member).sum(), 1, 200)
+for index, (name, attacks) in enumerate(scored.items()):
+    rates = roc_curve(member.ravel(), attacks["lira_shrunk"].ravel())[:2]  # all targets pooled
+    axis.plot(grid, np.interp(grid, *rates), **figures.look(index, name) | {"marker": ""}, lw=2)
+axis.plot(grid, grid, color="0.5", lw=1, label="guessing")
+axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate")
+axis.legend(loc="lower right")
+figures.save(figure, run, "roc")
 
 # %% [markdown]
 # ### Who is exposed?
@@ -386,7 +406,12 @@ show_text(
 # example's output over the models that did not see it. LiRA divides by this one.
 
 # %%
-display(figures.save(figures.phi_of_members(phis, member), run, "phi"))
+size = (5.2 * len(phis), 3.4)
+figure, axes = plt.subplots(1, len(phis), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+for axis, (name, phi_of) in zip(axes[0], phis.items(), strict=True):
+    draw_hills(axis, phi_of[member], phi_of[~member], ("members", "non-members"))
+    axis.set(title=figures.plain(name), xlabel=r"$\phi$", ylabel="density")
+display(figures.save(figure, run, "phi"))
 spread = compare.variances(ensembles)
 results.add(spread)
 show_table(spread)

@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from sklearn.metrics import roc_curve
 
 from lib.study.results import NUMBERS
 from lib.study.text import series
@@ -58,15 +57,6 @@ def picture(axis, image):
         axis.imshow(image.transpose(1, 2, 0), cmap="gray_r", interpolation="nearest")
 
 
-def histograms(axis, inside, outside, labels):
-    """Two filled histograms on common bins, told apart by colour and outline."""
-    bins = np.histogram_bin_edges(np.concatenate([inside, outside]), 30)
-    for colour, line, values, label in zip(COLOURS[2:4], LINES[:2], (inside, outside), labels, strict=True):
-        drawn = dict(edgecolor=colour, facecolor=(*colour, 0.3), linestyle=line, linewidth=1.8, label=label)
-        axis.hist(values, bins, density=True, histtype="stepfilled", **drawn)
-    axis.legend(fontsize=9)
-
-
 def forest(frame, panels, rows="attack", reference=0):
     """Values with intervals, a row for each value of a column, a marker for each optimizer or difference.
 
@@ -88,19 +78,6 @@ def forest(frame, panels, rows="attack", reference=0):
     axes[0, 0].invert_yaxis()
     if any(series(frame)):
         axes[0, 0].legend(fontsize=9)
-    return figure
-
-
-def roc(scored, member, attack="lira_shrunk"):
-    """ROC on log-log axes, all targets pooled, down to the FPR at which ten false positives are expected."""
-    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    grid = np.geomspace(10 / (~member).sum(), 1, 200)
-    for index, (name, attacks) in enumerate(scored.items()):
-        curve = np.interp(grid, *roc_curve(member.ravel(), attacks[attack].ravel())[:2])
-        axis.plot(grid, curve, **(look(index, name) | {"marker": None}), lw=2)
-    axis.plot(grid, grid, color="0.5", lw=1, label="guessing")
-    axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)
-    axis.legend(loc="lower right")
     return figure
 
 
@@ -131,13 +108,3 @@ def leakage_against_accuracy(axis, rows, attack, chosen):
             axis.errorbar(x.value[at], y.value[at], *bars, fmt=marker, ecolor=(*colour, 0.6), elinewidth=0.6, **look_of)
     less = "minus the tuned baseline's, points"
     axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack},\n{less}"))
-
-
-def phi_of_members(phis, member):
-    """Densities of phi of members and non-members, an optimizer a panel, on shared axes."""
-    size = (5.2 * len(phis), 3.4)
-    figure, axes = plt.subplots(1, len(phis), figsize=size, sharex=True, sharey=True, layout="constrained")
-    for axis, (name, phi) in zip(np.ravel(axes), phis.items(), strict=True):
-        histograms(axis, phi[member], phi[~member], ("members", "non-members"))
-        axis.set(title=plain(name), xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
-    return figure

@@ -6,8 +6,10 @@ docs/own_audits.md says what a file holds. The first is the baseline; all share 
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_curve
 
 from lib import need
 from lib.analysis import compare
@@ -185,9 +187,8 @@ def page(out, ensembles, scored, frame):
     """The report as one HTML page: report.opening. frame: of results.csv; the figures are also kept in figures/."""
     main, e, best = frame[frame.experiment == "main"], next(iter(ensembles.values())), report.strongest(frame)
     auc, attack = main[main.metric == "auc"], best.attack.iloc[0]
-    own, differences, shadows = auc[auc.baseline == ""], auc[auc.baseline != ""], "lira" in set(auc.attack)
-    said, least, families = [], set(), {}
-    judged = differences[differences.attack.isin([*HEADLINES, attack])]
+    said, least, families, shadows = [], set(), {}, "lira" in set(auc.attack)
+    judged = auc[(auc.baseline != "") & auc.attack.isin([*HEADLINES, attack])]
     for (name, baseline), rows in judged.groupby(["optimizer", "baseline"], sort=False):
         signs = {*rows.apply(text.sign, axis=1)}
         least |= {name} if max(signs) < 0 else {baseline} if min(signs) > 0 else set()
@@ -214,17 +215,7 @@ def page(out, ensembles, scored, frame):
             column = f"{name} leaks more than {baseline}" if baseline else f"highest AUC of {name}"
             families.setdefault(family, {})[column] = cell
 
-    figures.style()
-    drawn = {"auc": figures.forest(own, {"auc": "AUC (the line: guessing)"}, reference=0.5)}
-    if len(differences):
-        drawn["difference"] = figures.forest(differences, {"auc": "difference in AUC"})
-    drawn["roc"] = figures.roc(scored, e.member, "lira" if shadows else "confidence")
-    phis = {name: compare.signal(one, "phi") for name, one in ensembles.items()}
-    drawn["phi"] = figures.phi_of_members(phis, e.member)
-    for name, figure in drawn.items():
-        figures.save(figure, SimpleNamespace(out=out), name)
-    first, *others = ((Path(out) / "figures" / f"{name}.png", name) for name in drawn)
-
+    first, *others = pictures(out, ensembles, scored, auc)
     is_fit, null = (main.attack == "") & (main.metric != "examples_left_out"), frame[frame.experiment == "null control"]
     tables = main[main.metric.str.contains("auc$|balanced|@[^,]*$") & (main.attack != "")], main[is_fit], null
     leakage, fits, control = (text.wide(rows, across=("metric",)).to_html(border=0) for rows in tables)
@@ -238,6 +229,31 @@ def page(out, ensembles, scored, frame):
     }
     folded = {"Each attack by itself": leakage, "The null control": control}
     return report.opening(f"Membership leakage: {', '.join(ensembles)}", answer, first, sections, folded)
+
+
+def pictures(out, ensembles, scored, auc):
+    """The figures, also kept in figures/: a list of (path, name). auc: the AUCs among the rows of results.csv."""
+    figures.style()
+    differences, e = auc[auc.baseline != ""], next(iter(ensembles.values()))
+    drawn = {"auc": figures.forest(auc[auc.baseline == ""], {"auc": "AUC (the line: guessing)"}, reference=0.5)}
+    if len(differences):
+        drawn["difference"] = figures.forest(differences, {"auc": "difference in AUC"})
+    size, attack = (5.2 * (1 + len(ensembles)), 4.2), "lira" if "lira" in set(auc.attack) else "confidence"
+    drawn["roc_and_phi"], axes = plt.subplots(1, 1 + len(ensembles), figsize=size, layout="constrained")
+    grid = np.geomspace(10 / (~e.member).sum(), 1, 200)  # down to the FPR at which ten false positives are expected
+    for index, (name, one) in enumerate(ensembles.items()):
+        rates, phi = roc_curve(e.member.ravel(), scored[name][attack].ravel())[:2], compare.signal(one, "phi")
+        axes[0].plot(grid, np.interp(grid, *rates), **figures.look(index, name) | {"marker": ""})
+        filled = dict(density=True, histtype="stepfilled", alpha=0.5, label=["members", "non-members"])
+        axes[1 + index].hist([phi[e.member], phi[~e.member]], 30, **filled)
+        axes[1 + index].set(title=figures.plain(name), xlabel=r"$\phi = \log p_y - \log(1-p_y)$", ylabel="density")
+    axes[0].plot(grid, grid, color="0.5", lw=1, label="guessing")
+    axes[0].set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate", title=attack)
+    for axis in axes:
+        axis.legend()
+    for name, figure in drawn.items():
+        figures.save(figure, SimpleNamespace(out=out), name)
+    return [(Path(out) / "figures" / f"{name}.png", name) for name in drawn]
 
 
 def limits(ensembles, shadows):

@@ -78,9 +78,9 @@ def test_the_page_stands_alone_and_holds_the_numbers(two):
     out, _ = two
     text, frame = page(out), pd.read_csv(out / "results.csv", keep_default_na=False)
     sources = re.findall(r'(?:src|href)="([^#"][^"]*)"', text)
-    assert [s[:22] for s in sources] == ["data:image/png;base64,"] * 4 + ["../results.csv"]
+    assert [s[:22] for s in sources] == ["data:image/png;base64,"] * 3 + ["../results.csv"]
     assert not re.search(r"<script|<link|<iframe|https?:|url\(|@import", text) and str(out.parent) not in text
-    assert {p.name for p in (out / "figures").iterdir()} == {"auc.png", "difference.png", "roc.png", "phi.png"}
+    assert {p.name for p in (out / "figures").iterdir()} == {"auc.png", "difference.png", "roc_and_phi.png"}
     for name, baseline in (("sgd", ""), ("sam", ""), ("sam", "sgd")):
         for row in auc(frame, name, baseline).itertuples():
             assert f"<td>{float(row.value):.3f} [{float(row.ci_low):.3f}, {float(row.ci_high):.3f}]</td>" in text

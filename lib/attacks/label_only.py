@@ -25,17 +25,17 @@ BATCH = 200  # examples; their activations stay in the cache, twice as fast as 5
 
 
 @torch.inference_mode()
-def answers(predict, x, y, is_image, seed=0, most=None, device="cpu") -> np.ndarray:
+def answers(predict, x, y, is_image, seed=0, device="cpu") -> np.ndarray:
     """How often each model gives the right label under small changes of each input: [S, M, N] float32 in [0, 1].
 
     predict: M functions, each from a batch of inputs [B, ...] (a tensor on `device`) to predicted labels [B];
     x: [N, channels, H, W] images (is_image) or [N, D] features; y: [N] labels. The first of the S strengths is no
-    change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels over a reflected border, each also
-    mirrored; `most` limits the shift (default an eighth of each side). For features they are the input and COPIES noisy
-    copies: flipped bits if all of x is 0 or 1, else Gaussian noise, by `seed`.
+    change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels (an eighth of each side) over a reflected
+    border, each also mirrored. For features they are the input and COPIES noisy copies: flipped bits if all of x is 0
+    or 1, else Gaussian noise, by `seed`.
     """
     x = torch.as_tensor(x)
-    strengths = queries(x, is_image, seed, most)
+    strengths = queries(x, is_image, seed)
     out = np.empty((1 + len(strengths), len(predict), len(x)), np.float32)
     for start in range(0, len(x), BATCH):
         rows = slice(start, start + BATCH)
@@ -59,11 +59,11 @@ def scores(answered, member) -> np.ndarray:
     return out
 
 
-def queries(x, is_image, seed=0, most=None) -> list:
+def queries(x, is_image, seed=0) -> list:
     """For each strength a function from a batch to its changed batches; x: all inputs. See `answers`."""
     if is_image:
         # of height and width; a reflected border is narrower than the side
-        limits = [min(max(1, side // 8) if most is None else most, side - 1) for side in x.shape[2:]]
+        limits = [min(max(1, side // 8), side - 1) for side in x.shape[2:]]
         strengths = [2**power for power in range(max(limits).bit_length())]
         return [partial(shifted, most=[min(strength, limit) for limit in limits]) for strength in strengths]
     if ((x == 0) | (x == 1)).all():

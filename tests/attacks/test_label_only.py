@@ -55,7 +55,6 @@ def test_every_side_is_shifted_by_at_most_an_eighth_of_itself(shape, queries):
     assert [len(seen) for seen in found] == queries and all(one.shape == x.shape for seen in found for one in seen)
     for seen in found:
         assert torch.equal(seen[len(seen) // 2 - 1], x)  # no shift stands in the middle
-    assert len(list(label_only.queries(x, True, most=1))) == min(len(queries), 1)
     answers = label_only.answers([lambda batch: torch.zeros(len(batch))], x, np.zeros(1), True)
     assert answers.shape == (1 + len(queries), 1, 1) and (answers == 1).all()
 

@@ -30,7 +30,7 @@ def answers(predict, x, y, is_image, seed=0, device="cpu") -> np.ndarray:
 
     predict: M functions, each from a batch of inputs [B, ...] (a tensor on `device`) to predicted labels [B];
     x: [N, channels, H, W] images (is_image) or [N, D] features; y: [N] labels. The first of the S strengths is no
-    change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels (an eighth of each side) over a reflected
+    change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels (an eighth of a side) over a reflected
     border, each also mirrored. For features they are the input and COPIES noisy copies: flipped bits if all of x is 0
     or 1, else Gaussian noise, by `seed`.
     """

@@ -141,7 +141,7 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, *
 
 
 def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.DataFrame]:
-    """The rows tpr@<fpr> and realised_fpr@<fpr> of `table`, a frame each, where an FPR is `reportable`.
+    """The rows tpr@<fpr> and realised_fpr@<fpr> of `table`, a frame for each FPR that is `reportable`.
 
     aucs: the AUCs' influence values, dict optimizer -> [M, N]; without them there are no log ratios.
     """
@@ -166,7 +166,7 @@ def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFra
     intervals, then the favourable ones, so it holds the truth at least as often as both do. Where nobody is named there
     is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
     """
-    own, frames = frame[frame.baseline == ""] if "baseline" in frame else frame, []
+    own, frames = frame[frame.baseline == ""], []
     for fpr in fprs:
         tpr, false = (own[own.metric == f"{name}@{fpr}"] for name in ("tpr", "realised_fpr"))
         for prevalence in prevalences:
@@ -197,10 +197,7 @@ def ratio_influence_values(x, chosen) -> np.ndarray:
 
 
 def log_ratio_influence_values(x, y) -> np.ndarray:
-    """Influence values [M, N] of the log ratio of two positive metrics, from theirs, x and y [M, N], paired.
-
-    On this scale no interval of a relative change goes below -100%.
-    """
+    """Influence values [M, N] of the log ratio of two positive metrics, from theirs, x and y [M, N], paired."""
     a, b = np.mean(x, dtype=np.float64), np.mean(y, dtype=np.float64)
     # d log(a / b) = da / a - db / b
     return np.log(a / b) + x / a - y / b
@@ -209,8 +206,7 @@ def log_ratio_influence_values(x, y) -> np.ndarray:
 def auc_influence_values(scores, member) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of the AUC (DeLong, DeLong & Clarke-Pearson 1988).
 
-    scores: [M, N], higher = more likely a member; member: [M, N] bool. Ties count half. Raises ValueError for shapes
-    that differ, NaN scores, or a row without members or non-members.
+    Higher scores [M, N] mean more likely a member; ties count half. Raises ValueError for what `checked` refuses.
     """
     scores, member = checked(scores, member)
 
@@ -231,8 +227,8 @@ def auc_influence_values(scores, member) -> np.ndarray:
 def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
 
-    threshold: a number, or None to learn it for each target on one half of its members and non-members, apply it to the
-    other half, and vice versa. seed, groups: as in calibration_split.
+    threshold: a number, or None to learn it for each target on one half of its members and non-members, for the other
+    half. seed, groups: as in calibration_split.
     """
     scores, member = checked(scores, member)
     half = calibration_split(member, seed, groups=groups).astype(np.uint16) if threshold is None else None

@@ -2,11 +2,8 @@
 
 A member tends to lie far from the decision boundary, so it keeps its label under many small changes of the input.
 Images are shifted and mirrored, tables get noise. The strength of the change is chosen on other models, and "no change
-at all" is one of the choices.
-
-The authors' code shifts along one diamond (|dx| + |dy| = d) or rotates, and trains a network on the hits of a shadow
-model, where we count hits. Its noise attack asks 2,500 to 10,000 times. Our flip rates are theirs and two more; their
-Gaussian noise is 0.02 to 0.1 of a pixel's range, ours is in units of each feature's standard deviation.
+at all" is one of the choices. The authors' code shifts along one diamond or rotates, trains a network on the hits of a
+shadow model, where we count hits, and asks 2,500 to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
 """
 
 from functools import partial

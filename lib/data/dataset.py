@@ -55,10 +55,9 @@ class Dataset:
 def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
     """Load a data set of DATASETS; `data` is its path, `cache` the folder for decoded data (store/cache).
 
-    `folder` reads images train/<class>/ and test/<class>/, also in an archive; an .npz holds x, y (or features, labels)
-    and groups; other forms are those in which a data set is published. data=None looks in data/. Without a test part,
-    one is split off, in whole groups; `seed` says which. What is left out (other files, labels without an image) is
-    counted and printed. Raises ValueError for what is missing or wrong.
+    docs/settings.md says which files each one reads. Without a test part one is split off, in whole groups; `seed` says
+    which. What is left out (other files, labels without an image) is counted and printed. Raises ValueError for what is
+    missing or wrong.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -91,8 +90,8 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
 def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Dataset:
     """A stratified random subset of n_examples of the pool, two or more of each class; seed sets its order.
 
-    n_examples must be even, for complementary halves, into which whole groups can be divided; None keeps as many as
-    possible. n_test limits the test part; None keeps it all. Raises ValueError.
+    n_examples must be even, and of whole groups in two equal halves; None keeps as many as possible. n_test limits the
+    test part; None keeps it all. Raises ValueError.
     """
     n, t, least = len(dataset.y), len(dataset.y_test), 2 * dataset.n_classes
     need(isinstance(seed, int | np.integer) and seed >= 0, f"{seed=}: needs a whole number, not negative")
@@ -172,8 +171,8 @@ def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:
     """Indices of n_examples (None: as many as possible) in whole groups, in random order.
 
-    Groups of one size are taken two at a time, one for either half, so at most one of each size is of no use. They come
-    in an order in which the classes take turns, in proportion to their sizes; the first two of each class lead.
+    Groups of one size are taken two at a time, one for either half. They come in an order in which the classes take
+    turns, in proportion to their sizes; the first two of each class lead.
     """
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)

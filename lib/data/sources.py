@@ -1,7 +1,6 @@
 """Where the data come from: a name and a path become arrays, which lib.data.dataset makes into one `Dataset`.
 
-An archive is unpacked into a temporary folder: no links, no name that leads out of it, no file above a size. Arrays of
-objects are refused. Only CIFAR's own files are pickles, and torchvision reads them after comparing their checksums.
+Arrays of objects are refused. Only CIFAR's own files are pickles, which torchvision reads after comparing checksums.
 """
 
 import os
@@ -30,7 +29,7 @@ DATASETS = (*DATASETS.split(), "folder", "npz")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 ROOT = Path(__file__).resolve().parents[2]
-MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 26  # of one file in an archive, and of one image
+MOST_BYTES = 1 << 26  # of one file in an archive; Pillow limits the pixels of an image
 
 # files that are read, in a folder or an archive
 _NAME, _IN = r"[^./][^/]*", r"(?:([^./][^/]*)/)??"  # a name that is not hidden; perhaps in a leading folder
@@ -119,10 +118,7 @@ def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, n
 
 
 def _torchvision(name: str, path: Path, download: bool) -> dict[str, np.ndarray]:
-    """CIFAR or FashionMNIST by torchvision, from its folder, or from CIFAR's archive, unpacked in a temporary folder.
-
-    The md5 of an archive is compared before it is unpacked, and that of each of CIFAR's files before it is unpickled.
-    """
+    """CIFAR or FashionMNIST by torchvision, from its folder or from CIFAR's archive; checksums are compared before."""
     from torchvision import datasets  # here: it takes two seconds, and every worker process imports this module
 
     kind, root = datasets.FashionMNIST if name == "fashionmnist" else getattr(datasets, name.upper()), path.parent
@@ -173,8 +169,7 @@ def read_npz(path, names) -> dict[str, np.ndarray | None]:
 def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None) -> dict[str, np.ndarray]:
     """Arrays that `make` gets from the wanted files of a folder or an archive, a dict name -> content; made once.
 
-    left_out among them says what else was there. The file in `cache` is named by a hash of `wanted` and of the path,
-    size and time of change of each file.
+    left_out among them says what else was there. The file in `cache` is named by a hash of all files' sizes and times.
     """
     path, contents, left = path.resolve(), {}, defaultdict(list)
     files = [*_files(path)] if path.is_dir() else [path]
@@ -244,16 +239,11 @@ def _counted(left: dict) -> str:
 
 
 def _decoded(file: Path, name: str, side: int | None) -> np.ndarray | pd.DataFrame:
-    """An image as uint8 [1, H, W] if it is grey, else [3, H, W]; a file of another kind as a table of text.
-
-    side: the image's central square is scaled to that side.
-    """
+    """An image as uint8 [1 (grey) or 3, H, W], its central square scaled to `side` if there is one; or a table of text."""
     try:
         if file.suffix.lower() not in IMAGES:
             return pd.read_csv(file, skipinitialspace=True, dtype=str, keep_default_na=False)
         with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
-            few = image.width * image.height <= MOST_PIXELS
-            need(few, f"{image.width} x {image.height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read")
             need(image.mode[0] not in "IF", f"mode {image.mode} is not valid; 8 bits a channel are needed")
             if side:
                 image.draft("RGB", (2 * side, 2 * side))  # decodes a large JPEG at down to 1/8 of its size
@@ -283,10 +273,9 @@ def _images(images: dict, left: dict) -> dict[str, np.ndarray]:
 
 
 def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
-    """x [N, 3, side, side], y (names of grades) and groups (patients) of photographs <patient>_<side>.jpeg.
+    """x [N, 3, side, side], y (names of grades) and groups (patients) of Kaggle's Diabetic Retinopathy Detection.
 
-    The layout is that of Kaggle's Diabetic Retinopathy Detection (2015): the tables trainLabels.csv and
-    retinopathy_solution.csv grade the images of train/ and of test/. What lacks a grade or an image is left out.
+    What lacks a grade (in trainLabels.csv or retinopathy_solution.csv) or an image is left out.
     """
     images = {Path(name).stem: content for name, content in files.items() if not name.endswith(".csv")}
     tables = [content for name, content in files.items() if name.endswith(".csv")]
@@ -306,10 +295,10 @@ def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
 
 
 def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
-    """The photographs as a task of two classes: referable disease (grade 2 and above) or none, as many of either.
+    """The photographs as two classes, as many of either: referable disease (grade 2 and above) or none.
 
-    Of the patients without referable disease some are drawn at random, always the same; all others are kept. Colours
-    are differences from their blurred surroundings (Graham 2015, who won that competition).
+    Of the patients without it some are drawn at random, always the same. Colours are differences from their blurred
+    surroundings (Graham 2015, who won that competition).
     """
     is_ill = np.isin(y, GRADES[2:])
     patients = pd.Series(is_ill).groupby(groups).agg(["sum", "size"]).sample(frac=1, random_state=0)

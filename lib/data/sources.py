@@ -239,7 +239,7 @@ def _counted(left: dict) -> str:
 
 
 def _decoded(file: Path, name: str, side: int | None) -> np.ndarray | pd.DataFrame:
-    """An image as uint8 [1 (grey) or 3, H, W], its central square scaled to `side` if there is one; or a table of text."""
+    """An image as uint8 [1 (grey) or 3, H, W], its central square scaled to `side` if given; or a table of text."""
     try:
         if file.suffix.lower() not in IMAGES:
             return pd.read_csv(file, skipinitialspace=True, dtype=str, keep_default_na=False)

@@ -60,9 +60,6 @@ class Inputs:
         return tuple(x[window].flip(-1) if q % 2 else x[window] for x in (self.padded, self.padded_test))
 
 
-# ---- the training loop ---------------------------------------------------------------------------------------
-
-
 def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     """Train models `ids` together: what the store keeps of each, name -> array [len(ids), ...].
 
@@ -147,9 +144,6 @@ def batches(recipe, inputs, examples, streams):
         else:
             x = inputs.x.index_select(0, batch.flatten())  # whole rows: faster than x[batch]
         yield x.unflatten(0, batch.shape), inputs.y[batch]
-
-
-# ---- finished models -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ MODELS = {
 def build(arch, shape, n_classes):
     """A freshly initialised network: an nn.Module that maps [B, *shape] to logits [B, n_classes].
 
-    arch: a name in MODELS, or the import path package.module:name of a reader's own callable (shape, n_classes) ->
-    nn.Module. shape: of one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if that can't be made.
+    arch: a name in MODELS, or package.module:name of a reader's own callable (shape, n_classes) -> nn.Module. shape: of
+    one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if that can't be made.
     """
     if arch in MODELS:
         fine = arch.startswith("mlp") or len(shape) == 3

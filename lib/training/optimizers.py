@@ -92,10 +92,8 @@ class Optimizer:
         return self.base(params, **{**given, **self.base_options})
 
     def gradients_per_step(self):
-        """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third.
-
-        The rule is given functions that compute nothing and note how many examples it asks them for.
-        """
+        """Passes forward and back that a step takes: 1 for SGD, 2 for SAM. A forward pass alone counts one third."""
+        # the rule is given functions that compute nothing and note how many examples it asks them for
         n, params, one, asked, counts = 300, {"weight": torch.ones(3, 2)}, torch.ones(()), [], []
         aux = namedtuple("Aux", "losses")(torch.ones(n))
 
@@ -128,9 +126,6 @@ def written(name, options):
     number = partial(np.format_float_positional, trim="0")
     shown = [f"{k}={number(v) if isinstance(v, float) else repr(v)}" for k, v in options.items()]
     return f"{name}({', '.join(shown)})" if options else name
-
-
-# ---- from text to optimizer ----------------------------------------------------------------------------------
 
 
 @cache

@@ -1,7 +1,7 @@
 """Differential privacy: rules whose gradients are clipped for each example and noised, and the epsilon that this gives.
 
-Everywhere a neighbour of a half is the half with one example replaced by another (replace-one): that is what a
-membership game on halves of one size compares. Under it a sum of gradients, each clipped to C, moves by up to 2 C.
+A neighbour of a half is the half with one example replaced by another, as in a membership game on halves of one size:
+a sum of gradients, each clipped to C, then moves by up to 2 C.
 """
 
 from functools import cache, partial
@@ -13,15 +13,17 @@ from torch.func import grad, vmap
 from lib import need
 from lib.training.sharpness import ascend, norm
 
-# ---- rules, as those of sharpness.py ------------------------------------------------------------------------
-
 
 def dpsgd(gradient, params, norms, weighted, noise, clip=1.0, sigma=1.0):
     """DP-SGD: Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.
 
     clip: largest norm of one example's gradient; sigma: standard deviation of the noise on the sum, in units of clip.
     """
-    return _private(params, norms, weighted, noise, 0, clip, sigma)
+    # w_i = 1 / max(1, |g_i| / C)
+    weight = 1 / (norms(params) / clip).clamp(min=1)
+    # g = (sum_i w_i g_i + sigma C N(0, 1)) / B
+    total, aux = weighted(params, weight)
+    return {n: (g + sigma * clip * noise[n][0]) / len(weight) for n, g in total.items()}, aux
 
 
 def dpsam(gradient, params, rho, norms, weighted, noise, clip=1.0, sigma=1.0):
@@ -30,24 +32,12 @@ def dpsam(gradient, params, rho, norms, weighted, noise, clip=1.0, sigma=1.0):
     The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set their one-step
     DP-SAT against. Each step asks the batch two questions, and `epsilon` has to know (queries=2).
     """
-    first, aux = _private(params, norms, weighted, noise, 0, clip, sigma)
-    second, _ = _private(ascend(params, first, rho), norms, weighted, noise, 1, clip, sigma)
-    return second, aux
+    first, aux = dpsgd(gradient, params, norms, weighted, noise, clip, sigma)
+    moved, later = ascend(params, first, rho), {n: z[1:] for n, z in noise.items()}
+    return dpsgd(gradient, moved, norms, weighted, later, clip, sigma)[0], aux
 
 
 dpsgd.queries, dpsam.queries = 1, 2
-
-
-def _private(params, norms, weighted, noise, k, clip, sigma):
-    """(clipped mean gradient with the k-th noise, aux)."""
-    # w_i = 1 / max(1, |g_i| / C)
-    weight = 1 / (norms(params) / clip).clamp(min=1)
-    # g = (sum_i w_i g_i + sigma C N(0, 1)) / B
-    total, aux = weighted(params, weight)
-    return {n: (g + sigma * clip * noise[n][k]) / len(weight) for n, g in total.items()}, aux
-
-
-# ---- the norm of every example's gradient -------------------------------------------------------------------
 
 
 def norms_by_example(loss, params, x, y):
@@ -87,9 +77,6 @@ def norms_for(net):
     plain = torch.nn.Flatten, torch.nn.Linear, torch.nn.ReLU, torch.nn.Tanh
     is_chain = isinstance(net, torch.nn.Sequential) and isinstance(net[0], torch.nn.Flatten) and len({*net}) == len(net)
     return partial(norms_by_layer, net=net) if is_chain and all(type(m) in plain for m in net) else norms_by_example
-
-
-# ---- the accountant ----------------------------------------------------------------------------------------
 
 
 ORDERS = (*range(2, 33), 40, 48, 64)  # of Renyi's divergence: every one gives a valid epsilon, and large ones take long

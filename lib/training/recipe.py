@@ -87,9 +87,8 @@ def generator(recipe, stream, k):
 def membership(recipe, n, ids, groups=None):
     """Which examples each model trains on: bool [len(ids), n], with the same number of members in every row.
 
-    subset 0.5: models 2k and 2k+1 get complementary halves. Any other subset: each model draws its own.
-    groups [n]: examples of one group are all members or all non-members. Raises ValueError if no subset of the right
-    size was found.
+    subset 0.5: models 2k and 2k+1 get complementary halves. Any other subset: each model draws its own. groups [n]:
+    examples of one group are all members or all non-members; ValueError if no such subset of the right size was found.
     """
     size, member = round(n * recipe.subset), np.zeros((len(ids), n), bool)
     for row, k in enumerate(ids):

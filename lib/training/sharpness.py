@@ -67,11 +67,6 @@ def sam(gradient, params, rho):
     return second, aux
 
 
-def sharpreg(gradient, params, rho):
-    """SharpReg: SAM with a negative radius, which seeks sharper minima; the defence of arXiv 2310.00488, version 1."""
-    return sam(gradient, params, rho)
-
-
 def asam(gradient, params, rho, eta=0.01):
     """ASAM: Kwon et al. 2021, eq. 6 and section 4 (biases are not normalised). Radius ten times SAM's."""
     first, aux = gradient(params)
@@ -173,7 +168,8 @@ def swa(gradient, params, start=0.75, floor=0.5):
     return gradient(params)
 
 
-RULES = {r.__name__: r for r in (plain, sam, asam, gsam, looksam, msam, fsam, esam, swa, sharpreg)}
+RULES = {r.__name__: r for r in (plain, sam, asam, gsam, looksam, msam, fsam, esam, swa)}
+RULES["sharpreg"] = sam  # at a negative radius it seeks sharper minima: the defence of arXiv 2310.00488, version 1
 
 
 def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):

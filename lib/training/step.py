@@ -1,9 +1,5 @@
 """A stack of models: every weight has a leading axis of models, and one step trains them all.
 
-    stack = stack_for(recipe, inputs, ids, n_models, n_steps, alone)
-    loss, accuracy = stack.step(x, y, context, lr, is_kth_step)     # each [M]
-    logits = stack.predict(x)                                        # [M, N, C]
-
 The rules of sharpness.py are written for one model. `torch.func.vmap` maps a rule over the stack; the gradient that the
 rule asks for is computed for all models by one function, which is compiled once and serves every rule.
 """
@@ -23,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from lib.training import networks, privacy, sharpness
 from lib.training.recipe import generator
@@ -86,8 +82,8 @@ class Stack:
         own = range(self.n_stacked) if optimizer.has_own_base else ()
         self.own = [{n: p[k].clone().requires_grad_() for n, p in params.items()} for k in own]
         rate = recipe.lr
-        fixed = rate, recipe.momentum, recipe.weight_decay, self.device.type in ("cpu", "cuda")
-        self.bases = [optimizer.build(list(tensors.values()), *fixed) for tensors in self.own or [self.params]]
+        settings = rate, recipe.momentum, recipe.weight_decay, self.device.type in ("cpu", "cuda")
+        self.bases = [optimizer.build(list(tensors.values()), *settings) for tensors in self.own or [self.params]]
         if "lr" not in inspect.signature(optimizer.base).parameters:
             rate = self.bases[0].defaults.get("lr", rate)  # a rate of its own, which the recipe's replaces
         # as torch's schedulers do, the schedule scales each group's initial rate: here as a share of the recipe's
@@ -106,15 +102,12 @@ class Stack:
     # ---- one step --------------------------------------------------------------------------------------------
 
     def step(self, x, y, context, lr, is_kth_step):
-        """Train all models on their batches x [M, B, ...], y [M, B]: loss and accuracy before the step, each [M].
-
-        context: what the rule asks for as tensors [M, ...], see sharpness.CONTEXT.
-        """
+        """Train all models on x [M, B, ...], y [M, B], with a rule_context: loss and accuracy before the step, [M]."""
         optimizer, loss, norms = self.recipe.optimizer, self.loss_of_one, privacy.norms_for(self.net)
         rule, wants, options = optimizer.rule, optimizer.wants, optimizer.options
         if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and self.recipe.rho == 0:
             rule, wants, options = sharpness.plain, (), {}  # at radius 0 every one of these rules is the base alone
-        gradient_of = self.gradient if self.n_stacked == 1 else partial(through_vmap, self.gradient)
+        gradient_of = self.gradient if self.n_stacked == 1 else partial(ThroughVmap.apply, self.gradient)
 
         def rule_of_one(params, buffers, x, y, context):
             """(gradients, Pass, memory) of one model by the rule."""
@@ -232,10 +225,11 @@ def rule_context(recipe, params, draws, number, lr):
 
 
 class ThroughVmap(torch.autograd.Function):
-    """Within vmap over the models, hand a function the whole stack: a compiled function cannot be mapped itself."""
+    """Within vmap, apply(function, *trees) calls the function on the whole stack, with trees of tensors [M, ...], and
+    returns its result for one model: a compiled function cannot be mapped itself."""
 
     @staticmethod
-    def forward(function, *leaves):
+    def forward(function, *trees):
         raise RuntimeError("called outside of vmap")
 
     @staticmethod
@@ -243,25 +237,12 @@ class ThroughVmap(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info, in_dims, function, *leaves):
-        pairs = zip(leaves, in_dims[1:], strict=True)
-        n = info.batch_size
-        found = function(*(t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in pairs))
-        return found, (0,) * len(found)
+    def vmap(info, in_dims, function, *trees):
+        def whole(t, dim):
+            return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
-
-def through_vmap(function, *trees):
-    """function(*trees), where function takes and returns trees of tensors [M, ...] and is called for one model."""
-    leaves, shape = tree_flatten(trees)
-    result = []
-
-    def on_leaves(*stacked):
-        found, kept = tree_flatten(function(*tree_unflatten(stacked, shape)))
-        result.append(kept)
-        return tuple(found)
-
-    found = ThroughVmap.apply(on_leaves, *leaves)
-    return tree_unflatten(list(found), result[0])
+        found = function(*tree_map(whole, trees, in_dims[1:]))
+        return found, tree_map(lambda _: 0, found)
 
 
 # ---- what makes a step fast: each choice with its reason -------------------------------------------------------

@@ -3,7 +3,6 @@
 import gc
 import pickle
 import random
-import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -24,9 +23,9 @@ LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "lib"}  
 def trial(recipe, shape, n_classes, device):
     """Why these models are trained one at a time, in words; "" if torch.func maps a training step over them.
 
-    A network, a rule, a base or options of a base that a reader brings take a real step or two here, and predict: with
-    two stacked models or, where torch.func refuses that, with one by ordinary autograd. Raises ValueError naming `arch`
-    or `optimizers` if that fails too, or if random numbers are drawn that are no function of the seed.
+    A network, a rule, a base or options of a base that a reader brings take two real steps here, and predict: with two
+    stacked models or, where torch.func refuses that, with one by ordinary autograd. Raises ValueError naming `arch` or
+    `optimizers` if that fails too, or if random numbers are drawn that are no function of the seed.
     """
     if ":" not in recipe.arch + recipe.optimizer.text and not recipe.optimizer.base_options:
         return ""
@@ -47,8 +46,7 @@ def trial(recipe, shape, n_classes, device):
             draws, used = [generator(one, "rule", k) for k in ids], (one.optimizer.rule, stack.net, stack.eval_net)
             before = random_states(*used, stack.bases)
             stack.of_bases("train")
-            remembers = {"is_kth_step", "memory"} & one.optimizer.wants or one.optimizer.has_own_base
-            for number in range(2 if remembers else 1):
+            for number in range(2):  # a rule may remember, and have a k-th step
                 context = step.rule_context(one, stack.params, draws, number, one.lr)
                 stack.step(x, y, context, one.lr, is_kth_step=number == 0)
             stack.of_bases("eval")
@@ -60,7 +58,7 @@ def trial(recipe, shape, n_classes, device):
             same = torch.allclose(first, again, 0 if device.type == "cpu" else 1e-4, 0, equal_nan=True)
             return "" if same else f"{DRAWS}, or remembers earlier batches: one batch has two losses"
         except Exception as error:
-            said = re.split(r"[.:]?\s*\n|\.\s", str(error).strip())[0][:200]
+            said = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".:")[:200]
             return f"fails with {type(error).__name__}: {said}"
 
     mapped = fault(recipe.optimizer, alone=False)

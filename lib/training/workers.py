@@ -26,9 +26,7 @@ OWN = 1e9  # bytes of memory that a process takes, about
 tell_once = cache(partial(print, flush=True))  # in each process
 
 
-def train(
-    recipe, dataset, n_models, store, device="auto", engine="local", gpus=0.0, quiet=False, notify=None, wait=True
-):
+def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0, quiet=False, notify=None, wait=True):
     """Models 0..n_models-1 of the recipe, trained where the store lacks them: an ensemble.Ensemble.
 
     engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,
@@ -135,10 +133,7 @@ def train_there(recipe, dataset, ids, store, device, n_models):
 
 
 def collect(recipe, dataset, waiting, where, n, quiet, notify):
-    """Wait for `train_there` of each chunk, n at once. waiting: dict future -> ids.
-
-    notify is told of the chunks after the first n, whose time is partly the compiler's.
-    """
+    """Wait for `train_there` of each chunk, n at once (future -> ids). The first n may compile: notify skips them."""
     with progress(recipe, list(waiting.values()), where, quiet) as bar:
         for done, future in enumerate(futures.as_completed(waiting), 1):
             seconds = future.result()
@@ -148,12 +143,10 @@ def collect(recipe, dataset, waiting, where, n, quiet, notify):
 
 
 def n_processes(recipe, dataset, device):
-    """How many processes train this recipe at once: on a CPU one for each core, if a model takes LONG steps and memory
-    suffices; else 1. LOKY_MAX_CPU_COUNT limits the cores. Objects of `__main__` cannot be sent to other processes.
-    """
+    """How many processes train this recipe: on a CPU one a core, where a model takes LONG steps and memory suffices."""
     steps = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.run_epochs
     if device.type != "cpu" or steps < LONG or "__main__" in f"{recipe.optimizer} {recipe.arch}":
-        return 1
+        return 1  # nothing of `__main__` can be sent to other processes
     import loky
     import psutil
 
@@ -162,10 +155,7 @@ def n_processes(recipe, dataset, device):
 
 
 def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):
-    """Have n processes train the chunks; they are kept, with their compiled code, for the ensembles that follow.
-
-    If a process is lost, the chunks that the store lacks are left to the caller.
-    """
+    """Have n processes train the chunks, and keep them for more; if one is lost, the caller trains what is missing."""
     import loky
 
     pool = loky.get_reusable_executor(n, timeout=None, initializer=alone, initargs=(os.getpid(),))

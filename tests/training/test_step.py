@@ -98,7 +98,7 @@ def test_through_vmap_hands_over_the_stack_and_broadcasts_what_is_shared():
         return {"sum": x + shared}, x.sum(1)
 
     x, shared = torch.rand(4, 3), torch.rand(3)
-    found, total = torch.func.vmap(lambda row: step.through_vmap(on_stack, row, shared))(x)
+    found, total = torch.func.vmap(lambda row: step.ThroughVmap.apply(on_stack, row, shared))(x)
     assert seen == [((4, 3), (4, 3))]
     torch.testing.assert_close(found["sum"], x + shared)
     torch.testing.assert_close(total, x.sum(1))

@@ -278,7 +278,7 @@ show_text(f"LiRA's AUC against these models is {np.mean(auc):.3f}; a coin has 0.
 # | `confidence`, `entropy`, `m_entropy` | is the output beyond a threshold? (Song & Mittal 2021) `_classwise`: one threshold for each class |
 # | `lira` | the likelihood ratio of the output with and without the example (Carlini et al. 2022). `_shrunk`: each example's variance is drawn towards a common one, by empirical Bayes; `_offline`: no shadow model was trained on the example |
 # | `neural` | a small network on confidence, entropy and modified entropy at once, trained, stopped and judged on three different parts of all models (Shokri et al. 2017). `_classwise`: one threshold for each class |
-# | `rmia` | how the output compares with the outputs on other examples (Zarifzadeh et al. 2024; `lib/attacks/catalogue.py` says why `gamma` is 1). `_offline`: as above |
+# | `rmia` | how the output compares with the outputs on other examples (Zarifzadeh et al. 2024; `lib/attacks/shadow.py` says why `gamma` is 1). `_offline`: as above |
 #
 # Thresholds are learned on one half of the examples and judged on the other. Thresholds for a fixed false positive rate
 # (FPR) are learned on other models, as an attacker would learn them on shadow models; we report the FPR actually

@@ -39,8 +39,10 @@ def models(name, given):
     """
     if not hasattr(given, "items"):
         path = Path(given)
-        how = f"np.savez({path.stem!r}, logits=logits, y=y, member=member) after np.load, np.loadtxt or torch.load"
-        need(path.suffix == ".npz", f"data={path.name!r}: valid is an .npz: {how}")
+        how = {".csv": "np.loadtxt({!r}, delimiter=',')", ".pt": "torch.load({!r}).numpy()"}
+        how = how.get(path.suffix.lower().replace("pth", "pt"), "np.load({!r})").format(path.name)
+        lines = f"logits = {how}\nnp.savez({path.stem!r}, logits=logits, y=y, member=member)"
+        need(path.suffix == ".npz", f"data={path.name!r}: valid is an .npz, which these two lines make:\n{lines}")
         given = read_npz(path, ARRAYS)
     arrays = {key: np.asarray(array) for key, array in given.items()}
 

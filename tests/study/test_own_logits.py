@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import special
 
 from lib.analysis import compare
@@ -305,11 +306,24 @@ def test_files_that_are_no_archives_end_the_command_with_one_line(tmp_path, caps
     assert command_line.main(["--audit"]) == 2 and "valid are one or more .npz" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a.csv", "b.npy", "c.pt", "d.PTH"])
-def test_other_kinds_of_files_are_refused_with_the_way_to_make_an_npz(name, tmp_path):
-    wanted = rf"data='{name}': valid is an .npz: np.savez\('{name[0]}', logits=logits, y=y, member=member\)"
-    with pytest.raises(ValueError, match=f"{wanted}.*np.load, np.loadtxt or torch.load"):
-        own_logits.models("x", tmp_path / name)
+@pytest.mark.parametrize(
+    "name, save",
+    [
+        ("a.csv", lambda path, z: np.savetxt(path, z, delimiter=",")),
+        ("b.npy", np.save),
+        ("c.pt", lambda path, z: torch.save(torch.from_numpy(z), path)),
+        ("d.PTH", lambda path, z: torch.save(torch.from_numpy(z), path)),
+    ],
+)
+def test_other_kinds_of_files_are_refused_with_the_lines_that_make_an_npz(name, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    z = np.arange(6.0).reshape(3, 2)
+    save(name, z)
+    with pytest.raises(ValueError, match=f"data='{name}': valid is an .npz") as caught:
+        own_logits.models("x", name)
+    _, *lines = str(caught.value).splitlines()
+    exec("\n".join(lines), {"np": np, "torch": torch, "y": np.arange(3), "member": np.ones(3)})
+    np.testing.assert_array_equal(np.load(name[0] + ".npz")["logits"], z)
 
 
 def test_two_classes_take_labels_that_are_bools_and_one_model_a_column_of_members():

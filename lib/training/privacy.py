@@ -30,7 +30,7 @@ def dpsam(gradient, params, rho, norms, weighted, noise, clip=1.0, sigma=1.0):
     """DP-SAM: SAM with both of its gradients clipped and noised; options as in `dpsgd`.
 
     The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set their one-step
-    DP-SAT against. Each step asks the batch two questions, and `epsilon` has to know (queries=2).
+    DP-SAT against. Each step asks the batch two questions (queries=2), which the accountant has to know.
     """
     first, aux = dpsgd(gradient, params, norms, weighted, noise, clip, sigma)
     moved, later = ascend(params, first, rho), {n: z[1:] for n, z in noise.items()}
@@ -82,8 +82,12 @@ def norms_for(net):
 ORDERS = (*range(2, 33), 40, 48, 64)  # of Renyi's divergence: every one gives a valid epsilon, and large ones take long
 
 
-def _account(batch_size, n, steps, queries):
-    """(function that makes an accountant, function of sigma that says what it is to count), of dp-accounting."""
+def accounting(batch_size, n, steps, queries):
+    """(function that makes an accountant, function of sigma > 0 that says what it counts), of Google's dp-accounting.
+
+    Each of `steps` steps draws batch_size of the n examples without replacement, whatever was drawn before, and asks
+    `queries` questions of them, each answered as in `dpsgd`: Wang, Balle & Kasiviswanathan 2019, theorem 27.
+    """
     import dp_accounting as dp  # here: it takes a second
     from dp_accounting.rdp import RdpAccountant
 
@@ -99,23 +103,12 @@ def _account(batch_size, n, steps, queries):
     return partial(RdpAccountant, ORDERS, dp.NeighboringRelation.REPLACE_ONE), event
 
 
-def epsilon(sigma, batch_size, n, steps, delta, queries=1):
-    """The epsilon, at delta, of `steps` noisy steps: a float.
-
-    Every step draws batch_size of the n examples without replacement, whatever was drawn before, and asks `queries`
-    questions of them, each answered as in `dpsgd` with noise sigma > 0. Renyi accounting by Google's dp-accounting:
-    Wang, Balle & Kasiviswanathan 2019, theorem 27.
-    """
-    accountant, event = _account(batch_size, n, steps, queries)
-    return float(accountant().compose(event(sigma)).get_epsilon(delta))
-
-
 @cache
-def noise_for(target, batch_size, n, steps, delta, queries=1):
-    """The smallest sigma whose `epsilon` is at most `target`: four significant digits, rounded up."""
+def noise_for(epsilon, batch_size, n, steps, delta, queries=1):
+    """The smallest sigma of (epsilon, delta)-privacy, to four significant digits, rounded up; as in `accounting`."""
     from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism
 
     within = LowerEndpointAndGuess(0.01, 1.0)
-    sigma = calibrate_dp_mechanism(*_account(batch_size, n, steps, queries), target, delta, within)
+    sigma = calibrate_dp_mechanism(*accounting(batch_size, n, steps, queries), epsilon, delta, within)
     digit = 10.0 ** (floor(log10(sigma)) - 3)
     return float(f"{ceil(sigma / digit) * digit:.4g}")

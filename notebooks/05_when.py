@@ -38,7 +38,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.interpolate import PchipInterpolator
 from scipy.special import expit, logit
 
-from lib.analysis import compare, interventions
+from lib.analysis import compare
 from lib.attacks import catalogue, intervals
 from lib.study import experiments, figures, settings, verdict
 from lib.study.results import Results
@@ -507,7 +507,7 @@ figures.save(figure, run, "contraction_and_leakage")
 
 # %%
 for factor in (0.5, 2):
-    warm = interventions.tempered(made[plain], factor)
+    warm = compare.tempered(made[plain], factor)
     change = averages(quantities(warm))[1] - averages(quantities(made[plain]))[1]
     moved = compare.auc_estimate(compare.auc_influence_values(warm, headline) - aucs[plain][headline], run.dataset)
     moved = pd.DataFrame([intervals.row("auc", moved, optimizer=baseline, baseline=baseline, attack=headline)])
@@ -532,8 +532,22 @@ for factor in (0.5, 2):
 # change from the unchanged run, also paired, excludes zero.
 
 # %%
-causes = run.ensembles("causes")
-effects = interventions.effect_table(causes)
+causes, rows, as_it_is = run.ensembles("causes"), [], {}  # the first of the causes is the run as it is
+for factor, level in dict.fromkeys(key[:2] for key in causes):
+    pair = [causes.get((factor, level, name)) for name in (baseline, treatment)]
+    if pair[0] is None or pair[1] is None:  # too many of its models diverged
+        continue
+    fits = [compare.on_pool(e, "correct").mean() for e in pair]
+    tests = [compare.hits_on_test(e).mean() for e in pair]
+    about = dict(optimizer=treatment, baseline=baseline, factor=factor, level=level, coordinate=f"{factor}={level}")
+    about |= dict(train_accuracy=fits[0], train_accuracy_treatment=fits[1], test_gain=tests[1] - tests[0])
+    for attack in catalogue.HEADLINES:
+        base, treated = (compare.auc_influence_values(e, attack) for e in pair)
+        effect = treated - base
+        change = effect - as_it_is.setdefault(attack, effect)
+        for metric, values in (("auc", effect), ("auc_change", change)):
+            rows.append(intervals.row(metric, compare.auc_estimate(values, run.dataset), attack=attack, **about))
+effects = pd.DataFrame(rows)
 results.add(effects, experiment="causes", n_models=len(next(iter(causes.values())).ids))
 seen = effects[effects.attack == headline]
 here, change = (seen[seen.metric == metric].reset_index(drop=True) for metric in ("auc", "auc_change"))

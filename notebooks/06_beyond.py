@@ -30,8 +30,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from lib.analysis import compare, interventions, memorization
-from lib.attacks import intervals
+from lib.analysis import compare, memorization
+from lib.attacks import catalogue, intervals
 from lib.study import experiments, figures, settings
 from lib.study.results import Results
 from lib.study.text import joined, number, percentage_points, select, show_table, show_text, sign
@@ -175,7 +175,7 @@ show_text(f"What beats {baseline}: {joined(label(*key) for key in beaten[baselin
 
 # %%
 defended = run.ensembles("defences")
-defended |= {f"temperature {t}": interventions.tempered(defended["none"], t) for t in (0.25, 4)}
+defended |= {f"temperature {t}": compare.tempered(defended["none"], t) for t in (0.25, 4)}
 
 
 def defence_table(found):
@@ -254,11 +254,39 @@ else:
 # two optimizers on *different* models. We compare one optimizer with itself in the same way: noise alone keeps these
 # ranks from agreeing perfectly.
 
+
+# %%
+def within(two, parts, accuracy):
+    """AUC and test accuracy (the metric `accuracy`) within parts of the data: a tidy frame, also with part and size.
+
+    parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool). A part without members or
+    non-members in some model has no AUC; one without test examples has no accuracy.
+    """
+    frames, member = [], np.array(two[baseline].member)
+    groups, groups_test = run.dataset.groups, run.dataset.groups_test
+    for part, (own, seen) in parts.items():
+        inside, about = member[:, own], {"part": part, "size": own.sum()}
+        if inside.any(1).all() and (~inside).any(1).all():
+            how = {
+                "shadow_correction": intervals.SHADOW_CORRECTION,
+                "columns": groups if groups is None else groups[own],
+            }
+            for attack in catalogue.HEADLINES:
+                scores = {name: compare.headline_scores(e)[attack][:, own] for name, e in two.items()}
+                values = {name: intervals.auc_influence_values(s, inside) for name, s in scores.items()}
+                frames.append(intervals.paired(values, "auc", True, **how).assign(attack=attack, **about))
+        if seen.any():
+            values = {name: compare.hits_on_test(e)[:, seen] for name, e in two.items()}
+            columns = groups_test if groups_test is None else groups_test[seen]
+            frames.append(intervals.paired(values, accuracy, True, columns=columns).assign(**about))
+    return pd.concat(frames, ignore_index=True)
+
+
 # %%
 two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, treatment)}
 n_models = len(two[baseline].ids)
 parts = {name: (run.dataset.y == c, run.dataset.y_test == c) for c, name in enumerate(run.dataset.classes)}
-by_class = interventions.within(two, parts, "class_test_accuracy")
+by_class = within(two, parts, "class_test_accuracy")
 results.add(by_class, experiment="classes", coordinate="class=" + by_class.part, n_models=n_models)
 
 _, label_of, counts = np.unique(run.dataset.y_test, return_inverse=True, return_counts=True)
@@ -351,7 +379,7 @@ else:
     size, size_test = (np.array(pd.cut(count[p], edges, right=False, labels=names)) for p in given)
     parts = {name: (size == name, size_test == name) for name in names if (size == name).sum() >= 10}
     parts = {name: (own, seen & (seen.sum() >= 10)) for name, (own, seen) in parts.items()}
-    frames = [interventions.within(two, parts, "test_accuracy")]
+    frames = [within(two, parts, "test_accuracy")]
     memorized = {n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()}
     for name, (own, _) in parts.items():
         values = {n: m[None, own] for n, m in memorized.items()}

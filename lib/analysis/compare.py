@@ -8,6 +8,7 @@ own value, and the first label for a paired difference from it.
 
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -140,6 +141,12 @@ def compared(ensembles, values_of, metric, test=False, **how):
     """
     values = {label: values_of(e) for label, e in ensembles.items()}
     return intervals.paired(values, metric, **design(next(iter(ensembles.values())), test), **how)
+
+
+def tempered(ensemble, temperature):
+    """The ensemble as served with its logits divided by a temperature, which changes no prediction."""
+    served = {n: getattr(ensemble, n) / np.float32(temperature) for n in ("logits", "test_logits")}
+    return SimpleNamespace(**served, member=ensemble.member, dataset=ensemble.dataset, ids=ensemble.ids)
 
 
 def design(ensemble, test=False):

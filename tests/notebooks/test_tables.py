@@ -1,4 +1,4 @@
-"""Tables of causes and of who pays, and cells of notebook 06, on stand-ins with known effects."""
+"""Cells of notebooks 05 and 06 that make a table, on stand-ins with known effects."""
 
 from unittest.mock import Mock
 
@@ -7,17 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.analysis import compare, interventions, memorization
+from lib.analysis import compare, memorization
 from lib.attacks import catalogue, intervals
 from lib.study.settings import ROOT
 from tests.analysis.conftest import simulated
 
 
-def run_cell(text, **names):
-    """The names after running the one cell of notebook 06 that contains a text."""
-    cells = jupytext.read(ROOT / "notebooks" / "06_beyond.py").cells
+def run_cell(text, book="06_beyond", baseline="sgd", treatment="sam", **names):
+    """The names after running the one cell of a notebook that contains a text."""
+    cells = jupytext.read(ROOT / "notebooks" / f"{book}.py").cells
     (source,) = (cell.source for cell in cells if text in cell.source)
-    names |= {"compare": compare, "intervals": intervals, "memorization": memorization, "np": np, "pd": pd}
+    names |= {"compare": compare, "intervals": intervals, "memorization": memorization, "catalogue": catalogue}
+    names |= {"np": np, "pd": pd, "baseline": baseline, "treatment": treatment}
     exec(source, names)
     return names
 
@@ -50,7 +51,7 @@ def test_nothing_dominates_its_equal():
 
 def test_temperature_changes_neither_accuracy_nor_two_class_lira_but_the_confidence():
     plain = simulated(1.0, 1.0)
-    warm = interventions.tempered(plain, 4)
+    warm = compare.tempered(plain, 4)
     assert (compare.hits_on_test(warm) == compare.hits_on_test(plain)).all()
     assert np.abs(warm.logits).max() == pytest.approx(np.abs(plain.logits).max() / 4)
     # with two classes phi is a difference of logits: dividing it rescales every Gaussian alike
@@ -66,7 +67,8 @@ def test_effect_table_has_the_effect_and_its_change_from_the_first_level():
         for name, leak in zip(("sgd", "sam"), of, strict=True)
     }
     found["batch size", "4", "sgd"] = simulated(1, 1)  # its partner diverged
-    frame = interventions.effect_table(found)
+    run = Mock(ensembles=lambda _: found, dataset=found["epochs", "5", "sgd"].dataset)
+    frame = run_cell("as_it_is", "05_when", run=run, headline="rmia", results=Mock(), show_text=Mock())["effects"]
     assert set(frame.coordinate) == {"epochs=as it is", "epochs=5"} and set(frame.baseline) == {"sgd"}
     assert set(frame.attack) == set(catalogue.HEADLINES)
     frame = frame[frame.attack == "lira_shrunk"].set_index(["level", "metric"])
@@ -79,7 +81,7 @@ def test_effect_table_has_the_effect_and_its_change_from_the_first_level():
 def by_class(ensembles):
     data = next(iter(ensembles.values())).dataset
     parts = {name: (data.y == c, data.y_test == c) for c, name in enumerate(data.classes)}
-    return interventions.within(ensembles, parts, "class_test_accuracy")
+    return run_cell("def within", run=Mock(dataset=data))["within"](ensembles, parts, "class_test_accuracy")
 
 
 def test_the_class_that_leaks_is_found():

@@ -64,11 +64,17 @@ class Rows:
 
     def read(self):
         """Read-only memory map [rows, *shape]; without rows if the file is absent, damaged or that of another array."""
-        with suppress(Exception):  # NumPy raises errors of many kinds at a damaged header
-            found = np.lib.format.open_memmap(self.path, mode="r")
-            is_ours = found.shape[1:] == self.shape and found.dtype == self.dtype and found.flags.c_contiguous
-            if is_ours and found.offset == self.header_bytes:
-                return found
+        with (
+            suppress(Exception),
+            open(self.path, "rb") as file,
+        ):  # NumPy raises errors of many kinds at a damaged header
+            np.lib.format.read_magic(file)
+            (rows, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            is_ours = (tuple(shape), fortran, dtype, file.tell()) == (self.shape, False, self.dtype, self.header_bytes)
+            # a truncated file has fewer rows than its header says
+            whole = (self.path.stat().st_size - self.header_bytes) // self.dtype.itemsize // int(np.prod(shape))
+            if is_ours and min(rows, whole) > 0:
+                return np.memmap(self.path, dtype, "r", self.header_bytes, (min(rows, whole), *shape))
         return np.empty((0, *self.shape), self.dtype)
 
     def write(self, index, row):

@@ -256,7 +256,7 @@ else:
 
 
 # %%
-def within(two, parts, accuracy):
+def by_part(two, parts, accuracy):
     """AUC and test accuracy (the metric `accuracy`) within parts of the data: a tidy frame, also with part and size.
 
     parts: dict part -> (which of the pool, [N] bool; which of the test part, [T] bool). A part without members or
@@ -286,7 +286,7 @@ def within(two, parts, accuracy):
 two = {name: made[name, 0.0 if name == baseline else run.recipe(name).rho] for name in (baseline, treatment)}
 n_models = len(two[baseline].ids)
 parts = {name: (run.dataset.y == c, run.dataset.y_test == c) for c, name in enumerate(run.dataset.classes)}
-by_class = within(two, parts, "class_test_accuracy")
+by_class = by_part(two, parts, "class_test_accuracy")
 results.add(by_class, experiment="classes", coordinate="class=" + by_class.part, n_models=n_models)
 
 _, label_of, counts = np.unique(run.dataset.y_test, return_inverse=True, return_counts=True)
@@ -379,7 +379,7 @@ else:
     size, size_test = (np.array(pd.cut(count[p], edges, right=False, labels=names)) for p in given)
     parts = {name: (size == name, size_test == name) for name in names if (size == name).sum() >= 10}
     parts = {name: (own, seen & (seen.sum() >= 10)) for name, (own, seen) in parts.items()}
-    frames = [within(two, parts, "test_accuracy")]
+    frames = [by_part(two, parts, "test_accuracy")]
     memorized = {n: memorization.memorization(compare.signal(e, "confidence"), member).value for n, e in two.items()}
     for name, (own, _) in parts.items():
         values = {n: m[None, own] for n, m in memorized.items()}

@@ -81,7 +81,7 @@ def test_effect_table_has_the_effect_and_its_change_from_the_first_level():
 def by_class(ensembles):
     data = next(iter(ensembles.values())).dataset
     parts = {name: (data.y == c, data.y_test == c) for c, name in enumerate(data.classes)}
-    return run_cell("def within", run=Mock(dataset=data))["within"](ensembles, parts, "class_test_accuracy")
+    return run_cell("def by_part", run=Mock(dataset=data))["by_part"](ensembles, parts, "class_test_accuracy")
 
 
 def test_the_class_that_leaks_is_found():

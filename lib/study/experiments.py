@@ -174,10 +174,10 @@ def planted_leak(run, dataset):
 
 @experiment("planted faults", "02", has_own_pool=True)
 def planted_faults(run, dataset):
-    """The baseline on the pool as it is and with faults. Keys: "before", "after"."""
+    """The baseline, trained long, on the pool as it is and with faults. Keys: "before", "after"."""
     size = min(run.n_models, max(32, run.n_models // 8))
     pools = {"before": run.dataset, "after": dataset}
-    return {k: of(run, run.baseline, size, pool, subset=0.5) for k, pool in pools.items()}
+    return {k: of(run, run.baseline, size, pool, epochs=lengths(run)[-1], subset=0.5) for k, pool in pools.items()}
 
 
 def on_base(run, rule):

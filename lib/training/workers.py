@@ -123,6 +123,7 @@ def train_or_halve(recipe, inputs, ids, tick, n_models):
 def progress(recipe, todo, where, quiet):
     """A bar that counts the epochs of chunks."""
     label, total = f"{recipe.optimizer} rho {recipe.rho}, {sum(map(len, todo))} models, {where}", len(todo)
+    quiet = quiet or "TQDM_DISABLE" in os.environ
     return tqdm(None, label, total * recipe.run_epochs, leave=False, disable=quiet, unit="epoch", mininterval=1)
 
 

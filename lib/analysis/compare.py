@@ -1,9 +1,7 @@
 """From paired ensembles to tidy frames: every metric with its interval, every difference paired.
 
 `ensembles` is a dict label -> Ensemble, the baseline first. All of them share halves, initial weights and batch orders.
-A metric is first written as influence values [M, N] or [M, T], whose mean is the metric (lib.attacks.intervals).
-Frames have the columns optimizer, baseline, metric, value, ci_low and ci_high. The baseline is "" for an optimizer's
-own value, and the first label for a paired difference from it.
+Influence values, [M, N] or [M, T], and the frames' columns are those of lib.attacks.intervals.
 """
 
 from functools import partial
@@ -80,11 +78,8 @@ def hits_on_test(ensemble):
 
 
 def balanced_on_test(ensemble):
-    """Influence values [M, T] of the balanced accuracy B on the test part, as (B - 1/C) / (1 - 1/C).
-
-    B is the mean of the accuracies in the C classes of the test part. 0: a model that says the same class of all, or
-    guesses; 1: always right (scikit-learn's balanced_accuracy_score with adjusted=True).
-    """
+    """Influence values [M, T] of (B - 1/C) / (1 - 1/C), B being the mean of the accuracies in the C classes of the test
+    part (scikit-learn's balanced_accuracy_score with adjusted=True): 0 is a model that guesses, 1 is always right."""
     hits, (names, y) = hits_on_test(ensemble), np.unique(ensemble.dataset.y_test, return_inverse=True)
     counts, n_classes = np.bincount(y), max(len(names), 2)  # of a single class there is nothing to balance
     by_class = hits @ np.eye(len(names))[y] / counts  # [M, C]
@@ -134,11 +129,7 @@ def variance_influence_values(ensemble, name, kind, members=False):
 
 
 def compared(ensembles, values_of, metric, test=False, **how):
-    """One metric of every ensemble, and its paired differences from the first: a tidy frame.
-
-    values_of: Ensemble -> influence values, [M, N] on the pool or [M, T] with `test`. how: rate, shadow_correction and
-    log_ratio_from, as in intervals.paired.
-    """
+    """intervals.paired of every ensemble's values_of(ensemble): influence values, [M, N], or [M, T] with `test`."""
     values = {label: values_of(e) for label, e in ensembles.items()}
     return intervals.paired(values, metric, **design(next(iter(ensembles.values())), test), **how)
 
@@ -215,10 +206,7 @@ def scores(ensemble, member=None, only=catalogue.NAMES):
 
 
 def leakage(ensembles, scored):
-    """Every metric of every attack: a tidy frame with the column attack.
-
-    scored: dict optimizer -> dict attack -> scores [M, N].
-    """
+    """Every metric of every attack, from dict optimizer -> dict attack -> scores [M, N]: tidy, with a column attack."""
     first, frames = next(iter(ensembles.values())), []
     how = {**design(first), "log_ratios": len(scored) > 1}
     for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
@@ -233,9 +221,8 @@ def exposure_table(ensembles, scored, ids=None):
 
     An example's exposure is its mean score by lira_shrunk over the models that trained on it minus the mean over those
     that did not. The rows `exposure` have the ten highest, with Welch's interval over models, and the example's number
-    (from `ids` [N]) as coordinate. Each half of the pairs of models also names, by itself, the 1% most exposed of the
-    examples that three of its models or more have, and three have not. exposed_in_both_halves is the share of one
-    half's names that are also the other's; by chance it would be exposed_by_chance. It takes 1,000 such examples.
+    (from `ids` [N]) as coordinate. exposed_in_both_halves: each half of the pairs of models names the 1% most exposed
+    of the (at least 1,000) examples that three or more of its models have, and three have not; the share named twice.
     """
     first, rows, attack = next(iter(ensembles.values())), [], "lira_shrunk"
     member, data, ids = np.array(first.member), first.dataset, np.arange(len(first.dataset.y)) if ids is None else ids
@@ -268,9 +255,9 @@ def exposure_table(ensembles, scored, ids=None):
 
 
 def null_table(ensemble, seed, shuffles=5):
-    """AUC of every attack on shuffled membership, averaged over shuffles: a frame as `leakage`'s, without optimizer.
+    """AUC of every attack on shuffled membership (catalogue.null_member), averaged over shuffles: 0.5 without a fault.
 
-    Without a fault it is 0.5 (catalogue.null_member).
+    A frame as `leakage`'s, without optimizer.
     """
     values = {}
     for shuffle in range(shuffles):
@@ -285,14 +272,13 @@ def null_table(ensemble, seed, shuffles=5):
 def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     """Every metric of the attacks that see predicted labels only, on models whose weights are kept: a tidy frame.
 
-    label_only, label_only_classwise (with a threshold for each class) and label_once, which asks for the unchanged
-    example only. null_auc: label_only's AUC on shuffled membership. The first n_models models, in whole pairs, are
-    asked about n_examples of the pool, drawn at random. Columns n_models and n_examples: how many were.
+    label_once asks for the unchanged example only; null_auc is label_only's AUC on shuffled membership. The first
+    n_models models, in whole pairs, are asked about n_examples of the pool, drawn at random: columns of the frame.
     """
     there = common_ids(ensembles.values())
     ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
     need(len(ids) >= 8, f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
-    asked, frames, nulls = {label: e.only(ids) for label, e in ensembles.items()}, [], []
+    asked, frames, nulls = {label: e.only(ids) for label, e in ensembles.items()}, [], {}
     first = next(iter(asked.values()))
     data, n = first.dataset, len(first.dataset.y)
     # the seed is not 0, from which the first model's half is drawn
@@ -311,12 +297,13 @@ def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
         scored["label_only_classwise"][label] = thresholds.classwise(found, member, y, part=half)
         scored["label_once"][label] = signal(e, "correct")[:, rows]
         values = [intervals.auc_influence_values(label_only.scores(answers, alleged), alleged) for alleged in shuffled]
-        null = intervals.paired({label: np.mean(values, axis=0)}, "null_auc", True, columns=groups)
-        nulls.append(null.assign(attack="label_only"))
+        nulls[label] = np.mean(values, axis=0)
     for attack, found in scored.items():
         how = {"threshold": None if attack == "label_only" else 0.0, "log_ratios": len(asked) > 1, "columns": groups}
         frames.append(intervals.table(found, member, **how).assign(attack=attack))
-    return pd.concat([*frames, *nulls], ignore_index=True).assign(n_models=len(ids), n_examples=len(rows))
+    null = intervals.paired(nulls, "null_auc", True, columns=groups).query("baseline == ''")
+    frames.append(null.assign(attack="label_only"))
+    return pd.concat(frames, ignore_index=True).assign(n_models=len(ids), n_examples=len(rows))
 
 
 def split_labels(frame, column):
@@ -334,8 +321,7 @@ def read_off(x, nodes, aucs, scale, slope):
     k, at, a = len(nodes), [v.mean() for v in (x, *nodes)], np.clip([v.mean() for v in aucs], 1e-9, 1 - 1e-9)
     point = np.array([*map(scale, at), *logit(a)])
 
-    def logit_auc(point):
-        """The monotone cubic interpolant (PCHIP; Fritsch & Carlson 1980): always between the two neighbouring runs."""
+    def logit_auc(point):  # monotone and cubic, so always between the two neighbouring runs (Fritsch & Carlson 1980)
         return PchipInterpolator(point[1 : k + 1], point[k + 1 :])(point[0])
 
     step = 1e-4 * np.diff(point[1 : k + 1]).min()
@@ -358,9 +344,8 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
         auc_total = A(treated) - A(own),   auc_from_fit = B(x) - A(own),   auc_at_equal_loss = A(treated) - B(x)
 
     With the name test_accuracy, x is the accuracy, and the last is auc_at_equal_accuracy. The intervals hold the errors
-    of all AUCs and coordinates, x too, as they fall together in each model and example (delta method), but not the
-    curve's shape between two runs. Without two runs that enclose x and differ by more than noise, only auc_total is
-    given. Columns beside the usual ones: attack, coordinate, and the name's, which is x.
+    of all AUCs and coordinates, x too (delta method), but not the curve's shape between two runs. Without two runs that
+    enclose x and differ by more than noise, only auc_total is given. Further columns: attack, coordinate, and x.
     """
     test = name == "test_accuracy"
     values_of, scale, slope = (hits_on_test, float, np.ones_like) if test else (train_losses, np.log, np.reciprocal)

@@ -14,13 +14,9 @@ from lib.training.ensemble import KEEP_WEIGHTS
 
 
 def flatness(ensemble, rho, n_models=8, n_examples=512):
-    """Sharpness of the first models' minima on (at most n_examples of) their own training halves.
-
-    Returns [models whose weights are kept, 2]: the largest eigenvalue of the Hessian, and how far the loss rises within
-    a ball of radius rho > 0.
-    """
-    x, y = torch.from_numpy(inputs(ensemble.dataset)[0]), torch.from_numpy(ensemble.dataset.y)
-    found = []
+    """Largest eigenvalue of the Hessian, and rise of the loss within a ball of radius rho > 0, at the minima of the
+    first models whose weights are kept, on (at most n_examples of) their own training halves: [models, 2]."""
+    x, y, found = torch.from_numpy(inputs(ensemble.dataset)[0]), torch.from_numpy(ensemble.dataset.y), []
     kept = [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
     for index, k in enumerate(tqdm(kept, "flatness", delay=2, leave=False)):
         net, params, buffers = ensemble.weights(k)

@@ -40,9 +40,8 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
     """I_ent - log n [T] (nats, at most 0): entropy of each test example's distribution of influence, below its maximum.
 
     The distribution runs over n training examples: those of the test example's class with same_class, else all. Low: it
-    depends on few of them; 0: on all alike, or on none. Pure noise gives about -0.98 (positive part), whatever n is, so
-    the level of classes of different sizes compares. part: "positive" keeps the positive influences, "absolute" the
-    sizes of all.
+    depends on few of them; 0: on all alike, or on none; pure noise: about -0.98 (positive part), whatever n is. part:
+    "positive" keeps the positive influences, "absolute" the sizes of all.
     """
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
     out = np.empty(len(y_test))
@@ -61,9 +60,8 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
 def buckets(score, n=5, within=None, seed=0, classes=None):
     """Equal buckets 0..n-1 by rising score [T], with ties in random order: [T]. within: [T] groups, each cut by itself.
 
-    classes [T]: the score is first replaced by its rank in the own class (0 to 1). Scores of small classes are noisier,
-    so without this a small class would fill the first and the last bucket where all is noise.
-    Raises ValueError unless 2 <= n <= the size of the smallest group.
+    classes [T]: the score is first replaced by its rank in the own class (0 to 1), since scores of small classes are
+    noisier. Raises ValueError unless 2 <= n <= the size of the smallest group.
     """
     order, out = np.random.default_rng(seed).permutation(len(score)), np.empty(len(score), int)
     frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes}).iloc[order]
@@ -89,8 +87,7 @@ def cross_fitted(form, member):
 def gains(difference, label, name, total=False):
     """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a frame.
 
-    Metrics gain_<name>_1 ... gain_<name>_<n> and gain_<name>_1_minus_<n>. With `total` also the overall mean (gain)
-    and, unless that is zero, the first bucket's share of it (gain_share_<name>_1, a ratio by the delta method).
+    With `total` also the overall mean (gain) and, unless that is zero, the first bucket's share of it (delta method).
     """
     n = label.max() + 1
     each = [ratio_influence_values(difference, label == b) for b in range(n)]

@@ -1,6 +1,6 @@
 """Minimum G-norm interpolation by a linear model: its weights, how its outputs contract, and what an attacker gains.
 
-Shapes: n training examples with d > n features, x [n, d], y [n]; sigma and g [d, d], symmetric. The outputs on new
+Shapes: n training examples with d > n features, x [n, d] of full rank, y [n]; sigma and g [d, d]. The outputs on new
 examples have the variance V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
 """
 
@@ -10,24 +10,15 @@ import numpy as np
 from scipy.linalg import eigh, qr, solve_triangular
 from scipy.special import ndtr, owens_t
 
-from lib import need
-
 EPS = np.finfo(float).eps
 
 
 def minimum_norm(x, y, g=None) -> np.ndarray:
     """w_G = argmin w'Gw subject to Xw = y: [d]. g: positive definite; None: the identity."""
-    require_full_rank(x)
     lower = np.linalg.cholesky(np.eye(x.shape[1]) if g is None else g)
     # G = LL' and L^-1 X' = QR:  w = G^-1 X' (X G^-1 X')^-1 y = L^-T Q R^-T y
     q, r = qr(solve_triangular(lower, x.T, lower=True), mode="economic")
     return solve_triangular(lower, q @ solve_triangular(r, y, trans="T"), lower=True, trans="T")
-
-
-def require_full_rank(x):
-    """Raise ValueError unless Xw = y has infinitely many solutions w for every y."""
-    fits = np.linalg.matrix_rank(x) == len(x) < x.shape[1]
-    need(fits, f"x: shape {x.shape}, or dependent rows; valid is [n, d] with n < d, of full row rank")
 
 
 def variance(w, sigma) -> np.ndarray:
@@ -46,16 +37,12 @@ class Path(NamedTuple):
 
 
 def spectral(x, y, sigma) -> Path:
-    """The Path of x, y and a positive semi-definite sigma, by one eigendecomposition.
-
-    Directions with s = 0 are left out: they have b = 0. With Σ = X'X/n, none is left.
-    """
-    require_full_rank(x)
+    """The Path of x, y and a positive semi-definite sigma, by one eigendecomposition."""
     q, r = qr(x.T)
     # w_0 = X'(XX')^-1 y, and N: the columns of Q that X does not reach
     w0, null = q[:, : len(x)] @ solve_triangular(r[: len(x)], y, trans="T"), q[:, len(x) :]
     s, e = eigh(null.T @ sigma @ null)
-    positive = s > len(sigma) * EPS * np.linalg.norm(sigma)
+    positive = s > len(sigma) * EPS * np.linalg.norm(sigma)  # where s = 0, b = 0 too
     basis = null @ e[:, positive]
     return Path(w0, float(variance(w0, sigma)), basis, s[positive], basis.T @ (sigma @ w0))
 

@@ -49,12 +49,10 @@ def memorization(values, member) -> Memorization:
 
 
 def checked(values, member):
-    """values [M, N or T] and member [M, N] as arrays; a ValueError for other shapes, NaN or too few models."""
+    """values [M, N or T] and member [M, N] as arrays; a ValueError if too few models have, or lack, an example."""
     values, member = np.asarray(values), np.asarray(member)
-    fits = member.dtype == bool and member.ndim == values.ndim == 2 and len(values) == len(member)
-    found = f"{values.shape}, {member.dtype} {member.shape}"
-    need(fits, f"values, member: {found}; valid are a matrix with a row for each model and bools [M, N]")
-    need(np.isfinite(values).all(), "values: NaN or infinity; valid are finite numbers")
+    fits = member.dtype == bool and len(values) == len(member)
+    need(fits, f"values, member: {values.shape}, {member.dtype} {member.shape}; valid are bools, a row for each model")
     fewest = min(member.sum(0).min(), (~member).sum(0).min())
     need(fewest >= 2, f"n_models={len(member)}: an example is in or out of only {fewest}; valid are 2 or more of each")
     return values, member
@@ -68,8 +66,7 @@ def band_shares(memorized):
 def jackknife(statistic, member, groups=20):
     """95% intervals of statistic(rows, columns) -> [K], of the models and examples at these indices: K Estimates.
 
-    Delete-a-group jackknife (Efron & Tibshirani 1993, section 11.7) over pairs of models and over examples. The two
-    variances are added, so an interval is about new models and new examples.
+    Delete-a-group jackknife (Efron & Tibshirani 1993, section 11.7) over pairs of models plus that over examples.
     """
     rows, columns = np.arange(len(member)), np.arange(member.shape[1])
     value, variance, spread = np.asarray(statistic(rows, columns)), 0.0, 0.0
@@ -138,9 +135,9 @@ def plant(dataset, n_wrong, sources=(), copies=4, seed=0):
 def leak(dataset, index, times=50, seed=0):
     """The data set with example `index` in it `times` times (an even number): (Dataset, its place there).
 
-    All copies are in the example's own group, so a half holds all of them or none. One example of another group is
-    dropped, so an even pool stays even; it is of the same class if two of these stay. Raises ValueError if that group
-    would not fit into half of the pool.
+    All copies are in the example's own group, so a half holds all of them or none. One example of another group, of the
+    same class if two of these stay, is dropped, so an even pool stays even. Raises ValueError if the group does not fit
+    into half of the pool.
     """
     n, y = len(dataset.y), dataset.y
     groups = np.arange(n) if dataset.groups is None else dataset.groups

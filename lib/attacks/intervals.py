@@ -1,9 +1,9 @@
 """From membership scores to AUC, TPR at a fixed FPR and accuracy, each with a 95% interval.
 
 Every metric is a matrix of influence values [M, N], one for each model and example. Their mean is the estimate; their
-deviations from it say how much each model and each example moves it, to first order. `estimate` makes every interval
-from such a matrix, and the difference of two optimizers' matrices gives the paired difference. Models and examples are
-both random samples, so an interval is about new models *and* new examples.
+deviations from it say how much each model and each example moves it, to first order. The difference of two optimizers'
+matrices gives the paired difference. Models and examples are both random samples, so an interval is about new models
+*and* new examples.
 
 Every model is also a shadow of all the others, which the variance between rows does not show. `table` therefore
 multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitted
@@ -89,9 +89,6 @@ def proportion(found, n) -> Estimate:
     return Estimate(float(found / n), float(low.low), float(high.high))
 
 
-# ---- tables ----------------------------------------------------------------------------------------------
-
-
 def row(metric, found, **more) -> dict:
     """One row of a tidy frame: the metric, an Estimate's value, ci_low and ci_high, and further columns."""
     return dict(metric=metric, value=found.value, ci_low=found.low, ci_high=found.high, **more)
@@ -100,10 +97,10 @@ def row(metric, found, **more) -> dict:
 def paired(values, metric, rate=False, log_ratio_from=None, **how) -> pd.DataFrame:
     """Each optimizer's estimate of a metric, and the paired differences from the first optimizer: a tidy frame.
 
-    values: dict optimizer -> influence values [M, N], of the same models and examples. rate: each optimizer's own value
-    is a probability (a difference is not). how: further arguments of `estimate`. The baseline is "" for an optimizer's
-    own value, else the first optimizer. log_ratio_from: where the metric's scale begins (0; 1/2 for an AUC). Then every
-    difference also has a row log_ratio_<metric>, unless one of the two values does not exceed it.
+    values: dict optimizer -> influence values [M, N], of the same models and examples. rate, how: as in `estimate` (a
+    difference is no rate). The baseline is "" for an optimizer's own value, else the first optimizer. log_ratio_from:
+    where the metric's scale begins (0; 1/2 for an AUC). Then every difference also has a row log_ratio_<metric>, unless
+    one of the two values does not exceed it.
     """
     first, *others = values
     rows = [row(metric, estimate(v, rate=rate, **how), optimizer=k, baseline="") for k, v in values.items()]
@@ -119,13 +116,11 @@ def paired(values, metric, rate=False, log_ratio_from=None, **how) -> pd.DataFra
 def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, **how) -> pd.DataFrame:
     """All metrics of one attack for each optimizer, and the paired differences from the first: a tidy frame.
 
-    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Columns TIDY.
-    Metrics: auc, balanced_accuracy, advantage (= TPR - FPR), and, where an FPR is `reportable`, tpr@<fpr> and
-    realised_fpr@<fpr>. With log_ratios a pair also has log_ratio_auc (of the excess above 1/2), log_ratio_tpr@<fpr>,
-    and log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in balanced_accuracy_influence_values
-    (0.0 for catalogue.FIXED). how: columns and examples_only, as in `estimate`; groups in `columns` also stay together
-    in the halves on which thresholds are learned. With examples_only and one or two models, the threshold at an FPR
-    comes from half of the target's own non-members.
+    scores: dict optimizer -> [M, N], of ensembles that trained on the same halves, member [M, N] bool. Metrics: auc,
+    balanced_accuracy, advantage (= TPR - FPR), and, where an FPR is `reportable`, tpr@<fpr> and realised_fpr@<fpr>.
+    With log_ratios a pair also has log_ratio_auc (of the excess above 1/2), log_ratio_tpr@<fpr>, and
+    log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in balanced_accuracy_influence_values. how:
+    columns and examples_only, as in `estimate`; groups in `columns` also stay together where thresholds are learned.
     """
     how["clusters"] = pairs(checked(next(iter(scores.values())), member)[1])
     learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
@@ -141,9 +136,9 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, *
 
 
 def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.DataFrame]:
-    """The rows tpr@<fpr> and realised_fpr@<fpr> of `table`, a frame for each FPR that is `reportable`.
+    """The rows of `table` at each FPR, a frame each; log ratios where the AUCs' influence values, `aucs`, are given.
 
-    aucs: the AUCs' influence values, dict optimizer -> [M, N]; without them there are no log ratios.
+    With examples_only and one or two models, the threshold comes from half of the target's own non-members.
     """
     alone, frames = how.get("examples_only", False) and len(member) < 3, []
     half = calibration_split(member, seed, groups=how.get("columns")) if alone else None
@@ -161,10 +156,9 @@ def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.Dat
 def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFrame:
     """Of those whom an attacker names, the share that are members, if a share `prevalence` of the candidates are.
 
-    frame: rows of `table`, with any further columns. Metrics precision@<fpr>,prevalence=<prevalence>, of the rows that
-    are no differences, from the TPR and FPR obtained. The interval combines the unfavourable ends of their two
-    intervals, then the favourable ones, so it holds the truth at least as often as both do. Where nobody is named there
-    is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
+    frame: rows of `table`, of which differences are left out. The interval combines the unfavourable ends of the
+    intervals of TPR and FPR, then the favourable ones, so it holds the truth at least as often as both do. Where nobody
+    is named there is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
     """
     own, frames = frame[frame.baseline == ""], []
     for fpr in fprs:
@@ -183,9 +177,6 @@ def reportable(member, fprs=FPRS, within=False) -> list[float]:
     member = np.asarray(member)
     counts = (~member).sum(1) // 2 if within else [(~member[fold]).sum() for fold in folds(member)]
     return [fpr for fpr in fprs if min(counts) * fpr >= 10]
-
-
-# ---- influence values ------------------------------------------------------------------------------------
 
 
 def ratio_influence_values(x, chosen) -> np.ndarray:
@@ -227,8 +218,8 @@ def auc_influence_values(scores, member) -> np.ndarray:
 def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
 
-    threshold: a number, or None to learn it for each target on one half of its members and non-members, for the other
-    half. seed, groups: as in calibration_split.
+    threshold: a number (0.0 for catalogue.FIXED), or None to learn it on each half of a target's members and
+    non-members for the other half (calibration_split, with seed and groups).
     """
     scores, member = checked(scores, member)
     half = calibration_split(member, seed, groups=groups).astype(np.uint16) if threshold is None else None
@@ -245,10 +236,9 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
     """Influence values [M, N] of the TPR at a false positive rate, and of the FPR that is actually realised.
 
     The threshold comes from other models: what flags at most a share `fpr` of one fold's non-member scores is applied
-    to the other fold of pairs, and vice versa. half [M, N] of 0 and 1: the attacker knows some non-members of each
-    target, so its threshold comes from one half of its own examples and judges the other; one model is enough. The
-    TPR's values include the sampling error of the threshold (Hsieh & Turnbull 1996; Pepe 2003, section 5.2); those of
-    the realised FPR take the two thresholds as given.
+    to the other fold of pairs, and vice versa. half [M, N] of 0 and 1: it comes from one half of the target's own
+    examples and judges the other; one model is enough. The TPR's values include the sampling error of the threshold
+    (Hsieh & Turnbull 1996; Pepe 2003, section 5.2); those of the realised FPR take the two thresholds as given.
     """
     scores, member = checked(scores, member)
     targets = np.arange(len(scores))

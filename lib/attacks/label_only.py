@@ -1,9 +1,9 @@
 """The label-only attack (Choquette-Choo et al. 2021): it sees a model's predicted labels and no confidences.
 
 A member tends to lie far from the decision boundary, so it keeps its label under many small changes of the input.
-Images are shifted and mirrored, tables get noise. The strength of the change is chosen on other models, and "no change
-at all" is one of the choices. The authors' code shifts along one diamond or rotates, trains a network on the hits of a
-shadow model, where we count hits, and asks 2,500 to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
+The strength of the change is chosen on other models, and "no change at all" is one of the choices. The authors' code
+shifts along one diamond or rotates, trains a network on the hits of a shadow model, where we count hits, and asks 2,500
+to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
 """
 
 from functools import partial
@@ -81,12 +81,9 @@ def shifted(x, most):
 
 
 def noisy(x, random, rate=None, spread=None):
-    """Yield x [B, D] as it is, then COPIES times with bits flipped at a rate, or with noise of deviation `spread` [D].
-
-    The noise is drawn on the CPU: the same on every device.
-    """
+    """Yield x [B, D] as it is, then COPIES times with bits flipped at a rate or noise of deviation `spread` [D]."""
     yield x
-    for _ in range(COPIES):
+    for _ in range(COPIES):  # drawn on the CPU: the same on every device
         if spread is None:
             yield (x - (torch.rand(x.shape, generator=random) < rate).to(x)).abs()
         else:

@@ -29,9 +29,8 @@ def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, n
 
     scores come from the network that judges an example's part; own, from the network that stopped on it, are for
     learning thresholds (thresholds.classwise). Members and non-members weigh alike, so 0 is undecided. seen: what the
-    networks look at, a list of [M, N] arrays; member: [M, N] bool. The parts are not drawn within classes: all would
-    have the same share of members in each, and a network that reads the class off an output would know something of the
-    part it judges. Raises ValueError for shapes that do not fit, NaN, or fewer than 3 members or non-members.
+    networks look at, a list of [M, N] arrays; member: [M, N] bool. The parts are not drawn within classes: a network
+    that reads the class off an output would know something of the part it judges.
     """
     x = np.stack([checked(values, member)[0].ravel() for values in seen], -1)
     member, rng = np.asarray(member), np.random.default_rng(seed)

@@ -110,11 +110,10 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     """The robust attack of Zarifzadeh, Liu & Shokri (2024, algorithm 1): scores [M, N] float32 in [0, 1].
 
     confidence: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; population: [M, T] or [M, Q, T],
-    confidences on examples that no model trained on; without it the pool's own take their place (their membership in
-    the target is not used). offline: use the OUT models only and estimate the mean of IN by a mean_out + 1 - a. gamma:
-    the ratio to exceed. The paper uses 2, with a Taylor softmax. On plain confidences near 1, 2 would leave a few dozen
-    distinct scores; 1, as in the authors' privacy_meter, keeps the order of the ratios. Scores are multiples of 1/T (or
-    1/N), so they can tie. Raises ValueError if an example would have no OUT (or IN) shadow.
+    confidences on examples that no model trained on; without it the pool's own take their place. offline: use the OUT
+    models only and estimate the mean of IN by a mean_out + 1 - a. gamma: the ratio to exceed. The paper uses 2, with a
+    Taylor softmax; on plain confidences near 1, that would leave a few dozen distinct scores, and 1, as in the authors'
+    privacy_meter, keeps the order of the ratios. Raises ValueError if an example would have no OUT (or IN) shadow.
     """
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]

@@ -26,10 +26,9 @@ def yeom(log_confidence, member, half) -> np.ndarray:
 def classwise(scores, member, y, part, own=None) -> np.ndarray:
     """Scores minus a threshold for each class (Song & Mittal 2021, section 3.2): [M, N] float32.
 
-    The decision is score > 0. scores: [M, N]; y: [N] labels; part: [M, N] integers, as from calibration_split. In each
-    part of a target's examples, the threshold of best balanced accuracy is found for each class, and subtracted in the
-    next part. A class without members or non-members in a part takes the threshold of that whole part. own: [M, N],
-    what the thresholds are learned from, default `scores`.
+    The decision is score > 0. y: [N] labels; part: [M, N] integers, as from calibration_split. In each part of a
+    target's examples, the threshold of best balanced accuracy is found for each class (or for all, if it lacks members
+    or non-members there), and subtracted in the next part. own: [M, N], what is learned from, default `scores`.
     """
     scores, member = checked(scores, member)
     own, y = scores if own is None else own, np.unique(y, return_inverse=True)[1]

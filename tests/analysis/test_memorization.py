@@ -200,7 +200,6 @@ def test_every_example_is_named_by_its_index_in_the_data_as_loaded():
     "call, message",
     [
         (lambda: memorization.memorization(np.ones((7, 6)), halves(8, 6)), "values, member: "),
-        (lambda: memorization.memorization(np.full((8, 6), np.nan), halves(8, 6)), "values: NaN"),
         (lambda: memorization.memorization(np.ones((8, 6)), halves(8, 6).astype(int)), "values, member: .*int64"),
         (lambda: memorization.memorization(np.ones((2, 6)), halves(2, 6)), "n_models=2: .* only 1;"),
         (lambda: memorization.memorization(np.ones((8, 6)), np.ones((8, 6), bool)), "n_models=8: .* only 0;"),

@@ -59,7 +59,8 @@ FILES = {
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     """Arrays of a data set of DATASETS: x, y and perhaps x_test, y_test, groups, pattern and pattern_test.
 
-    data: its path, or None. cache: the folder for decoded data. Raises ValueError for what is missing or wrong.
+    data: its path, or a folder in which FILES are looked for (None: data/), with an archive's suffix or without. cache:
+    the folder for decoded data. Raises ValueError for what is missing or wrong.
     """
     if name in ("digits", "mnist5k", "subclasses"):
         need(data is None, f"dataset {name!r} is built in; it takes no path")
@@ -71,29 +72,24 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
 
         x, y = mnist_data()  # 500 of each digit
         return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
-    path = _find(name, data)
-    if name in ("cifar10", "cifar100", "fashionmnist") and path.name in FILES[name]:
+    known, is_published = FILES.get(name, ()), name in ("cifar10", "cifar100", "fashionmnist")
+    fine = known if data is None else isinstance(data, str | os.PathLike) and str(data)
+    need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
+    folder = ROOT / "data" if data is None else Path(data).expanduser()
+    places = [folder / file for file in known] + [folder] * (data is not None)
+    found = [path for place in places for end in ("", *ARCHIVES) if (path := Path(f"{place}{end}")).exists()]
+    if data is None and is_published:  # torchvision downloads what is missing
+        found = places[:1]
+    what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
+    need(found, f"{what}; docs/settings.md says how to obtain {name}")
+    path = found[0]
+    if is_published and path.name in FILES[name]:
         return _torchvision(name, path, download=data is None)
     if name == "eyepacs_referable":
         return _referable(**_cached(path, RETINA, _retina, cache, 2 * SIDE))
     if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
         return _npz(path)
     return _cached(path, RETINA, _retina, cache, SIDE) if name == "eyepacs" else _cached(path, PLACE, _images, cache)
-
-
-def _find(name: str, data) -> Path:
-    """The first of FILES in folder `data` (None: data/), else `data` itself, with an archive's suffix or without."""
-    known = FILES.get(name, ())
-    fine = known if data is None else isinstance(data, str | os.PathLike) and str(data)
-    need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
-    folder = ROOT / "data" if data is None else Path(data).expanduser()
-    places = [folder / file for file in known] + [folder] * (data is not None)
-    if data is None and name in ("cifar10", "cifar100", "fashionmnist"):
-        return places[0]  # torchvision downloads what is missing
-    found = [path for place in places for end in ("", *ARCHIVES) if (path := Path(f"{place}{end}")).exists()]
-    what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
-    need(found, f"{what}; docs/settings.md says how to obtain {name}")
-    return found[0]
 
 
 def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, np.ndarray]:
@@ -208,25 +204,20 @@ def _files(folder: Path, above: tuple = ()):
 
 def _unpacked(path: Path, folder: Path) -> Path:
     """A folder with what is in an archive; links, names that lead out of it and files above MOST_BYTES are refused."""
-
-    def check(name, size, fine=True):
-        need(fine and ".." not in name.split("/"), f"{name} is a link or a device, or leads out of the archive")
-        need(size <= MOST_BYTES, f"{name}: {size / 1e6:.0f} MB unpacked; at most {MOST_BYTES / 1e6:.0f} are read")
-
     folder.mkdir()
+    is_zip = path.suffix.lower() == ".zip"
     try:
-        if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    check(member.filename, member.file_size)
-                    archive.extract(member, folder)
-            return folder
-        with tarfile.open(path) as tar:
-            for member in tar:
-                check(member.name, member.size, member.isfile() or member.isdir())
-                tar.extract(member, folder, filter="data")
-            tar.fileobj.seek(tar.offset)  # tarfile takes a broken header for the end; a tar ends in zeros
-            need(tar.fileobj.read(512) == bytes(512), "its end is missing")
+        with zipfile.ZipFile(path) if is_zip else tarfile.open(path) as archive:
+            for member in archive.infolist() if is_zip else archive:
+                name, size = (member.filename, member.file_size) if is_zip else (member.name, member.size)
+                fine = ".." not in name.split("/") and (is_zip or member.isfile() or member.isdir())
+                need(fine, f"{name} is a link or a device, or leads out of the archive")
+                limit = f"{size / 1e6:.0f} MB unpacked; at most {MOST_BYTES / 1e6:.0f} are read"
+                need(size <= MOST_BYTES, f"{name}: {limit}")
+                archive.extract(member, folder, **({} if is_zip else {"filter": "data"}))
+            if not is_zip:  # tarfile takes a broken header for the end; a tar ends in zeros
+                archive.fileobj.seek(archive.offset)
+                need(archive.fileobj.read(512) == bytes(512), "its end is missing")
         return folder
     except Exception as error:  # each format raises other kinds
         raise ValueError(f"a folder or a whole archive ({', '.join(ARCHIVES)}) is needed: {error}") from error

@@ -95,7 +95,7 @@ def main(arguments=None):
         # one thread trains for one notebook after another; notebooks whose models are there run beside it
         ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
         for book in books:
-            awaited = [ahead.submit(plan.train, book.name[:2], quiet=True)]
+            awaited = [ahead.submit(plan.train, book.name[:2])]
             awaited += running if "verdict" in book.stem else []  # it judges what all the others recorded
             running[pool.submit(execute, book, given, out, awaited)] = book
         for done in futures.as_completed(running):

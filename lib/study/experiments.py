@@ -35,33 +35,25 @@ PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs 
 
 
 class Planned(NamedTuple):
-    """An ensemble to train."""
-
     recipe: Recipe
     n_models: int
     dataset: Dataset
 
 
 class Experiment(NamedTuple):
-    """Ensembles that are compared with each other: declare(run) gives dict key -> Planned.
+    """Ensembles that are compared with each other."""
 
-    notebooks: the numbers of those that use it. essential: run -> the keys that must stay when models diverge (default:
-    all). has_own_pool: its notebook draws a pool from results, for declare(run, dataset); no plan lists it.
-    is_private: nothing is compared if fewer than 8 models of the first ensemble learn.
-    """
-
-    declare: Callable
-    notebooks: tuple
-    essential: Callable | None = None
-    has_own_pool: bool = False
-    is_private: bool = False
+    declare: Callable  # run -> dict key -> Planned
+    notebooks: tuple  # the numbers of those that use it
+    essential: Callable | None = None  # run -> the keys that must stay when models diverge; None: all
+    has_own_pool: bool = False  # its notebook draws a pool from results, for declare(run, dataset); no plan lists it
+    is_private: bool = False  # nothing is compared if fewer than 8 models of the first ensemble learn
 
 
 EXPERIMENTS = {}
 
 
 def experiment(name, *notebooks, **more):
-    """Declare an experiment by the function below."""
     return lambda declare: EXPERIMENTS.setdefault(name, Experiment(declare, notebooks, **more)).declare
 
 
@@ -91,8 +83,8 @@ def radius_sweep(run):
     # an optimizer whose text gives a radius has only that one; one without a radius has none
     own, size = run.recipe(run.treatment), n_models(run, "sweep")
     factors = () if not own.optimizer.has_radius else (0.5, 1, 2) if own.optimizer.rho is None else (1,)
-    found = {0.0: of(run, own.optimizer.base_name, size)}
-    return found | {f * own.rho: of(run, run.treatment, size, rho=f * own.rho) for f in factors}
+    found = {f * own.rho: of(run, run.treatment, size, rho=f * own.rho) for f in factors}
+    return {0.0: of(run, own.optimizer.base_name, size), **found}
 
 
 def lengths(run):
@@ -107,15 +99,10 @@ def equal_compute(run):
     return {epochs: max(1, round(treatment / baseline * epochs)) for epochs in compared}
 
 
-def at_own_length(run):
-    """The keys of the length sweep that compare the optimizers at the run's own length and compute."""
-    return [(run.epochs, run.baseline), (run.epochs, run.treatment), (equal_compute(run)[run.epochs], run.baseline)]
-
-
 def own_settings(run):
     """The keys of the tuning with the run's own learning rate, weight decay and radius."""
-    rho = run.recipe(run.treatment).rho
-    return [(run.baseline, 0.0, run.lr, run.weight_decay), (run.treatment, rho, run.lr, run.weight_decay)]
+    own = {run.baseline: 0.0, run.treatment: run.recipe(run.treatment).rho}
+    return [(name, rho, run.lr, run.weight_decay) for name, rho in own.items()]
 
 
 @experiment("tuning", "05", essential=own_settings)
@@ -141,11 +128,9 @@ def pools(run):
 
     Keys: (seed, optimizer, rho, lr, weight_decay).
     """
-    found = {}
-    for (seed, data), key in product(run.other_pools.items(), of_pools(run)):
-        recipe = replace(tuning(run)[key].recipe, seed=seed)
-        found[(seed, *key)] = Planned(recipe, n_models(run, "fewer"), data)
-    return found
+    size, recipes = n_models(run, "fewer"), {key: tuning(run)[key].recipe for key in of_pools(run)}
+    each = product(run.other_pools.items(), recipes.items())
+    return {(seed, *key): Planned(replace(recipe, seed=seed), size, data) for (seed, data), (key, recipe) in each}
 
 
 def of_pools(run):
@@ -154,15 +139,16 @@ def of_pools(run):
     return [k for k in tuning(run) if k[1] in own and k[2] >= run.lr and k[3] == run.weight_decay]
 
 
-@experiment("length sweep", "05", essential=at_own_length)
+@experiment("length sweep", "05", essential=lambda run: [(run.epochs, run.baseline), (run.epochs, run.treatment),
+                                                         (equal_compute(run)[run.epochs], run.baseline)])  # fmt: skip
 def length_sweep(run):
     """Both optimizers at every length; the baseline also at equal compute and half as long. Keys: (epochs, optimizer).
 
     Half as long, the baseline has a higher train loss: its runs enclose the treatment's loss, which is higher too.
     """
     keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
-    halves = [max(1, round(epochs / 2)) for epochs in lengths(run)]
-    keys += [(epochs, run.baseline) for epochs in (*equal_compute(run).values(), *halves)]
+    more = [*equal_compute(run).values(), *(max(1, round(epochs / 2)) for epochs in lengths(run))]
+    keys += [(epochs, run.baseline) for epochs in more]
     return {key: of(run, key[1], n_models(run, "sweep"), epochs=key[0]) for key in dict.fromkeys(keys)}
 
 
@@ -225,17 +211,12 @@ def causes(run):
 @experiment("defences", "06", essential=lambda run: ["none"])
 def defences(run):
     """What is trained to leak less. Keys: the defence's name; "none", the baseline, is first."""
-    size, baseline, treatment = n_models(run, "few"), run.baseline, run.treatment
-    return {
-        "none": of(run, baseline, size),
-        treatment: of(run, treatment, size),
-        "label smoothing 0.1": of(run, baseline, size, smoothing=0.1),
-        "stopped at a quarter": of(run, baseline, size, stop=0.25),
-        "stopped at half": of(run, baseline, size, stop=0.5),
-        "weight averaging (swa)": of(run, on_base(run, "swa"), size),
-        "SharpReg": of(run, on_base(run, "sharpreg"), size),
-        f"{treatment}, smoothing 0.1": of(run, treatment, size, smoothing=0.1),
-    }
+    baseline, treatment, smoothed = run.baseline, run.treatment, {"smoothing": 0.1}
+    found = {"none": (baseline, {}), treatment: (treatment, {}), "label smoothing 0.1": (baseline, smoothed)}
+    found |= {"stopped at a quarter": (baseline, {"stop": 0.25}), "stopped at half": (baseline, {"stop": 0.5})}
+    found |= {"weight averaging (swa)": (on_base(run, "swa"), {}), "SharpReg": (on_base(run, "sharpreg"), {})}
+    found[f"{treatment}, smoothing 0.1"] = treatment, smoothed
+    return {key: of(run, name, n_models(run, "few"), **changes) for key, (name, changes) in found.items()}
 
 
 def delta_of(run):
@@ -259,13 +240,11 @@ def private(run):
     arch, recipe, size = private_arch(run), run.recipe(run.baseline), n_models(run, "fewer")
     if arch is None:
         return {}
-    found = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}
-    n = round(len(run.dataset.y) * recipe.subset)
+    found, n = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}, round(run.n_examples * recipe.subset)
     steps = n // recipe.batch_size * recipe.epochs
-    for rule, queries in (("dpsgd", 1), ("dpsam", 2)):
-        for epsilon in (8, 64) if run.is_small else (64,):
-            sigma = privacy.noise_for(epsilon, recipe.batch_size, n, steps, delta_of(run), queries)
-            found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch)
+    for (rule, queries), epsilon in product([("dpsgd", 1), ("dpsam", 2)], (8, 64) if run.is_small else (64,)):
+        sigma = privacy.noise_for(epsilon, recipe.batch_size, n, steps, delta_of(run), queries)
+        found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch)
     return found
 
 
@@ -273,10 +252,9 @@ def declared(run, name, dataset=None):
     """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
     need(name in EXPERIMENTS, f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
     found = EXPERIMENTS[name]
-    if not found.has_own_pool:
-        return found.declare(run)
-    need(dataset is not None, f"dataset=None: {name!r} needs the pool that its notebook draws from results")
-    return found.declare(run, dataset)
+    what = f"dataset=None: {name!r} needs the pool that its notebook draws from results"
+    need(dataset is not None or not found.has_own_pool, what)
+    return found.declare(run, dataset) if found.has_own_pool else found.declare(run)
 
 
 # ---- what is left to do, and what it costs ------------------------------------------------------------------
@@ -297,8 +275,6 @@ def flags(run, planned):
 
 class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes.
-
-    Controls on a pool that a notebook draws from results are left to the notebook.
 
     ensembles: (experiment's name, the first of its notebooks, Planned) of each.
     """
@@ -355,24 +331,23 @@ class Plan:
         print(f"About {duration(seconds)} to go, {share:.0%} of the training is done.", flush=True)
         self.speak_at = time.monotonic() + max(20, seconds / 5)
 
-    def train(self, book=None, quiet=False):
+    def train(self, book=None):
         """Train what one notebook needs and no other process trains; None: what all need, none of which is run then."""
         self.notebooks, run = self.notebooks if book else [], self.run
-        where = run.store, run.device, run.engine, run.gpus
+        how = dict(device=run.device, engine=run.engine, gpus=run.gpus, quiet=bool(book), notify=self.say, wait=False)
         for _, first, (recipe, n_models, data) in self.ensembles:
             if book in (None, first):
-                train(recipe, data, n_models, *where, quiet=quiet, notify=self.say, wait=False)
+                train(recipe, data, n_models, run.store, **how)
 
     def trial(self):
         """Gradients of one example a second that a process makes for the baseline: from a few steps, just now."""
-        run, recipe = self.run, self.run.recipe(self.run.baseline)
-        data = run.dataset
+        recipe, data = self.run.recipe(self.run.baseline), self.run.dataset
         n = min(len(data.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
         few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the processes that will train
         with tempfile.TemporaryDirectory() as folder:
-            train(recipe, few, 2, folder, run.device, quiet=True)
+            train(recipe, few, 2, folder, self.run.device, quiet=True)
             seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
         torch.set_num_threads(threads)
         return work(recipe, n, 1) / np.median(seconds)

@@ -16,16 +16,15 @@ LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
 
 
 def style():
-    """The look of every figure."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 130, "savefig.bbox": "tight", "legend.frameon": False})
 
 
 def save(figure, run, name):
     """Write the figure to <out>/figures/<name>.png and return it."""
-    folder = Path(run.out) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png")
+    path = Path(run.out) / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
     plt.close(figure)
     return figure
 
@@ -38,8 +37,8 @@ def plain(name):
 
 def look(index, name=None):
     """Colour, line and marker of the index-th series, and its name as the label, if one is given."""
-    shape = dict(color=COLOURS[index % 10], linestyle=LINES[index % 4], marker=MARKERS[index % 4])
-    return shape | ({"label": plain(name)} if name else {})
+    label = {"label": plain(name)} if name else {}
+    return dict(color=COLOURS[index % 10], linestyle=LINES[index % 4], marker=MARKERS[index % 4], **label)
 
 
 def error_bars(axis, x, frame, index, label=None, **more):
@@ -84,9 +83,8 @@ def forest(frame, panels, rows="attack", reference=0):
 def leakage_against_accuracy(axis, rows, attack, chosen):
     """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
 
-    rows: of the experiment "tuning", each setting's own values and its paired differences from the tuned baseline.
-    Lines join the learning rates at one radius and weight decay, dotted unless it is the first. Settings in `chosen`
-    (optimizer, rho, lr, weight decay) are large; those that do not fit (verdict.FITS) are hollow.
+    rows: of the experiment "tuning". Lines join the learning rates at one radius and weight decay, dotted unless it is
+    the first. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow.
     """
     rows = rows.assign(rho=pd.to_numeric(rows.rho).fillna(0.0))
     rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)

@@ -30,12 +30,11 @@ LEAST = 4  # members and non-members of a model: thresholds are learned on one h
 
 
 def models(name, given):
-    """Models trained elsewhere, in the shape of an Ensemble: logits [M, Q, N, C], member, test_logits, dataset.
+    """Models trained elsewhere, from a path or arrays, in the shape of an Ensemble: logits [M, Q, N, C], member, ...
 
-    given: a path, or a dict of arrays. The population stands in for the test part; what is missing is None. Where the
-    models did not all train on the same examples, those that LiRA can't judge are left out, if enough others remain.
-    `notes` says what was changed, `kept` [N] which examples of the file are judged. Raises ValueError naming the file,
-    the array, what is wrong there and what is valid.
+    The population stands in for the test part. Where the models did not all train on the same examples, those that LiRA
+    can't judge are left out, if enough others remain. `notes` says what was changed, `kept` [N] which are judged.
+    Raises ValueError naming the file, the array, what is wrong there and what is valid.
     """
     if not hasattr(given, "items"):
         path = Path(given)
@@ -47,7 +46,7 @@ def models(name, given):
     arrays = {key: np.asarray(array) for key, array in given.items()}
 
     def refuse(key, wrong, valid, values=None):
-        """Raise the error if `wrong`: a bool, or bools of which the first true one is the place. values: to show."""
+        # wrong: a bool, or bools of which the first true one is the place; values: to show there
         if np.any(wrong):
             array = arrays.get(key)
             found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
@@ -86,21 +85,16 @@ def models(name, given):
     refuse("member" if groups is None else "groups", few, valid, inside)
     if not kept.all():
         z, y, member, groups = z[:, :, kept], y[kept], member[:, kept], None if groups is None else groups[kept]
-        notes.append(
-            f"{n - kept.sum()} of {n} examples are left out: LiRA and RMIA need three models that trained on an "
-            "example, three that did not and, if models come in complementary pairs, one of each pair."
-        )
-    shared = {"member": member, "y": y, "groups": groups, "population_y": y_test}
+        why = "LiRA and RMIA need three models that trained on an example, three that did not and, if models come in"
+        why += " complementary pairs, one of each pair."
+        notes.append(f"{n - kept.sum()} of {n} examples are left out: {why}")
+    more = dict(notes=notes, kept=kept, shared={"member": member, "y": y, "groups": groups, "population_y": y_test})
     dataset = SimpleNamespace(y=y, groups=groups, y_test=y_test, groups_test=None)
-    said = dict(notes=notes, kept=kept, shared=shared)
-    return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, **said)
+    return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, **more)
 
 
 def part(arrays, which, refuse, notes):
-    """Logits [M, Q, N, C] and labels [N] of the pool (which: "") or of the population ("population_").
-
-    refuse: as in `models`; notes: a list, which gets a sentence on what was changed.
-    """
+    """Logits [M, Q, N, C] and labels [N] of the pool (which: "") or of the population ("population_"), for `models`."""
     logits, labels, probabilities = (which + key for key in ("logits", "y", "probabilities"))
     given = probabilities if probabilities in arrays else logits
     z, y = arrays.get(given), arrays.get(labels)
@@ -109,9 +103,8 @@ def part(arrays, which, refuse, notes):
     refuse(given, ~(z < np.inf), "numbers below infinity")
     (n, c), total = z.shape[-2:], z.sum(-1, dtype=float)
     if given == logits:
-        are_p = (z >= 0).all() and np.ptp(total) <= 0.04 * total.mean()
         said = f"logits; these are probabilities (they sum to {total.mean():.3g}): name the array {probabilities}"
-        refuse(given, are_p, said)
+        refuse(given, (z >= 0).all() and np.ptp(total) <= 0.04 * total.mean(), said)
     else:
         refuse(given, z < 0, f"numbers from 0 to 1 (name the array {logits} if it holds logits or log p)")
         refuse(given, np.abs(total - 1) > 0.02, f"classes that sum to 1 (logits are named {logits})", total)
@@ -124,9 +117,8 @@ def part(arrays, which, refuse, notes):
         y = y.argmax(1)
     elif np.size(y) in np.shape(y):  # [N], [N, 1] or [1, N]
         y = y.ravel()
-        if len(y) != n and len(y) in z.shape:
-            swap = f"np.moveaxis({given}, {z.shape.index(len(y))}, -2) swaps the axes"
-            refuse(given, True, f"[M, N, C] with N = {len(y)} labels: {swap}")
+        swapped = len(y) != n and len(y) in z.shape and f"np.moveaxis({given}, {z.shape.index(len(y))}, -2)"
+        refuse(given, bool(swapped), f"[M, N, C] with N = {len(y)} labels: {swapped} swaps the axes")
     refuse(labels, np.shape(y) != (n,), f"integers [{n}], or one-hot [{n}, {c}]")
     refuse(labels, y != np.floor(y), "whole numbers", y)
     one_too_high = ", so subtract 1" * bool(y.min() == 1 and y.max() == c)
@@ -150,8 +142,7 @@ def audit(given, out) -> pd.DataFrame:
     """Audit models trained elsewhere: the tidy frame of results.csv, with figures/ and report/index.html in `out`.
 
     given: dict name -> path of an .npz or dict of arrays, or a list of paths, named by their stems; the first is the
-    baseline. The experiments are "main" and "null control" (shuffled membership, on which every AUC should be 1/2).
-    Raises ValueError before any attack runs.
+    baseline. Raises ValueError before any attack runs.
     """
     named = {str(k): v for k, v in given.items()} if hasattr(given, "items") else {Path(p).stem: p for p in given}
     need(0 < len(named) == len(given), f"data: {[*map(str, given)]}; valid are one or more .npz of different names")
@@ -159,10 +150,9 @@ def audit(given, out) -> pd.DataFrame:
     first, e = next(iter(ensembles.items()))
     for name, other in ensembles.items():
         for key, array in e.shared.items():
-            problem = (
-                f"{name}: {key}: differs from that of {first}; valid is the same in all: audit others one at a time"
-            )
-            need(np.array_equal(array, other.shared[key]), problem)
+            what = f"{name}: {key}: differs from that of {first}"
+            same = np.array_equal(array, other.shared[key])
+            need(same, f"{what}; valid is the same in all: audit others one at a time")
     path = Path(out) / "results.csv"
     free = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
     need(free, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")
@@ -203,9 +193,8 @@ def page(out, ensembles, scored, frame):
     answer += f"{attack} tells which is which in {told}; guessing would in 50."
     if len(ensembles) == 1:
         found = main[main.metric.str.contains("@0.1$|@0.01$") & (main.attack == attack)][-2:]
-        named = (
-            f"{text.of_hundred(row)} of a hundred {'non-' * ('fpr' in row.metric)}members" for row in found.itertuples()
-        )
+        who = [f"a hundred {'non-' * ('fpr' in metric)}members" for metric in found.metric]
+        named = [f"{text.of_hundred(row)} of {of}" for row, of in zip(found.itertuples(), who, strict=True)]
         answer += f" Told to accuse few, it names {' and '.join(named) or 'nobody: there are too few examples'}."
     for family, attacks in FAMILIES.items():
         for (name, baseline), rows in auc[auc.attack.isin(attacks)].groupby(["optimizer", "baseline"], sort=False):
@@ -259,7 +248,7 @@ def pictures(out, ensembles, scored, auc):
 
 
 def limits(ensembles, shadows):
-    """What the numbers are about and what they cannot say, in sentences. shadows: LiRA and RMIA ran."""
+    """What the numbers cannot say, in sentences. shadows: LiRA and RMIA ran."""
     e = next(iter(ensembles.values()))
     member, y, groups = e.member, e.dataset.y, e.dataset.groups
     side = 2 * calibration_split(member, 0, y, groups) + member  # 0 to 3: the non-members and members of each half

@@ -1,7 +1,6 @@
 """The report of a run, outputs/<run>/report/index.html: the answer first, then its use, the verdicts, every notebook.
 
 It opens from disk, without a server, a script or the network: figures are embedded and mathematics is MathML.
-`make report DATASET=digits` (or OUT=folder) makes it anew from what is there.
 """
 
 import base64
@@ -20,6 +19,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
+from lib import need
 from lib.attacks.catalogue import HEADLINES
 from lib.study import verdict
 from lib.study.results import COLUMNS, NUMBERS, differing, read
@@ -55,8 +55,6 @@ def mathml(tex, display="inline"):
 
 
 class Renderer(IPythonRenderer):
-    """Markdown as nbconvert renders it, but for the mathematics."""
-
     inline_math = staticmethod(mathml)
     block_math = staticmethod(partial(mathml, display="block"))
 
@@ -102,12 +100,10 @@ def rendered(path):
 
 
 def bullets(sentences):
-    """A list in HTML of plain sentences."""
     return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
 def embedded(path, caption):
-    """The PNG at `path`, inside the page; caption is text."""
     data, said = base64.b64encode(Path(path).read_bytes()).decode(), html.escape(caption)
     return f'<img alt="{said}" title="{said}" src="data:image/png;base64,{data}">'
 
@@ -139,12 +135,12 @@ def strongest(rows):
 def for_engineers(rows, prefer="", over=""):
     """In HTML, from the rows of a results.csv: what to do, how often the attacker is right, who is exposed, controls.
 
-    prefer: what leaks less, over: than what; over is "" if nothing was compared, prefer if no difference was found.
+    prefer: what leaks less ("": no difference was found), over: than what ("": nothing was compared).
     """
     best, own = strongest(rows), rows[(rows.experiment == "main") & (rows.baseline == "")]
     null, (attack, *_) = rows[rows.experiment == "null control"], [*best.attack, "none"]
-    found = [*null.attack], null[NUMBERS].to_numpy(float) - 0.5, 0.0, "family"
-    if len(null) and verdict.judge_attacks(*found)[0] != "inconclusive":
+    shift = null[NUMBERS].to_numpy(float) - 0.5
+    if len(null) and verdict.judge_attacks([*null.attack], shift, 0.0, "family")[0] != "inconclusive":
         do = "look for a fault first: membership was shuffled, and attacks still tell members apart"
     elif prefer:
         do = f"prefer {prefer} to {over} where it is accurate enough, and audit what you release"
@@ -176,20 +172,29 @@ def for_engineers(rows, prefer="", over=""):
 {bullets(controls)}"""
 
 
-def index(out, rows, titles):
-    """The first page of the run in folder `out`, from the rows of its results.csv and its pages' titles by file."""
-    ledger, by_attack = verdict.ledger(rows), verdict.ledger(rows, verdict.BY_ATTACK)
+def build(out):
+    """Write the report of the run in folder `out`: the path of its index. Raises ValueError if nothing is there."""
+    out, links = Path(out), ""
+    books, results = sorted(out.glob("[0-9][0-9]_*.ipynb")), out / "results.csv"
+    what = f"out={str(out)!r} has neither results.csv nor an executed notebook"
+    need(books or results.exists(), f"{what}: `make study` makes them")
+    rows = read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
+    (out / "report").mkdir(exist_ok=True)
+    for book in books:
+        title, text = rendered(book)
+        write_atomic(out / "report" / f"{book.stem}.html", text)
+        links += f'<li><a href="{html.escape(book.stem)}.html">{html.escape(title)}</a></li>'
+    ledger = verdict.ledger(rows)
     counted = ", ".join(f"{count} {name}" for name, count in ledger.verdict.value_counts().items())
     groups = "; ".join(", ".join(filter(None, group)) for group in ledger[verdict.GROUP].drop_duplicates().values)
     settings = ledger[(ledger.optimizer != "") & (ledger.setting != "")][["dataset", "arch", "optimizer", "setting"]]
     lines = [f"{', '.join(about)}: {said}" for *about, said in settings.drop_duplicates().values]
-    links = "".join(f'<li><a href="{html.escape(name)}">{html.escape(text)}</a></li>' for name, text in titles.items())
     names, advice = ("the tuned baseline", "sharpness-aware training"), ("", "")
     for claim in ("more_when_tuned", "more_at_equal_accuracy"):  # the second has the last word, where it was judged
         if judged := {*ledger.verdict[ledger.claim == claim]} - {"not run", "not testable here"}:
             way = ("supported" in judged) - ("contradicted" in judged)
             advice = {1: names, -1: names[::-1], 0: ("", joined(names))}[way]
-    pictures = ((Path(out) / "figures" / f"{name}.png", caption) for name, caption in PICTURES.items())
+    pictures = ((out / "figures" / f"{name}.png", caption) for name, caption in PICTURES.items())
     picture = next((each for each in pictures if each[0].exists()), None)
     sections = {
         "For engineers": for_engineers(rows, *advice),
@@ -199,23 +204,8 @@ The size of this run (the paper's: 50,000 examples, 256 models), and how well th
 {bullets([*(lines or ["nothing was run yet"]), *differing(out)])}{verdict.table(ledger).to_html()}""",
         "Evidence": f"<ul>{links}</ul>",
     }
-    folded = {"Each attack by itself": verdict.table(by_attack).to_html()}
-    folded["The rule"] = f"<pre>{html.escape(verdict.__doc__)}</pre>"
-    title = f"Flat Is Not Private: {groups or 'no results yet'}"
-    return opening(title, verdict.headline(ledger), picture, sections, folded)
-
-
-def build(out):
-    """Write the report of the run in folder `out`: the path of its index. Raises ValueError if nothing is there."""
-    out, titles = Path(out), {}
-    books, results = sorted(out.glob("[0-9][0-9]_*.ipynb")), out / "results.csv"
-    if not books and not results.exists():
-        raise ValueError(f"out={str(out)!r} has neither results.csv nor an executed notebook: `make study` makes them")
-    rows = read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
-    (out / "report").mkdir(exist_ok=True)
-    for book in books:
-        titles[f"{book.stem}.html"], text = rendered(book)
-        write_atomic(out / "report" / f"{book.stem}.html", text)
-    path = out / "report" / "index.html"
-    write_atomic(path, index(out, rows, titles))
+    by_attack = verdict.table(verdict.ledger(rows, verdict.BY_ATTACK)).to_html()
+    folded = {"Each attack by itself": by_attack, "The rule": f"<pre>{html.escape(verdict.__doc__)}</pre>"}
+    title, path = f"Flat Is Not Private: {groups or 'no results yet'}", out / "report" / "index.html"
+    write_atomic(path, opening(title, verdict.headline(ledger), picture, sections, folded))
     return path

@@ -27,10 +27,7 @@ SETTINGS += ["tuning", "n_pools"]
 
 
 def read(path):
-    """The rows of a results.csv but for audits of own logits: COLUMNS, with numbers and counts as floats.
-
-    An empty file has no rows. Raises ValueError naming the file if it can't be read or lacks a column.
-    """
+    """The rows of a results.csv but for audits of own logits: COLUMNS, with numbers and counts as floats."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS]
         for name in NUMBERS + COUNTS:
@@ -39,8 +36,8 @@ def read(path):
     except pd.errors.EmptyDataError:
         return pd.DataFrame(columns=COLUMNS)
     except (OSError, ValueError, KeyError) as error:
-        wanted = f"a run's results.csv, with the columns {', '.join(COLUMNS)}"
-        raise ValueError(f"results={str(path)!r} can't be read ({error}): give {wanted}") from None
+        wanted = f"give a run's results.csv, with the columns {', '.join(COLUMNS)}"
+        raise ValueError(f"results={str(path)!r} can't be read ({error}): {wanted}") from None
 
 
 def differing(out):
@@ -56,8 +53,8 @@ def differing(out):
 def recipe_digest(run):
     """12 hex digits that name all that decides a run's numbers: its settings, its data, its optimizers' stores."""
     stores = [ensemble.store_key(run.recipe(name), run.dataset) for name in run.names]
-    text = [VERSION, run.parameters.model_dump(exclude=PLACES), run.dataset.hash, stores]
-    text += [] if run.published is None else [run.published.tolist()]
+    published = [] if run.published is None else [run.published.tolist()]
+    text = [VERSION, run.parameters.model_dump(exclude=PLACES), run.dataset.hash, stores, *published]
     return hashlib.blake2b(json.dumps(text, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
@@ -75,10 +72,9 @@ class Results:
         self.about |= dict(seed=run.seed, recipe=recipe_digest(run), device=name)
 
     def add(self, frame, experiment="main", **fields):
-        """Write a tidy frame, with some of COLUMNS, beside what is there; `fields` gives other columns.
+        """Write a tidy frame beside what is there; `fields` gives columns that it lacks, and others are dropped.
 
-        rho, if absent, is the run's own for each optimizer. Columns beyond the schema are dropped. Raises ValueError
-        for an unknown field, or naming `out` if the disk refuses.
+        rho, if absent, is the run's own for each optimizer.
         """
         for name in set(fields) - set(COLUMNS):
             raise ValueError(f"{name}={fields[name]!r} is no column of results: {', '.join(COLUMNS)}")
@@ -97,9 +93,8 @@ class Results:
                 if self.path.exists():
                     others = pd.read_csv(self.path, dtype=object, keep_default_na=False)
                     own = pd.concat([others[others.notebook != notebook], own])
-                own_settings = {name: getattr(self.run, name) for name in SETTINGS} | {"versions": self.versions}
-                made = read_json(settings) | {notebook: own_settings}
-                write_atomic(settings, json.dumps(made, indent=1))
+                made = {name: getattr(self.run, name) for name in SETTINGS} | {"versions": self.versions}
+                write_atomic(settings, json.dumps(read_json(settings) | {notebook: made}, indent=1))
                 write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))
         except OSError as error:
             raise ValueError(f"out={str(self.run.out)!r} can't be written ({error}): give a writable folder") from error

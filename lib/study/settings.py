@@ -1,7 +1,4 @@
-"""What a run is: one model of its parameters for notebooks, command line and make, and the checked Run made of them.
-
-A preset fills in what is not given. Whatever is invalid raises a ValueError that names the parameter, before training.
-"""
+"""What a run is: its parameters, for notebooks, command line and make, and the checked Run that is made of them."""
 
 import argparse
 import ast
@@ -49,13 +46,11 @@ PRESETS = {
 
 
 def parameter(about, default=None, **limits):
-    """A field of Parameters with its help text. None: not given, so the preset decides (or, for gpus, the device)."""
+    # None: not given, so the preset decides (or, for gpus, the device)
     return Field(default, description=about, **limits)
 
 
 class Parameters(BaseModel):
-    """The parameters of a run, with their types, limits and help texts."""
-
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: Literal[tuple(PRESETS)] = parameter("tiny, default, small (two cores), fast, paper (a GPU)", "default")
@@ -125,10 +120,7 @@ def parse(arguments):
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run: every parameter filled in, the data loaded, nothing trained yet.
-
-    A parameter is also an attribute of the run (run.epochs), but for `dataset`, which is the loaded Dataset.
-    """
+    """A checked run. A parameter is also an attribute (run.epochs), but for `dataset`, which is the loaded Dataset."""
 
     parameters: Parameters
     dataset: Dataset
@@ -186,9 +178,8 @@ class Run:
 
         dataset: the pool, where a notebook draws it from results. Empty if the experiment does not suit this run.
         """
-        planned = experiments.declared(self, name, dataset)
-        found, experiment = {}, experiments.EXPERIMENTS[name]
-        for key, (recipe, n_models, data) in planned.items():
+        found, experiment = {}, experiments.EXPERIMENTS.get(name)
+        for key, (recipe, n_models, data) in experiments.declared(self, name, dataset).items():
             found[key] = train(recipe, data, n_models, self.store, self.device, self.engine, self.gpus)
             if experiment.is_private and len(found) == 1 and len(found[key].ids) < 8:
                 return {}  # not even the baseline, without noise, learns on this network
@@ -205,10 +196,7 @@ class Run:
 
 
 def open_run(given):
-    """Check the given parameters (a dict), load the data, fill in the rest from the preset: a Run.
-
-    Raises ValueError that names the parameter, before anything is trained.
-    """
+    """The Run of the given parameters (a dict) and, for the rest, the preset. ValueError names a bad parameter."""
     asked = checked(given)
     for name, folder in (("out", asked.out), ("store", asked.store)):
         try:
@@ -217,9 +205,8 @@ def open_run(given):
         except OSError as error:
             raise ValueError(f"{name}={folder!r} can't be written ({error}): give a writable folder") from error
     whole = load(asked.dataset, asked.data, Path(asked.store) / "cache")
-    kinds = PRESETS[asked.preset]
-    preset = kinds.get(asked.dataset) or kinds["table" if Run(asked, whole).is_small else "image"]
-    values = {**preset, **asked.model_dump(exclude_none=True)}
+    kinds, given = PRESETS[asked.preset], asked.model_dump(exclude_none=True)
+    values = (kinds.get(asked.dataset) or kinds["table" if Run(asked, whole).is_small else "image"]) | given
     bound = values["n_examples"] if asked.n_examples or values["n_examples"] < len(whole.y) else None
     # the models are asked about as many test points as each is trained on, or about all there are
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
@@ -251,12 +238,12 @@ def published_scores(path, n):
 
 def check(run):
     """Raise ValueError naming the parameter if any main ensemble of the run could not be trained or compared."""
-    need(len({*run.names} - {""}) == len(run.names) >= 2,
-         f"optimizers={run.optimizers!r} is not valid: two or more names, separated by commas")  # fmt: skip
+    what = f"optimizers={run.optimizers!r} is not valid"
+    need(len({*run.names} - {""}) == len(run.names) >= 2, f"{what}: two or more names, separated by commas")
     workers.check(run.engine)
     recipes = [run.recipe(name) for name in run.names]  # raises what is wrong with the optimizers and the device
     first = f"the first is the baseline, one of {', '.join(BASES)}, or your own"
-    need(recipes[0].optimizer.rule_name == "plain", f"optimizers={run.optimizers!r}: {first}")
+    need(recipes[0].optimizer.rule_name == "plain", f"{what}: {first}")
     fine = run.rho > 0 or not any(recipe.optimizer.has_radius for recipe in recipes)
     need(fine, f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for recipe in recipes:
@@ -278,9 +265,8 @@ def check(run):
 def notebook_run(namespace):
     """The Run of a notebook. namespace: its globals().
 
-    Known parameters are read and, within IPython, all names assigned from the last parameters cell to the cell of
-    this call, so a misspelt parameter is refused. A parameters cell begins with "# Parameters", as papermill's does.
-    Names that begin with PAPERMILL_ are papermill's own.
+    Within IPython all names assigned from the last parameters cell ("# Parameters", as papermill's begins) to the cell
+    of this call are parameters, so a misspelt one is refused. Names that begin with PAPERMILL_ are papermill's own.
     """
     cells, known = namespace.get("In", []), set(Parameters.model_fields)
     starts = [k for k, cell in enumerate(cells) if cell.lstrip().startswith("# Parameters")]

@@ -1,6 +1,7 @@
 """Sentences and tables computed from results, never typed. Frames: optimizer, metric, value, ci_low, ci_high."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,7 @@ pd.set_option("styler.html.mathjax", False, "display.html.use_mathjax", False)  
 
 
 def show_text(text):
-    """Show a computed sentence as Markdown: without mathematics or HTML, which only names from data can bring in.
-
-    The names of optimizers, classes and paths are shown letter by letter, up to Markdown's own *, `, [ and ~.
-    """
+    """Show a computed sentence as Markdown, without the mathematics and HTML that only names from data can bring in."""
     # code stays as it is; else what begins mathematics or a tag, an underscore at the edge of a word, a backslash
     special = r"`[^`]*`|\$|<(?=[a-zA-Z/!?])|(?<![^\W_])_|_(?![^\W_])|\\(?=[^\w\s])"
     spelt = {"$": "<span>&#36;</span>", "\\": "<span>&#92;</span>", "<": "&lt;", "_": r"\_"}  # no formula crosses a tag
@@ -29,14 +27,8 @@ def number(row, form=None, unit="", scale=1):
     return f"{value}{unit}" + f" [{low}, {high}]" * bool(row.ci_low < row.ci_high)
 
 
-def percentage_points(row):
-    """'+2.8 points [+2.1, +3.5]' of a difference of rates."""
-    return number(row, "+.1f", " points", 100)
-
-
-def of_hundred(row):
-    """'63.7 [62.6, 64.7]' of a share: so many in a hundred."""
-    return number(row, ".3g", scale=100)
+of_hundred = partial(number, form=".3g", scale=100)  # '63.7 [62.6, 64.7]' of a share
+percentage_points = partial(number, form="+.1f", unit=" points", scale=100)  # '+2.8 points [+2.1, +3.5]'
 
 
 def wide(frame, across):
@@ -61,10 +53,7 @@ def show_table(frame, across=("optimizer",)):
 
 
 def select(frame, baseline="", **columns):
-    """The one row of a tidy frame whose columns have these values; ValueError with them if not exactly one has.
-
-    select(frame, metric="auc", optimizer="sam", baseline="sgd") is SAM's AUC minus SGD's; baseline "" is its own AUC.
-    """
+    """The one row of a tidy frame whose columns have these values: baseline "sgd" for a difference from SGD."""
     wanted = columns | ({"baseline": baseline} if baseline or "baseline" in frame else {})
     found = frame[(frame[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     need(len(found) == 1, f"{len(found)} rows have {wanted}; valid is what exactly one row has")
@@ -94,7 +83,6 @@ def joined(names):
 
 
 def null_control(rows):
-    """What the null control's rows say: how many attacks hold 0.5, and which lies furthest from it."""
     if rows.empty:
         return "not run."
     outside = rows.attack[(rows.ci_low > 0.5) | (rows.ci_high < 0.5)]
@@ -104,7 +92,6 @@ def null_control(rows):
 
 
 def planted_leak(rows):
-    """What the rows of a planted leak say: how many attacks find it, and which do not."""
     pairs, missed = int(rows.n_models.max()) // 2, rows.attack[rows.ci_low <= 0.5]
     if pairs < 6:
         return f"{pairs} pairs are too few to say: with every one found, the interval would still hold 0.5."

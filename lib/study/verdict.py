@@ -64,7 +64,6 @@ BY_ATTACK["statement"] = "{a} leaks more than {b} under " + BY_ATTACK.attack + "
 
 
 def worst(verdicts):
-    """Of several tests of a claim, the verdict that decides: the last one in SHADES."""
     return max(verdicts, key=[*SHADES].index)
 
 
@@ -76,10 +75,7 @@ def judge(effect, low, high, delta, rule="more"):
 
 
 def holm(p, level=0.05):
-    """Which of the hypotheses with these p values [n] Holm's method (1979) rejects, at `level` for them all: bool [n].
-
-    Of p_(1) <= ... <= p_(n), each is rejected if p_(i) <= level / (n - i + 1) for it and all before it. NaN never is.
-    """
+    """bool [n], rejected (Holm 1979): p_(1) <= ..., if p_(i) <= level / (n - i + 1) for it and all before it."""
     order, rejected = np.argsort(p), np.zeros(len(p), bool)
     rejected[order] = np.logical_and.accumulate(np.asarray(p)[order] <= level / np.arange(len(p), 0, -1))
     return rejected
@@ -101,7 +97,7 @@ def judge_attacks(attacks, numbers, delta, rule="more"):
     sides = ("for", 1), ("against", -1)
     said = "; ".join(f"{word} it: {joined(np.array(attacks)[way == side])}" for word, side in sides if side in way)
     if way.min() < 0 < way.max():
-        return "inconclusive", f"mixed, the attacks disagree: {said}"
+        decides, said = False, f"mixed, the attacks disagree: {said}"
     verdict = "supported" if way.max() > 0 else "contradicted"
     return verdict if decides else "inconclusive", said or "significant by none"
 
@@ -109,8 +105,7 @@ def judge_attacks(attacks, numbers, delta, rule="more"):
 def obstacle(known, row, needs):
     """Why a comparison cannot be tested, in words; "" if it can, None if what would tell was not recorded.
 
-    known: dict of KEY -> [value, ci_low]. Fit and learning are those at the row's own place in an experiment; if these
-    were not recorded, those of the main comparison.
+    known: dict of KEY -> [value, ci_low]; if a place in an experiment has none, the main comparison tells.
     """
 
     def look(metric, optimizer, baseline=""):
@@ -135,10 +130,7 @@ def obstacle(known, row, needs):
 
 
 def tested(known, rows, test, pair):
-    """A test on the rows of a group: its verdict, effect in words and as a number (size), evidence and n_models.
-
-    known: as in `obstacle`. The rows have a column `at`, their coordinate in words.
-    """
+    """A test on the rows of a group: its verdict, effect in words and as a number (size), evidence and n_models."""
     attacks, against = test.attack.split(" "), test.sign < 0
     unit, change = UNITS.get(re.split("[ _]", test.metric)[0], UNITS["rate"])
     least = test.sign * DELTAS[unit] * (-1 if test.rule == "not less" else 1)
@@ -170,16 +162,8 @@ def tested(known, rows, test, pair):
         sizes.append(np.median(numbers[:, 0]))
         said.append(f"{at or test.metric}: {', '.join([*effects, reason])}".removesuffix(", "))
     verdict = worst(verdicts) if verdicts else "not testable here" if said else "not run"
-    evidence += " (not recorded)" * (not said)
     about = {"verdict": verdict, "effect": "; ".join(said), "size": next(iter(sizes), np.nan)}
-    return about | {"evidence": evidence, "n_models": rows.n_models.min()}
-
-
-def setting(main, pair):
-    """In words: how many examples and models a group has, and how well two optimizers fit."""
-    said = [f"{row.n_examples:,.0f} examples, {row.n_models:.0f} models" for row in main[:1].itertuples()]
-    fits = main[(main.metric == "train_accuracy") & (main.baseline == "") & main.optimizer.isin(pair)]
-    return "; ".join(said + [f"{row.optimizer} fits {row.value:.1%}" for row in fits.itertuples()])
+    return about | {"evidence": evidence + " (not recorded)" * (not said), "n_models": rows.n_models.min()}
 
 
 def sharp(rows):
@@ -191,9 +175,8 @@ def sharp(rows):
 def ledger(results, claims=CLAIMS):
     """The verdicts on rows of `read`, which may have a column run. claims: CLAIMS, or BY_ATTACK.
 
-    One row for each claim and group (run, dataset, arch) and, if the claim compares optimizers, for each
-    sharpness-aware optimizer of the main comparison. Without any rows, every claim is not run. size: the first effect
-    in the units of the evidence, or the median of several attacks.
+    One row for each claim and GROUP and, if the claim compares optimizers, for each sharpness-aware optimizer of the
+    main comparison. size: the first effect in the units of the evidence, or the median of several attacks.
     """
     rows = results.assign(run=results.get("run", ""), at=results.coordinate, kind=results.experiment)
     rows = rows.drop_duplicates(KEY)
@@ -215,12 +198,15 @@ def ledger(results, claims=CLAIMS):
     rows, out = pd.concat([rows, strict, every]), []
     for group, part in list(rows.groupby(GROUP, sort=False)) or [(("", "", ""), rows)]:
         main = part[(part.kind == "main") & (part.coordinate == "")]
+        size = [f"{row.n_examples:,.0f} examples, {row.n_models:.0f} models" for row in main[:1].itertuples()]
+        fits = main[(main.metric == "train_accuracy") & (main.baseline == "")]
         part = pd.concat([part, archs[archs.dataset == group[1]]])
         for a, b in sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]:
             tests = pd.DataFrame([tested(known, part, test, (a, b)) for test in claims.itertuples()])
             tests = pd.concat([claims.reset_index(drop=True), tests], axis=1)
             tests[GROUP], is_pair = group, tests.optimizer == ""
-            about = {"optimizer": a, "baseline": b, "setting": setting(main, (a, b))}
+            fit = [f"{r.optimizer} fits {r.value:.1%}" for r in fits.itertuples() if r.optimizer in (a, b)]
+            about = {"optimizer": a, "baseline": b, "setting": "; ".join(size + fit)}
             tests = tests.assign(**{name: np.where(is_pair, value, "") for name, value in about.items()})
             tests["statement"] = [said.format(a=a.upper(), b=b.upper()) for said in tests.statement]
             out.append(tests)

@@ -1,7 +1,4 @@
-"""Any data set becomes one `Dataset`: a pool, on whose halves models train, and a test part, which no model trains on.
-
-Shapes: N pool examples, T test examples, C classes. Where the arrays come from is in lib.data.sources.
-"""
+"""Any data set becomes one `Dataset`: a pool of N examples, on whose halves models train, and T test examples."""
 
 import json
 from dataclasses import dataclass, replace
@@ -55,9 +52,8 @@ class Dataset:
 def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
     """Load a data set of DATASETS; `data` is its path, `cache` the folder for decoded data (store/cache).
 
-    docs/settings.md says which files each one reads. Without a test part one is split off, in whole groups; `seed` says
-    which. What is left out (other files, labels without an image) is counted and printed. Raises ValueError for what is
-    missing or wrong.
+    docs/settings.md says which files each one reads, and what is left out is printed. Without a test part one is split
+    off, in whole groups, with `seed`. Raises ValueError for what is missing or wrong.
     """
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -88,10 +84,9 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
 
 
 def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Dataset:
-    """A stratified random subset of n_examples of the pool, two or more of each class; seed sets its order.
+    """A stratified random subset of the pool, in random order, and n_test examples of the test part (None: all).
 
-    n_examples must be even, and of whole groups in two equal halves; None keeps as many as possible. n_test limits the
-    test part; None keeps it all. Raises ValueError.
+    n_examples must be even, and of whole groups in two equal halves (None: as many as possible). Raises ValueError.
     """
     n, t, least = len(dataset.y), len(dataset.y_test), 2 * dataset.n_classes
     need(isinstance(seed, int | np.integer) and seed >= 0, f"{seed=}: needs a whole number, not negative")
@@ -109,10 +104,9 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
 
 
 def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """float32 model inputs (x [N, ...], x_test [T, ...]); all statistics come from the pool.
+    """float32 model inputs (x [N, ...], x_test [T, ...]), standardised by the pool but for floats within [0, 1].
 
-    Floats within [0, 1] stay as they are. Everything else is standardised, images by channel and features one by one;
-    what is constant in the pool becomes 0. uint8 is divided by 255 before.
+    Images are standardised by channel, features one by one; what is constant in the pool becomes 0.
     """
     full = 255 if dataset.x.dtype == np.uint8 else 1
     x, x_test = (np.divide(part, full, dtype=np.float32) for part in (dataset.x, dataset.x_test))
@@ -128,7 +122,7 @@ def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def validate(dataset: Dataset) -> Dataset:
-    """Return `dataset` unchanged, or raise one ValueError that says what is wrong with it."""
+    """Return `dataset`, or raise one ValueError that says what is wrong with it."""
     c, shape = dataset.n_classes, dataset.x.shape[1:]
     for part in ("", "_test"):
         x, y, groups = (getattr(dataset, f"{key}{part}") for key in ("x", "y", "groups"))
@@ -140,8 +134,8 @@ def validate(dataset: Dataset) -> Dataset:
         need(0 <= y.min() and y.max() < c, f"y{part} runs from {y.min()} to {y.max()}; valid are 0..{c - 1}")
         need(groups is None or groups.shape == y.shape, f"groups{part}: {len(y)} integers are needed")
     n = np.bincount(dataset.y, minlength=c)
-    why = f"class {dataset.classes[n.argmin()]!r} has {n.min()} of the pool"
-    need(c > 1 and n.min() > 1, f"y: {why}; at least two classes are needed, and two examples of each")
+    why = f"y: class {dataset.classes[n.argmin()]!r} has {n.min()} of the pool"
+    need(c > 1 and n.min() > 1, f"{why}; at least two classes are needed, and two examples of each")
     return dataset
 
 
@@ -171,8 +165,7 @@ def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:
     """Indices of n_examples (None: as many as possible) in whole groups, in random order.
 
-    Groups of one size are taken two at a time, one for either half. They come in an order in which the classes take
-    turns, in proportion to their sizes; the first two of each class lead.
+    Groups of one size are taken in pairs, one for either half; classes take turns, in proportion to their sizes.
     """
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)

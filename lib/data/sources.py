@@ -1,7 +1,4 @@
-"""Where the data come from: a name and a path become arrays, which lib.data.dataset makes into one `Dataset`.
-
-Arrays of objects are refused. Only CIFAR's own files are pickles, which torchvision reads after comparing checksums.
-"""
+"""A name and a path become arrays. Only CIFAR's files are pickles, which torchvision reads after their checksums."""
 
 import os
 import re
@@ -59,8 +56,7 @@ FILES = {
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     """Arrays of a data set of DATASETS: x, y and perhaps x_test, y_test, groups, pattern and pattern_test.
 
-    data: its path, or a folder in which FILES are looked for (None: data/), with an archive's suffix or without. cache:
-    the folder for decoded data. Raises ValueError for what is missing or wrong.
+    data: its path, or a folder in which FILES are looked for (None: data/), with an archive's suffix or without.
     """
     if name in ("digits", "mnist5k", "subclasses"):
         need(data is None, f"dataset {name!r} is built in; it takes no path")
@@ -98,10 +94,8 @@ def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, n
     Each class has one common, two middling and nine rare sub-patterns: `pattern`, 0..59, is 12 class + 0, 1..2, 3..11.
     The centre of a rare one lies near the common centre of another class, so its few labels must be memorized.
     """
-    rng, classes, rare = np.random.default_rng(0), 5, 9
-    spread, reach = 1.2, 5.0  # of the centres, in standard deviations of a sub-pattern
-    # expected number of each sub-pattern among 400 examples of a class
-    share = np.concatenate([[241, 61.5, 61.5], np.linspace(2, 6, rare)]) / 400
+    rng, classes, rare, spread, reach = np.random.default_rng(0), 5, 9, 1.2, 5.0
+    share = np.concatenate([[241, 61.5, 61.5], np.linspace(2, 6, rare)]) / 400  # of the sub-patterns of a class
     centre = rng.normal(size=(classes, len(share), features)) * spread
     step = rng.normal(size=(classes, rare, features))
     other = (np.arange(classes)[:, None] + 1 + np.arange(rare) % (classes - 1)) % classes
@@ -145,10 +139,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_npz(path, names) -> dict[str, np.ndarray | None]:
-    """The arrays of an .npz by name, never unpickled; those not in `names` are not read: they are None.
-
-    Raises ValueError, naming the file and the array, also if the arrays, unpacked, are larger than the memory.
-    """
+    """The arrays of an .npz by name, never unpickled; those not in `names` are None. Errors name file and array."""
     key, found = "file", {}
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -264,10 +255,7 @@ def _images(images: dict, left: dict) -> dict[str, np.ndarray]:
 
 
 def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
-    """x [N, 3, side, side], y (names of grades) and groups (patients) of Kaggle's Diabetic Retinopathy Detection.
-
-    What lacks a grade (in trainLabels.csv or retinopathy_solution.csv) or an image is left out.
-    """
+    """x [N, 3, side, side], y (names of grades) and groups (patients) of Kaggle's Diabetic Retinopathy Detection."""
     images = {Path(name).stem: content for name, content in files.items() if not name.endswith(".csv")}
     tables = [content for name, content in files.items() if name.endswith(".csv")]
     graded = pd.concat([pd.DataFrame(), *tables]).fillna("")
@@ -288,8 +276,7 @@ def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
 def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
     """The photographs as two classes, as many of either: referable disease (grade 2 and above) or none.
 
-    Of the patients without it some are drawn at random, always the same. Colours are differences from their blurred
-    surroundings (Graham 2015, who won that competition).
+    Colours are differences from their blurred surroundings (Graham 2015, who won that competition).
     """
     is_ill = np.isin(y, GRADES[2:])
     patients = pd.Series(is_ill).groupby(groups).agg(["sum", "size"]).sample(frac=1, random_state=0)

@@ -80,7 +80,6 @@ def main(run):
 @experiment("radius sweep", "04", "05", essential=lambda run: [0.0])
 def radius_sweep(run):
     """The treatment's base without the rule (0.0), then the treatment at radii around the run's. Keys: rho."""
-    # an optimizer whose text gives a radius has only that one; one without a radius has none
     own, size = run.recipe(run.treatment), n_models(run, "sweep")
     factors = () if not own.optimizer.has_radius else (0.5, 1, 2) if own.optimizer.rho is None else (1,)
     found = {f * own.rho: of(run, run.treatment, size, rho=f * own.rho) for f in factors}
@@ -124,17 +123,14 @@ def tuning(run):
 
 @experiment("pools", "05")
 def pools(run):
-    """The learning rates of the tuning at the run's own radius and weight decay, on pools drawn with other seeds.
-
-    Keys: (seed, optimizer, rho, lr, weight_decay).
-    """
+    """The settings `of_pools`, on pools drawn with other seeds. Keys: (seed, optimizer, rho, lr, weight_decay)."""
     size, recipes = n_models(run, "fewer"), {key: tuning(run)[key].recipe for key in of_pools(run)}
     each = product(run.other_pools.items(), recipes.items())
     return {(seed, *key): Planned(replace(recipe, seed=seed), size, data) for (seed, data), (key, recipe) in each}
 
 
 def of_pools(run):
-    """The keys of the tuning that are tried on every pool."""
+    """The keys of the tuning that are tried on every pool: its learning rates, at the run's own radius and decay."""
     own = {0.0, run.recipe(run.treatment).rho}
     return [k for k in tuning(run) if k[1] in own and k[2] >= run.lr and k[3] == run.weight_decay]
 
@@ -142,11 +138,9 @@ def of_pools(run):
 @experiment("length sweep", "05", essential=lambda run: [(run.epochs, run.baseline), (run.epochs, run.treatment),
                                                          (equal_compute(run)[run.epochs], run.baseline)])  # fmt: skip
 def length_sweep(run):
-    """Both optimizers at every length; the baseline also at equal compute and half as long. Keys: (epochs, optimizer).
-
-    Half as long, the baseline has a higher train loss: its runs enclose the treatment's loss, which is higher too.
-    """
+    """Both optimizers at every length, the baseline also at equal compute and half. Keys: (epochs, optimizer)."""
     keys = [(epochs, name) for epochs in lengths(run) for name in (run.baseline, run.treatment)]
+    # half as long, the baseline's train loss is higher, as the treatment's is: its runs enclose it
     more = [*equal_compute(run).values(), *(max(1, round(epochs / 2)) for epochs in lengths(run))]
     keys += [(epochs, run.baseline) for epochs in more]
     return {key: of(run, key[1], n_models(run, "sweep"), epochs=key[0]) for key in dict.fromkeys(keys)}
@@ -200,10 +194,7 @@ def levels(run):
 
 @experiment("causes", "05", essential=lambda run: [("as it is", "as it is", n) for n in (run.baseline, run.treatment)])
 def causes(run):
-    """Both optimizers at every level of every factor; images as they are, since each level takes an hour there.
-
-    Keys: (factor, level, optimizer).
-    """
+    """Both optimizers at every level of every factor, but images as they are. Keys: (factor, level, optimizer)."""
     found, names = levels(run) if run.is_small else {("as it is", "as it is"): {}}, (run.baseline, run.treatment)
     return {(*key, n): of(run, n, n_models(run, "few"), **changes) for key, changes in found.items() for n in names}
 
@@ -268,7 +259,6 @@ def work(recipe, n, n_models):
 
 
 def flags(run, planned):
-    """Paths of the flags of an ensemble's finished models."""
     folder, _ = place(run.store, *ensemble.store_key(planned.recipe, planned.dataset))
     return [path for k in range(planned.n_models) if (path := folder / "done" / f"{k:05d}.json").exists()]
 
@@ -292,9 +282,8 @@ class Plan:
     def table(self, rate=np.nan):
         """What is left to train: a frame with a row for each ensemble, COLUMNS, and the seconds that this run needs.
 
-        megagradients (of one example) and megabytes (on the disk) are left. Seconds follow from the rate (gradients a
-        second of one process) of finished models of the same kind (network, private or not), else of any kind, else
-        from `rate`.
+        Seconds follow from the rate (gradients of one example a second, by one process) of finished models of the same
+        kind (network, private or not), else of any kind, else from `rate`.
         """
         rows, device = [], ensemble.device_of(self.run.device)
         for name, book, planned in self.ensembles:

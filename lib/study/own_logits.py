@@ -1,7 +1,4 @@
-"""Audit models trained elsewhere: `make audit DATA=sgd.npz,sam.npz OUT=outputs/mine`, or `audit`.
-
-docs/own_audits.md says what a file holds. The first is the baseline; all share y, member, groups and population_y.
-"""
+"""Audit models trained elsewhere: `make audit DATA=sgd.npz,sam.npz OUT=outputs/mine`; see docs/own_audits.md."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +19,8 @@ from lib.study.results import COLUMNS, NUMBERS
 from lib.training.store import write_atomic
 
 ARRAYS = "logits y member probabilities population_logits population_y population_probabilities groups".split()
-FORM = (
-    "floats [M, N, C] or [M, Q, N, C] of two classes or more; for a sigmoid's p [M, N] save probabilities=np.stack"
-    "([1 - p, p], -1), for its logit z [M, N] save logits=np.stack([np.zeros_like(z), z], -1)"
-)
+FORM = "floats [M, N, C] or [M, Q, N, C] of two classes or more; for a sigmoid's p [M, N] save probabilities=np.stack"
+FORM += "([1 - p, p], -1), for its logit z [M, N] save logits=np.stack([np.zeros_like(z), z], -1)"
 LEAST = 4  # members and non-members of a model: thresholds are learned on one half of them and judged on the other
 
 
@@ -254,16 +249,18 @@ def limits(ensembles, shadows):
     side = 2 * calibration_split(member, 0, y, groups) + member  # 0 to 3: the non-members and members of each half
     thin = [c for c in np.unique(y).tolist() if any((side[:, y == c] != k).all(1).any() for k in range(4))]
     said = [f"{name}: {note}" for name, one in ensembles.items() for note in one.notes]
-    if not shadows:
-        said.append("LiRA and RMIA were left out: they need 3 models with and 3 without every example (n_models >= 6).")
+    without = "LiRA and RMIA were left out: they need 3 models with and 3 without every example (n_models >= 6)."
     alone = "examples only: one or two models cannot say how others would differ"
-    said.append(f"The 95% intervals are over new {alone if len(member) < 3 else 'models and new examples'}.")
-    if groups is not None:
-        said.append(f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples.")
-    if thin:
-        said.append(f"Classes {thin} lack members or non-members in a half of some model: there all share a threshold.")
-    return said + [
-        "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
-        "If members and non-members differ in more than training (date, source), attacks see it; no control can tell.",
-        "The highest of many AUCs is high in part by chance; a stronger attack may exist: low values prove nothing.",
-    ]
+    said += [without] * (not shadows)
+    said += [f"The 95% intervals are over new {alone if len(member) < 3 else 'models and new examples'}."]
+    said += [f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples."] * (groups is not None)
+    half = f"Classes {thin} lack members or non-members in a half of some model: there all share a threshold."
+    return (
+        said
+        + [half] * bool(thin)
+        + [
+            "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
+            "If members and non-members differ in more than training (date, source), attacks see it; no control can tell.",
+            "The highest of many AUCs is high in part by chance; a stronger attack may exist: low values prove nothing.",
+        ]
+    )

@@ -1,7 +1,4 @@
-"""The report of a run, outputs/<run>/report/index.html: the answer first, then its use, the verdicts, every notebook.
-
-It opens from disk, without a server, a script or the network: figures are embedded and mathematics is MathML.
-"""
+"""The report of a run, outputs/<run>/report/index.html, which opens from disk, without scripts or the network."""
 
 import base64
 import html

@@ -1,7 +1,4 @@
-"""Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows.
-
-baseline: "", or what the value is a paired difference from. coordinate: where along an experiment, as "epochs=40".
-"""
+"""Tidy results: one number a row, in `results.csv` of the run. A notebook run again replaces its own rows."""
 
 import hashlib
 import json
@@ -72,10 +69,7 @@ class Results:
         self.about |= dict(seed=run.seed, recipe=recipe_digest(run), device=name)
 
     def add(self, frame, experiment="main", **fields):
-        """Write a tidy frame beside what is there; `fields` gives columns that it lacks, and others are dropped.
-
-        rho, if absent, is the run's own for each optimizer.
-        """
+        """Write a tidy frame and its other columns, `fields`, beside what is there; rho is by default the run's own."""
         for name in set(fields) - set(COLUMNS):
             raise ValueError(f"{name}={fields[name]!r} is no column of results: {', '.join(COLUMNS)}")
         seconds = f"{time.monotonic() - self.run.began:.1f}"

@@ -255,12 +255,9 @@ def limits(ensembles, shadows):
     said += [f"The 95% intervals are over new {alone if len(member) < 3 else 'models and new examples'}."]
     said += [f"The intervals count {len(np.unique(groups))} groups, not {len(y)} examples."] * (groups is not None)
     half = f"Classes {thin} lack members or non-members in a half of some model: there all share a threshold."
-    return (
-        said
-        + [half] * bool(thin)
-        + [
-            "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
-            "If members and non-members differ in more than training (date, source), attacks see it; no control can tell.",
-            "The highest of many AUCs is high in part by chance; a stronger attack may exist: low values prove nothing.",
-        ]
-    )
+    said += [half] * bool(thin)
+    return said + [
+        "Thresholds were learned on one half of the known members and non-members, and judged on the other.",
+        "If members and non-members differ in more than training (date, source), attacks see it; no control can tell.",
+        "The highest of many AUCs is high in part by chance; a stronger attack may exist: low values prove nothing.",
+    ]

@@ -433,7 +433,13 @@ for metric in spread.metric[spread.baseline == ""].unique():
 # how far the loss can rise within a ball of radius $\rho$ around the weights.
 
 # %%
-flat = flatness.flatness_table(ensembles, run.rho)
+sharpness_of = {name: flatness.flatness(e, run.rho) for name, e in ensembles.items()}  # [models, 2] each
+pairs_of_models = {name: found.reshape(-1, 2, 2).mean(1) for name, found in sharpness_of.items()}
+frames = []
+for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
+    values = {name: found[None, :, column] for name, found in pairs_of_models.items()}
+    frames.append(intervals.paired(values, metric, log_ratio_from=0.0, examples_only=True))  # Student's t over pairs
+flat = pd.concat(frames, ignore_index=True)
 results.add(flat)
 show_table(flat)
 for metric in flat.metric[flat.baseline == ""].unique():

@@ -31,9 +31,10 @@ import pandas as pd
 from IPython.display import display
 
 from lib.analysis import compare, influence, memorization
-from lib.analysis.influence import buckets, cross_fitted, gains, influence_entropy
+from lib.analysis.influence import buckets, gains, influence_entropy
 from lib.attacks import catalogue, intervals
 from lib.attacks.intervals import ratio_influence_values
+from lib.attacks.membership import folds
 from lib.study import figures, settings
 from lib.study.results import Results
 from lib.study.text import describe_sign, percentage_points, select, show_table, show_text, sign
@@ -113,6 +114,13 @@ def by_entropy(rows, values, within=None, design=member, same_class=True, part="
     return buckets(found, n_buckets, within, run.seed, classes=y_test if same_class else None)
 
 
+def cross_fitted(form):
+    """Labels [M, T], where each model's are formed on the *other* half of the models: form(rows) -> [T]."""
+    labels, (first, second) = np.empty((len(member), len(y_test)), int), folds(member)
+    labels[first], labels[second] = form(second), form(first)
+    return labels
+
+
 def panel(table):
     """The rows of the buckets alone, in percentage points."""
     rows = table[table.metric.str.fullmatch(r"gain_\w+_\d") & ~table.metric.str.contains("minus|share")]
@@ -120,7 +128,7 @@ def panel(table):
 
 
 gain = {name: tests["correct"][name].astype(float) - tests["correct"][baseline] for name in run.names[1:]}  # [M, T]
-label = cross_fitted(lambda rows: by_entropy(rows, correct), member)  # [M, T]
+label = cross_fitted(lambda rows: by_entropy(rows, correct))  # [M, T]
 tables = {
     name: gains(gain[name], label, "bucket", total=True).assign(optimizer=name, baseline=baseline)
     for name in run.names[1:]
@@ -167,7 +175,7 @@ variants = {
     "influence on p_y": (confidence, {}),
 }
 labels = {
-    title: cross_fitted(lambda rows, v=values, k=kind: by_entropy(rows, v, **k), member)
+    title: cross_fitted(lambda rows, v=values, k=kind: by_entropy(rows, v, **k))
     for title, (values, kind) in variants.items()
 }
 labels["formed on the same models"] = np.tile(by_entropy(slice(None), correct), (len(member), 1))
@@ -282,7 +290,7 @@ for kind, values in (("correctness", correct), ("confidence", confidence)):
 # %%
 panels, excess = {}, []
 for kind, values, true in (("correctness", correct, label), ("p_y", confidence, labels["influence on p_y"])):
-    fake = cross_fitted(lambda rows, v=values: by_entropy(rows, v, design=shuffled), member)
+    fake = cross_fitted(lambda rows, v=values: by_entropy(rows, v, design=shuffled))
     control = gains(gain[treatment], fake, "bucket", total=True)
     of = dict(experiment="influence buckets", coordinate=f"by=shuffled membership, {kind}")
     results.add(control, **of, optimizer=treatment, baseline=baseline)
@@ -334,7 +342,7 @@ forms = {
     "entropy_within_difficulty": lambda rows: by_entropy(rows, confidence, within=by_difficulty(rows)),
     "difficulty_within_entropy": lambda rows: by_difficulty(rows, within=by_entropy(rows, confidence)),
 }
-sorted_by = {name: cross_fitted(form, member) for name, form in forms.items()}
+sorted_by = {name: cross_fitted(form) for name, form in forms.items()}
 for name in run.names[1:]:
     for kind in list(forms)[1:]:  # the gains by entropy are recorded above
         table = gains(gain[name], sorted_by[kind], kind)

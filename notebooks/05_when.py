@@ -244,8 +244,15 @@ if len(run.other_pools) == 0:
 # The curve is monotone between neighbouring runs (PCHIP, logit of the AUC over the log of the loss). The intervals hold
 # the errors of all AUCs and of all train losses. Nothing is said where no two runs of SGD enclose SAM's loss.
 
+
 # %%
-radius_sweep, lengths = compare.on_the_same(run.ensembles("radius sweep"), run.ensembles("length sweep"))
+def on_the_same(*groups):
+    """Groups of ensembles with the models that all have, if 8 or more: LiRA gets stronger with more shadow models."""
+    shared = compare.common_ids([e for group in groups for e in group.values()])
+    return [{k: e.only(shared) for k, e in group.items()} if len(shared) >= 8 else group for group in groups]
+
+
+radius_sweep, lengths = on_the_same(run.ensembles("radius sweep"), run.ensembles("length sweep"))
 n_swept = len(radius_sweep[0.0].ids)
 by_epochs = {epochs: e for (epochs, name), e in lengths.items() if name == baseline}
 frames = []
@@ -324,7 +331,7 @@ figures.save(figure, run, "leakage_against_loss")
 # answer: it depends on what SGD did to reach that loss.
 
 # %%
-same, at_rates, at_lengths = compare.on_the_same(radius_sweep, made, lengths)
+same, at_rates, at_lengths = on_the_same(radius_sweep, made, lengths)
 paths = {
     "epochs": {epochs: e for (epochs, name), e in at_lengths.items() if name == baseline},
     "learning rate": {

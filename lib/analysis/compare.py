@@ -43,15 +43,6 @@ def keep_common_models(ensembles, essential=None):
     return {label: e.only(common) for label, e in kept.items()}
 
 
-def on_the_same(*groups):
-    """Each group, a dict label -> Ensemble, restricted to the models that all groups share, if these are 8 or more.
-
-    LiRA gets stronger with more shadow models, so AUCs compare only between ensembles of the same models.
-    """
-    common = common_ids([e for group in groups for e in group.values()])
-    return groups if len(common) < 8 else tuple({k: e.only(common) for k, e in group.items()} for group in groups)
-
-
 def common_ids(ensembles):
     """The models that finished in all of a list of ensembles, in order."""
     return sorted(set.intersection(*(set(e.ids.tolist()) for e in ensembles)))

@@ -1,13 +1,11 @@
 """How flat a trained minimum is."""
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-from lib.attacks import intervals
 from lib.data.dataset import inputs
 from lib.training import sharpness
 from lib.training.ensemble import KEEP_WEIGHTS
@@ -28,12 +26,3 @@ def flatness(ensemble, rho, n_models=8, n_examples=512):
         pair = sharpness.top_eigenvalue(loss, params), sharpness.loss_rise_in_ball(loss, params, rho)
         found.append([float(value) for value in pair])
     return np.array(found).reshape(-1, 2)
-
-
-def flatness_table(ensembles, rho):
-    """Mean `flatness` of each optimizer's minima, paired differences and log ratios, over pairs of models: tidy."""
-    found, frames = {label: flatness(e, rho).reshape(-1, 2, 2).mean(1) for label, e in ensembles.items()}, []
-    for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):
-        values = {label: v[None, :, column] for label, v in found.items()}
-        frames.append(intervals.paired(values, metric, False, 0.0, examples_only=True))  # here Student's t, over pairs
-    return pd.concat(frames, ignore_index=True)

@@ -11,7 +11,6 @@ from lib import need
 from lib.analysis.memorization import checked
 from lib.attacks import intervals
 from lib.attacks.intervals import ratio_influence_values
-from lib.attacks.membership import folds
 
 
 def influence_blocks(member, values, block=1000):
@@ -73,15 +72,6 @@ def buckets(score, n=5, within=None, seed=0, classes=None):
     need(2 <= n <= smallest, f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (or group)")
     out[order] = (own.rank(method="first") - 1) * n // own.transform("size")
     return out
-
-
-def cross_fitted(form, member):
-    """Labels [M, T], where each model's are formed on the *other* half of the models: form(rows) -> [T]."""
-    first, second = folds(member)
-    by_second, by_first = form(second), form(first)
-    labels = np.empty((len(member), len(by_first)), int)
-    labels[first], labels[second] = by_second, by_first
-    return labels
 
 
 def gains(difference, label, name, total=False):

@@ -1,12 +1,11 @@
 """What one training example does to a model's output on itself: memorization, and which examples are memorized.
 
-Everything is estimated from an ensemble on random subsets of one pool (Feldman & Zhang 2020, "What neural networks
-memorize and why"). values [M, N]: correctness (bool) or confidence p_y of M models on the N examples of the pool.
-member [M, N] (bool): which model trained on which example.
+Feldman & Zhang 2020, "What neural networks memorize and why". values [M, N]: correctness (bool) or confidence p_y of M
+models on the N examples of their pool; member [M, N] (bool): which model trained on which.
 """
 
+from collections import namedtuple
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,11 +19,7 @@ EDGES = (0.1, 0.4, 0.6, 0.85)
 BANDS = ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
 
 
-class Memorization(NamedTuple):
-    """Arrays [N]: the estimate and its standard error."""
-
-    value: np.ndarray
-    se: np.ndarray
+Memorization = namedtuple("Memorization", "value se")  # arrays [N]: the estimate and its standard error
 
 
 def memorization(values, member) -> Memorization:

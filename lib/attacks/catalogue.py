@@ -40,9 +40,8 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
 
     logits: [M, N, C] or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
     the queries; the others see the first. y: [N] labels; member: [M, N] bool. population_logits [M, T, C] (or
-    [M, Q, T, C]) and population_y [T]: examples that no model trained on; without them RMIA compares with the pool.
-    seed: of the parts on which thresholds and networks are learned; groups [N] (a patient's two eyes) stay together in
-    them. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to 1, ties averaged.
+    [M, Q, T, C]) and population_y [T]: examples that no model trained on, for RMIA. seed, groups [N]: as in
+    calibration_split. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to 1.
     """
     logits = np.asanyarray(logits)
     need(logits.ndim in (3, 4), f"logits: shape {logits.shape}; valid are [M, N, C] and [M, Q, N, C]")

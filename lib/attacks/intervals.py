@@ -10,7 +10,7 @@ multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (numb
 in simulation. How often the intervals hold the truth is in docs/benchmarks.md.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 import pandas as pd
@@ -27,12 +27,7 @@ SHADOW_CORRECTION = 5.0
 TIDY = ["optimizer", "baseline", "metric", "value", "ci_low", "ci_high"]
 
 
-class Estimate(NamedTuple):
-    """A value and its confidence interval, in the units of the influence values."""
-
-    value: float
-    low: float
-    high: float
+Estimate = namedtuple("Estimate", "value low high")  # with its confidence interval, in units of the influence values
 
 
 def estimate(
@@ -41,11 +36,10 @@ def estimate(
     """Mean of influence values [M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
 
     clusters [M]: which models belong together, default the pairs (2k, 2k + 1). columns [N]: which examples do (a
-    patient's two eyes), default none. The variance is that of Cameron, Gelbach & Miller (2011, equation 2.10); see also
-    Owen (2007) and Gallas (2006). The quantile is Student's t, with Satterthwaite's degrees of freedom. rate: the mean
-    is a probability, so the interval is made on the logit scale. shadow_correction: see the top of this file.
-    examples_only: it is about new examples only (DeLong's for one model's AUC, Student's t for a single row). With one
-    cluster, or one (group of) example(s), it is (nan, nan). Raises ValueError unless the matrix is finite.
+    patient's two eyes), default none. The variance is that of Cameron, Gelbach & Miller (2011, equation 2.10), the
+    quantile Student's t, with Satterthwaite's degrees of freedom. rate: the mean is a probability, so the interval is
+    made on the logit scale. examples_only: it is about new examples only (DeLong's for one model's AUC, Student's t for
+    a single row). With one cluster, or one (group of) example(s), it is (nan, nan).
     """
     x = np.asarray(influence_values)
     names, cluster = np.unique(np.arange(len(x)) // 2 if clusters is None else clusters, return_inverse=True)

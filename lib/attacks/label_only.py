@@ -25,11 +25,10 @@ BATCH = 200  # examples; their activations stay in the cache, twice as fast as 5
 def answers(predict, x, y, is_image, seed=0, device="cpu") -> np.ndarray:
     """How often each model gives the right label under small changes of each input: [S, M, N] float32 in [0, 1].
 
-    predict: M functions, each from a batch of inputs [B, ...] (a tensor on `device`) to predicted labels [B];
-    x: [N, channels, H, W] images (is_image) or [N, D] features; y: [N] labels. The first of the S strengths is no
-    change. The others are, for images, all shifts by up to 1, 2, 4, ... pixels (an eighth of a side) over a reflected
-    border, each also mirrored. For features they are the input and COPIES noisy copies: flipped bits if all of x is 0
-    or 1, else Gaussian noise, by `seed`.
+    predict: M functions, each from a batch of inputs (a tensor on `device`) to predicted labels [B]; x: images
+    (is_image) or features [N, D]; y: [N] labels. The first of the S strengths is no change. The others are, for images,
+    all shifts by up to 1, 2, 4, ... pixels (an eighth of a side) over a reflected border, each also mirrored; for
+    features, the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise.
     """
     x = torch.as_tensor(x)
     strengths = queries(x, is_image, seed)

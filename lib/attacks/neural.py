@@ -1,9 +1,8 @@
 """The neural attack: a small network learns to tell members from non-members by what the models answer.
 
 Shokri et al. (2017, section V) and Salem et al. (2019, adversary 1) train it on shadow models, Nasr et al. (2019) on
-known members of the target; here it learns from both. Each model's members and non-members are cut into three parts.
-Network k learns on part k of all models, stops early by its loss on part k + 1, and judges part k + 2 (modulo 3). No
-network sees a membership that it judges, nor the partner's, which would give it away: partners have the same parts.
+known members of the target; here it learns from both. Each model's members and non-members are cut into three parts,
+partners' alike. Network k learns on part k of all models, stops early on part k + 1, and judges part k + 2 (modulo 3).
 """
 
 import numpy as np

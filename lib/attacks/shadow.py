@@ -1,10 +1,8 @@
 """Attacks with shadow models: LiRA and RMIA.
 
-Each model is in turn the target, and all the others are its shadows. For every example, the shadows that trained on it
-(IN) and those that did not (OUT) show what the target's output would look like in either case.
-
-Where models are complementary pairs, the target's partner is left out as well: otherwise the number of IN models among
-the rest would give away the target's own membership. So an attack on a model that leaks nothing has AUC 1/2 exactly.
+Each model is in turn the target, and all the others are its shadows: for every example, some trained on it (IN) and
+some did not (OUT). Where models are complementary pairs, the target's partner is left out as well: otherwise the number
+of IN models would give away the target's own membership, and a model that leaks nothing would not have AUC 1/2.
 """
 
 import numpy as np
@@ -65,8 +63,7 @@ def z_score(u, variance, freedom):
 def shrunk(n, mean, squares):
     """The scale^2 and degrees of freedom of Student's t for a new output of each example: [N], and [N] or a number.
 
-    Each example's variance s^2 is drawn towards a common one, s0^2, which weighs as much as d0 degrees of freedom
-    (`prior`): with few shadows most of what s^2 says is noise. n, mean, squares: see `statistics`.
+    Each example's variance s^2 is drawn towards a common one, s0^2, which weighs as much as d0 degrees of freedom.
     """
     n = n[0] if (n == n[0]).all() else n  # a number is faster
     d, (d0, common) = n - 1, prior(n, squares)
@@ -78,8 +75,8 @@ def shrunk(n, mean, squares):
 def prior(n, squares) -> tuple[float, float]:
     """(d0, s0^2): the variances of the examples are about s0^2 d0 / chi^2(d0) (Smyth 2004, section 6.2).
 
-    n: [N], or one number; squares: [N] sums of squared deviations. From the mean and variance of log s^2 over the
-    examples. If they differ no more than estimates do, d0 is inf and s0^2 the variance pooled over all examples.
+    n: [N], or one number; squares: [N] sums of squared deviations. If the examples' variances differ no more than
+    estimates do, d0 is inf and s0^2 the variance pooled over all examples.
     """
     d, own = n - 1, squares / (n - 1)
     # e = log s^2 - psi(d/2) + log(d/2); variances near 0 count as 1e-5 of the median, as in the author's limma

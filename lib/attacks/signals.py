@@ -1,7 +1,7 @@
 """From logits to what a membership attack looks at: one number for each model and example.
 
-Everything is computed in float64 from differences to the largest logit, so that no digits cancel when a model is nearly
-certain, and returned in float32. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and no ties.
+All are computed in float64 from differences to the largest logit, so that no digits cancel when a model is nearly
+certain. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and no ties.
 """
 
 import os
@@ -26,12 +26,11 @@ def parallel(function, items) -> list:
 
 
 def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
-    """The signals of every model on every example, in one pass over the logits.
+    """The signals of every model on every example: a dict of [..., N] arrays, float32 (`correct`: bool).
 
-    logits: [..., N, C] floats (or a memory map, read one [N, C] block at a time); y: [N] integers. Returns a dict of
-    [..., N] arrays, float32 (`correct`: bool), in natural logarithms: phi = log p_y - log(1 - p_y) (Carlini et al.
-    2022, section IV), log_confidence = log p_y = -loss, confidence = p_y, entropy, modified_entropy (Song & Mittal
-    2021, section 3.2) and correct. `only` limits which. Raises ValueError for labels out of range, NaN or +inf logits.
+    logits: [..., N, C] floats (or a memory map, read one [N, C] block at a time); y: [N] integers. In natural
+    logarithms, phi = log p_y - log(1 - p_y) (Carlini et al. 2022, section IV), log_confidence = log p_y = -loss,
+    confidence = p_y, entropy, modified_entropy (Song & Mittal 2021, section 3.2) and correct.
     """
     logits, y = np.asanyarray(logits), np.asarray(y)
     n_classes, fits = logits.shape[-1], y.shape == logits.shape[-2:-1] and y.dtype.kind in "iu"

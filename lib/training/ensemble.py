@@ -61,10 +61,9 @@ class Inputs:
 
 
 def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
-    """Train models `ids` together: what the store keeps of each, name -> array [len(ids), ...].
+    """Train models `ids` of an ensemble of n_models: what the store keeps of each, name -> array [len(ids), ...].
 
     `stuck` [len(ids)]: the loss was not finite, or ended no better than guessing. tick() is called after every epoch.
-    n_models: of the whole ensemble (None: these are all), whose size decides whether its gradient is compiled.
     """
     member = membership(recipe, len(inputs.y), ids, inputs.groups)
     examples = torch.from_numpy(np.stack([np.flatnonzero(row) for row in member])).to(inputs.device)  # [M, n]
@@ -237,7 +236,7 @@ def check(recipe, dataset, n_models, device="cpu"):
     need(size < n, f"subset={recipe.subset!r} leaves none of {n} examples out")
     need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")
     net = networks.build(recipe.arch, shape, dataset.n_classes)
-    mixes = recipe.optimizer.is_private and networks.has_batchnorm(net)
+    mixes = recipe.optimizer.is_private and networks.batchnorms(net)
     need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {recipe.optimizer} keeps apart")
     trial.trial(recipe, shape, dataset.n_classes, device_of(device))
     membership(recipe, n, [0], dataset.groups)

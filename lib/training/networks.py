@@ -1,7 +1,4 @@
-"""Networks by name: `build(arch, shape, n_classes)` returns an ordinary nn.Module.
-
-step.py stacks the weights of many copies and trains them together.
-"""
+"""Networks by name: ordinary nn.Modules, of which step.py trains many copies together."""
 
 import importlib
 import inspect
@@ -136,8 +133,7 @@ MODELS = {
 def build(arch, shape, n_classes):
     """A freshly initialised network: an nn.Module that maps [B, *shape] to logits [B, n_classes].
 
-    arch: a name in MODELS, or package.module:name of a reader's own callable (shape, n_classes) -> nn.Module. shape: of
-    one example, (channels, H, W) or (D,). Raises ValueError naming `arch` if that can't be made.
+    arch: a name in MODELS, or package.module:name of a reader's own callable (shape, n_classes) -> nn.Module.
     """
     if arch in MODELS:
         fine = arch.startswith("mlp") or len(shape) == 3
@@ -196,6 +192,6 @@ def is_convolutional(net):
     return any(isinstance(m, nn.Conv2d) for m in net.modules())
 
 
-def has_batchnorm(net):
-    """True if any layer of the network is a BatchNorm, which makes an example's output depend on its batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+def batchnorms(net):
+    """The network's BatchNorm layers, which make an example's output depend on its batch."""
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -64,21 +64,16 @@ class Optimizer:
     is_private = property(lambda self: {"noise", "norms"} <= self.wants)  # clips each example's gradient, adds noise
     has_own_base = property(lambda self: self.base not in BASES.values())  # a reader's own optimizer class
 
-    @property
-    def least_batch(self):
-        """The fewest examples of a batch: two for each of msam's shards, else one."""
-        return 2 * self.all_options["m"] if self.rule_name == "msam" else 1
-
     @cached_property
     def all_options(self):
         """Every option of the rule with its value, given or default."""
         arguments = inspect.signature(self.rule).parameters.values()
         return {a.name: a.default for a in arguments if a.default is not a.empty} | self.options
 
-    @property
-    def k(self):
-        """Every k-th step is special to the rule; 1 if it does not ask for `is_kth_step`."""
-        return self.all_options.get("k", 1) if "is_kth_step" in self.wants else 1
+    # the fewest examples of a batch: two for each of msam's shards
+    least_batch = property(lambda self: 2 * self.all_options["m"] if self.rule_name == "msam" else 1)
+    # every k-th step is special to a rule that asks for is_kth_step
+    k = property(lambda self: self.all_options.get("k", 1) if "is_kth_step" in self.wants else 1)
 
     def build(self, params, lr, momentum, weight_decay, fused=False):
         """The base on these tensors, with those of lr, momentum and weight_decay that it has; its own options win.

@@ -10,7 +10,6 @@ from math import ceil, floor, log10
 import torch
 from torch.func import grad, vmap
 
-from lib import need
 from lib.training.sharpness import ascend, norm
 
 
@@ -29,15 +28,14 @@ def dpsgd(gradient, params, norms, weighted, noise, clip=1.0, sigma=1.0):
 def dpsam(gradient, params, rho, norms, weighted, noise, clip=1.0, sigma=1.0):
     """DP-SAM: SAM with both of its gradients clipped and noised; options as in `dpsgd`.
 
-    The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set their one-step
-    DP-SAT against. Each step asks the batch two questions (queries=2), which the accountant has to know.
+    The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set theirs against.
     """
     first, aux = dpsgd(gradient, params, norms, weighted, noise, clip, sigma)
     moved, later = ascend(params, first, rho), {n: z[1:] for n, z in noise.items()}
     return dpsgd(gradient, moved, norms, weighted, later, clip, sigma)[0], aux
 
 
-dpsgd.queries, dpsam.queries = 1, 2
+dpsgd.queries, dpsam.queries = 1, 2  # what a step asks of its batch, each answered with noise
 
 
 def norms_by_example(loss, params, x, y):
@@ -85,13 +83,11 @@ ORDERS = (*range(2, 33), 40, 48, 64)  # of Renyi's divergence: every one gives a
 def accounting(batch_size, n, steps, queries):
     """(function that makes an accountant, function of sigma > 0 that says what it counts), of Google's dp-accounting.
 
-    Each of `steps` steps draws batch_size of the n examples without replacement, whatever was drawn before, and asks
-    `queries` questions of them, each answered as in `dpsgd`: Wang, Balle & Kasiviswanathan 2019, theorem 27.
+    Each step draws batch_size of the n examples without replacement, whatever was drawn before, and asks `queries`
+    questions of them, each answered as in `dpsgd`: Wang, Balle & Kasiviswanathan 2019, theorem 27.
     """
     import dp_accounting as dp  # here: it takes a second
     from dp_accounting.rdp import RdpAccountant
-
-    need(1 <= batch_size <= n, f"batch_size={batch_size!r}: a batch is drawn from the n={n!r} examples")
 
     def event(sigma):
         # noise / sensitivity = sigma C / (2 C): the accountant's unit is the largest change, replace-one's 2 C

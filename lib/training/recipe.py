@@ -65,10 +65,7 @@ class Recipe:
             value = getattr(self, name)
             need(low <= value <= high, f"{name}={value!r} is not valid: it must lie between {low:g} and {high:g}")
 
-    @property
-    def run_epochs(self):
-        """How many epochs are trained."""
-        return max(1, round(self.stop * self.epochs))
+    run_epochs = property(lambda self: max(1, round(self.stop * self.epochs)))  # how many epochs are trained
 
     def key(self):
         """What names the recipe's store: every field, and what the optimizer's and network's names do not say."""
@@ -88,7 +85,7 @@ def membership(recipe, n, ids, groups=None):
     """Which examples each model trains on: bool [len(ids), n], with the same number of members in every row.
 
     subset 0.5: models 2k and 2k+1 get complementary halves. Any other subset: each model draws its own. groups [n]:
-    examples of one group are all members or all non-members; ValueError if no such subset of the right size was found.
+    examples of one group are all members or all non-members.
     """
     size, member = round(n * recipe.subset), np.zeros((len(ids), n), bool)
     for row, k in enumerate(ids):

@@ -79,10 +79,8 @@ def asam(gradient, params, rho, eta=0.01):
 
 
 def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
-    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM at a constant radius.
-
-    low: the radius at learning rate 0, as a share of rho (their ResNets on ImageNet: 0.02 of 0.04).
-    """
+    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM at a constant radius; low:
+    the radius at learning rate 0, as a share of rho (their ResNets on ImageNet: 0.02 of 0.04)."""
     first, aux = gradient(params)
     if alpha == 0:
         return gradient(ascend(params, first, rho))[0], aux
@@ -96,8 +94,8 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
 def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwise=False):
     """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
 
-    k and alpha are the authors', for long trainings of large networks; in short trainings of small ones LookSAM fits
-    less than SGD (docs/limits.md). layerwise: norms and angles of each tensor by itself, not of the whole gradient.
+    With the authors' k and alpha it fits less than SGD in short trainings of small networks (docs/limits.md).
+    layerwise: norms and angles of each tensor by itself, not of the whole gradient.
     """
     first, aux = gradient(params)
     other = gradient(ascend(params, first, rho))[0] if is_kth_step else memory
@@ -116,10 +114,7 @@ def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwis
 
 
 def msam(gradient, params, rho, size, m=2):
-    """mSAM: Behdin et al. 2023, "mSAM: micro-batch-averaged SAM", eq. 4: the mean of m shards' SAM gradients.
-
-    Each shard has its own perturbation and its own BatchNorm statistics; the running ones move by the shards' mean.
-    """
+    """mSAM: Behdin et al. 2023, "mSAM: micro-batch-averaged SAM", eq. 4: the mean of m shards' SAM gradients."""
     shards = torch.arange(size, device=next(iter(params.values())).device).tensor_split(m)
     # g = 1/m sum_i grad L_i(w + rho grad L_i(w) / |grad L_i(w)|)
     found = [sam(lambda p, shard=shard: gradient(p, shard), params, rho) for shard in shards]
@@ -162,8 +157,8 @@ def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
 def swa(gradient, params, start=0.75, floor=0.5):
     """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": the mean of each epoch's last weights.
 
-    The learning rate falls (by a cosine, not by the authors' line) to `floor` of its peak at the share `start` of
-    training, and stays there while ensemble.py averages the weights.
+    The learning rate's cosine (their line) ends at `floor` of its peak after the share `start` of training; then
+    ensemble.py averages the weights.
     """
     return gradient(params)
 
@@ -173,10 +168,10 @@ RULES["sharpreg"] = sam  # at a negative radius it seeks sharper minima: the def
 
 
 def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
-    """Largest-magnitude Hessian eigenvalue of `loss` at `params`, by power iteration on Hessian-vector products.
+    """Largest-magnitude Hessian eigenvalue (a scalar tensor) of `loss`, dict of tensors -> scalar, at `params`.
 
-    loss: dict of tensors -> scalar. Returns the Rayleigh quotient v'Hv (a scalar tensor), once a product changes it
-    by less than the share `tolerance`, or after `steps` products: Yao et al. 2020, "PyHessian", section 3.
+    By power iteration, until the Rayleigh quotient v'Hv changes by less than the share `tolerance`, or for `steps`
+    products: Yao et al. 2020, "PyHessian", section 3.
     """
     leaves = [p.detach().requires_grad_() for p in params.values()]
     source, value = torch.Generator().manual_seed(seed), torch.zeros(())
@@ -199,8 +194,7 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
 def loss_rise_in_ball(loss, params, rho, steps=5):
     """How much the loss can rise within |e| <= rho: max_e L(w + e) - L(w), by `steps` normalised ascent steps.
 
-    loss: dict of tensors -> scalar; rho > 0. Returns a scalar tensor, a lower bound of the true maximum, which is the
-    inner problem of SAM: Foret et al. 2021, eq. 1.
+    A lower bound of the maximum, the inner problem of SAM (Foret et al. 2021, eq. 1), as a scalar tensor.
     """
     offset = {n: torch.zeros_like(p) for n, p in params.items()}
     for _ in range(steps):

@@ -1,7 +1,7 @@
 """A stack of models: every weight has a leading axis of models, and one step trains them all.
 
-The rules of sharpness.py are written for one model. `torch.func.vmap` maps a rule over the stack; the gradient that the
-rule asks for is computed for all models by one function, which is compiled once and serves every rule.
+`torch.func.vmap` maps a rule of sharpness.py over the stack; the gradient that the rule asks for is computed for all
+models by one function, which is compiled once and serves every rule.
 """
 
 import ctypes
@@ -52,10 +52,9 @@ def in_format(stack, last):
 
 
 class Stack:
-    """The weights, buffers and optimizer state of M models, and a training step of them all.
+    """The weights, buffers and optimizer state of M models: dicts of tensors [M, ...].
 
-    params, buffers: dicts of tensors [M, ...]; frozen parameters are among the buffers. memory: what the rule
-    remembers, a dict like params, or {}. alone: a stack of one model, whose gradients are ordinary autograd's.
+    Frozen parameters are among the buffers. alone: a stack of one model, whose gradients are ordinary autograd's.
     """
 
     def __init__(self, recipe, shape, n_classes, n_stacked, device, compiled=False, alone=False):
@@ -98,8 +97,6 @@ class Stack:
         for k, weights in enumerate(self.own):
             for name, weight in weights.items():
                 self.params[name][k].copy_(weight.detach())
-
-    # ---- one step --------------------------------------------------------------------------------------------
 
     def step(self, x, y, context, lr, is_kth_step):
         """Train all models on x [M, B, ...], y [M, B], with a rule_context: loss and accuracy before the step, [M]."""
@@ -174,8 +171,6 @@ class Stack:
                 weights[name].grad = weight.grad[k].clone()
         self.of_bases("step")
 
-    # ---- after training --------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def predict(self, x):
         """Logits [M, len(x), C], float32 NumPy, in evaluation mode and at full precision. x [N, ...]."""
@@ -194,7 +189,7 @@ class Stack:
     def refresh_batchnorm(self, batches):
         """BatchNorm's statistics anew, as their mean over these batches: averaged weights have others."""
         net = networks.build(self.recipe.arch, self.shape, self.n_classes)
-        norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        norms = networks.batchnorms(net)
 
         def buffers_after(params, buffers, x):
             running = {name: b.clone() for name, b in buffers.items()}
@@ -208,7 +203,7 @@ class Stack:
 
 
 def rule_context(recipe, params, draws, number, lr):
-    """What the rule asks for at step `number`, as tensors [M, ...]; the meaning of each is in sharpness.CONTEXT."""
+    """What the rule asks for at step `number` (sharpness.CONTEXT), as tensors [M, ...]."""
     wants, device = recipe.optimizer.wants, next(iter(params.values())).device
     numbers = {"rho": recipe.rho, "rate": lr / recipe.lr, "step": float(number)}
     found = {name: torch.full((len(draws),), numbers[name], device=device) for name in numbers.keys() & wants}
@@ -264,10 +259,8 @@ def stack_for(recipe, inputs, ids, n_models, n_steps, alone):
 
 
 def worth_compiling(recipe, inputs, n_models, n_steps):
-    """Compiling fuses what lies between the matrix products, but a small ensemble is trained before that pays.
-
-    A reader's own base runs as it is, and so does a private rule, which does not ask for the batch's gradient.
-    """
+    """Compiling fuses what lies between the matrix products, but a small ensemble is trained before that pays."""
+    # a private rule does not ask for the batch's gradient
     if recipe.optimizer.has_own_base or recipe.optimizer.is_private or inputs.device.type not in ("cpu", "cuda"):
         return False
     net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)

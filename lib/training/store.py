@@ -7,8 +7,7 @@
         claims/00000.lock   held by the process that trains the chunk of models that begins with 0
 
 A model counts as finished if its flag is there and every checksum matches, so a kill loses at most the models in
-training, and a damaged row is found, named and trained again. A chunk belongs to the process that holds its lock, which
-the system frees when that process ends. (File locks must be on, as they are by default on NFS.)
+training. The system frees a process's locks when it ends. (File locks must be on, as they are by default on NFS.)
 """
 
 import hashlib
@@ -32,15 +31,10 @@ VERSION = 5  # raise it when the same recipe would give other arrays, or another
 def write_atomic(path, text):
     """Write text so that a reader sees the old file or the whole new one, never a part of it."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(text)
+        os.replace(whole, path)
 
 
 def checksum(row):
@@ -64,10 +58,8 @@ class Rows:
 
     def read(self):
         """Read-only memory map [rows, *shape]; without rows if the file is absent, damaged or that of another array."""
-        with (
-            suppress(Exception),
-            open(self.path, "rb") as file,
-        ):  # NumPy raises errors of many kinds at a damaged header
+        # NumPy raises errors of many kinds at a damaged header
+        with suppress(Exception), open(self.path, "rb") as file:
             np.lib.format.read_magic(file)
             (rows, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
             is_ours = (tuple(shape), fortran, dtype, file.tell()) == (self.shape, False, self.dtype, self.header_bytes)
@@ -91,7 +83,7 @@ class Rows:
 class Store:
     """The arrays of one recipe, in a folder of `root` named by a prefix and the hash of a key (a JSON-able dict).
 
-    layout: array name -> (shape of one row, dtype). Raises ValueError naming `store` if the folder can't be written.
+    layout: array name -> (shape of one row, dtype).
     """
 
     def __init__(self, root, name, key, layout):
@@ -124,10 +116,7 @@ class Store:
         need(needed <= free, f"store={str(self.folder.parent)!r}: {what}")
 
     def save(self, model, arrays, **notes):
-        """Write the model's row of each array (name -> row), then its flag with their checksums and the notes.
-
-        Raises ValueError naming `store` if the disk refuses; models that were saved before stay as they are.
-        """
+        """Write the model's row of each array (name -> row), then its flag with their checksums and the notes."""
         sums = {name: checksum(np.asarray(row, self.rows[name].dtype)) for name, row in arrays.items()}
         flag = {"model": int(model), "checksums": sums, **notes}
         try:
@@ -146,25 +135,22 @@ class Store:
         if model in self.verified or not path.exists():
             return self.verified.get(model)
         with self.writing:  # not while another process rewrites a header
-            fault = self.fault(model, path)
-        if fault:
-            warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
+            flag = read_json(path)
+            is_whole = flag.pop("seal", None) == checksum(flag)
+            faults = [] if is_whole else ["its flag is unreadable or was changed"]
+            for name, wanted in flag["checksums"].items() if is_whole else ():
+                rows = self.rows[name].read()
+                if len(rows) <= model:
+                    faults.append(f"{name}.npy is truncated or unreadable")
+                elif checksum(rows[model]) != wanted:
+                    faults.append(f"{name}.npy has a wrong checksum")
+        if faults:
+            what = f"model {model} is damaged ({', '.join(faults)})"
+            warnings.warn(f"{self.folder.name}: {what}: it is trained again", stacklevel=2)
             path.unlink(missing_ok=True)
-        return self.verified.get(model)
-
-    def fault(self, model, path):
-        """What is wrong with the flag at `path` or the rows; "" if nothing: then it counts as verified."""
-        flag = read_json(path)
-        if flag.pop("seal", None) != checksum(flag):
-            return "its flag is unreadable or was changed"
-        for name, wanted in flag["checksums"].items():
-            rows = self.rows[name].read()
-            if len(rows) <= model:
-                return f"{name}.npy is truncated or unreadable"
-            if checksum(rows[model]) != wanted:
-                return f"{name}.npy has a wrong checksum"
+            return None
         self.verified[model] = flag
-        return ""
+        return flag
 
 
 def read_json(path):

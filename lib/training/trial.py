@@ -23,9 +23,9 @@ LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "lib"}  
 def trial(recipe, shape, n_classes, device):
     """Why these models are trained one at a time, in words; "" if torch.func maps a training step over them.
 
-    A network, a rule, a base or options of a base that a reader brings take two real steps here, and predict: with two
-    stacked models or, where torch.func refuses that, with one by ordinary autograd. Raises ValueError naming `arch` or
-    `optimizers` if that fails too, or if random numbers are drawn that are no function of the seed.
+    What a reader brings takes two real steps here, and predicts: with two stacked models or, where torch.func refuses
+    that, with one by ordinary autograd. Raises ValueError naming `arch` or `optimizers` if that fails too, or if random
+    numbers are drawn that are no function of the seed.
     """
     if ":" not in recipe.arch + recipe.optimizer.text and not recipe.optimizer.base_options:
         return ""

@@ -1,7 +1,7 @@
 """Who trains the chunks of an ensemble: this process, processes beside it with one thread each, or Ray's workers.
 
-A chunk of models goes into the store and nothing else comes back, so a lost worker costs its chunk, which is trained
-again. With one thread each, the arrays are the same to the last bit however the work was shared out.
+A chunk of models goes into the store and nothing else comes back, so a lost worker's chunk is trained again. With one
+thread each, the arrays are the same to the last bit however the work was shared out.
 """
 
 import os
@@ -29,9 +29,8 @@ tell_once = cache(partial(print, flush=True))  # in each process
 def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=0, quiet=False, notify=None, wait=True):
     """Models 0..n_models-1 of the recipe, trained where the store lacks them: an ensemble.Ensemble.
 
-    engine: local, or ray (gpus: what a Ray task asks for, such as 0.25 of a GPU). notify(recipe, n_examples, n_models,
-    seconds) is called after each chunk. wait=False: models that other processes are training are left to them, and None
-    is returned. Raises ValueError naming the parameter before anything is trained.
+    gpus: what a Ray task asks for, such as 0.25 of a GPU. notify(recipe, n_examples, n_models, seconds) is called after
+    each chunk. wait=False: models that other processes are training are left to them, and None is returned.
     """
     check(engine)
     where = ensemble.device_of(device)
@@ -69,8 +68,7 @@ def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=
 def check(engine):
     """Raise ValueError naming `engine` if it is unknown or not installed."""
     need(engine in ENGINES, f"engine={engine!r} is unknown: choose {' or '.join(ENGINES)}")
-    there = engine == "local" or find_spec("ray")
-    need(there, "engine='ray' is not installed: pip install ray, or use engine='local'")
+    need(engine == "local" or find_spec("ray"), f"{engine=} is not installed: pip install ray, or use engine='local'")
 
 
 def missing(recipe, dataset, n_models, kept, device):
@@ -184,10 +182,7 @@ def alone(parent):
 
 
 def train_by_ray(recipe, dataset, todo, store, device, gpus, n_models, quiet=False, notify=None):
-    """Have the workers of the Ray at RAY_ADDRESS, or else of one that is started here, train the chunks.
-
-    Raises what a task raised; ValueError naming `engine` if Ray can't be reached or loses a chunk again and again.
-    """
+    """Have the workers of the Ray at RAY_ADDRESS, or else of one that is started here, train the chunks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report home
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # an address without answer is given up after 46 s
     import ray

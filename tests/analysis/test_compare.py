@@ -285,14 +285,6 @@ def test_runs_that_differ_by_no_more_than_noise_bracket_nothing(monkeypatch):
     assert len(at_equal_loss(["a", "b"], ["between"])) == 0
 
 
-def test_groups_are_restricted_to_the_models_that_they_share(pair):
-    whole, part = {"a": pair["sgd"]}, {"b": pair["sam"].only(range(2, 12)), "c": pair["sgd"].only(range(2, 12))}
-    first, second = compare.on_the_same(whole, part)
-    assert list(second) == ["b", "c"] and all(e.ids.tolist() == list(range(2, 12)) for e in (first | second).values())
-    few = {"b": pair["sam"].only(range(4))}
-    assert compare.on_the_same(whole, few) == (whole, few)
-
-
 def test_identical_ensembles_differ_by_exactly_nothing(pair):
     frame = compare.contrast({"sgd": pair["sgd"], "twin": pair["sgd"]})
     differences = frame[frame.baseline == "sgd"]

@@ -36,7 +36,7 @@ def test_logits_of_every_network(arch, shape):
     assert net.training
     assert net(torch.randn(4, *shape)).shape == (4, 5)
     assert networks.is_convolutional(net) == (arch in IMAGES)
-    assert networks.has_batchnorm(net) == (arch in ("mlp_bn", "cnn", "resnet18", "wrn28_2", "vgg16_bn"))
+    assert bool(networks.batchnorms(net)) == (arch in ("mlp_bn", "cnn", "resnet18", "wrn28_2", "vgg16_bn"))
 
 
 def test_resnet18_has_the_small_image_stem():
@@ -199,7 +199,7 @@ def test_a_network_of_the_readers_own(own):
     assert networks.sys.path == before
     assert net(torch.randn(3, 6)).shape == (3, 4)
     assert [m.training for m in net] == [True, True, False, True]
-    assert networks.has_batchnorm(net) and not networks.is_convolutional(net)
+    assert networks.batchnorms(net) and not networks.is_convolutional(net)
 
 
 def test_a_network_that_draws_random_numbers_is_refused_before_training(own, table):

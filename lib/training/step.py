@@ -264,7 +264,9 @@ def worth_compiling(recipe, inputs, n_models, n_steps):
     if recipe.optimizer.has_own_base or recipe.optimizer.is_private or inputs.device.type not in ("cpu", "cuda"):
         return False
     net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)
-    return n_models * n_steps * sum(p.numel() for p in net.parameters()) >= WORTH
+    # rules that ask for parts of a batch, or for single losses, need code of their own, which no other rule shares
+    worth = WORTH * (4 if {"size", "losses"} & recipe.optimizer.wants else 1)
+    return n_models * n_steps * sum(p.numel() for p in net.parameters()) >= worth
 
 
 def compiled_once(function, device):

@@ -135,22 +135,25 @@ class Store:
         if model in self.verified or not path.exists():
             return self.verified.get(model)
         with self.writing:  # not while another process rewrites a header
-            flag = read_json(path)
-            is_whole = flag.pop("seal", None) == checksum(flag)
-            faults = [] if is_whole else ["its flag is unreadable or was changed"]
-            for name, wanted in flag["checksums"].items() if is_whole else ():
-                rows = self.rows[name].read()
-                if len(rows) <= model:
-                    faults.append(f"{name}.npy is truncated or unreadable")
-                elif checksum(rows[model]) != wanted:
-                    faults.append(f"{name}.npy has a wrong checksum")
-        if faults:
-            what = f"model {model} is damaged ({', '.join(faults)})"
-            warnings.warn(f"{self.folder.name}: {what}: it is trained again", stacklevel=2)
+            fault = self.fault(model, path)
+        if fault:
+            warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
             path.unlink(missing_ok=True)
-            return None
+        return self.verified.get(model)
+
+    def fault(self, model, path):
+        """What is wrong with the flag at `path` or the rows; "" if nothing: then it counts as verified."""
+        flag = read_json(path)
+        if flag.pop("seal", None) != checksum(flag):
+            return "its flag is unreadable or was changed"
+        for name, wanted in flag["checksums"].items():
+            rows = self.rows[name].read()
+            if len(rows) <= model:
+                return f"{name}.npy is truncated or unreadable"
+            if checksum(rows[model]) != wanted:
+                return f"{name}.npy has a wrong checksum"
         self.verified[model] = flag
-        return flag
+        return ""
 
 
 def read_json(path):

@@ -5,10 +5,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent import futures
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -324,9 +326,19 @@ class Plan:
         """Train what one notebook needs and no other process trains; None: what all need, none of which is run then."""
         self.notebooks, run = self.notebooks if book else [], self.run
         how = dict(device=run.device, engine=run.engine, gpus=run.gpus, quiet=bool(book), notify=self.say, wait=False)
-        for _, first, (recipe, n_models, data) in self.ensembles:
-            if book in (None, first):
+        here, device = Lock(), ensemble.device_of(run.device)
+
+        def train_one(planned):
+            recipe, n_models, data = planned
+            with here if workers.n_processes(recipe, data, device) == 1 else nullcontext():
                 train(recipe, data, n_models, run.store, **how)
+
+        # two ensembles at a time where other processes train, so that none waits for the last models of an ensemble
+        pool = futures.ThreadPoolExecutor(AT_ONCE)
+        try:
+            list(pool.map(train_one, [planned for _, first, planned in self.ensembles if book in (None, first)]))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def trial(self):
         """Gradients of one example a second that a process makes for the baseline: from a few steps, just now."""

@@ -23,7 +23,6 @@ from lib import need
 
 DATASETS = "digits cifar10 cifar100 mnist5k fashionmnist purchase100 texas100 eyepacs eyepacs_referable subclasses"
 DATASETS = (*DATASETS.split(), "folder", "npz")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 ROOT = Path(__file__).resolve().parents[2]
 MOST_BYTES = 1 << 26  # of one file in an archive; Pillow limits the pixels of an image
@@ -32,7 +31,7 @@ MOST_BYTES = 1 << 26  # of one file in an archive; Pillow limits the pixels of a
 _NAME, _IN = r"[^./][^/]*", r"(?:([^./][^/]*)/)??"  # a name that is not hidden; perhaps in a leading folder
 _IMAGE = rf"(?:{_NAME}/)*{_NAME}\.(?i:png|jpe?g|bmp|webp)"  # at any depth
 PLACE = rf"{_IN}(train|test)/({_NAME})/({_IMAGE})"
-LAYOUT = f"train/<class>/* ({', '.join(IMAGES)}) and perhaps test/<class>/*"
+LAYOUT = "train/<class>/* (.png, .jpg, .jpeg, .bmp, .webp) and perhaps test/<class>/*"
 RETINA = rf"{_IN}(?:(?:train|test)/{_IMAGE}|(?:trainLabels|retinopathy_solution)\.csv)"
 EYE = r"[^_]+_(?:left|right)"  # the name of a retina photograph: its patient and which eye
 GRADES = ("0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative")
@@ -73,14 +72,14 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
     folder = ROOT / "data" if data is None else Path(data).expanduser()
     places = [folder / file for file in known] + [folder] * (data is not None)
+    if data is None and is_published:
+        return _torchvision(name, places[0], download=True)
     found = [path for place in places for end in ("", *ARCHIVES) if (path := Path(f"{place}{end}")).exists()]
-    if data is None and is_published:  # torchvision downloads what is missing
-        found = places[:1]
     what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
     need(found, f"{what}; docs/settings.md says how to obtain {name}")
     path = found[0]
     if is_published and path.name in FILES[name]:
-        return _torchvision(name, path, download=data is None)
+        return _torchvision(name, path, download=False)
     if name == "eyepacs_referable":
         return _referable(**_cached(path, RETINA, _retina, cache, 2 * SIDE))
     if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
@@ -223,7 +222,7 @@ def _counted(left: dict) -> str:
 def _decoded(file: Path, name: str, side: int | None) -> np.ndarray | pd.DataFrame:
     """An image as uint8 [1 (grey) or 3, H, W], its central square scaled to `side` if given; or a table of text."""
     try:
-        if file.suffix.lower() not in IMAGES:
+        if file.suffix == ".csv":
             return pd.read_csv(file, skipinitialspace=True, dtype=str, keep_default_na=False)
         with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
             need(image.mode[0] not in "IF", f"mode {image.mode} is not valid; 8 bits a channel are needed")

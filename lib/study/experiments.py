@@ -59,9 +59,6 @@ def experiment(name, *notebooks, **more):
     return lambda declare: EXPERIMENTS.setdefault(name, Experiment(declare, notebooks, **more)).declare
 
 
-# ---- the declarations ---------------------------------------------------------------------------------------
-
-
 def of(run, optimizer, n_models, dataset=None, **changes):
     """The run's recipe for one optimizer, with changes, as a Planned."""
     return Planned(run.recipe(optimizer, **changes), n_models, dataset or run.dataset)
@@ -266,10 +263,7 @@ def flags(run, planned):
 
 
 class Plan:
-    """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes.
-
-    ensembles: (experiment's name, the first of its notebooks, Planned) of each.
-    """
+    """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes."""
 
     def __init__(self, run, notebooks=None):
         self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), 0.0, {}
@@ -279,6 +273,7 @@ class Plan:
                 key = planned.recipe, planned.dataset.hash
                 *about, before = found.get(key, (name, first, planned))
                 found[key] = *about, max(before, planned, key=lambda one: one.n_models)
+        # (experiment's name, the first of its notebooks, Planned) of each
         self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
 
     def table(self, rate=np.nan):
@@ -359,14 +354,12 @@ class Plan:
         if frame.seconds.isna().any():
             frame, how = self.table(self.trial()), "a trial of some steps just now"
         total = frame[["models", "finished", "megagradients", "megabytes", "seconds"]].sum()
-        free = shutil.disk_usage(self.run.store).free / 1e6
+        free = f"{shutil.disk_usage(self.run.store).free / 1e6:.0f} MB free"
         shown = frame[COLUMNS.split()].drop(columns="megagradients_in_all").assign(time=frame.seconds.map(duration))
-        return (
-            f"{shown.round(1).to_string(index=False)}\n\n"
-            f"Left: {total.models - total.finished:.0f} of {total.models:.0f} models, {total.megagradients:.3g} "
-            f"million gradients, {total.megabytes:.0f} MB on the disk, which has {free:.0f} MB free. Time, by {how}: "
-            f"{duration(total.seconds)} to train, {duration(self.seconds_left(frame))} with the analysis."
-        )
+        said = f"Left: {total.models - total.finished:.0f} of {total.models:.0f} models, {total.megagradients:.3g} "
+        said += f"million gradients, {total.megabytes:.0f} MB on the disk, which has {free}. Time, by {how}: "
+        said += f"{duration(total.seconds)} to train, {duration(self.seconds_left(frame))} with the analysis."
+        return f"{shown.round(1).to_string(index=False)}\n\n{said}"
 
     def check_disk(self):
         """Raise ValueError naming `store` if what is left to train does not fit the disk."""

@@ -42,7 +42,6 @@ def look(index, name=None):
 
 
 def error_bars(axis, x, frame, index, label=None, **more):
-    """Values of a frame with their intervals, joined by a line."""
     low, high = frame.value - frame.ci_low, frame.ci_high - frame.value
     axis.errorbar(x, frame.value, [low, high], capsize=3, **{**look(index, label), **more})
 

@@ -194,11 +194,11 @@ def page(out, ensembles, scored, frame):
     for family, attacks in FAMILIES.items():
         for (name, baseline), rows in auc[auc.attack.isin(attacks)].groupby(["optimizer", "baseline"], sort=False):
             top = rows.loc[rows.value.idxmax()]
-            cell = f"{text.number(top)} by {top.attack}"
+            column, cell = f"highest AUC of {name}", f"{text.number(top)} by {top.attack}"
             if baseline:
                 given = [*rows.attack], 100 * rows[NUMBERS].to_numpy(float), verdict.DELTAS[" points"], "family"
+                column = f"{name} leaks more than {baseline}"
                 cell = ": ".join(filter(None, verdict.judge_attacks(*given)))
-            column = f"{name} leaks more than {baseline}" if baseline else f"highest AUC of {name}"
             families.setdefault(family, {})[column] = cell
 
     first, *others = pictures(out, ensembles, scored, auc)

@@ -39,12 +39,10 @@ def read(path):
 
 def differing(out):
     """A list of sentences: one for each setting in which the notebooks behind a results.csv differ."""
-    made, found = read_json(Path(out) / "settings.json"), []
-    for name in SETTINGS:
-        values = {book: of[name] for book, of in sorted(made.items()) if name in of}
-        if len(set(map(str, values.values()))) > 1:
-            found.append(f"{name} differs: " + ", ".join(f"{value} in {book}" for book, value in values.items()))
-    return found
+    made = sorted(read_json(Path(out) / "settings.json").items())
+    values = {name: [(of[name], book) for book, of in made if name in of] for name in SETTINGS}
+    differ = {name: found for name, found in values.items() if len({str(value) for value, _ in found}) > 1}
+    return [f"{name} differs: {', '.join(f'{v} in {book}' for v, book in found)}" for name, found in differ.items()]
 
 
 def recipe_digest(run):
@@ -94,5 +92,4 @@ class Results:
             raise ValueError(f"out={str(self.run.out)!r} can't be written ({error}): give a writable folder") from error
 
     def count(self):
-        """How many numbers this notebook has recorded."""
         return sum(map(len, self.rows))

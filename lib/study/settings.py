@@ -187,7 +187,6 @@ class Run:
         return compare.keep_common_models(found, essential) if found else {}
 
     def describe(self):
-        """The run in one sentence."""
         data, names = self.dataset, ", ".join(self.names)
         said = f"**{data.name}**, {self.arch}: {self.n_models} models for each of {names}, each on "
         said += f"{round(self.subset * self.n_examples)} of {self.n_examples} examples of {data.n_classes} classes, "
@@ -244,9 +243,9 @@ def check(run):
     recipes = [run.recipe(name) for name in run.names]  # raises what is wrong with the optimizers and the device
     first = f"the first is the baseline, one of {', '.join(BASES)}, or your own"
     need(recipes[0].optimizer.rule_name == "plain", f"{what}: {first}")
-    fine = run.rho > 0 or not any(recipe.optimizer.has_radius for recipe in recipes)
-    need(fine, f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
     for recipe in recipes:
+        fine = run.rho > 0 or not recipe.optimizer.has_radius
+        need(fine, f"rho={run.rho} is not valid: positive (at 0, SAM is the baseline itself)")
         ensemble.check(recipe, run.dataset, run.n_models, run.device)
     member = membership(recipes[0], run.n_examples, range(run.n_models), run.dataset.groups)
     taught = member @ np.eye(run.dataset.n_classes, dtype=int)[run.dataset.y]  # [M, C] examples of each class
@@ -272,7 +271,7 @@ def notebook_run(namespace):
     starts = [k for k, cell in enumerate(cells) if cell.lstrip().startswith("# Parameters")]
     for cell in takewhile(lambda cell: "notebook_run(" not in cell, cells[starts[-1] :] if starts else ()):
         with suppress(SyntaxError):  # such a cell was not run
-            names = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
-            known |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    given = {name: value for name, value in namespace.items() if name in known}
-    return open_run({name: given[name] for name in given if not name.startswith(("_", "PAPERMILL_"))})
+            nodes = ast.walk(ast.parse(cell))
+            known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    known = {name for name in known if not name.startswith(("_", "PAPERMILL_"))}
+    return open_run({name: value for name, value in namespace.items() if name in known})

@@ -33,9 +33,7 @@ percentage_points = partial(number, form="+.1f", unit=" points", scale=100)  # '
 
 def wide(frame, across):
     """Values with their intervals as text: one row per attack, metric or optimizer, one column per `across`."""
-    across = list(across)
-    if "optimizer" in frame:
-        frame = frame.assign(optimizer=series(frame))
+    across, frame = list(across), frame.assign(optimizer=series(frame)) if "optimizer" in frame else frame
     rows = [c for c in ("attack", "metric", "optimizer") if c in frame and c not in across and frame[c].nunique() > 1]
     rows = rows or [c for c in ("metric", "attack", "optimizer") if c in frame and c not in across][:1]
     keys = frame[rows + across].apply(lambda column: pd.Categorical(column, column.unique()))

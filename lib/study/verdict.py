@@ -55,8 +55,7 @@ FITS, LEARNS, CEILING = 0.99, 0.1, 0.97  # least train accuracy; least low end o
 # negative effect. attack: none, "headline", or a family. coordinate: how it begins. optimizer: "" is the pair judged;
 # EACH, every row's own pair. needs and rule: as above.
 CLAIMS = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False, dtype={"notebook": str})
-attacks_of = {name: " ".join(attacks) for name, attacks in {**FAMILIES, "headline": HEADLINES}.items()}
-CLAIMS["attack"] = CLAIMS.attack.replace(attacks_of)
+CLAIMS["attack"] = CLAIMS.attack.replace({k: " ".join(v) for k, v in {**FAMILIES, "headline": HEADLINES}.items()})
 # the appendix: each attack by itself, its interval not corrected for the other attacks
 BY_ATTACK = CLAIMS[CLAIMS.rule == "family"].assign(attack=lambda tests: tests.attack.str.split(" ")).explode("attack")
 BY_ATTACK["claim"] = "leaks_more_" + BY_ATTACK.attack
@@ -124,9 +123,8 @@ def obstacle(known, row, needs):
         "models": ([band], band > 0, f"{row.n_models:.0f} models are too few to resolve the band"),
     }
     wanted = [conditions[need] for need in needs.split()]
-    if any(np.isnan(numbers).any() for numbers, *_ in wanted):
-        return None
-    return "; ".join(wrong for _, holds, wrong in wanted if not holds)
+    unknown = any(np.isnan(numbers).any() for numbers, *_ in wanted)
+    return None if unknown else "; ".join(wrong for _, holds, wrong in wanted if not holds)
 
 
 def tested(known, rows, test, pair):
@@ -168,8 +166,8 @@ def tested(known, rows, test, pair):
 
 def sharp(rows):
     """The differences of sharpness-aware optimizers: those with a radius, and without the noise of DP-SAM."""
-    radius = pd.to_numeric(rows.rho, errors="coerce")
-    return rows[(rows.baseline != "") & (radius > 0) & ~rows.optimizer.str.startswith("dpsam")]
+    has_radius = pd.to_numeric(rows.rho, errors="coerce") > 0
+    return rows[(rows.baseline != "") & has_radius & ~rows.optimizer.str.startswith("dpsam")]
 
 
 def ledger(results, claims=CLAIMS):
@@ -222,10 +220,9 @@ def headline(ledger):
     for claim, where in (("more_when_tuned", "Where both optimizers are tuned and fit"),
                          ("more_at_equal_accuracy", "At equal test accuracy")):  # fmt: skip
         found = ledger[ledger.claim == claim]
-        fair = found[~found.verdict.isin(["not run", "not testable here"])]
         why = "; ".join(filter(None, found.effect.unique()))
         said = f"not testable here ({why})" if why else absent
-        if len(fair):
+        if len(fair := found[~found.verdict.isin(["not run", "not testable here"])]):
             absent = "nothing to read off, no two settings of the baseline lie clearly on both sides"
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
             low, middle, high = fair["size"].quantile([0, 0.5, 1])

@@ -72,14 +72,14 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     need(fine, f"dataset {name!r} needs the path of an .npz file or of images, as a string or Path")
     folder = ROOT / "data" if data is None else Path(data).expanduser()
     places = [folder / file for file in known] + [folder] * (data is not None)
-    if data is None and is_published:
-        return _torchvision(name, places[0], download=True)
     found = [path for place in places for end in ("", *ARCHIVES) if (path := Path(f"{place}{end}")).exists()]
+    if data is None and is_published:
+        found = places[:1]  # torchvision downloads what is missing
     what = f"none of {', '.join(map(str, places))} exists, nor with {', '.join(ARCHIVES)} added"
     need(found, f"{what}; docs/settings.md says how to obtain {name}")
     path = found[0]
     if is_published and path.name in FILES[name]:
-        return _torchvision(name, path, download=False)
+        return _torchvision(name, path, download=data is None)
     if name == "eyepacs_referable":
         return _referable(**_cached(path, RETINA, _retina, cache, 2 * SIDE))
     if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
@@ -273,17 +273,14 @@ def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
 
 
 def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
-    """The photographs as two classes, as many of either: referable disease (grade 2 and above) or none.
-
-    Colours are differences from their blurred surroundings (Graham 2015, who won that competition).
-    """
+    """The photographs as two classes, as many of either: referable disease (grade 2 and above) or none."""
     is_ill = np.isin(y, GRADES[2:])
     patients = pd.Series(is_ill).groupby(groups).agg(["sum", "size"]).sample(frac=1, random_state=0)
     patients = patients.sort_values("sum", ascending=False, kind="stable")  # those without referable disease come last
     well = (patients["size"] - patients["sum"]).cumsum()
     keep = np.isin(groups, patients.index[(patients["sum"] > 0) | (well <= is_ill.sum())])
     more = f"{(~keep).sum()} images below grade 2, of which there are more than of the others"
-    # 4 (x - G * x) + 128, G a Gaussian of a tenth of the side
+    # 4 (x - G * x) + 128, G a Gaussian of a tenth of the side (Graham 2015, who won that competition)
     x = x[keep].astype(np.float32)
     x = (4 * (x - gaussian_filter(x, np.multiply(x.shape, (0, 0, 0.1, 0.1)))) + 128).clip(0, 255).astype(np.uint8)
     y = np.where(is_ill, "referable", "not referable")[keep]

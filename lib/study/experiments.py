@@ -154,8 +154,7 @@ def planted_leak(run, dataset):
 @experiment("planted faults", "02", has_own_pool=True)
 def planted_faults(run, dataset):
     """The baseline, trained long, on the pool as it is and with faults. Keys: "before", "after"."""
-    size = min(run.n_models, max(32, run.n_models // 8))
-    pools = {"before": run.dataset, "after": dataset}
+    size, pools = min(run.n_models, max(32, run.n_models // 8)), {"before": run.dataset, "after": dataset}
     return {k: of(run, run.baseline, size, pool, epochs=lengths(run)[-1], subset=0.5) for k, pool in pools.items()}
 
 
@@ -277,10 +276,9 @@ class Plan:
         self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
 
     def table(self, rate=np.nan):
-        """What is left to train: a frame with a row for each ensemble, COLUMNS, and the seconds that this run needs.
+        """What is left to train: a frame of COLUMNS and seconds, with a row for each ensemble.
 
-        Seconds follow from the rate (gradients of one example a second, by one process) of finished models of the same
-        kind (network, private or not), else of any kind, else from `rate`.
+        Seconds follow from the gradients a second of finished models of the kind, else of any kind, else from `rate`.
         """
         rows, device = [], ensemble.device_of(self.run.device)
         for name, book, planned in self.ensembles:

@@ -56,10 +56,7 @@ def picture(axis, image):
 
 
 def forest(frame, panels, rows="attack", reference=0):
-    """Values with intervals, a row for each value of a column, a marker for each optimizer or difference.
-
-    panels: dict metric -> label of the x axis. reference: where a grey line stands, a number or a row's name.
-    """
+    """Values with intervals, by panel (metric -> label of the x axis), row and optimizer; a grey line at reference."""
     order = list(frame[rows].unique())
     size = (3.6 * len(panels) + 3.4, 0.34 * len(order) + 1.2)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")

@@ -143,11 +143,11 @@ def audit(given, out) -> pd.DataFrame:
     need(0 < len(named) == len(given), f"data: {[*map(str, given)]}; valid are one or more .npz of different names")
     ensembles = {name: models(name, value) for name, value in named.items()}
     first, e = next(iter(ensembles.items()))
+    valid = "valid is the same in all: audit others one at a time"
     for name, other in ensembles.items():
         for key, array in e.shared.items():
-            what = f"{name}: {key}: differs from that of {first}"
             same = np.array_equal(array, other.shared[key])
-            need(same, f"{what}; valid is the same in all: audit others one at a time")
+            need(same, f"{name}: {key}: differs from that of {first}; {valid}")
     path = Path(out) / "results.csv"
     free = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
     need(free, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")

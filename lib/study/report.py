@@ -158,9 +158,9 @@ def for_engineers(rows, prefer="", over=""):
             both, chance = map(of_hundred, halves.itertuples())
             again = f"of a hundred whom one half of the models names, the other half names {both}, by chance {chance}."
         exposed.append(f"{name}: the most exposed examples are {joined(who)}; {again}")
+    leaks = rows[rows.experiment == "planted leak"].groupby("coordinate", sort=False)
     controls = [f"Null control, membership shuffled: {null_control(null)}"]
-    for times, leak in rows[rows.experiment == "planted leak"].groupby("coordinate", sort=False):
-        controls += [f"Planted leak, one example trained {times.removeprefix('times=')}×: {planted_leak(leak)}"]
+    controls += [f"Planted leak, one example trained {c.removeprefix('times=')}×: {planted_leak(r)}" for c, r in leaks]
     table = pd.DataFrame(right).T.to_html(border=0) if right else bullets(["not recorded, or too few examples."])
     return f"""<p><b>What to do:</b> {html.escape(do)}; only differential privacy bounds what other attacks learn.</p>
 <p>Of a hundred people whom the attacker names, by {html.escape(attack)}, so many are members:</p>{table}

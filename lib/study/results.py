@@ -27,8 +27,7 @@ def read(path):
     """The rows of a results.csv but for audits of own logits: COLUMNS, with numbers and counts as floats."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS]
-        for name in NUMBERS + COUNTS:
-            frame[name] = frame[name].replace("", "nan").astype(float)
+        frame[NUMBERS + COUNTS] = frame[NUMBERS + COUNTS].replace("", "nan").astype(float)
         return frame[frame.notebook != "own_logits"].dropna(subset="value")
     except pd.errors.EmptyDataError:
         return pd.DataFrame(columns=COLUMNS)
@@ -76,8 +75,7 @@ class Results:
         if "rho" not in frame:
             frame["rho"] = frame.optimizer.map({name: self.run.recipe(name).rho or "" for name in self.run.names})
         frame = frame.reindex(columns=[*COLUMNS, *PROVENANCE]).astype(object)
-        for column in NUMBERS:
-            frame[column] = [f"{v:.6g}" if v == v else "" for v in frame[column]]  # NaN: no interval
+        frame[NUMBERS] = frame[NUMBERS].map(lambda v: f"{v:.6g}" if v == v else "")  # NaN: no interval
         self.rows.append(frame)
         own, notebook, settings = pd.concat(self.rows), self.about["notebook"], self.path.with_name("settings.json")
         try:

@@ -144,8 +144,7 @@ class Run:
     @cached_property
     def treatment(self):
         """The last sharpness-aware optimizer, which figures and sentences compare with the baseline."""
-        parsed = {name: Optimizer.parse(name) for name in self.names}
-        aware = [name for name, one in parsed.items() if one.has_radius and not one.is_private]
+        aware = [n for n in self.names if (one := Optimizer.parse(n)).has_radius and not one.is_private]
         return (aware or self.names)[-1]
 
     @property

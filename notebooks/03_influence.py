@@ -31,7 +31,7 @@ import pandas as pd
 from IPython.display import display
 
 from lib.analysis import compare, influence, memorization
-from lib.analysis.influence import buckets, gains, influence_entropy
+from lib.analysis.influence import buckets, influence_entropy
 from lib.attacks import catalogue, intervals
 from lib.attacks.intervals import ratio_influence_values
 from lib.attacks.membership import folds
@@ -119,6 +119,23 @@ def cross_fitted(form):
     labels, (first, second) = np.empty((len(member), len(y_test)), int), folds(member)
     labels[first], labels[second] = form(second), form(first)
     return labels
+
+
+def gains(difference, label, name, total=False):
+    """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a frame.
+
+    With `total` also the overall mean and, unless that is zero, the first bucket's share of it (delta method).
+    """
+    each = [ratio_influence_values(difference, label == b) for b in range(n_buckets)]
+    found = {f"gain_{name}_{b + 1}": values for b, values in enumerate(each)}
+    found[f"gain_{name}_1_minus_{n_buckets}"] = each[0] - each[-1]
+    if total:
+        found["gain"] = difference
+    if total and (whole := difference.mean()):
+        part = (label == 0).mean() * each[0]
+        # d(a/b) = (da - (a/b) db) / b
+        found[f"gain_share_{name}_1"] = part.mean() / whole + (part - part.mean() / whole * difference) / whole
+    return pd.DataFrame([intervals.row(metric, intervals.estimate(values)) for metric, values in found.items()])
 
 
 def panel(table):

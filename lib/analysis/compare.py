@@ -171,8 +171,8 @@ def contrast(ensembles):
 def variances(ensembles, kinds=("across_examples", "across_models"), members=False):
     """Variance of phi and of p_y on non-members (or on members), and log ratios, in each of its meanings: a tidy frame.
 
-    across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same within
-    each class, weighted by size; across_models: of one example's outputs over models (LiRA's denominator).
+    across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same in each
+    class; across_models: of one example's outputs over models (LiRA's denominator).
     """
     frames = []
     for name in ("phi", "confidence"):
@@ -184,13 +184,10 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
 
 
 def scores(ensemble, member=None, only=catalogue.NAMES):
-    """Every attack (or those in `only`) on every model: dict attack -> [M, N]. member: another, for the null control.
-
-    An audit with fewer than three models with or without an example has no LiRA and RMIA.
-    """
+    """Every attack (or `only` those) on every model: dict attack -> [M, N]. member: another, for the null control."""
     member = np.array(ensemble.member if member is None else member)
     data, n_in = ensemble.dataset, member.sum(0)
-    if min(n_in.min(), len(member) - n_in.max()) < 3:
+    if min(n_in.min(), len(member) - n_in.max()) < 3:  # too few for LiRA and RMIA
         only = catalogue.ALONE
     population = ensemble.test_logits, data.y_test
     return catalogue.run(ensemble.logits, data.y, member, *population, groups=data.groups, only=only)

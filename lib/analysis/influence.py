@@ -1,4 +1,4 @@
-"""What one training example does to a model's output on test examples, and where an optimizer gains accuracy.
+"""What one training example does to a model's output on test examples.
 
 As in lib.analysis.memorization, for T test examples: values [M, T] are correctness or confidence p_y of M models.
 """
@@ -9,8 +9,6 @@ from scipy.special import xlogy
 
 from lib import need
 from lib.analysis.memorization import checked
-from lib.attacks import intervals
-from lib.attacks.intervals import ratio_influence_values
 
 
 def influence_blocks(member, values, block=1000):
@@ -72,22 +70,3 @@ def buckets(score, n=5, within=None, seed=0, classes=None):
     need(2 <= n <= smallest, f"n={n} buckets; valid are 2 to {smallest}, the size of the test part (or group)")
     out[order] = (own.rank(method="first") - 1) * n // own.transform("size")
     return out
-
-
-def gains(difference, label, name, total=False):
-    """Mean of difference [M, T] in each bucket of label [M, T], and in the first minus the last: a frame.
-
-    With `total` also the overall mean (gain) and, unless that is zero, the first bucket's share of it (delta method).
-    """
-    n = label.max() + 1
-    each = [ratio_influence_values(difference, label == b) for b in range(n)]
-    found = {f"gain_{name}_{b + 1}": values for b, values in enumerate(each)}
-    found[f"gain_{name}_1_minus_{n}"] = each[0] - each[-1]
-    if total:
-        found["gain"] = difference
-    if total and (whole := difference.mean()):
-        part = (label == 0).mean() * each[0]
-        share = part.mean() / whole
-        # d(a/b) = (da - (a/b) db) / b
-        found[f"gain_share_{name}_1"] = share + (part - share * difference) / whole
-    return pd.DataFrame([intervals.row(metric, intervals.estimate(values)) for metric, values in found.items()])

@@ -3,7 +3,6 @@
     sgd    adamw(weight_decay=0.01)    sam    looksam(k=5, alpha=0.7)+adamw    my_package.rules:mine(beta=0.9)
 
 An import path `package.module:name` brings a reader's own: a `torch.optim.Optimizer` is a base, a function is a rule.
-The text is parsed once, into an `Optimizer`, which travels with the recipe from there.
 """
 
 import ast
@@ -76,10 +75,7 @@ class Optimizer:
     k = property(lambda self: self.all_options.get("k", 1) if "is_kth_step" in self.wants else 1)
 
     def build(self, params, lr, momentum, weight_decay, fused=False):
-        """The base on these tensors, with those of lr, momentum and weight_decay that it has; its own options win.
-
-        fused: one kernel updates all the tensors, if the base is one of BASES.
-        """
+        """The base on these tensors, with those of lr, momentum and weight_decay that it has; its own options win."""
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         if fused and not self.has_own_base and not {"foreach", "differentiable"} & set(self.base_options):
             given["fused"] = True

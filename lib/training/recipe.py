@@ -21,14 +21,13 @@ STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 class Recipe:
     """Everything that decides what is trained, except the data. Raises ValueError naming a bad field.
 
-    arch: a name of networks.MODELS, or a reader's own network as package.module:name. optimizer: see optimizers.py.
-    rho: radius of the rule's neighbourhood (negative for sharpreg); one among the optimizer's options wins.
-    lr: peak learning rate. warmup: share of the steps over which it rises, before a cosine takes it down to 0.
-    stop: share of the epochs after which training stops, while the schedule is that of all the epochs.
-    smoothing: of the labels (Szegedy et al. 2016, section 7). subset: share of the pool that each model trains on.
-    queries: how many flipped and shifted copies of each example the models predict (1: the example as it is).
-    precision: float32, or bfloat16 (autocast; the weights stay float32).
-    ema: decay of the moving average of the weights, which is kept instead of the last weights; 0: none.
+    arch, optimizer: see networks.py, optimizers.py. rho: radius of the rule's neighbourhood (negative for sharpreg);
+    one among the optimizer's options wins. lr: peak learning rate. warmup: share of the steps over which it rises,
+    before a cosine takes it down to 0. stop: share of the epochs after which training stops, while the schedule is that
+    of all the epochs. smoothing: of the labels (Szegedy et al. 2016, section 7). subset: share of the pool that each
+    model trains on. queries: how many flipped and shifted copies of each example the models predict (1: the example as
+    it is). precision: float32, or bfloat16 (autocast). ema: decay of the weights' moving average, which is kept instead
+    of the last weights; 0: none.
     """
 
     arch: str = "mlp"

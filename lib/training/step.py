@@ -272,8 +272,8 @@ def worth_compiling(recipe, inputs, n_models, n_steps):
 def compiled_once(function, device):
     """The function compiled by its first call; where compiling fails (no C++ compiler, say), the function itself.
 
-    Only one process of this machine compiles at a time. The others wait and find the code in the compiler's cache.
-    On a GPU its kernels are recorded as a CUDA graph: 1.4 times the images a second of ResNet-9 on an H200.
+    The processes of a machine compile in turn, and find the code in the compiler's cache. On a GPU the kernels are
+    recorded as a CUDA graph: 1.4 times the images a second of ResNet-9 on an H200.
     """
     import torch._inductor.config as inductor  # here: it takes seconds, and many runs compile nothing
 

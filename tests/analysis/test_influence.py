@@ -5,7 +5,6 @@ import pytest
 from scipy import stats
 
 from lib.analysis import influence, memorization
-from lib.attacks.membership import folds
 from tests.analysis.test_memorization import coins, halves
 
 RNG = np.random.default_rng(0)
@@ -67,29 +66,6 @@ def test_buckets_are_equal_rising_and_within_groups():
     assert len(set(influence.buckets(np.zeros(50), 5))) == 5  # ties are cut too
 
 
-def test_forming_and_measuring_on_the_same_models_is_biased_and_cross_fitting_is_not():
-    member, difference = halves(40, 20), np.random.default_rng(5).normal(size=(40, 400))
-    same = np.tile(influence.buckets(-difference.mean(0)), (40, 1))  # nothing to find, but the first bucket gains
-    cross, (first, second) = same.copy(), folds(member)
-    cross[first], cross[second] = (influence.buckets(-difference[rows].mean(0)) for rows in (second, first))
-    biased, honest = (influence.gains(difference, b, "bucket").set_index("metric") for b in (same, cross))
-    assert biased.ci_low["gain_bucket_1"] > 0.1
-    assert honest.ci_low["gain_bucket_1"] < 0 < honest.ci_high["gain_bucket_1"]
-
-
-def test_gains_find_a_planted_gain_and_its_share():
-    label = np.tile(np.arange(500) % 5, (40, 1))
-    difference = RNG.normal(size=(40, 500)) / 10 + 0.5 * (label == 0)
-    frame = influence.gains(difference, label, "bucket", total=True).set_index("metric")
-    assert frame.ci_low["gain_bucket_1"] < 0.5 < frame.ci_high["gain_bucket_1"]
-    assert frame.ci_low["gain_bucket_5"] < 0 < frame.ci_high["gain_bucket_5"]
-    assert frame.value["gain_share_bucket_1"] == pytest.approx(1, abs=0.05)
-    assert frame.value["gain_bucket_1_minus_5"] == pytest.approx(
-        frame.value["gain_bucket_1"] - frame.value["gain_bucket_5"]
-    )
-    assert frame.value["gain"] == pytest.approx(difference.mean())
-
-
 def test_entropies_of_a_rare_class_do_not_sink_below_those_of_a_common_one():
     member = halves(32, 40)
     y, y_test = np.repeat([0, 1], [36, 4]), np.array([0, 0, 1])
@@ -140,12 +116,6 @@ def test_a_class_that_leans_on_few_examples_keeps_its_order_within():
     found = influence.buckets(score, 5, classes=classes)
     np.testing.assert_array_equal(found[:20], np.arange(20) // 4)
     np.testing.assert_array_equal(found[20:], np.arange(10) // 2)
-
-
-def test_gains_of_exactly_nothing_have_no_share_and_no_nan():
-    label = np.tile(np.arange(20) % 5, (8, 1))
-    found = influence.gains(np.zeros((8, 20)), label, "bucket", total=True)
-    assert "gain_share_bucket_1" not in set(found.metric) and found.notna().all().all()
 
 
 @pytest.mark.parametrize(

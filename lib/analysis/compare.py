@@ -243,10 +243,7 @@ def exposure_table(ensembles, scored, ids=None):
 
 
 def null_table(ensemble, seed, shuffles=5):
-    """AUC of every attack on shuffled membership (catalogue.null_member), averaged over shuffles: 0.5 without a fault.
-
-    A frame as `leakage`'s, without optimizer.
-    """
+    """AUC of every attack on shuffled membership (catalogue.null_member), averaged over shuffles; 0.5 is right."""
     values = {}
     for shuffle in range(shuffles):
         member = catalogue.null_member(np.array(ensemble.member), [seed, shuffle], ensemble.dataset.groups)

@@ -15,7 +15,7 @@ def influence_blocks(member, values, block=1000):
     """infl[i, j] on `block` test examples at a time: yields (slice of columns, [N, <= block] float32).
 
     infl[i, j]: mean output on test example j of the models trained with example i, minus that of the models trained
-    without it (Feldman & Zhang 2020, equation 2). member: [M, N] bool; values: [M, T].
+    without it (Feldman & Zhang 2020, equation 2).
     """
     values, member = checked(values, member)
     n_in = member.sum(0)
@@ -57,8 +57,7 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
 def buckets(score, n=5, within=None, seed=0, classes=None):
     """Equal buckets 0..n-1 by rising score [T], with ties in random order: [T]. within: [T] groups, each cut by itself.
 
-    classes [T]: the score is first replaced by its rank in the own class (0 to 1), since scores of small classes are
-    noisier. Raises ValueError unless 2 <= n <= the size of the smallest group.
+    classes [T]: the score is first replaced by its rank in the own class, since scores of small classes are noisier.
     """
     order, out = np.random.default_rng(seed).permutation(len(score)), np.empty(len(score), int)
     frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes}).iloc[order]

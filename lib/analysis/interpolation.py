@@ -75,8 +75,7 @@ def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
 def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> tuple[np.ndarray, np.ndarray]:
     """Theorem 3. (Largest TPR - FPR of any rule that tells IN from OUT, its derivative in sd_out). Arrays broadcast.
 
-    IN is N(mean_in, sd_in^2), OUT is N(mean_out, sd_out^2), with sds > 0; NaN where the two coincide. Where the
-    derivative is negative, a smaller OUT variance raises the advantage.
+    IN is N(mean_in, sd_in^2), OUT is N(mean_out, sd_out^2), with sds > 0; NaN where the two coincide.
     """
     r, delta = sd_out / sd_in, np.abs(mean_in - mean_out) / sd_in
     # the densities cross at y_1, y_2, in units of IN, or at z = (y + delta) / r, in units of OUT:

@@ -25,8 +25,8 @@ Memorization = namedtuple("Memorization", "value se")  # arrays [N]: the estimat
 def memorization(values, member) -> Memorization:
     """mem_i: mean output on example i of the models trained with it, minus that of the models trained without it.
 
-    Feldman & Zhang 2020, equation 1 and algorithm 1. values may also be the difference of two paired ensembles. The
-    standard error is about new models. For bools it is Agresti & Caffo's (2000), which is not 0 where all models agree.
+    Feldman & Zhang 2020, equation 1 and algorithm 1. The standard error is about new models; for bools it is Agresti &
+    Caffo's (2000), which is not 0 where all models agree.
     """
     values, member = checked(values, member)
     value, variance = 0.0, 0.0
@@ -81,9 +81,8 @@ def jackknife(statistic, member, groups=20):
 def memorization_table(values, member, published=None):
     """Mean memorization and the share of examples in each band, of two optimizers and their difference: a tidy frame.
 
-    values: dict optimizer -> [M, N], the baseline first. The difference also has memorization_spearman, their rank
-    correlation; with scores [N] `published` elsewhere, each has memorization_spearman_published, that with them. The
-    interval of a share reaches at least two examples either way: an empty band shows no spread.
+    values: dict optimizer -> [M, N], the baseline first; published: scores [N] from elsewhere. Both are correlated by
+    rank. The interval of a share reaches at least two examples either way: an empty band shows no spread.
     """
     baseline, treatment = values
 
@@ -115,10 +114,8 @@ def spearman(a, b):
 
 
 def plant(dataset, n_wrong, sources=(), copies=4, seed=0):
-    """The data set with faults at known places: (Dataset, wrong [n_wrong], copied [len(sources), copies]).
-
-    The examples `wrong` get another label. Each of the sources [n] gets `copies` copies, which replace other examples.
-    """
+    """The data set with other labels at `wrong` [n_wrong], and each of the sources [n] also at `copied` [n, copies], in
+    place of other examples: (Dataset, wrong, copied)."""
     rng, sources, x, y = np.random.default_rng(seed), np.array(sources, int), dataset.x.copy(), dataset.y.copy()
     free = rng.permutation(np.setdiff1d(np.arange(len(y)), sources))
     wrong, copied = free[:n_wrong], free[n_wrong:][: copies * len(sources)].reshape(len(sources), copies)

@@ -82,9 +82,8 @@ def null_member(member, seed=0, groups=None) -> np.ndarray:
     """The null control: a membership matrix [M, N] of the same design that says nothing about training.
 
     With it, in the place of `member`, and the real logits, AUC (and the accuracy of learned thresholds) is 1/2, up to
-    O(1/N), if there is no fault. Each pair's halves are drawn anew, with the sizes that they had. groups [N] stay
-    whole: they trade places with groups of their size, and the two sides of a pair with each other. Without pairs, one
-    permutation of the examples serves all models, whatever the groups, so that halves overlap as much as they did.
+    O(1/N), if there is no fault. Each pair's halves are drawn anew; groups [N] trade places with groups of their size,
+    and the two sides of a pair with each other. Without pairs, one permutation serves all models.
     """
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:

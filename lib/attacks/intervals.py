@@ -130,10 +130,8 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, *
 
 
 def at_rates(scores, member, fprs=FPRS, seed=0, aucs=None, **how) -> list[pd.DataFrame]:
-    """The rows of `table` at each FPR, a frame each; log ratios where the AUCs' influence values, `aucs`, are given.
-
-    With examples_only and one or two models, the threshold comes from half of the target's own non-members.
-    """
+    """The rows of `table` at each FPR, a frame each; log ratios where the AUCs' influence values, `aucs`, are given."""
+    # with one or two models, the threshold comes from half of the target's own non-members
     alone, frames = how.get("examples_only", False) and len(member) < 3, []
     half = calibration_split(member, seed, groups=how.get("columns")) if alone else None
     for fpr in reportable(member, fprs, alone):

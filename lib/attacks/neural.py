@@ -26,10 +26,9 @@ BLOCK = 8192  # outputs that are judged at a time; the hidden layers stay in the
 def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores, own, part): log-odds of membership, [M, N] float32 each, and the parts, [M, N] integers 0 to 2.
 
-    scores come from the network that judges an example's part; own, from the network that stopped on it, are for
-    learning thresholds (thresholds.classwise). Members and non-members weigh alike, so 0 is undecided. seen: what the
-    networks look at, a list of [M, N] arrays; member: [M, N] bool. The parts are not drawn within classes: a network
-    that reads the class off an output would know something of the part it judges.
+    scores come from the network that judges an example's part; own, from the one that stopped on it, are for learning
+    thresholds. Members and non-members weigh alike, so 0 is undecided. seen: a list of [M, N] arrays. The parts are not
+    drawn within classes: a network that reads the class off an output would know something of the part it judges.
     """
     x = np.stack([checked(values, member)[0].ravel() for values in seen], -1)
     member, rng = np.asarray(member), np.random.default_rng(seed)

@@ -17,9 +17,8 @@ FLOOR = 1e-12  # smallest variance that we divide by
 def lira(phi, member, offline=False, variance="example") -> np.ndarray:
     """The likelihood-ratio attack of Carlini et al. (2022, algorithm 1): scores [M, N] float32.
 
-    phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; member: [M, N] bool. offline: use the OUT
-    models only and return a z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4). variance:
-    one of VARIANCES. Raises ValueError if an example would have fewer than 2 OUT (or IN) shadows.
+    phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged. offline: use the OUT models only and return a
+    z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4). variance: one of VARIANCES.
     """
     if np.ndim(phi) == 3:
         return sum(lira(phi[:, q], member, offline, variance) for q in range(phi.shape[1])) / phi.shape[1]
@@ -109,8 +108,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     confidence: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; population: [M, T] or [M, Q, T],
     confidences on examples that no model trained on; without it the pool's own take their place. offline: use the OUT
     models only and estimate the mean of IN by a mean_out + 1 - a. gamma: the ratio to exceed. The paper uses 2, with a
-    Taylor softmax; on plain confidences near 1, that would leave a few dozen distinct scores, and 1, as in the authors'
-    privacy_meter, keeps the order of the ratios. Raises ValueError if an example would have no OUT (or IN) shadow.
+    Taylor softmax; on plain confidences near 1, few scores would differ: 1 is that of the authors' privacy_meter.
     """
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]

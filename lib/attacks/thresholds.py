@@ -48,8 +48,8 @@ def classwise(scores, member, y, part, own=None) -> np.ndarray:
 def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     """The threshold t of best balanced accuracy for the decision s > t, in each group: [n_groups] float64.
 
-    s, member, group (uint16): [N], of one target. NaN for a group without members or without non-members.
-    t lies midway between two neighbouring scores, or is the largest score if it is best to flag nobody.
+    s, member, group (uint16): [N], of one target. NaN for a group without members or without non-members. t lies midway
+    between two neighbouring scores, or is the largest score if it is best to flag nobody.
     """
     order = np.argsort(s)
     order = order[np.argsort(group[order], kind="stable")]  # by group, then by score; a radix sort on uint16

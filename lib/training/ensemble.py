@@ -3,8 +3,8 @@
     ensemble = train(Recipe(arch="mlp", optimizer="sam", rho=0.3), dataset, n_models=128, store="store")
     ensemble.logits, ensemble.member                # [M, Q, N, C], [M, N]
 
-Models 2k and 2k+1 share the pool out between them. Model k's half, initial weights, batch order and augmentation are a
-function of (seed, k) alone, so the ensembles of two optimizers are paired model by model.
+Model k's half, initial weights, batch order and augmentation are a function of (seed, k) alone, so the ensembles of two
+optimizers are paired model by model.
 """
 
 import re

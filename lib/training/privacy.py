@@ -1,7 +1,6 @@
 """Differential privacy: rules whose gradients are clipped for each example and noised, and the epsilon that this gives.
 
-A neighbour of a half is the half with one example replaced by another, as in a membership game on halves of one size:
-a sum of gradients, each clipped to C, then moves by up to 2 C.
+Neighbours differ by one replaced example: a sum of gradients, each clipped to C, then moves by up to 2 C.
 """
 
 from functools import cache, partial

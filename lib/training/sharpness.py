@@ -94,8 +94,7 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
 def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwise=False):
     """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
 
-    With the authors' k and alpha it fits less than SGD in short trainings of small networks (docs/limits.md).
-    layerwise: norms and angles of each tensor by itself, not of the whole gradient.
+    layerwise: norms and angles of each tensor by itself, not of the whole gradient. Limits: docs/limits.md.
     """
     first, aux = gradient(params)
     other = gradient(ascend(params, first, rho))[0] if is_kth_step else memory
@@ -122,10 +121,8 @@ def msam(gradient, params, rho, size, m=2):
 
 
 def fsam(gradient, params, rho, step, memory, sigma=1.0, decay=0.9):
-    """Friendly-SAM: Li et al. 2024, algorithm 1: a moving average of the gradient is subtracted from the ascent.
-
-    As in the authors' code, the average is that of the steps before. sigma = 0 is SAM.
-    """
+    """Friendly-SAM: Li et al. 2024, algorithm 1: a moving average of the gradient, over the steps before (as in their
+    code), is subtracted from the ascent. sigma = 0 is SAM."""
     first, aux = gradient(params)
     # d_t = g_t - sigma m_{t-1}
     ahead = {n: g - sigma * memory[n] for n, g in first.items()}
@@ -137,11 +134,8 @@ def fsam(gradient, params, rho, step, memory, sigma=1.0, decay=0.9):
 
 
 def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
-    """ESAM: Du et al. 2022, "Efficient sharpness-aware minimization", algorithm 1, with their CIFAR options.
-
-    A random share beta of the tensors, one at least, is perturbed; then the share gamma of the batch whose loss rises
-    most gives the gradient.
-    """
+    """ESAM: Du et al. 2022, "Efficient sharpness-aware minimization", algorithm 1, with their CIFAR options: a share
+    beta of the tensors, one at least, is perturbed; the share gamma of the batch whose loss rises most is used."""
     first, aux = gradient(params)
     bound = uniform.min().clamp(min=beta)  # with no tensor perturbed, rounding would choose the examples
     chosen = {n: g * (u <= bound) for (n, g), u in zip(first.items(), uniform, strict=True)}
@@ -155,11 +149,8 @@ def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
 
 
 def swa(gradient, params, start=0.75, floor=0.5):
-    """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": the mean of each epoch's last weights.
-
-    The learning rate's cosine (their line) ends at `floor` of its peak after the share `start` of training; then
-    ensemble.py averages the weights.
-    """
+    """SWA: Izmailov et al. 2018, "Averaging weights leads to wider optima": ensemble.py averages the weights after the
+    share `start` of training, from where the learning rate stays at `floor` of its peak."""
     return gradient(params)
 
 

@@ -81,10 +81,8 @@ class Rows:
 
 
 class Store:
-    """The arrays of one recipe, in a folder of `root` named by a prefix and the hash of a key (a JSON-able dict).
-
-    layout: array name -> (shape of one row, dtype).
-    """
+    """The arrays of one recipe, in a folder of `root` named by a prefix and the hash of a key (a JSON-able dict);
+    layout: array name -> (shape of one row, dtype)."""
 
     def __init__(self, root, name, key, layout):
         self.folder, text = place(root, name, key)

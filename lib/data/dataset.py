@@ -104,10 +104,7 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
 
 
 def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """float32 model inputs (x [N, ...], x_test [T, ...]), standardised by the pool but for floats within [0, 1].
-
-    Images are standardised by channel, features one by one; what is constant in the pool becomes 0.
-    """
+    """float32 model inputs (x [N, ...], x_test [T, ...]): channels or features standardised, but floats in 0..1."""
     full = 255 if dataset.x.dtype == np.uint8 else 1
     x, x_test = (np.divide(part, full, dtype=np.float32) for part in (dataset.x, dataset.x_test))
     if full == 1 and x.min() >= 0 and x.max() <= 1:
@@ -163,12 +160,10 @@ def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
 
 
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:
-    """Indices of n_examples (None: as many as possible) in whole groups, in random order.
-
-    Groups of one size are taken in pairs, one for either half; classes take turns, in proportion to their sizes.
-    """
+    """Indices of n_examples (None: as many as possible), shuffled: groups in pairs of one size, one for either half."""
     groups, top = _grouped(dataset)
     sizes, rng = np.bincount(groups), np.random.default_rng(seed)
+    # classes take turns, in proportion to their sizes; the first two groups of each lead
     mixed = pd.Series(top).sample(frac=1, random_state=rng)
     place = mixed.groupby(mixed).cumcount()
     place = (place / mixed.groupby(mixed).transform("size")).where(place > 1, 0)

@@ -77,10 +77,9 @@ def forest(frame, panels, rows="attack", reference=0):
 
 
 def leakage_against_accuracy(axis, rows, attack, chosen):
-    """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
+    """Every setting of a tuning (rows) as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
 
-    rows: of the experiment "tuning". Lines join the learning rates at one radius and weight decay, dotted unless it is
-    the first. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow.
+    Lines join the learning rates. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow.
     """
     rows = rows.assign(rho=pd.to_numeric(rows.rho).fillna(0.0))
     rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)

@@ -106,10 +106,7 @@ def embedded(path, caption):
 
 
 def opening(title, answer, picture, sections, folded):
-    """A page whose first screen holds the answer and the picture; links to the sections, then these follow.
-
-    answer: text; picture: (path of a PNG, caption), or None; sections, folded (in the appendix): dict heading -> HTML.
-    """
+    """A page: answer, picture (path, caption) or None, sections and, in an appendix, folded ones: heading -> HTML."""
     folds = (f"<details><summary>{summary}</summary>{text}</details>" for summary, text in folded.items())
     numbers = '<p>All numbers: <a href="../results.csv">results.csv</a>.</p>'
     sections = sections | {"Appendix": f"{''.join(folds)}{numbers}"}

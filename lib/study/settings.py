@@ -261,11 +261,8 @@ def check(run):
 
 
 def notebook_run(namespace):
-    """The Run of a notebook. namespace: its globals().
-
-    Within IPython all names assigned from the last parameters cell ("# Parameters", as papermill's begins) to the cell
-    of this call are parameters, so a misspelt one is refused. Names that begin with PAPERMILL_ are papermill's own.
-    """
+    """The Run of a notebook, whose globals() these are."""
+    # in IPython all names assigned from the last cell of parameters to this call count, so a misspelt one is refused
     cells, known = namespace.get("In", []), set(Parameters.model_fields)
     starts = [k for k, cell in enumerate(cells) if cell.lstrip().startswith("# Parameters")]
     for cell in takewhile(lambda cell: "notebook_run(" not in cell, cells[starts[-1] :] if starts else ()):

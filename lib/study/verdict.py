@@ -102,12 +102,9 @@ def judge_attacks(attacks, numbers, delta, rule="more"):
 
 
 def obstacle(known, row, needs):
-    """Why a comparison cannot be tested, in words; "" if it can, None if what would tell was not recorded.
+    """Why a comparison cannot be tested, in words; "" if it can, None if what would tell was not recorded."""
 
-    known: dict of KEY -> [value, ci_low]; if a place in an experiment has none, the main comparison tells.
-    """
-
-    def look(metric, optimizer, baseline=""):
+    def look(metric, optimizer, baseline=""):  # [value, ci_low] at the row's own place, else of the main comparison
         group, of = (row.run, row.dataset, row.arch), ("", metric, optimizer, baseline)
         main = known.get((*group, "main", "", *of), [np.nan, np.nan])
         return known.get((*group, row.experiment, row.coordinate, *of), main)

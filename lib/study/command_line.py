@@ -94,18 +94,25 @@ def main(arguments=None):
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
         # one thread trains for one notebook after another; notebooks whose models are there run beside it
         ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
+
+        def run_one(book, awaited):
+            try:
+                execute(book, given, out, awaited)
+            except Exception:
+                for executor in (ahead, pool):  # none that has not begun will
+                    executor.shutdown(wait=False, cancel_futures=True)
+                raise
+
         for book in books:
             awaited = [ahead.submit(plan.train, book.name[:2])]
             awaited += running if "verdict" in book.stem else []  # it judges what all the others recorded
-            running[pool.submit(execute, book, given, out, awaited)] = book
+            running[pool.submit(run_one, book, awaited)] = book
         for done in futures.as_completed(running):
             plan.notebooks.remove(running[done].name[:2])
             if error := done.exception():  # the notebook's own, or the kernel's death: what it did so far is in `out`
                 book, said = running[done], getattr(error, "evalue", error)
                 said = f"see {out / book.name}: {getattr(error, 'ename', type(error).__name__)}: {said}"
                 print(f"error: {book.stem} failed, {said}", file=sys.stderr)
-                for executor in (ahead, pool):
-                    executor.shutdown(wait=False, cancel_futures=True)
                 return 1
         took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
         # the share of the training that the store did not have

@@ -23,6 +23,7 @@ from lib.training import ensemble, networks, step, trial
 ENGINES = ("local", "ray")
 LONG = 100  # steps of one model from which a process of its own is worth starting
 OWN = 1e9  # bytes of memory that a process takes, about
+STARTING = threading.Lock()  # two threads share the processes
 tell_once = cache(partial(print, flush=True))  # in each process
 
 
@@ -153,17 +154,29 @@ def n_processes(recipe, dataset, device):
     return int(max(1, min(loky.cpu_count(), room)))
 
 
-def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):
-    """Have n processes train the chunks, and keep them for more; if one is lost, the caller trains what is missing."""
+@cache
+def processes(n, parent):
+    """n processes that train, kept with their compiled code for the ensembles that follow. parent: this process."""
     import loky
 
-    pool = loky.get_reusable_executor(n, timeout=None, initializer=alone, initargs=(os.getpid(),))
+    os.environ.setdefault("LOKY_MAX_MEMORY_LEAK_SIZE", "1e12")  # compiled code is no leak: no process starts anew
+    return loky.ProcessPoolExecutor(n, timeout=None, initializer=alone, initargs=(parent,))
+
+
+def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):
+    """Have n processes train the chunks; if one of them is lost, the caller trains what is missing."""
+    from loky.process_executor import BrokenProcessPool
+
+    with STARTING:
+        pool = processes(n, os.getpid())
     try:
         waiting = {pool.submit(train_there, recipe, dataset, ids, str(store), "cpu", n_models): ids for ids in todo}
         collect(recipe, dataset, waiting, f"{n} processes", n, quiet, notify)
-    except loky.process_executor.BrokenProcessPool:
+    except BrokenProcessPool:
+        processes.cache_clear()
         print("a process that trained was lost (memory?): its models are trained in this one", flush=True)
     except BaseException:
+        processes.cache_clear()
         pool.shutdown(wait=False, kill_workers=True)
         raise
 

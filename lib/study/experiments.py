@@ -313,7 +313,7 @@ class Plan:
             return
         seconds, share = self.seconds_left(frame), 1 - frame.megagradients.sum() / frame.megagradients_in_all.sum()
         print(f"About {duration(seconds)} to go, {share:.0%} of the training is done.", flush=True)
-        self.speak_at = time.monotonic() + max(20, seconds / 5)
+        self.speak_at = time.monotonic() + min(max(20, seconds / 5), 120)
 
     def train(self, book=None):
         """Train what one notebook needs and no other process trains; None: what all need, none of which is run then."""

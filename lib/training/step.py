@@ -243,7 +243,7 @@ class ThroughVmap(torch.autograd.Function):
 # ---- what makes a step fast: each choice with its reason -------------------------------------------------------
 
 STACKS = {}  # compiled stacks of this process: no rule or base, rate, decay, radius or length asks for another
-WORTH = 2.5e8  # models x steps x weights of an ensemble from which compiling its gradient saves more than it takes
+WORTH = 2e8  # models x steps x weights of an ensemble from which compiling its gradient saves more than it takes
 
 
 def stack_for(recipe, inputs, ids, n_models, n_steps, alone):
@@ -264,8 +264,8 @@ def worth_compiling(recipe, inputs, n_models, n_steps):
     if recipe.optimizer.has_own_base or recipe.optimizer.is_private or inputs.device.type not in ("cpu", "cuda"):
         return False
     net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)
-    # rules that ask for parts of a batch, or for single losses, need code of their own, which no other rule shares
-    worth = WORTH * (4 if {"size", "losses"} & recipe.optimizer.wants else 1)
+    # parts of a batch, single losses and smoothed labels need code of their own, which few ensembles share
+    worth = WORTH * (4 if {"size", "losses"} & recipe.optimizer.wants or recipe.smoothing else 1)
     return n_models * n_steps * sum(p.numel() for p in net.parameters()) >= worth
 
 

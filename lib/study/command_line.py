@@ -1,7 +1,4 @@
-"""Run the study: `python -m lib.study --dataset digits --preset default`, or the same names as make variables.
-
---plan, --work, --report and --audit do something else instead: see --help.
-"""
+"""`python -m lib.study` runs the notebooks; --plan, --work, --report and --audit do something else: see --help."""
 
 import json
 import logging

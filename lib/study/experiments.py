@@ -241,8 +241,9 @@ def declared(run, name, dataset=None):
     """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
     need(name in EXPERIMENTS, f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
     found = EXPERIMENTS[name]
-    what = f"dataset=None: {name!r} needs the pool that its notebook draws from results"
-    need(dataset is not None or not found.has_own_pool, what)
+    need(
+        dataset is not None or not found.has_own_pool, f"dataset=None: {name!r} needs the pool that its notebook draws"
+    )
     return found.declare(run, dataset) if found.has_own_pool else found.declare(run)
 
 
@@ -287,7 +288,7 @@ class Plan:
             left, took = range(len(done), n_models), [read_json(path).get("seconds", np.nan) for path in done]
             row = [book, name, recipe.arch, str(recipe.optimizer), recipe.rho, recipe.run_epochs, n_models, len(done)]
             row += [len(left) * one / 1e6, n_models * one / 1e6, ensemble.stored_bytes(recipe, data, left) / 1e6]
-            own = one / np.median(took) if took else np.nan
+            own = one / np.quantile(took, 0.25) if took else np.nan  # the first wait for the compiler
             rows.append([*row, own, recipe.optimizer.is_private, workers.n_processes(recipe, data, device)])
         frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "rate", "is_private", "at_once"])
         of_kind = frame.groupby(["arch", "is_private"]).rate.transform("median")
@@ -368,6 +369,5 @@ class Plan:
 
 def duration(seconds):
     """'40 s', '12 min', '3.5 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

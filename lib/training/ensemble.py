@@ -1,8 +1,5 @@
 """Train many models at once on random halves of one pool; what is trained is kept in a resumable store.
 
-    ensemble = train(Recipe(arch="mlp", optimizer="sam", rho=0.3), dataset, n_models=128, store="store")
-    ensemble.logits, ensemble.member                # [M, Q, N, C], [M, N]
-
 Model k's half, initial weights, batch order and augmentation are a function of (seed, k) alone, so the ensembles of two
 optimizers are paired model by model.
 """

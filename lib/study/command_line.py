@@ -55,7 +55,7 @@ def execute(book, given, out, awaited):
             await super().start_kernel(**more, env={**os.environ, **settled})
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
-    print(f"{book.stem} -> {out}", flush=True)
+    print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
     how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": ["--log-level=ERROR"]}
     # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
     how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}

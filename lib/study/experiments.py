@@ -247,9 +247,6 @@ def declared(run, name, dataset=None):
     return found.declare(run, dataset) if found.has_own_pool else found.declare(run)
 
 
-# ---- what is left to do, and what it costs ------------------------------------------------------------------
-
-
 def work(recipe, n, n_models):
     """Gradients of one example that these models take in all, on a pool of n; a clipped one counts as PER_EXAMPLE."""
     per_epoch = round(n * recipe.subset) // recipe.batch_size * recipe.batch_size

@@ -267,7 +267,8 @@ for e in ends:
     both = lengths[e, treatment], by_epochs, lengths[e, baseline]
     frames.append(compare.decomposition(*both, treatment, baseline, coordinate=f"epochs={e}"))
 split = pd.concat(frames, ignore_index=True)
-results.add(split, experiment="decomposition", n_models=n_swept)
+own = length_frame[length_frame.metric.isin(["train_accuracy", verdict.SKILL]) & (length_frame.baseline == "")]
+results.add(pd.concat([split, own]), experiment="decomposition", n_models=n_swept)  # where one fits less, no verdict
 order = {"auc_total": "total", "auc_from_fit": "from fit", "auc_at_equal_loss": "at equal loss"}
 fits = length_frame[(length_frame.metric == "train_accuracy") & (length_frame.baseline == "")]
 fits = fits.pivot(index="epochs", columns="optimizer", values="value")[[baseline, treatment]]

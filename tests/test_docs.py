@@ -243,7 +243,8 @@ def test_a_larger_preset_costs_more():
     cells = [line.split(" | ") for line in table.splitlines()[2:]]
     work = {row[0].strip("|` "): float(row[4]) for row in cells if len(row) > 1}
     assert list(work) == [preset for _, preset in costs.PRESETS]
-    assert work["tiny"] < work["small"] < work["default"] < work["fast"] < work["paper"]
+    # of one kind of network each: a gradient of a ResNet is not that of a small MLP
+    assert work["tiny"] < work["default"] and work["small"] < work["fast"] < work["paper"]
 
 
 # ---- what runs on every change ------------------------------------------------------------------------------

@@ -326,8 +326,9 @@ class Plan:
 
         # two ensembles at a time where other processes train, so that none waits for the last models of an ensemble
         pool = futures.ThreadPoolExecutor(AT_ONCE)
+        each = map if run.engine == "ray" else pool.map  # Ray ends the process when the thread that started it ends
         try:
-            list(pool.map(train_one, [planned for _, first, planned in self.ensembles if book in (None, first)]))
+            list(each(train_one, [planned for _, first, planned in self.ensembles if book in (None, first)]))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

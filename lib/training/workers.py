@@ -127,7 +127,6 @@ def progress(recipe, todo, where, quiet):
 
 
 def train_there(recipe, dataset, ids, store, device, n_models):
-    """train_one in another process."""
     inputs = ensemble.Inputs(dataset, recipe, ensemble.device_of(device))
     return train_one(recipe, inputs, ids, ensemble.open_store(recipe, dataset, store), n_models)
 

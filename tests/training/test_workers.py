@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def ended():
     """The processes are kept from test to test: each takes seconds to start."""
     yield
-    loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    for pid in children():
+        psutil.Process(pid).kill()
+    workers.processes.cache_clear()
 
 
 def here(*args, **how):

@@ -60,6 +60,8 @@ def kept(ensemble, key, make):
 def signal(ensemble, name, test=False):
     """A signal (lib.attacks.signals) of the plain input: [M, N] on the pool, [M, T] on the test part."""
     logits, y = (ensemble.test_logits, ensemble.dataset.y_test) if test else (ensemble.logits, ensemble.dataset.y)
+    if name == "correct":  # a fifth of the time that all signals take
+        return kept(ensemble, (name, test), lambda: np.stack([z.argmax(-1) == y for z in logits[:, 0]]))
     return kept(ensemble, (name, test), lambda: signals(logits[:, 0], y, only=(name,))[name])
 
 

@@ -174,9 +174,9 @@ def reportable(member, fprs=FPRS, within=False) -> list[float]:
 def ratio_influence_values(x, chosen) -> np.ndarray:
     """Influence values of a row's mean over its chosen examples: x and chosen (bool) [N] or [M, N] -> same shape."""
     n = chosen.sum(-1, keepdims=True)
-    mean = np.sum(x, axis=-1, keepdims=True, where=chosen) / n
+    mean = np.sum(x * chosen, axis=-1, keepdims=True) / n  # a product takes a fifth of the time of `where`
     # mean + N/n 1{chosen} (x - mean), a ratio of means to first order
-    return mean + np.where(chosen, x.shape[-1] / n * (x - mean), 0.0)
+    return mean + x.shape[-1] / n * chosen * (x - mean)
 
 
 def log_ratio_influence_values(x, y) -> np.ndarray:
@@ -194,12 +194,14 @@ def auc_influence_values(scores, member) -> np.ndarray:
     scores, member = checked(scores, member)
 
     def of_target(m):
-        rank = stats.rankdata(scores[m])
-        for side in (member[m], ~member[m]):
-            # the share of the other side's examples below each of this side's
-            rank[side] = (rank[side] - stats.rankdata(scores[m, side])) / (~side).sum()
+        order = np.argsort(scores[m])
+        ranked, inside, place = scores[m, order], member[m, order], np.empty(len(order))
+        # how many examples, and how many members, score less; of those with the same score half are counted
+        tied = np.stack([np.searchsorted(ranked, ranked, side) for side in ("left", "right")])
+        below, members_below = tied.mean(0), np.r_[0, inside.cumsum()][tied].mean(0)
         # placement: for a member the share of non-members below it, for a non-member the share of members above it
-        place = np.where(member[m], rank, 1 - rank)
+        shares = (below - members_below) / (~inside).sum(), 1 - members_below / inside.sum()
+        place[order] = np.where(inside, *shares)
         of_members, of_others = (ratio_influence_values(place, side) for side in (member[m], ~member[m]))
         # AUC = mean placement of the members = mean placement of the non-members
         return of_members + of_others - place[member[m]].mean()
@@ -240,15 +242,15 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
         s, inside, part = scores[rows], member[rows], (fold if half is None else half)[rows]
         flagged, error = np.empty(s.shape, bool), np.zeros(s.shape)
         for k in (0, 1):
-            given, judged = part == k, part != k
-            null = np.sort(s[given & ~inside])
+            given, judged = (part == k) & ~inside, part != k
+            null, members = np.sort(s[given]), s[judged & inside]
             limit = limit_at(null, fpr)
             flagged[judged] = s[judged] > limit
             # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr); dTPR/dFPR is the rise of
             # the ROC between half and one and a half times fpr
-            lower, upper = (np.mean(s[judged & inside] > limit_at(null, rate * fpr)) for rate in (0.5, 1.5))
+            lower, upper = (np.mean(members > limit_at(null, rate * fpr)) for rate in (0.5, 1.5))
             weight = (upper - lower) / fpr * judged.sum() / len(null)
-            error += np.where(given & ~inside, weight * ((s > limit) - np.mean(null > limit)), 0.0)
+            error[given] = weight * ((s[given] > limit) - np.mean(null > limit))
         tpr[rows] = ratio_influence_values(flagged, inside) - error
         realised[rows] = ratio_influence_values(flagged, ~inside)
     return tpr, realised

@@ -84,8 +84,8 @@ def prior(n, squares) -> tuple[float, float]:
     wanted = e.var() - np.mean(polygamma(1, d / 2))
     if wanted <= 0:
         return np.inf, float(squares.sum() / (d + np.zeros(len(squares))).sum())
-    half = 0.5 + 1 / wanted
-    for _ in range(20):  # Newton's method on 1 / psi', which is nearly linear
+    half, now = 0.5 + 1 / wanted, np.inf
+    while abs(now / wanted - 1) > 1e-9:  # Newton's method on 1 / psi', which is nearly linear and convex
         now = polygamma(1, half)
         half += now * (1 - now / wanted) / polygamma(2, half)
     # s0^2 = exp(mean(e) + psi(d0/2) - log(d0/2))

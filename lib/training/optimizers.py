@@ -153,6 +153,8 @@ def _parse(text):
     with_rho = written(rule_name, options | ({} if rho is None else {"rho": rho}))
     whole = base_name if rule_name == "plain" else with_rho + (f"+{base_name}" if base_name != "sgd" else "")
     parsed = Optimizer(whole, rule_name, rule, options, base_name, make, base_options, rho)
+    if make in BASES.values() and not base_options:
+        return parsed  # nothing to refuse; building an optimizer of torch imports the compiler, which takes a second
     try:  # what the base refuses is said before anything is trained
         need("lr" not in base_options, "lr is a parameter of its own")
         built = parsed.build([torch.zeros(2, 2, requires_grad=True)], 0.1, 0.9, 0.0)

@@ -95,6 +95,7 @@ def main(arguments=None):
         def run_one(book, awaited):
             try:
                 execute(book, given, out, awaited)
+                report.rendered(out / book.name, (out / book.name).stat().st_mtime_ns)  # ahead of the report
             except Exception:
                 for executor in (ahead, pool):  # none that has not begun will
                     executor.shutdown(wait=False, cancel_futures=True)

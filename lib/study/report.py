@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -76,8 +76,12 @@ def page(title, body, kind=""):
     return "<!DOCTYPE html>\n" + text.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def rendered(path):
-    """(title, HTML page) of an executed notebook: set-up folded, mathematics as MathML, no widgets, no folders."""
+@cache
+def rendered(path, changed):
+    """(title, HTML page) of an executed notebook: set-up folded, mathematics as MathML, no widgets, no folders.
+
+    changed: the file's st_mtime_ns, so that the same state of it is rendered once.
+    """
     book = nbformat.read(path, as_version=4)
     for cell in book.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
@@ -175,7 +179,7 @@ def build(out):
     rows = read(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
     (out / "report").mkdir(exist_ok=True)
     for book in books:
-        title, text = rendered(book)
+        title, text = rendered(book, book.stat().st_mtime_ns)
         write_atomic(out / "report" / f"{book.stem}.html", text)
         links += f'<li><a href="{html.escape(book.stem)}.html">{html.escape(title)}</a></li>'
     ledger = verdict.ledger(rows)

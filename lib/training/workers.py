@@ -21,7 +21,7 @@ from lib import need
 from lib.training import ensemble, networks, step, trial
 
 ENGINES = ("local", "ray")
-LONG = 100  # steps of one model from which a process of its own is worth starting
+LONG = 100  # steps of one model from which processes are worth starting
 OWN = 1e9  # bytes of memory that a process takes, about
 STARTING = threading.Lock()  # two threads share the processes
 tell_once = cache(partial(print, flush=True))  # in each process
@@ -142,9 +142,10 @@ def collect(recipe, dataset, waiting, where, n, quiet, notify):
 
 
 def n_processes(recipe, dataset, device):
-    """How many processes train this recipe: on a CPU one a core, where a model takes LONG steps and memory suffices."""
+    """How many processes train this recipe: on a CPU one a core, if they run or it is worth it, and memory suffices."""
     steps = round(len(dataset.y) * recipe.subset) // recipe.batch_size * recipe.run_epochs
-    if device.type != "cpu" or steps < LONG or "__main__" in f"{recipe.optimizer} {recipe.arch}":
+    is_worth_it = steps >= LONG or processes.cache_info().currsize
+    if device.type != "cpu" or not is_worth_it or "__main__" in f"{recipe.optimizer} {recipe.arch}":
         return 1  # nothing of `__main__` can be sent to other processes
     import loky
     import psutil

@@ -47,6 +47,8 @@ def two(monkeypatch):
     """As if every ensemble were long, and there were two cores."""
     monkeypatch.setattr(workers, "LONG", 0)
     monkeypatch.setattr(loky, "cpu_count", lambda: 2)
+    yield
+    workers.processes.cache_clear()  # other tests train in their own process
 
 
 def test_two_processes_make_what_one_thread_makes(images, tmp_path, two, one_thread):

@@ -41,28 +41,33 @@ def test_an_update_does_not_depend_on_how_gradients_lie_in_memory(images, optimi
 
 def test_a_compiled_gradient_serves_every_rule(table, tmp_path, monkeypatch):
     """The rule is no part of what is compiled: one stack is kept for all of them."""
-    compiled = []
+    compiled, compiles = [], torch._inductor.compile
     monkeypatch.setattr(step, "worth_compiling", lambda *_: True)
-    monkeypatch.setattr(step.torch, "compile", lambda function, **_: compiled.append(function) or function)
+    monkeypatch.setattr(torch._inductor, "compile", lambda *args: compiled.append(args) or compiles(*args))
     monkeypatch.setattr(step, "STACKS", {})
     for optimizer in ("sgd", "sam", "looksam(k=2)", "fsam"):
         train(Recipe(optimizer=optimizer, rho=0.1, epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
     assert len(step.STACKS) == 1 and len(compiled) == 1
 
 
-def test_where_compiling_fails_the_function_itself_serves(monkeypatch):
-    def compiles_to(result):
-        def made(*args):
-            raise result
-
-        return lambda function, **_: made
-
-    monkeypatch.setattr(step.torch, "compile", compiles_to(RuntimeError("no C++ compiler")))
-    double = step.compiled_once(lambda x: 2 * x, torch.device("cpu"))
-    assert double(3) == 6 and double(4) == 8
+def compiles_to(made):
+    """What stands in for both of torch's compilers."""
+    return {torch: ("compile", lambda function, **_: made), torch._inductor: ("compile", lambda graph, args: made)}
 
 
-def test_the_first_call_compiles_while_no_other_process_does(monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_where_compiling_fails_the_function_itself_serves(monkeypatch, is_traced):
+    def made(*args):
+        raise RuntimeError("no C++ compiler")
+
+    for module, patch in compiles_to(made).items():
+        monkeypatch.setattr(module, *patch)
+    double = step.compiled_once(lambda x: 2 * x, torch.device("cpu"), is_traced)
+    assert double(torch.tensor(3)) == 6 and double(torch.tensor(4)) == 8
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_the_first_call_compiles_while_no_other_process_does(monkeypatch, tmp_path, is_traced):
     monkeypatch.setattr(step.tempfile, "gettempdir", lambda: str(tmp_path))
     locked = []
 
@@ -74,10 +79,38 @@ def test_the_first_call_compiles_while_no_other_process_does(monkeypatch, tmp_pa
         locked.append(True)
         return x
 
-    monkeypatch.setattr(step.torch, "compile", lambda function, **_: made)
-    same = step.compiled_once(lambda x: x, torch.device("cpu"))
-    assert (same(1), same(2)) == (1, 2)
-    assert locked[:2] == [True, False]
+    for module, patch in compiles_to(made).items():
+        monkeypatch.setattr(module, *patch)
+    same = step.compiled_once(lambda x: x, torch.device("cpu"), is_traced)
+    assert (same(torch.tensor(1)), same(torch.tensor(2))) == (1, 2)
+    assert locked == [True, False, False]
+
+
+def test_a_traced_function_is_traced_anew_for_another_shape_layout_or_kind():
+    calls = []
+    found = step.compiled_once(lambda x: (calls.append(x.shape), torch.sin(x) + 1)[1], torch.device("cpu"), True)
+    square = torch.rand(4, 4)
+    for x in (square, square.T, square[:2], square.double(), 2 * square):
+        torch.testing.assert_close(found(x), torch.sin(x) + 1)
+    assert len(calls) == 4  # the last is like the first
+
+
+class Switching(torch.nn.Module):
+    """Its answers double at the third call: one call does not show all that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (2 if self.calls > 2 else 1)
+
+
+def test_a_function_that_changes_is_not_traced():
+    found = step.compiled_once(Switching().__call__, torch.device("cpu"), is_traced=False)
+    # the first call is made twice, once to compile
+    assert [found(torch.ones(1)).item() for _ in range(3)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +131,7 @@ def test_through_vmap_hands_over_the_stack_and_broadcasts_what_is_shared():
         return {"sum": x + shared}, x.sum(1)
 
     x, shared = torch.rand(4, 3), torch.rand(3)
-    found, total = torch.func.vmap(lambda row: step.ThroughVmap.apply(on_stack, row, shared))(x)
+    found, total = torch.func.vmap(lambda row: step.on_the_stack(on_stack, row, shared))(x)
     assert seen == [((4, 3), (4, 3))]
     torch.testing.assert_close(found["sum"], x + shared)
     torch.testing.assert_close(total, x.sum(1))

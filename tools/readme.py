@@ -80,8 +80,11 @@ def chosen(results):
 
 def finding(runs):
     """The study in one picture: leakage against accuracy of every setting tried, a panel for each run."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 4.6), layout="constrained", squeeze=False)
-    for axis, frame in zip(axes.flat, runs.values(), strict=True):
+    size = -(-len(runs) // 2), 2  # rows and columns: two panels side by side are wide enough to read on a page
+    figure, axes = plt.subplots(*size, figsize=(5.2 * size[1], 4.3 * size[0]), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(runs) :]:
+        axis.remove()
+    for axis, frame in zip(axes.flat, runs.values(), strict=False):
         tried = frame[frame.experiment == "tuning"]
         figures.leakage_against_accuracy(axis, tried, HEADLINES[0], chosen(frame))
         axis.set_title(title(frame, "tuning"), fontsize=10)

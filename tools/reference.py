@@ -5,6 +5,7 @@ The copies of the notebooks become smaller and may travel: pictures of 48 colour
 
 import base64
 import io
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +31,9 @@ def cleaned(book, name):
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = small(output.data["image/png"])
+            if "text/markdown" in output.get("data", {}):  # commands that name folders of this machine
+                said = output.data["text/markdown"]
+                output.data["text/markdown"] = re.sub(r"--(data|scores|store) /[^\s`]+", r"--\1 \1", said)
         cell.metadata = {"tags": cell.metadata.get("tags", [])}
         if "injected-parameters" in cell.metadata.get("tags", []):
             given = {"store": "store", "out": f"outputs/{name}", "data": "data", "scores": "scores"}

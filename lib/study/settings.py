@@ -37,6 +37,7 @@ PRESETS = {
     # long enough on these images that both optimizers fit
     "default": {"table": TABLE, "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000),
                 "fashionmnist": IMAGE | dict(n_models=8, n_examples=20_000, epochs=45, batch_size=128),
+                "eyepacs_referable": IMAGE | dict(n_models=8, epochs=80),
                 "cifar10": IMAGE | dict(n_examples=8000, epochs=320, batch_size=128, rho=0.05, augment=True)},
     "small": {"table": TABLE | dict(n_models=64), "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
     "fast": {"table": TABLE, "image": LARGE | dict(arch="resnet9", epochs=16)},

@@ -246,7 +246,7 @@ figures.save(figure, run, "memorization")
 # an example in the middle of a band is estimated as 1 - k / n, where k ~ Bin(n, 1 - mem) of the n models without it
 # get it right nevertheless
 k, middle = np.arange(n_out.min() + 1), np.array([0.05, 0.25, 0.5, 0.725, 0.925])
-lands = np.digitize(np.round(1 - k / k.max(), 9), memorization.EDGES)  # the band of each possible estimate
+lands = memorization.bands(1 - k / k.max())  # the band of each possible estimate
 chance = stats.binom.pmf(k[:, None], k.max(), 1 - middle)
 landing = np.array([chance[lands == band].sum(0) for band in range(5)])  # [where it lands, where it is]
 resolved = np.where(np.eye(5, dtype=bool), landing >= 0.8, landing <= 0.2).all(1)

@@ -39,7 +39,9 @@ import sympy as sp
 import torch
 from IPython import get_ipython
 from IPython.display import display
+from scipy import stats
 from scipy.linalg import null_space, qr
+from scipy.special import owens_t
 from threadpoolctl import threadpool_limits
 from torch.func import functional_call
 
@@ -294,7 +296,21 @@ display(sp.Eq(sp.Derivative(sp.Symbol("Adv"), v), slope))
 # **Without (A5).** Let labels follow a teacher, $y = \mathrm{sign}(x^\top u)$ flipped with probability $p$, and let
 # $x$ be Gaussian. The margin is then skew-normal, and the advantage is $\Phi(h) - 2(1-2p)\,T(h, \alpha)$ with
 # $h = 1/\sqrt V$, Owen's function $T$, and $\alpha = r/\sqrt{1-r^2}$ for the correlation $r$ of $x^\top w$ and
-# $x^\top u$ (`interpolation.teacher_advantage`). With $p = 1/2$ it is Theorem 2.
+# $x^\top u$. With $p = 1/2$ it is Theorem 2.
+
+
+# %%
+def teacher_advantage(w, sigma, teacher, noise):
+    """TPR - FPR of "member if margin >= 1" for w [d] or [d, k]: members at 1, labels of a teacher for the others."""
+    v = interpolation.variance(w, sigma)
+    cosine = (sigma @ teacher) @ w / np.sqrt(v * interpolation.variance(teacher, sigma))
+    slant, h = cosine / np.sqrt(np.maximum(1 - cosine**2, interpolation.EPS)), 1 / np.sqrt(v)
+    # the margin is skew-normal (Azzalini 1985, eq. 1 and 9): Adv = Phi(h) - 2 (1 - 2 noise) T(h, slant)
+    advantage = stats.norm.cdf(h) - 2 * (1 - 2 * noise) * owens_t(h, slant)
+    flipped = noise * stats.skewnorm.cdf(h, -slant)
+    np.testing.assert_allclose(advantage, (1 - noise) * stats.skewnorm.cdf(h, slant) + flipped, atol=1e-7)
+    return advantage
+
 
 # %% [markdown]
 # ## Theorem 3: likelihood-ratio attacks
@@ -390,7 +406,7 @@ def simulate(kind, share, noise):
         paths = parallel(lambda half: interpolation.spectral(x[half], y[half], sigma), member)
     w = np.array([[interpolation.weights(path, eta) for path in paths] for eta in etas])  # [etas, M, d]
     v = (w**2 @ values).mean(1)  # w'Σw, Σ is diagonal
-    advantage = [interpolation.teacher_advantage(one.T, sigma, teacher, noise).mean() for one in w]
+    advantage = [teacher_advantage(one.T, sigma, teacher, noise).mean() for one in w]
     return y * (w @ x.T), member, v, np.array(advantage)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import eigh, qr, solve_triangular
-from scipy.special import ndtr, owens_t
+from scipy.special import ndtr
 
 EPS = np.finfo(float).eps
 
@@ -57,19 +57,6 @@ def contraction(path, eta) -> np.ndarray:
 def weights(path, eta) -> np.ndarray:
     """w_eta: [d], for one number eta >= 0."""
     return path.w0 - path.basis @ (eta / (1 + eta * path.s) * path.b)
-
-
-def teacher_advantage(w, sigma, teacher, noise) -> np.ndarray:
-    """Theorem 2. TPR - FPR of the best threshold, "member if margin >= 1": members at 1, non-members x ~ N(0, Σ).
-
-    Labels are sign(x'teacher), flipped with probability `noise`; w is [d] or [d, k]. The margin of a non-member is
-    skew-normal (Azzalini 1985, eq. 1 and 9), and N(0, V) with noise 1/2.
-    """
-    v = variance(w, sigma)
-    cosine = (sigma @ teacher) @ w / np.sqrt(v * variance(teacher, sigma))
-    slant, h = cosine / np.sqrt(np.maximum(1 - cosine**2, EPS)), 1 / np.sqrt(v)
-    # Adv = Phi(h) - 2 (1 - 2 noise) T(h, slant),  h = 1 / sqrt(V),  T: Owen's function
-    return ndtr(h) - 2 * (1 - 2 * noise) * owens_t(h, slant)
 
 
 def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> tuple[np.ndarray, np.ndarray]:

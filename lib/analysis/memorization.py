@@ -53,9 +53,9 @@ def checked(values, member):
     return values, member
 
 
-def band_shares(memorized):
-    """Share of the examples in each of BANDS: [N] -> [5]."""
-    return np.bincount(np.digitize(np.round(memorized, 9), EDGES), minlength=len(BANDS)) / len(memorized)
+def bands(memorized):
+    """The band of each example, an index into BANDS."""
+    return np.digitize(np.round(memorized, 9), EDGES)
 
 
 def jackknife(statistic, member, groups=20):
@@ -90,7 +90,8 @@ def memorization_table(values, member, published=None):
         part = np.ix_(rows, columns)
         mem = [memorization(v[part], member[part]).value for v in values.values()]
         known = [] if published is None else [published[columns]]
-        both = np.array([[m.mean(), *band_shares(m), *(spearman(m, p) for p in known)] for m in mem])
+        shares = [np.bincount(bands(m), minlength=len(BANDS)) / len(m) for m in mem]
+        both = np.array([[m.mean(), *s, *(spearman(m, p) for p in known)] for m, s in zip(mem, shares, strict=True)])
         return [*both[0], *both[1], *(both[1] - both[0]), spearman(*mem)]
 
     metrics = ["mean_memorization", *(f"memorization_share_{band}" for band in BANDS)]

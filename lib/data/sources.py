@@ -83,7 +83,13 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     if name == "eyepacs_referable":
         return _referable(**_cached(path, RETINA, _retina, cache, 2 * SIDE))
     if name in ("npz", "purchase100", "texas100") or path.suffix == ".npz":
-        return _npz(path)
+        held = read_npz(path, set().union(*NAMES))
+        names = next((names for names in NAMES if {*names[:2]} <= set(held)), NAMES[0])
+        arrays = {key: held[name] for key, name in zip(NAMES[0], names, strict=True) if name in held}
+        complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
+        forms = "; or ".join(", ".join(names) for names in NAMES)
+        need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (test part and groups may lack)")
+        return arrays | {"left_out": _counted({"arrays": sorted({*held} - {*names})})}
     return _cached(path, RETINA, _retina, cache, SIDE) if name == "eyepacs" else _cached(path, PLACE, _images, cache)
 
 
@@ -124,17 +130,6 @@ def _torchvision(name: str, path: Path, download: bool) -> dict[str, np.ndarray]
     names = np.array(train.classes)
     return {f"{key}{tail}": a for part, tail in ((train, ""), (test, "_test"))
             for key, a in (("x", np.asarray(part.data)), ("y", names[part.targets]))}  # fmt: skip
-
-
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    """x, y and perhaps x_test, y_test and groups; in the file they may have any of NAMES."""
-    held = read_npz(path, set().union(*NAMES))
-    names = next((names for names in NAMES if {*names[:2]} <= set(held)), NAMES[0])
-    arrays = {key: held[name] for key, name in zip(NAMES[0], names, strict=True) if name in held}
-    complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
-    forms = "; or ".join(", ".join(names) for names in NAMES)
-    need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (the test part and groups are optional)")
-    return arrays | {"left_out": _counted({"arrays": sorted({*held} - {*names})})}
 
 
 def read_npz(path, names) -> dict[str, np.ndarray | None]:

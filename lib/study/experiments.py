@@ -240,10 +240,8 @@ def private(run):
 def declared(run, name, dataset=None):
     """What an experiment trains: dict key -> Planned. dataset: the pool that a notebook has drawn for it."""
     need(name in EXPERIMENTS, f"experiment={name!r} is unknown: choose one of {', '.join(EXPERIMENTS)}")
-    found = EXPERIMENTS[name]
-    need(
-        dataset is not None or not found.has_own_pool, f"dataset=None: {name!r} needs the pool that its notebook draws"
-    )
+    found, what = EXPERIMENTS[name], f"dataset=None: {name!r} needs the pool that its notebook draws"
+    need(dataset is not None or not found.has_own_pool, what)
     return found.declare(run, dataset) if found.has_own_pool else found.declare(run)
 
 

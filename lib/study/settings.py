@@ -71,9 +71,7 @@ class Parameters(BaseModel):
     augment: bool | None = parameter("random flips and shifts in training, and as queries of the attacks")
     ema: float | None = parameter("decay of the moving average of the weights; 0: the last weights", ge=0, lt=1)
     seed: int | None = parameter("seed of everything", ge=0)
-    tuning: Literal["full", "cross"] | None = parameter(
-        "learning rates, weight decays and radii tried: full (every combination) or cross (one changed at a time)"
-    )
+    tuning: Literal["full", "cross"] | None = parameter("tried: full (every combination) or cross (one change each)")
     n_pools: int | None = parameter("pools, each drawn with a seed of its own, on which SAM's effect is measured", ge=1)
     device: str | None = parameter("auto, cpu, cuda, mps")
     engine: Literal[workers.ENGINES] | None = parameter("local, or ray (a cluster at RAY_ADDRESS, or this machine)")

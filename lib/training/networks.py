@@ -121,12 +121,8 @@ MODELS = {
     # as membership studies train on Purchase-100 and Texas-100 (Nasr et al. 2019, with tanh and one layer more)
     "mlp3": partial(mlp, hidden=(512, 256, 128)),
     "mlp3_tanh": partial(mlp, hidden=(512, 256, 128), activation=nn.Tanh),
-    "cnn": cnn,
     "cnn_plain": partial(cnn, norm=False),
-    "resnet9": resnet9,
-    "resnet18": resnet18,
-    "wrn28_2": wrn28_2,
-    "vgg16_bn": vgg16_bn,
+    **{network.__name__: network for network in (cnn, resnet9, resnet18, wrn28_2, vgg16_bn)},
 }
 
 

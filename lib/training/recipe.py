@@ -56,8 +56,7 @@ class Recipe:
         object.__setattr__(self, "rho", float(rho) if optimizer.has_radius else 0.0)
         known = f"one of {', '.join(networks.MODELS)}, or package.module:name"
         need(self.arch in networks.MODELS or ":" in self.arch, f"arch={self.arch!r} is not valid: it must be {known}")
-        fine = self.precision in ("float32", "bfloat16")
-        need(fine, f"precision={self.precision!r} is not valid: it must be float32 or bfloat16")
+        need(self.precision in ("float32", "bfloat16"), f"precision={self.precision!r}: valid are float32, bfloat16")
         need(not self.ema or optimizer.rule_name != "swa", f"ema={self.ema!r} is not valid: swa is an average already")
         radii = (-np.inf, 0) if optimizer.rule_name == "sharpreg" else (0, np.inf)
         for name, (low, high) in {**LIMITS, "rho": radii, "batch_size": (optimizer.least_batch, np.inf)}.items():

@@ -282,17 +282,15 @@ def compiled_once(function, device, is_traced):
     inductor.cpp.vec_isa_ok = True  # no trial of the vector instructions, which takes seconds
     record, made = device.type == "cuda", {}
 
-    def compiled(args):
-        if is_traced and not record:
-            return torch._inductor.compile(make_fx(lambda *trees: function(*trees))(*args), [*args])
-        return torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
-
     def call(*args):
         key = tuple((t.shape, t.stride(), t.dtype) for t in tree_leaves(args))
         if key not in made:
             with FileLock(Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"):
                 try:
-                    made[key] = compiled(args)
+                    if is_traced and not record:
+                        made[key] = torch._inductor.compile(make_fx(lambda *trees: function(*trees))(*args), [*args])
+                    else:
+                        made[key] = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
                     made[key](*args)
                 except Exception:
                     made[key] = function

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.optimize import minimize
-from scipy.stats import norm, skewnorm
+from scipy.stats import norm
 
 from lib.analysis import interpolation
 
@@ -97,25 +97,6 @@ def test_two_thousand_features():
     path = interpolation.spectral(x, y, np.diag(values))
     w = interpolation.minimum_norm(x, y, penalty(np.diag(values), 3.0))
     assert abs(interpolation.contraction(path, 3.0) - values @ w**2) < 1e-12
-
-
-# ---- Theorem 2 -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.2, 0.5])
-def test_teacher_advantage_in_simulation_and_against_the_skew_normal(noise):
-    sigma, rng = np.diag(interpolation.spectrum("spiked", 20)), np.random.default_rng(0)
-    w, teacher = rng.normal(size=20) / 3, rng.normal(size=20)
-    expected = interpolation.teacher_advantage(w, sigma, teacher, noise)
-    x, y = interpolation.draw(200_000, np.diag(sigma), teacher, noise)
-    assert np.mean(y * (x @ w) < 1) == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(200_000))
-    sd = np.sqrt(interpolation.variance(w, sigma))
-    cosine = teacher @ sigma @ w / sd / np.sqrt(interpolation.variance(teacher, sigma))
-    slant = cosine / np.sqrt(1 - cosine**2)
-    cdf = (1 - noise) * skewnorm.cdf(1 / sd, slant) + noise * skewnorm.cdf(1 / sd, -slant)
-    assert expected == pytest.approx(cdf, abs=1e-8)
-    if noise == 0.5:
-        assert expected == pytest.approx(norm.cdf(1 / sd))
 
 
 # ---- Theorem 3 -----------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def test_the_first_call_compiles_while_no_other_process_does(monkeypatch, tmp_pa
     assert locked == [True, False, False]
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, at its import
 def test_a_traced_function_is_traced_anew_for_another_shape_layout_or_kind():
     calls = []
     found = step.compiled_once(lambda x: (calls.append(x.shape), torch.sin(x) + 1)[1], torch.device("cpu"), True)
@@ -107,6 +108,7 @@ class Switching(torch.nn.Module):
         return x * (2 if self.calls > 2 else 1)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, at its import
 def test_a_function_that_changes_is_not_traced():
     found = step.compiled_once(Switching().__call__, torch.device("cpu"), is_traced=False)
     # the first call is made twice, once to compile

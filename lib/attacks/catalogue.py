@@ -47,16 +47,17 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
     need(logits.ndim in (3, 4), f"logits: shape {logits.shape}; valid are [M, N, C] and [M, Q, N, C]")
     need(set(only) <= set(NAMES), f"only: {[*only]}; valid are {', '.join(NAMES)}")
     wanted, out = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}, {}
+    plain = logits if logits.ndim == 3 else logits[:, 0]
+    seen = signals(plain, y)
     if wanted & {*ALONE}:
-        plain = signals(logits if logits.ndim == 3 else logits[:, 0], y)
-        out = of_single_models(plain, y, member, seed, groups)
-    if wanted - {*ALONE}:
-        phi, confidence = signals(logits, y, only=("phi", "confidence")).values()
+        out = of_single_models(seen, y, member, seed, groups)
+    of_all = seen if plain.size == logits.size else signals(logits, y, only=("phi", "confidence"))
+    phi, confidence = (of_all[name].reshape(logits.shape[:-1]) for name in ("phi", "confidence"))
+    del seen, of_all  # large arrays that are no longer needed
     out |= {name: lira(phi, member, *kind) for name, kind in LIRAS.items() if name in wanted}
     if rmias := wanted & {"rmia", "rmia_offline"}:
-        population = None
-        if population_logits is not None:
-            population = signals(population_logits, population_y, only=("confidence",))["confidence"]
+        known = population_logits is not None
+        population = signals(population_logits, population_y, only=("confidence",))["confidence"] if known else None
         out |= {name: rmia(confidence, member, population, name == "rmia_offline") for name in rmias}
     if "combined" in wanted:
         pairs = zip(out["lira_shrunk"], out["rmia"], strict=True)

@@ -132,8 +132,8 @@ ends = pd.DataFrame({"coordinate": ["lowest", "highest"], "value": [min(spread),
 about = dict(optimizer=treatment, baseline=baseline, attack=headline, rho="")
 results.add(ends.assign(metric="auc_among_the_best"), experiment="tuned", **about)
 show_text(
-    f"{len(as_good[plain])} settings of {baseline} and {len(as_good[sharp])} of {treatment} are as accurate on non-members "
-    f"as the best, as far as we can tell. Between them, {treatment} minus {baseline} goes from {100 * min(spread):+.1f} to "
+    f"Settings as accurate on non-members as the best, as far as we can tell: {len(as_good[plain])} of {baseline} and "
+    f"{len(as_good[sharp])} of {treatment}. Between them, {treatment} minus {baseline} goes from {100 * min(spread):+.1f} to "
     f"{100 * max(spread):+.1f} points of AUC by `{headline}`."
 )
 

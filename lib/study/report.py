@@ -143,7 +143,7 @@ def for_engineers(rows, prefer="", over=""):
     elif prefer:
         do = f"prefer {prefer} to {over} where it is accurate enough, and audit what you release"
     elif over:
-        do = f"choose between {over} by test accuracy: no difference in leakage was shown"
+        do = f"choose between {over} by test accuracy: the attacks agree on no difference in leakage"
     elif (best.ci_low > 0.5).any():
         do = f"do not release {joined(best.optimizer)} if membership is a secret"
     else:

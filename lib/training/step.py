@@ -283,7 +283,7 @@ def compiled_once(function, device, is_traced):
     record, made = device.type == "cuda", {}
 
     def call(*args):
-        key = tuple((t.shape, t.stride(), t.dtype) for t in tree_leaves(args))
+        key = tuple((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tree_leaves(args))
         if key not in made:
             with FileLock(Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"):
                 try:

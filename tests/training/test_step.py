@@ -94,6 +94,9 @@ def test_a_traced_function_is_traced_anew_for_another_shape_layout_or_kind():
     for x in (square, square.T, square[:2], square.double(), 2 * square):
         torch.testing.assert_close(found(x), torch.sin(x) + 1)
     assert len(calls) == 4  # the last is like the first
+    x = square.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(found(x).sum(), x)
+    torch.testing.assert_close(slope, torch.cos(square))
 
 
 class Switching(torch.nn.Module):

@@ -262,9 +262,7 @@ def worth_compiling(recipe, inputs, n_models, n_steps):
     if recipe.optimizer.has_own_base or recipe.optimizer.is_private or inputs.device.type not in ("cpu", "cuda"):
         return False
     net = networks.build(recipe.arch, inputs.shape, inputs.n_classes)
-    # parts of a batch, single losses and smoothed labels need code of their own, which few ensembles share
-    worth = WORTH * (4 if {"size", "losses"} & recipe.optimizer.wants or recipe.smoothing else 1)
-    return n_models * n_steps * sum(p.numel() for p in net.parameters()) >= worth
+    return n_models * n_steps * sum(p.numel() for p in net.parameters()) >= WORTH
 
 
 def compiled_once(function, device, is_traced):

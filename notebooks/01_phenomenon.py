@@ -387,7 +387,7 @@ if "exposed_in_both_halves" not in set(exposed.metric):
 
 # %%
 n_targets = 16 if run.is_small else 8
-n_asked = None if run.is_small else 1000
+n_asked = None if run.is_small else min(1000, 2**20 // run.dataset.x[0, 0].size)  # fewer where images are large
 labels = compare.label_only_table(ensembles, n_targets, device_of(run.device), n_asked)
 results.add(labels)
 show_table(labels[labels.metric.isin(["auc", "balanced_accuracy", "null_auc"])])

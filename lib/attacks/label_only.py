@@ -7,6 +7,7 @@ to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
 """
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -70,13 +71,14 @@ def queries(x, is_image, seed=0) -> list:
 
 
 def shifted(x, most):
-    """Yield x [B, channels, H, W] at every shift of up to `most` pixels (down, right), and each shift mirrored."""
+    """Yield x [B, channels, H, W] shifted by up to `most` pixels (down, right), each shift also mirrored: all of them
+    up to 7 pixels each way, and a lattice of 9 to 15 places a side where `most` is larger."""
     (height, width), (high, wide) = x.shape[2:], most
     padded = F.pad(x, (wide, wide, high, high), mode="reflect").contiguous(memory_format=torch.channels_last)
-    for down in range(2 * high + 1):
-        for right in range(2 * wide + 1):
-            seen = padded[:, :, down : down + height, right : right + width]
-            yield from (seen, seen.flip(-1))
+    down, right = (range(n % max(1, n // 4), 2 * n + 1, max(1, n // 4)) for n in (high, wide))
+    for top, left in product(down, right):
+        seen = padded[:, :, top : top + height, left : left + width]
+        yield from (seen, seen.flip(-1))
 
 
 def noisy(x, random, rate=None, spread=None):

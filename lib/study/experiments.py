@@ -300,7 +300,7 @@ class Plan:
             scored = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
             seconds += (fixed + each * scored) / AT_ONCE
             if book == "01" and not run.is_small:
-                seconds += ASKED * len(run.names) * min(1000, len(run.dataset.y)) / frame.rate.iloc[0]
+                seconds += ASKED * len(run.names) * min(1000, 2**20 // run.dataset.x[0, 0].size) / frame.rate.iloc[0]
         return seconds
 
     def say(self, *_):

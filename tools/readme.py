@@ -78,8 +78,15 @@ def chosen(results):
     return [(name, rho, row.chosen_lr, row.chosen_weight_decay) for (rho, name), row in wide.iterrows()]
 
 
+def is_testable(results):
+    """Whether the comparison of both optimizers, tuned, can be judged in a run."""
+    ledger = verdict.ledger(results)
+    return "not testable here" not in {*ledger.verdict[ledger.claim == "more_when_tuned"]}
+
+
 def finding(runs):
-    """The study in one picture: leakage against accuracy of every setting tried, a panel for each run."""
+    """The study in one picture: leakage against accuracy of every setting tried, a panel for each run to judge by."""
+    runs = {name: frame for name, frame in runs.items() if is_testable(frame)}
     size = -(-len(runs) // 2), 2  # rows and columns: two panels side by side are wide enough to read on a page
     figure, axes = plt.subplots(*size, figsize=(5.2 * size[1], 4.3 * size[0]), layout="constrained", squeeze=False)
     for axis in axes.flat[len(runs) :]:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lib.analysis import influence
 from lib.attacks import catalogue
 from lib.data.dataset import inputs
-from lib.training import Recipe, ensemble, networks, train
+from lib.training import Recipe, ensemble, networks, train, workers
 from lib.training.recipe import membership
 
 RECIPE = Recipe(epochs=100, batch_size=64)
@@ -290,6 +290,8 @@ def first_and_second(dataset, recipes, count):
             for recipe in recipes:
                 train(replace(recipe, seed=seed), dataset, count, folder, "cpu", quiet=True)
             yield time.perf_counter() - start
+    if (n := workers.n_processes(recipes[0], dataset, torch.device("cpu"))) > 1:
+        workers.processes(n, os.getpid()).shutdown(kill_workers=True)  # this process would wait for them
 
 
 def compiling(dataset, recipe=MAIN, count=64, main=512):

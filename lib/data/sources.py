@@ -88,7 +88,7 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
         arrays = {key: held[name] for key, name in zip(NAMES[0], names, strict=True) if name in held}
         complete = {"x", "y"} <= set(arrays) and ("x_test" in arrays) == ("y_test" in arrays)
         forms = "; or ".join(", ".join(names) for names in NAMES)
-        need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (test part and groups may lack)")
+        need(complete, f"it holds the arrays {sorted(held)}; needed are {forms} (test part and groups are optional)")
         return arrays | {"left_out": _counted({"arrays": sorted({*held} - {*names})})}
     return _cached(path, RETINA, _retina, cache, SIDE) if name == "eyepacs" else _cached(path, PLACE, _images, cache)
 

@@ -7,7 +7,7 @@ from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
 from lib.attacks.shadow import lira, rmia
-from lib.attacks.signals import TINY, parallel, signals
+from lib.attacks.signals import TINY, by_rows, signals
 from lib.attacks.thresholds import classwise, yeom
 
 # those that look at one model alone
@@ -56,13 +56,13 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
     del seen, of_all  # large arrays that are no longer needed
     out |= {name: lira(phi, member, *kind) for name, kind in LIRAS.items() if name in wanted}
     if rmias := wanted & {"rmia", "rmia_offline"}:
-        known = population_logits is not None
-        population = signals(population_logits, population_y, only=("confidence",))["confidence"] if known else None
-        out |= {name: rmia(confidence, member, population, name == "rmia_offline") for name in rmias}
+        z = {} if population_logits is None else signals(population_logits, population_y, only=("confidence",))
+        out |= {name: rmia(confidence, member, z.get("confidence"), name == "rmia_offline") for name in rmias}
     if "combined" in wanted:
-        pairs = zip(out["lira_shrunk"], out["rmia"], strict=True)
-        ranks = np.stack(parallel(lambda pair: rankdata(pair, axis=1).mean(0).astype(np.float32), pairs))
-        out["combined"] = (ranks - 1) / (len(y) - 1)
+        del phi, confidence
+        both = out["lira_shrunk"], out["rmia"]
+        ranks = by_rows(lambda m: rankdata([s[m] for s in both], axis=1).mean(0) - 1, member.shape, np.float32)
+        out["combined"] = np.divide(ranks, len(y) - 1, out=ranks)
     return {name: out[name] for name in NAMES if name in only}
 
 
@@ -70,7 +70,7 @@ def of_single_models(seen, y, member, seed, groups):
     """The attacks in ALONE, from the signals of the plain input; one half of the examples teaches about the other."""
     half = calibration_split(checked(seen["phi"], member)[1], seed, y, groups)
     # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
-    entropies = (-np.log(np.maximum(seen[key], np.float32(TINY))) for key in ("entropy", "modified_entropy"))
+    entropies = (-np.log(np.maximum(seen.pop(k), np.float32(TINY))) for k in ("entropy", "modified_entropy"))
     levels = dict(zip(("confidence", "entropy", "m_entropy"), (seen["phi"], *entropies), strict=True))
     out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen["log_confidence"], member, half)}
     out |= levels | {f"{name}_classwise": classwise(s, member, y, half) for name, s in levels.items()}

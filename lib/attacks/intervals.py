@@ -2,8 +2,7 @@
 
 Every metric is a matrix of influence values [M, N], one for each model and example. Their mean is the estimate; their
 deviations from it say how much each model and each example moves it, to first order. The difference of two optimizers'
-matrices gives the paired difference. Models and examples are both random samples, so an interval is about new models
-*and* new examples.
+matrices gives the paired difference. Models and examples are both samples: an interval is about new ones of either.
 
 Every model is also a shadow of all the others, which the variance between rows does not show. `table` therefore
 multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitted
@@ -19,7 +18,7 @@ from scipy.special import expit, logit
 
 from lib import need
 from lib.attacks.membership import calibration_split, checked, folds, pairs
-from lib.attacks.signals import parallel
+from lib.attacks.signals import by_rows
 from lib.attacks.thresholds import best_thresholds
 
 FPRS = (0.1, 0.01, 0.001, 0.0001)
@@ -206,7 +205,7 @@ def auc_influence_values(scores, member) -> np.ndarray:
         # AUC = mean placement of the members = mean placement of the non-members
         return of_members + of_others - place[member[m]].mean()
 
-    return np.stack(parallel(of_target, range(len(scores))))
+    return by_rows(of_target, scores.shape)
 
 
 def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
@@ -223,7 +222,7 @@ def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, g
         right = (scores[m] > limit) == member[m]
         return (ratio_influence_values(right, member[m]) + ratio_influence_values(right, ~member[m])) / 2
 
-    return np.stack(parallel(of_target, range(len(scores))))
+    return by_rows(of_target, scores.shape)
 
 
 def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np.ndarray]:

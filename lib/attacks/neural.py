@@ -8,6 +8,7 @@ partners' alike. Network k learns on part k of all models, stops early on part k
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.adam import adam
 
 from lib.attacks.membership import calibration_split, checked
 from lib.attacks.signals import parallel
@@ -16,6 +17,7 @@ HIDDEN = 32  # units of the one hidden layer
 RATE = 0.03  # of Adam, falling to 0 by a cosine; high, because the task is simple
 BATCH = 2048  # outputs, drawn with replacement
 STEPS = 100  # early stopping keeps the best weights on the way
+ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)  # torch's defaults
 EVERY = 10  # steps between two looks at the stopping loss
 STOP = 20_000  # outputs in the stopping loss, at most
 CELLS = 600_000  # outputs (of one model on one example) that the three networks learn and stop on, at most
@@ -30,22 +32,22 @@ def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, n
     thresholds. Members and non-members weigh alike, so 0 is undecided. seen: a list of [M, N] arrays. The parts are not
     drawn within classes: a network that reads the class off an output would know something of the part it judges.
     """
-    x = np.stack([checked(values, member)[0].ravel() for values in seen], -1)
+    x = [checked(values, member)[0].ravel() for values in seen]
     member, rng = np.asarray(member), np.random.default_rng(seed)
     part = calibration_split(member, seed, groups=groups, parts=3)
     cells = np.arange(member.size) if member.size <= CELLS else rng.integers(member.size, size=CELLS)
-    inside, of_part, drawn = member.ravel(), part.ravel(), x[cells]
+    inside, of_part, drawn = member.ravel(), part.ravel(), np.stack([values[cells] for values in x], -1)
     mean, std = drawn.mean(0), drawn.std(0) + 1e-6
 
-    def scaled(x):
-        return torch.from_numpy(((x - mean) / std).clip(-CLIP, CLIP).astype(np.float32))
+    def scaled(outputs):
+        return torch.from_numpy(((outputs - mean) / std).clip(-CLIP, CLIP).astype(np.float32))
 
     parts = [torch.from_numpy(np.flatnonzero(of_part[cells] == k)) for k in range(3)]
     scores, own = np.empty(member.shape, np.float32), np.empty(member.shape, np.float32)
 
     def judge(start):
         rows = slice(start, start + BLOCK)
-        odds = log_odds(weights, scaled(x[rows])).numpy()  # [3, block]
+        odds = log_odds(weights, scaled(np.stack([values[rows] for values in x], -1))).numpy()  # [3, block]
         # part p is judged by network p - 2, and stopped network p - 1
         for out, ahead in ((scores, 1), (own, 2)):
             out.ravel()[rows] = np.take_along_axis(odds, (of_part[None, rows] + ahead) % 3, 0)[0]
@@ -79,10 +81,8 @@ def learn(x, label, parts, seed):
         # members weigh as much as non-members: w = 1 / (2 share of the kind)
         weight[rows] = 0.5 / torch.where(label[rows] > 0, share, 1 - share)
     shuffled = [rows[torch.randperm(len(rows), generator=random)] for rows in parts]
-    size = min(STOP, *map(len, parts))
-    stop = torch.stack([shuffled[k - 2][:size] for k in range(3)])
-    again = torch.arange(STEPS * BATCH)
-    batches = torch.stack([rows[again % len(rows)] for rows in shuffled]).unflatten(1, (STEPS, BATCH))
+    stop = torch.stack([shuffled[k - 2][: min(STOP, *map(len, parts))] for k in range(3)])
+    batches = torch.stack([rows[torch.arange(STEPS * BATCH) % len(rows)].view(STEPS, BATCH) for rows in shuffled])
 
     def loss(weights, x, label, weight):
         # l = mean_i w_i (-label_i log sigma(s_i) - (1 - label_i) log(1 - sigma(s_i)))
@@ -92,17 +92,17 @@ def learn(x, label, parts, seed):
     # He et al. (2015), with kinks at drawn outputs; zeros at the end, so that a network starts undecided
     first = torch.randn(x.shape[1], HIDDEN, generator=random) * (2 / x.shape[1]) ** 0.5
     bias = -(x[torch.randint(len(x), (HIDDEN,), generator=random)] * first.T).sum(1)
-    start = (first, bias[None], torch.zeros(HIDDEN, 1), torch.zeros(1, 1))
+    start = first, bias[None], torch.zeros(HIDDEN, 1), torch.zeros(1, 1)
     weights = [w.repeat(3, 1, 1).requires_grad_() for w in start]
-    optimizer, lowest, best = torch.optim.Adam(weights, RATE, fused=True), torch.full((3,), torch.inf), weights
+    lowest, best, counts = torch.full((3,), torch.inf), weights, [torch.zeros(()) for _ in weights]
+    moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 + np.cos(np.pi * step / STEPS)) / 2
-        optimizer.zero_grad()
-        loss(weights, *(a[:, step] for a in learned)).sum().backward()
-        optimizer.step()
-        if (step + 1) % EVERY == 0:
-            with torch.no_grad():
+        rate = RATE * (1 + np.cos(np.pi * step / STEPS)) / 2
+        slopes = torch.autograd.grad(loss(weights, *(a[:, step] for a in learned)).sum(), weights)
+        with torch.no_grad():  # a torch.optim.Adam would import the compiler, which takes longer than all the steps
+            adam(weights, [*slopes], *moments, [], counts, fused=True, lr=rate, **ADAM)
+            if (step + 1) % EVERY == 0:
                 now = loss(weights, *stopped)
-            better, lowest = (now < lowest)[:, None, None], torch.minimum(now, lowest)
-            best = [torch.where(better, w.detach(), b.detach()) for w, b in zip(weights, best, strict=True)]
+                better, lowest = (now < lowest)[:, None, None], torch.minimum(now, lowest)
+                best = [torch.where(better, w, b) for w, b in zip(weights, best, strict=True)]
     return best

@@ -17,12 +17,18 @@ TINY = 1e-40  # smallest loss, entropy or probability that is put into a logarit
 BLOCK = 8192  # examples at a time: what is computed on the way stays in the processor's cache
 
 
-def parallel(function, items) -> list:
-    """[function(item) for item in items] on up to 8 threads (numpy releases the interpreter lock in its loops)."""
+def parallel(function, items):
+    """Call function(item) for all items on up to 8 threads (numpy releases the interpreter lock in its loops)."""
     items, n = list(items), min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(n) as pool:  # a task for each thread: one for each item took longer than the items
-        parts = list(pool.map(lambda k: [function(item) for item in items[k::n]], range(n)))
-    return [parts[k % n][k // n] for k in range(len(items))]
+        list(pool.map(lambda k: [function(item) for item in items[k::n]], range(n)))
+
+
+def by_rows(function, shape, dtype=np.float64) -> np.ndarray:
+    """The array whose row m is function(m), by `parallel`: each row is written to its place."""
+    out = np.empty(shape, dtype)
+    parallel(lambda m: out.__setitem__(m, function(m)), range(len(out)))
+    return out
 
 
 def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lib.attacks.membership import checked
-from lib.attacks.signals import TINY, parallel
+from lib.attacks.signals import TINY, by_rows
 
 
 def yeom(log_confidence, member, half) -> np.ndarray:
@@ -18,9 +18,9 @@ def yeom(log_confidence, member, half) -> np.ndarray:
         loss = np.maximum(-log_confidence[m].astype(np.float64), TINY)
         mean = np.array([loss[member[m] & (half[m] == h)].mean() for h in (0, 1)])
         # score = log(mean loss of the members in the other half) - log(loss)
-        return (np.log(mean)[1 - half[m]] - np.log(loss)).astype(np.float32)
+        return np.log(mean)[1 - half[m]] - np.log(loss)
 
-    return np.stack(parallel(attack, range(len(member))))
+    return by_rows(attack, member.shape, np.float32)
 
 
 def classwise(scores, member, y, part, own=None) -> np.ndarray:
@@ -37,12 +37,12 @@ def classwise(scores, member, y, part, own=None) -> np.ndarray:
     def attack(m):
         here = part[m].astype(np.uint16)
         best = best_thresholds(own[m], member[m], (n_parts * y + here).astype(np.uint16), n_parts * n_classes)
-        everyone = np.tile(best_thresholds(own[m], member[m], here, n_parts), n_classes)
-        best = np.where(np.isnan(best), everyone, best)
+        if np.isnan(best).any():
+            best = np.where(np.isnan(best), np.tile(best_thresholds(own[m], member[m], here, n_parts), n_classes), best)
         # score - threshold of its class in the part before
-        return (scores[m] - best[n_parts * y + (here + n_parts - 1) % n_parts]).astype(np.float32)
+        return scores[m] - best[n_parts * y + (here + n_parts - 1) % n_parts]
 
-    return np.stack(parallel(attack, range(len(member))))
+    return by_rows(attack, member.shape, np.float32)
 
 
 def best_thresholds(s, member, group, n_groups) -> np.ndarray:

@@ -34,8 +34,7 @@ def shortest(path):
 def execute(book, given, out, awaited):
     """Run one notebook with papermill, once the futures in `awaited` are done.
 
-    What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel of the name python3 is
-    installed for others.
+    What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel python3 is installed.
     """
     for future in awaited:
         with suppress(Exception):  # if the training has failed, the notebook tries itself, and says why

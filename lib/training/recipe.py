@@ -26,8 +26,7 @@ class Recipe:
     before a cosine takes it down to 0. stop: share of the epochs after which training stops, while the schedule is that
     of all the epochs. smoothing: of the labels (Szegedy et al. 2016, section 7). subset: share of the pool that each
     model trains on. queries: how many flipped and shifted copies of each example the models predict (1: the example as
-    it is). precision: float32, or bfloat16 (autocast). ema: decay of the weights' moving average, which is kept instead
-    of the last weights; 0: none.
+    it is). precision: float32, or bfloat16 (autocast). ema: decay of the weights' average that is kept; 0: none.
     """
 
     arch: str = "mlp"

@@ -59,9 +59,7 @@ def scores(answered, member) -> np.ndarray:
 def queries(x, is_image, seed=0) -> list:
     """For each strength a function from a batch to its changed batches; x: all inputs. See `answers`."""
     if is_image:
-        limits = [
-            min(max(1, side // 8), side - 1) for side in x.shape[2:]
-        ]  # a reflected border is narrower than a side
+        limits = [min(max(1, side // 8), side - 1) for side in x.shape[2:]]  # a reflected border is narrower than it
         strengths = [2**power for power in range(max(limits).bit_length())]
         return [partial(shifted, most=[min(strength, limit) for limit in limits]) for strength in strengths]
     if ((x == 0) | (x == 1)).all():

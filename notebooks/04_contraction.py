@@ -30,6 +30,7 @@
 #   what this run found.
 
 # %% tags=["setup"]
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,6 @@ from torch.func import functional_call
 
 from lib.analysis import compare, interpolation
 from lib.attacks import intervals, shadow
-from lib.attacks.signals import parallel
 from lib.data.dataset import inputs
 from lib.study import figures, settings
 from lib.study.results import Results
@@ -131,7 +131,15 @@ def interpolator(x, y, g):
     return a @ np.linalg.solve(x @ a, y)
 
 
-values = interpolation.spectrum("power law", 100)  # eigenvalues of Σ, which fall as 1/i
+def spectrum(kind, d):
+    """Eigenvalues of Σ, largest first, [d] with sum d: isotropic, power law (1/i), spiked (a tenth hold 90%)."""
+    rank = np.arange(1, d + 1)
+    spikes = np.where(rank <= max(1, d // 10), 81.0, 1.0)
+    values = {"isotropic": np.ones(d), "power law": 1 / rank, "spiked": spikes}[kind]
+    return d * values / values.sum()
+
+
+values = spectrum("power law", 100)
 x, y = interpolation.draw(25, values, seed=run.seed + 2)
 g = np.eye(100) + 4 * np.diag(values)
 np.testing.assert_allclose(x @ interpolator(x, y, g), y)
@@ -398,12 +406,12 @@ last = names[-1]
 
 def simulate(kind, share, noise):
     """One setting: margins [etas, M, N], membership [M, N], and V and the threshold's advantage by theory [etas]."""
-    values, teacher = interpolation.spectrum(kind, d), np.random.default_rng(run.seed).normal(size=d)
+    values, teacher = spectrum(kind, d), np.random.default_rng(run.seed).normal(size=d)
     sigma = np.diag(values)
     x, y = interpolation.draw(2 * round(share * d), values, teacher, noise, run.seed + 1)
     member = membership(Recipe(seed=run.seed), len(y), range(n_simulated))
-    with threadpool_limits(1):  # one model a thread: such small matrices gain nothing from more
-        paths = parallel(lambda half: interpolation.spectral(x[half], y[half], sigma), member)
+    with threadpool_limits(1), ThreadPoolExecutor() as pool:  # small matrices gain nothing from more than one thread
+        paths = list(pool.map(lambda half: interpolation.spectral(x[half], y[half], sigma), member))
     w = np.array([[interpolation.weights(path, eta) for path in paths] for eta in etas])  # [etas, M, d]
     v = (w**2 @ values).mean(1)  # w'Σw, Σ is diagonal
     advantage = [teacher_advantage(one.T, sigma, teacher, noise).mean() for one in w]
@@ -584,7 +592,7 @@ figures.save(draw(drawn[drawn.baseline == ""], r"$\eta$", panels), run, "release
 # covariance.
 
 # %%
-values = interpolation.spectrum("power law", 200)
+values = spectrum("power law", 200)
 truth, (x, y) = np.diag(values), interpolation.draw(100, values, seed=run.seed + 4)
 curvatures = {"empirical": x.T @ x / len(x), "isotropic": 3 * np.eye(200), "population": truth}
 v0, rows = interpolation.variance(interpolation.minimum_norm(x, y), truth), []
@@ -628,7 +636,7 @@ def gradient_descent(x, y, rho=0.0, steps=4000):
     return w
 
 
-few_values = interpolation.spectrum("power law", 60)
+few_values = spectrum("power law", 60)
 x, y = interpolation.draw(20, few_values, seed=run.seed + 5)
 w0, rows = interpolation.minimum_norm(x, y), []
 for name, radius in (("gd", 0.0), ("sam", 0.3)):

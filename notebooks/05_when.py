@@ -94,6 +94,12 @@ rows = [(*key, held_out[key].mean(), fit[key]) for key in at_radius.values()]
 columns = ["optimizer", "rho", "learning rate", "weight decay", "accuracy on non-members", "train accuracy"]
 display(pd.DataFrame(rows, columns=columns).style.format(precision=4).hide(axis="index"))
 show_text(f"The radius that suits {treatment} best here is {sharp[1]:g}; this run's own is {run.rho:g}.")
+for name, key in ((baseline, plain), (treatment, sharp)):
+    for value, of in ((key[2], "learning rate"), (key[3], "weight decay")):
+        tried = sorted({k[2 if of == "learning rate" else 3] for k in made if k[0] == name})
+        at_end = value in (tried[0], tried[-1])
+        said = "at the end of those tried: another might suit it better" if at_end else "between others that were tried"
+        show_text(f"The {of} that suits {name} best, {value:g}, lies {said}.")
 
 # %%
 frames = [compare.contrast({baseline: made[plain], treatment: made[sharp]}).assign(coordinate="")]
@@ -378,29 +384,59 @@ for radius, row in two.iterrows() if at_loss.path.nunique() == 2 else ():
     show_text(f"At rho {radius:g} the two paths {said}.")
 
 # %% [markdown]
-# ## At equal accuracy and at equal compute
+# ## At equal accuracy
 #
-# **Method.** At *equal accuracy* tuned SAM is compared with SGD's curve over test accuracy, along its learning rates. At
-# *equal compute* SGD gets as many more epochs as a step of the other takes more gradients: twice the epochs against SAM,
-# whose step takes two.
+# **Claim.** SAM leaks more than an SGD that is as accurate.
+#
+# **Method.** SGD's curve is now its AUC over test accuracy, along its learning rates up to the best one at that weight
+# decay. Settings of SAM with the same weight decay are compared with that curve: for every radius, the learning rates up
+# to the best one. All must fit. So radius, learning rate and accuracy are SAM's, and SGD has the learning rate that makes
+# it as accurate. The mean over SAM's settings is judged. Nothing is said of a setting that no two of SGD's enclose.
+
 
 # %%
-tuned_path = {lr: made[key] for key in made if (lr := key[2]) and not key[1] and key[3] == plain[3]}
-frontier = compare.decomposition(
-    made[sharp], tuned_path, made[plain], treatment, baseline, "test_accuracy", "both tuned"
-)
+def up_to_best(optimizer, rho, decay):
+    """The settings that fit, by rising learning rate, up to the one that is right about most non-members."""
+    of = sorted(k for k in made if k[:2] == (optimizer, rho) and k[3] == decay and fit[k] >= verdict.FITS)
+    return of[: of.index(best(of)) + 1] if of else []
+
+
+frames, means = [], []
+for decay in dict.fromkeys(decay for *_, decay in made):
+    curve = {key[2]: made[key] for key in up_to_best(baseline, 0.0, decay)}
+    places = [key for rho in at_radius if rho for key in up_to_best(treatment, rho, decay)]
+    how_made = dict(curve=curve, own=made[plain], treatment=treatment, baseline=baseline, name="test_accuracy")
+    for key in places:
+        place = f"lr={key[2]:g}, weight_decay={decay:g}"
+        frames.append(compare.decomposition(made[key], **how_made, coordinate=place).assign(rho=f"{key[1]:g}"))
+    if places:
+        mean = compare.decomposition([made[key] for key in places], **how_made, coordinate=f"weight_decay={decay:g}")
+        means.append(mean.assign(rho=""))
+frontier = pd.concat([*frames, *means]) if frames else pd.DataFrame(columns=["metric", "attack", "rho"])
 frontier = frontier[frontier.metric == "auc_at_equal_accuracy"]
-results.add(frontier, experiment="frontier", rho=f"{sharp[1]:g}")
-for row in frontier.itertuples():
-    said = f"{treatment} leaks {describe_sign(row, *than)} {baseline}, {percentage_points(row)} of AUC"
-    against = f"an SGD of the same test accuracy ({row.test_accuracy:.2%}, learning rate varied)"
-    show_text(f"Tuned {treatment} against {against}, by `{row.attack}`: {said}.")
+results.add(frontier, experiment="frontier")
 if frontier.empty:
-    top = max(hits[key].mean() for key in made if not key[1])
-    said = f"({hits[sharp].mean():.2%}; the best of {baseline} has {top:.2%}): nothing can be said at equal accuracy"
+    top = {name: max(hits[key].mean() for key in made if key[0] == name) for name in (baseline, treatment)}
+    said = joined(f"{name} reaches {value:.2%}" for name, value in top.items())
     show_text(
-        f"No two learning rates of {baseline} lie clearly on both sides of the accuracy of tuned {treatment} {said}."
+        f"No setting of {treatment} lies clearly between two of {baseline} in accuracy ({said}): nothing can be said."
     )
+else:
+    named = frontier.coordinate.where(frontier.rho == "", "rho=" + frontier.rho + ", " + frontier.coordinate)
+    named = named.where(frontier.rho != "", "mean, " + named)
+    show_table(frontier.assign(optimizer=named, baseline="", metric="at equal accuracy"), across=["attack"])
+for (decay, attack), part in frontier[frontier.rho == ""].groupby(["coordinate", "attack"], sort=False):
+    n_places = sum(frontier.coordinate.str.endswith(f", {decay}") & (frontier.attack == attack))
+    said = (
+        f"{treatment} leaks {describe_sign(part.iloc[0], *than)} {baseline}, {percentage_points(part.iloc[0])} of AUC"
+    )
+    show_text(f"At equal accuracy, {decay}, mean of {n_places} settings of {treatment}, by `{attack}`: {said}.")
+
+# %% [markdown]
+# ## At equal compute
+#
+# **Method.** SGD gets as many more epochs as a step of the other takes more gradients: twice the epochs against SAM,
+# whose step takes two.
 
 # %%
 pairs = experiments.equal_compute(run).items()  # epochs of the treatment, and of the baseline
@@ -424,8 +460,9 @@ for e, more in pairs.items():
 # measure the difference in AUC, in the log of the variance of $\phi$ on non-members (across examples), and in the
 # *overlap*: the share of non-members above the median member of their model. We correlate these over the settings, as
 # they are and at equal train loss (each quantity minus SGD's, interpolated over its lengths of training at SAM's train
-# loss; settings with another weight decay are left out). The intervals come from leaving out one pair of models at a
-# time (jackknife), so they are about other models, not about other settings.
+# loss; settings with another weight decay are left out). Where one of the two does not fit, the setting is left out. The
+# intervals come from leaving out one pair of models at a time (jackknife), so they are about other models, not about
+# other settings.
 
 # %%
 cells = {
@@ -437,6 +474,9 @@ cells |= {
 }
 shared = compare.common_ids([e for pair in cells.values() for e in pair])
 own_decay = np.array([e.recipe.weight_decay == run.weight_decay for e, _ in cells.values()])
+both_fit = np.array(
+    [min(compare.on_pool(e, "correct").mean() for e in pair) >= verdict.FITS for pair in cells.values()]
+)
 
 
 def quantities(ensemble):
@@ -467,7 +507,7 @@ def correlations(each, path, keep=slice(None)):
     at_loss[~own_decay] = np.nan
     found = {}
     for how, change in (("at equal settings", other - one), ("at equal loss", other - at_loss)):
-        known = change[np.isfinite(change).all(1)]
+        known = change[np.isfinite(change).all(1) & both_fit]
         for k, what in ((1, "log variance"), (2, "overlap")):
             correlation = np.corrcoef(known[:, 0], known[:, k])[0, 1] if len(known) > 3 else np.nan
             found[f"{what}, {how}"] = correlation, len(known)
@@ -485,7 +525,7 @@ for name, (value, n_settings) in whole.items():
     interval = intervals.Estimate(value, *np.tanh(np.arctanh(value) + [-half, half]))
     rows.append(intervals.row("correlation_with_auc", interval, coordinate=name))
     said = f"correlation with the difference in AUC {number(pd.Series(rows[-1]), '+.2f')}"
-    said = said if np.isfinite(value) else "too few settings of SAM lie on SGD's curve to say"
+    said = said if np.isfinite(value) else "too few of them fit and lie on SGD's curve to say"
     show_text(f"Over {n_settings} settings, {name}: {said}.")
 about = dict(optimizer=treatment, baseline=baseline, attack=headline, rho="", n_models=len(shared))
 results.add(pd.DataFrame(rows).dropna(subset="value"), experiment="contraction", **about)
@@ -494,12 +534,13 @@ results.add(pd.DataFrame(rows).dropna(subset="value"), experiment="contraction",
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
 one, other = np.moveaxis(averages(each), 1, 0)
 rise, change, overlap, _ = (other - one).T
-fits = [min(compare.on_pool(e, "correct").mean() for e in pair) >= verdict.FITS for pair in cells.values()]
 for axis, x, label in (
     (axes[0], change, r"log ratio of the variance of $\phi$ on non-members"),
     (axes[1], 100 * overlap, "overlap, difference in points"),
 ):
-    axis.scatter(x, 100 * rise, color=[figures.COLOURS[0] if full else "white" for full in fits], ec=figures.COLOURS[0])
+    axis.scatter(
+        x, 100 * rise, color=[figures.COLOURS[0] if full else "white" for full in both_fit], ec=figures.COLOURS[0]
+    )
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
     axis.set(xlabel=label)
@@ -507,7 +548,8 @@ axes[0].set_ylabel(figures.plain(f"AUC of {headline}, difference in points"))
 figures.save(figure, run, "contraction_and_leakage")
 
 # %% [markdown]
-# A point is a setting; where it is hollow, one of the two fits less than 99% of its training half.
+# A point is a setting; where it is hollow, one of the two fits less than 99% of its training half, and the correlations
+# leave it out.
 #
 # A negative control. Dividing all logits by a temperature changes no prediction, changes the variance much, and hardly
 # what an attacker learns who calibrates on models served in the same way. If such a change of variance went with a
@@ -632,6 +674,12 @@ if short != "none":
     show_text(f"But this setting cannot test the claim: {short} of its training half.")
 said = f"the difference goes from {100 * min(spread):+.1f} to {100 * max(spread):+.1f} points"
 show_text(f"**Among equally accurate settings** {said}.")
+for decay, part in frontier[frontier.rho == ""].groupby("coordinate", sort=False):
+    rows = part.itertuples()
+    said = joined(
+        f"{describe_sign(row, *than)} {baseline} by `{row.attack}` ({percentage_points(row)})" for row in rows
+    )
+    show_text(f"**At equal accuracy**, both with {decay.replace('_', ' ')}, {treatment} leaks {said}.")
 found = at_loss[at_loss.path == "epochs"]
 grows = len(found) > 1 and found.ci_low.iloc[-1] > found.ci_high.iloc[0]  # at the largest radius and at the smallest
 signs = [sign(row) for row in left.itertuples()]

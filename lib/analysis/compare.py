@@ -4,6 +4,7 @@
 Influence values, [M, N] or [M, T], and the frames' columns are those of lib.attacks.intervals.
 """
 
+from collections import defaultdict
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -323,10 +324,10 @@ def read_off(x, nodes, aucs, scale, slope):
 def decomposition(treated, curve, own, treatment, baseline, name="train_loss", coordinate=""):
     """A difference in AUC = what comes from fitting more or less + what remains at equal train loss: a tidy frame.
 
-    treated: the treatment's ensemble; own: the baseline's that it is compared with (at equal epochs, say). curve: dict
-    -> Ensemble, the baseline's runs along one path (epochs, or learning rate). All hold the same models. x is the
-    treated ensemble's train loss, and B(x) the AUC on the baseline's curve there: monotone, of its logit over the log
-    of the loss. For every headline attack
+    treated: the treatment's ensemble, or a list: all numbers are means over those for which there is a B(x). own: the
+    baseline's that it is compared with (at equal epochs, say). curve: dict -> Ensemble, the baseline's runs along one
+    path (epochs, or learning rate). All hold the same models. x is the treated ensemble's train loss, and B(x) the AUC
+    on the baseline's curve there: monotone, of its logit over the log of the loss. For every headline attack
 
         auc_total = A(treated) - A(own),   auc_from_fit = B(x) - A(own),   auc_at_equal_loss = A(treated) - B(x)
 
@@ -336,33 +337,39 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
     """
     test = name == "test_accuracy"
     values_of, scale, slope = (hits_on_test, float, np.ones_like) if test else (train_losses, np.log, np.reciprocal)
-    same = len({tuple(e.ids) for e in (treated, own, *curve.values())}) == 1
+    treated = treated if isinstance(treated, list) else [treated]
+    same = len({tuple(e.ids) for e in (*treated, own, *curve.values())}) == 1
     need(same, "curve: the ensembles hold different models; keep_common_models first")
-    x, runs = values_of(treated), sorted(((values_of(e), e) for e in curve.values()), key=lambda run: run[0].mean())
-    apart = [estimate(b[0] - a[0], **design(treated, test)).low > 0 for a, b in pairwise(runs)]
-    k, nodes = int(np.searchsorted([values.mean() for values, _ in runs], x.mean())), []
-    if 0 < k < len(runs) and apart[k - 1]:  # beyond these two, the next on either side gives the curve's slope
-        first, last = (k > 1 and apart[k - 2]), (k + 1 < len(runs) and apart[k])
-        nodes = runs[k - 1 - first : k + 1 + last]
-    how, data, n, t = design(treated), treated.dataset, treated.member.shape[1], x.shape[1]
+    runs, placed = sorted(((values_of(e), e) for e in curve.values()), key=lambda run: run[0].mean()), []
+    apart = [estimate(b[0] - a[0], **design(own, test)).low > 0 for a, b in pairwise(runs)]
+    for e, x in zip(treated, map(values_of, treated), strict=True):
+        k, nodes = int(np.searchsorted([values.mean() for values, _ in runs], x.mean())), []
+        if 0 < k < len(runs) and apart[k - 1]:  # beyond these two, the next on either side gives the curve's slope
+            first, last = (k > 1 and apart[k - 2]), (k + 1 < len(runs) and apart[k])
+            nodes = runs[k - 1 - first : k + 1 + last]
+        placed.append((e, x, nodes))
+    placed = [each for each in placed if each[2]] or placed
+    how, data, n, t = design(own), own.dataset, own.member.shape[1], placed[0][1].shape[1]
     if test:  # the columns are the pool's and then the test part's, and no group of the one is a group of the other
         one, two = (np.arange(k) if g is None else g for k, g in ((n, data.groups), (t, data.groups_test)))
         how["columns"] = np.append(one, n + two)
-    rows, about = [], {"optimizer": treatment, "baseline": baseline, "coordinate": coordinate, name: x.mean()}
+    at = np.mean([x.mean() for _, x, _ in placed])
+    rows, about = [], {"optimizer": treatment, "baseline": baseline, "coordinate": coordinate, name: at}
     for attack in catalogue.HEADLINES:
-        whole, before = (auc_influence_values(e, attack) for e in (treated, own))
-        parts = {"auc_total": (whole - before, 0 * x)}  # metric -> influence values of its AUCs, and of its coordinates
-        if nodes:
-            aucs = [auc_influence_values(e, attack) for _, e in nodes]
-            read, moved = read_off(x, [values for values, _ in nodes], aucs, scale, slope)
-            parts |= {"auc_from_fit": (read - before, moved)}
-            parts |= {f"auc_at_equal_{name.split('_')[1]}": (whole - read, -moved)}
-        for metric, (of_aucs, of_coordinates) in parts.items():
-            if test:  # the sum of two means is a mean over N + T columns
-                value = of_aucs.mean()
-                values = value + np.hstack([(of_aucs - value) * (n + t) / n, of_coordinates * (n + t) / t])
-            else:
-                values = of_aucs + of_coordinates
+        parts = defaultdict(list)  # metric -> of each treated: influence values of its AUCs, and of its coordinates
+        for e, x, nodes in placed:
+            whole, before = (auc_influence_values(of, attack) for of in (e, own))
+            parts["auc_total"].append((whole - before, 0 * x))
+            if nodes:
+                aucs = [auc_influence_values(of, attack) for _, of in nodes]
+                read, moved = read_off(x, [values for values, _ in nodes], aucs, scale, slope)
+                parts["auc_from_fit"].append((read - before, moved))
+                parts[f"auc_at_equal_{name.split('_')[1]}"].append((whole - read, -moved))
+        for metric, found in parts.items():
+            of_aucs, of_coordinates = (sum(values) / len(found) for values in zip(*found, strict=True))
+            value = of_aucs.mean()  # the sum of two means is a mean over N + T columns
+            both = (of_aucs - value) * (n + t) / n, of_coordinates * (n + t) / t
+            values = value + np.hstack(both) if test else of_aucs + of_coordinates
             found = estimate(values, shadow_correction=SHADOW_CORRECTION, **how)
             rows.append(intervals.row(metric, found, attack=attack, **about))
     return pd.DataFrame(rows)

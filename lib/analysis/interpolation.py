@@ -79,14 +79,6 @@ def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> tuple[np.nda
     return advantage, (first - second) / np.sqrt(2 * np.pi) / sd_out
 
 
-def spectrum(kind, d) -> np.ndarray:
-    """Eigenvalues of Σ, largest first, [d] with sum d: isotropic, power law (1/i), spiked (a tenth hold 90%)."""
-    rank = np.arange(1, d + 1)
-    spikes = np.where(rank <= max(1, d // 10), 81.0, 1.0)
-    values = {"isotropic": np.ones(d), "power law": 1 / rank, "spiked": spikes}[kind]
-    return d * values / values.sum()
-
-
 def draw(n, values, teacher=None, noise=0.0, seed=0) -> tuple[np.ndarray, np.ndarray]:
     """x [n, d] from N(0, diag(values)) and labels y [n]: sign(x'teacher), flipped at the rate `noise`; or random."""
     rng = np.random.default_rng(seed)

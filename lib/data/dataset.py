@@ -113,8 +113,7 @@ def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     mean = flat.mean(axis=(0, 2), dtype=np.float64)[:, None].astype(np.float32)
     flat -= mean  # in place: 50,000 images are held once
     std = np.sqrt(np.einsum("ncp,ncp->c", flat, flat, dtype=np.float64) / (len(flat) * flat.shape[2]))
-    scale = np.where(std > 0, std, np.inf)[:, None].astype(np.float32)
-    flat /= scale
+    flat /= (scale := np.where(std > 0, std, np.inf)[:, None].astype(np.float32))
     return x, ((flat_test - mean) / scale).reshape(x_test.shape)
 
 

@@ -99,22 +99,22 @@ def equal_compute(run):
 
 def own_settings(run):
     """The keys of the tuning with the run's own learning rate, weight decay and radius."""
-    own = {run.baseline: 0.0, run.treatment: run.recipe(run.treatment).rho}
-    return [(name, rho, run.lr, run.weight_decay) for name, rho in own.items()]
+    return [(name, run.recipe(name).rho, run.lr, run.weight_decay) for name in (run.baseline, run.treatment)]
 
 
 @experiment("tuning", "05", essential=own_settings)
 def tuning(run):
     """Both optimizers at other learning rates and weight decays, the treatment at other radii too.
 
-    Keys: (optimizer, rho, lr, weight_decay), rho 0 for the baseline. run.tuning "full": every combination; "cross": at
-    most one value differs from the run's own. The baseline also has half the learning rate, a path to a higher loss.
+    Keys: (optimizer, rho, lr, weight_decay), rho 0 for the baseline. run.tuning "cross": at most one value differs from
+    the run's own; "full": every combination. 8 times the rate shows if the best is smaller; half is for a high loss.
     """
     own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
     radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
-    for rho, factor, decay in product([0.0, *radii], (0.5, 1, 2, 4), decays):
+    for rho, factor, decay in product([0.0, *radii], (0.5, 1, 2, 4, 8), decays):
         n_changed = (rho not in (0, own)) + (factor != 1) + (decay != run.weight_decay)
-        if n_changed <= 1 + (run.tuning == "full" and factor >= 1) * 2 and (factor >= 1 or not rho):
+        usual, full = factor in (1, 2, 4), run.tuning == "full"
+        if n_changed <= (3 if usual and full else 1) and (usual or not rho or (full and factor == 8)):
             name, lr = run.treatment if rho else run.baseline, factor * run.lr
             found[name, rho, lr, decay] = of(run, name, n_models(run, "few"), rho=rho, lr=lr, weight_decay=decay)
     return found
@@ -131,7 +131,7 @@ def pools(run):
 def of_pools(run):
     """The keys of the tuning that are tried on every pool: its learning rates, at the run's own radius and decay."""
     own = {0.0, run.recipe(run.treatment).rho}
-    return [k for k in tuning(run) if k[1] in own and k[2] >= run.lr and k[3] == run.weight_decay]
+    return [k for k in tuning(run) if k[1] in own and 1 <= k[2] / run.lr <= 4 and k[3] == run.weight_decay]
 
 
 @experiment("length sweep", "05", essential=lambda run: [(run.epochs, run.baseline), (run.epochs, run.treatment),

@@ -90,7 +90,8 @@ def leakage_against_accuracy(axis, rows, attack, chosen):
     x, y = (100 * paired.get_group(key).reindex(fit.index).fillna(0) for key in what)  # 0: the tuned baseline
     axis.axhline(0, color="0.4", lw=0.8)
     axis.axvline(0, color="0.4", lw=0.8)
-    for index, ((name, rho), part) in enumerate(fit.groupby(level=["optimizer", "rho"], sort=False)):
+    near = fit[~(x.value < x.value[fit >= FITS].min() - 1)]  # one a point below all that fit would squeeze the others
+    for index, ((name, rho), part) in enumerate(near.groupby(level=["optimizer", "rho"], sort=False)):
         colour, marker, label = COLOURS[index % 10], MARKERS[index % 4], plain(f"{name}, rho {rho:g}" if rho else name)
         for k, (_, line) in enumerate(part.groupby(level="decay", sort=False)):
             at, dots = line.sort_index(level="lr").index, ":" if k else "-"

@@ -157,7 +157,7 @@ def tested(known, rows, test, pair):
         sizes.append(np.median(numbers[:, 0]))
         said.append(f"{at or test.metric}: {', '.join([*effects, reason])}".removesuffix(", "))
     verdict = worst(verdicts) if verdicts else "not testable here" if said else "not run"
-    about = {"verdict": verdict, "effect": "; ".join(said), "size": next(iter(sizes), np.nan)}
+    about = {"verdict": verdict, "effect": "; ".join(said), "size": np.median(sizes) if sizes else np.nan}
     return about | {"evidence": evidence + " (not recorded)" * (not said), "n_models": rows.n_models.min()}
 
 
@@ -171,7 +171,7 @@ def ledger(results, claims=CLAIMS):
     """The verdicts on rows of `read`, which may have a column run. claims: CLAIMS, or BY_ATTACK.
 
     One row for each claim and GROUP and, if the claim compares optimizers, for each sharpness-aware optimizer of the
-    main comparison. size: the first effect in the units of the evidence, or the median of several attacks.
+    main comparison. size: the median effect of its tests and attacks, in the units of the evidence.
     """
     rows = results.assign(run=results.get("run", ""), at=results.coordinate, kind=results.experiment)
     rows = rows.drop_duplicates(KEY)
@@ -220,7 +220,7 @@ def headline(ledger):
         why = "; ".join(filter(None, found.effect.unique()))
         said = f"not testable here ({why})" if why else absent
         if len(fair := found[~found.verdict.isin(["not run", "not testable here"])]):
-            absent = "nothing to read off, no two settings of the baseline lie clearly on both sides"
+            absent = "nothing to read off, no setting of the one lies clearly between two of the other"
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
             low, middle, high = fair["size"].quantile([0, 0.5, 1])
             said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes "

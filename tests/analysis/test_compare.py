@@ -249,6 +249,27 @@ def test_a_bent_curve_is_followed_and_one_beyond_has_a_total_only(monkeypatch):
     assert list(far.metric) == ["auc_total"] and far.coordinate[0] == "epochs=3"
 
 
+@pytest.mark.parametrize("test", [False, True])
+def test_several_treated_give_the_mean_over_those_that_the_curve_encloses(monkeypatch, test):
+    name = "test_accuracy" if test else "train_loss"
+    truth = {"a": (0.5, 0.55), "b": (0.7, 0.65), "one": (0.6, 0.64), "other": (0.55, 0.55), "far": (0.9, 0.99)}
+    planted(monkeypatch, drawn(0, truth, t=80 if test else None, error=0.03), test)
+    curve = {n: stand_in(n) for n in "ab"}
+
+    def found(*names):
+        treated = [stand_in(n) for n in names]
+        frame = compare.decomposition(treated if len(names) > 1 else treated[0], curve, curve["a"], "sam", "sgd", name)
+        return frame.set_index(["attack", "metric"])[["value", "ci_low", "ci_high"]]
+
+    one, other, far = map(found, ("one", "other", "far"))
+    assert {metric for _, metric in far.index} == {"auc_total"} and len(one) == 3 * len(far)
+    both = found("one", "far", "other")
+    np.testing.assert_allclose(both.value, (one.value + other.value)[both.index] / 2, atol=1e-12)
+    wide = (one.ci_high - one.ci_low + other.ci_high - other.ci_low)[both.index] / 2
+    assert (both.ci_high - both.ci_low < wide).all()  # their errors are independent, but for what they share
+    np.testing.assert_allclose(found("one", "one"), one, atol=1e-12)
+
+
 def test_groups_of_the_pool_and_of_the_test_part_are_kept_apart(monkeypatch):
     truth = {"a": (0.5, 0.55), "b": (0.7, 0.65), "sam": (0.6, 0.64)}
     made, thirds = drawn(0, truth, t=80, error=0.03), np.repeat([0, 1, 2], 20)

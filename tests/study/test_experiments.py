@@ -115,14 +115,15 @@ def test_the_tuning_tries_every_combination_or_changes_one_thing_at_a_time(tmp_p
     full = declared(run, "tuning")
     rates, decays, radii = (0.1, 0.2, 0.4), (0.01, 0.04), (0.15, 0.3, 0.6)
     wanted = {("sam", rho, lr, decay) for rho in radii for lr in rates for decay in decays}
-    wanted |= {("sgd", 0.0, lr, decay) for lr in rates for decay in decays} | {("sgd", 0.0, 0.05, 0.01)}
+    wanted |= {("sgd", 0.0, lr, decay) for lr in rates for decay in decays}
+    wanted |= {("sgd", 0.0, 0.05, 0.01), ("sgd", 0.0, 0.8, 0.01), ("sam", 0.3, 0.8, 0.01)}
     assert set(full) == wanted
     for (name, rho, lr, decay), (recipe, *_) in full.items():
         assert (str(recipe.optimizer), recipe.rho, recipe.lr, recipe.weight_decay) == (name, rho, lr, decay)
     cross = declared(small(tmp_path, weight_decay=0.01, tuning="cross"), "tuning")
     own = {"sgd": ("sgd", 0.0, 0.1, 0.01), "sam": ("sam", 0.3, 0.1, 0.01)}
     assert all(sum(a != b for a, b in zip(key, own[key[0]], strict=True)) <= 1 for key in cross)
-    assert set(own.values()) < set(cross) < set(full) and len(cross) == 11
+    assert set(own.values()) < set(cross) < set(full) and len(cross) == 12
     decays = {decay for *_, decay in declared(small(tmp_path, weight_decay=0), "tuning")}
     assert decays == {0, 5e-4}
 

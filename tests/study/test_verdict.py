@@ -72,7 +72,7 @@ def everything(sign=1):
         at = dict(experiment="length sweep", coordinate=f"epochs={epochs}")
         out += fitted(sam=sam, **at) + headlines("auc", 0.02 * toward * sign, **at)
     out += headlines("auc", 0.02 * sign, experiment="tuned")
-    out += headlines("auc_at_equal_accuracy", 0.02 * sign, experiment="frontier", coordinate="both tuned")
+    out += headlines("auc_at_equal_accuracy", 0.02 * sign, experiment="frontier", coordinate="weight_decay=0.1")
     out += headlines("auc_at_equal_loss", 0.02 * sign, experiment="decomposition", coordinate="epochs=9")
     out += [row(metric, 0.01 * sign, notebook="02") for metric in ("mean_memorization", "memorization_share_0.6_0.85")]
     out += [row("band_is_resolved_0.6_0.85", 1.0, None, notebook="02")]
@@ -393,11 +393,13 @@ def test_the_headline_counts_tuned_and_fitted_cases_and_says_what_was_not_run():
         tuned = dict(dataset=dataset, experiment="tuned")  # SAM of another radius, and the best that SGD can do
         rows += headlines("auc", value, **tuned) + headlines("auc", 0.9, coordinate="rho=9", **tuned)
         rows += fitted(sam=sam, **tuned) + fitted(0.5, 0.5, dataset=dataset)
-    at = dict(experiment="frontier", dataset="a", coordinate="both tuned")
-    rows += headlines("auc_at_equal_accuracy", -0.013, **at)
+    for decay, value in ((0.1, -0.013), (0.4, -0.019)):
+        at = dict(experiment="frontier", dataset="a", coordinate=f"weight_decay={decay}")
+        rows += headlines("auc_at_equal_accuracy", value, **at)
+    rows += headlines("auc_at_equal_accuracy", 0.5, **at | {"coordinate": "lr=1, weight_decay=0.1"})  # of one setting
     tuned, equal = verdict.headline(verdict.ledger(frame(rows))).split(" At equal")
     assert "more in 1 of 3 cases, less in 1; it changes the AUC by +0.0 points, from -1.0 to +2.0" in tuned
-    assert "more in 0 of 1 cases, less in 1; it changes the AUC by -1.3 points" in equal
+    assert "more in 0 of 1 cases, less in 1; it changes the AUC by -1.6 points" in equal
     unfit = verdict.ledger(frame(r for r in rows if r["dataset"] == "d"))
     assert "fit: not testable here (SAM fits 80% and SGD fits 100%)." in verdict.headline(unfit)
 

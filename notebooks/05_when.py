@@ -94,12 +94,15 @@ rows = [(*key, held_out[key].mean(), fit[key]) for key in at_radius.values()]
 columns = ["optimizer", "rho", "learning rate", "weight decay", "accuracy on non-members", "train accuracy"]
 display(pd.DataFrame(rows, columns=columns).style.format(precision=4).hide(axis="index"))
 show_text(f"The radius that suits {treatment} best here is {sharp[1]:g}; this run's own is {run.rho:g}.")
+ends = []
 for name, key in ((baseline, plain), (treatment, sharp)):
-    for value, of in ((key[2], "learning rate"), (key[3], "weight decay")):
-        tried = sorted({k[2 if of == "learning rate" else 3] for k in made if k[0] == name})
-        at_end = value in (tried[0], tried[-1])
-        said = "at the end of those tried: another might suit it better" if at_end else "between others that were tried"
-        show_text(f"The {of} that suits {name} best, {value:g}, lies {said}.")
+    tried = sorted({lr for one, _, lr, _ in made if one == name})
+    ends += [f"{name} ({key[2]:g})"] if key[2] in (tried[0], tried[-1]) else []
+decays = joined(f"{decay:g}" for decay in sorted({decay for *_, decay in made}))
+show_text(
+    f"Weight decays tried: {decays}. The best learning rate is the largest or the smallest tried, so that another might suit "
+    f"even better, for: {joined(ends)}."
+)
 
 # %%
 frames = [compare.contrast({baseline: made[plain], treatment: made[sharp]}).assign(coordinate="")]

@@ -13,7 +13,7 @@ import pandas as pd
 from lib.attacks import catalogue
 from lib.study import figures, settings, verdict
 from lib.study.results import read
-from lib.study.text import describe_sign, joined, percentage_points, sign
+from lib.study.text import describe_sign, joined, number, percentage_points, sign
 from tools import costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +180,33 @@ def equal():
     return table(header, rows)
 
 
+def accurate():
+    """A row for each run and weight decay: the difference in AUC at equal test accuracy, and over how many settings."""
+    header = "run", "weight decay of both", "settings of SAM", *(f"AUC of `{a}`" for a in HEADLINES)
+    rows = []
+    for found in tuned_runs().values():
+        split = found[found.metric == "auc_at_equal_accuracy"]
+        of_each = split[split.coordinate.str.startswith("lr=") & (split.attack == HEADLINES[0])]
+        for place, at in split[split.coordinate.str.startswith("weight_decay=")].groupby("coordinate", sort=False):
+            n = of_each.coordinate.str.endswith(f", {place}").sum()
+            cells = place.removeprefix("weight_decay="), n, *map(percentage_points, at.itertuples())
+            rows.append((title(found, "tuned"), *cells))
+        if split.empty:
+            rows.append((title(found, "tuned"), "any", 0, *["nothing to compare"] * len(HEADLINES)))
+    return table(header, rows)
+
+
+def contraction():
+    """A row for each run: how the difference in AUC goes, over the settings, with what the paper says drives it."""
+    kinds = [f"{what}, {how}" for what in ("log variance", "overlap") for how in ("at equal settings", "at equal loss")]
+    rows = []
+    for found in tuned_runs().values():
+        at = found[found.metric == "correlation_with_auc"].set_index("coordinate")
+        cells = [number(at.loc[kind], "+.2f") if kind in at.index else "too few settings" for kind in kinds]
+        rows.append((title(found, "tuned"), *cells))
+    return table(("run", *kinds), rows)
+
+
 def verdicts():
     """A row for each claim, with the day from which its rule holds, and a column for each run."""
     ledgers = {p.parent.name: verdict.ledger(read(p)) for p in sorted(REFERENCE.glob("*/results.csv"))}
@@ -279,6 +306,8 @@ TABLES |= {
     "pools": pools,
     "results": results,
     "equal": equal,
+    "accurate": accurate,
+    "contraction": contraction,
     "failing": failing,
     "bench": bench,
     "faults": faults,

@@ -293,14 +293,14 @@ class Plan:
 
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
-        seconds, run = frame.seconds.sum(), self.run
+        seconds, run, x = frame.seconds.sum(), self.run, self.run.dataset.x
         for book in self.notebooks:
             used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
             fixed, each = ANALYSIS[book]
             scored = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
             seconds += (fixed + each * scored) / AT_ONCE
             if book == "01" and not run.is_small:
-                seconds += ASKED * len(run.names) * min(1000, 2**20 // run.dataset.x[0, 0].size) / frame.rate.iloc[0]
+                seconds += ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
         return seconds
 
     def say(self, *_):

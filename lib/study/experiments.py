@@ -80,7 +80,8 @@ def main(run):
 def radius_sweep(run):
     """The treatment's base without the rule (0.0), then the treatment at radii around the run's. Keys: rho."""
     own, size = run.recipe(run.treatment), n_models(run, "sweep")
-    factors = () if not own.optimizer.has_radius else (0.5, 1, 2) if own.optimizer.rho is None else (1,)
+    several = (1, 2) if run.tuning == "few" else (0.5, 1, 2)
+    factors = () if not own.optimizer.has_radius else several if own.optimizer.rho is None else (1,)
     found = {f * own.rho: of(run, run.treatment, size, rho=f * own.rho) for f in factors}
     return {0.0: of(run, own.optimizer.base_name, size), **found}
 
@@ -107,11 +108,12 @@ def tuning(run):
     """Both optimizers at other learning rates and weight decays, the treatment at other radii too.
 
     Keys: (optimizer, rho, lr, weight_decay), rho 0 for the baseline. run.tuning "cross": at most one value differs from
-    the run's own; "full": every combination. 8 times the rate shows if the best is smaller; half is for a high loss.
+    the run's own ("few": and fewer values); "full": every combination. The largest rate shows if the best is smaller.
     """
     own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
     radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
-    for rho, factor, decay in product([0.0, *radii], (0.5, 1, 2, 4, 8), decays):
+    rates = (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8)
+    for rho, factor, decay in product([0.0, *radii], rates, decays):
         n_changed = (rho not in (0, own)) + (factor != 1) + (decay != run.weight_decay)
         usual, full = factor in (1, 2, 4), run.tuning == "full"
         if n_changed <= (3 if usual and full else 1) and (usual or not rho or (full and factor == 8)):

@@ -38,7 +38,8 @@ PRESETS = {
     "default": {"table": TABLE, "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000),
                 "fashionmnist": IMAGE | dict(n_models=8, n_examples=20_000, epochs=45, batch_size=128),
                 "eyepacs_referable": IMAGE | dict(n_models=8, epochs=80),
-                "cifar10": IMAGE | dict(n_examples=8000, epochs=320, batch_size=128, rho=0.05, augment=True)},
+                "cifar10": IMAGE | dict(n_examples=8000, epochs=320, batch_size=128, rho=0.05, augment=True,
+                                        tuning="few")},
     "small": {"table": TABLE | dict(n_models=64), "image": IMAGE, "mnist5k": IMAGE | dict(n_examples=3000)},
     "fast": {"table": TABLE, "image": LARGE | dict(arch="resnet9", epochs=16)},
     "paper": {"table": TABLE | dict(n_examples=50_000, epochs=100),
@@ -71,7 +72,7 @@ class Parameters(BaseModel):
     augment: bool | None = parameter("random flips and shifts in training, and as queries of the attacks")
     ema: float | None = parameter("decay of the moving average of the weights; 0: the last weights", ge=0, lt=1)
     seed: int | None = parameter("seed of everything", ge=0)
-    tuning: Literal["full", "cross"] | None = parameter("tried: full (every combination) or cross (one change each)")
+    tuning: Literal["full", "cross", "few"] | None = parameter("full (all combinations), cross (one change each), few")
     n_pools: int | None = parameter("pools, each drawn with a seed of its own, on which SAM's effect is measured", ge=1)
     device: str | None = parameter("auto, cpu, cuda, mps")
     engine: Literal[workers.ENGINES] | None = parameter("local, or ray (a cluster at RAY_ADDRESS, or this machine)")

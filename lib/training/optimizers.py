@@ -18,12 +18,8 @@ import torch
 from lib import need
 from lib.training import networks, privacy, sharpness
 
-BASES = {
-    "sgd": torch.optim.SGD,
-    "nesterov": partial(torch.optim.SGD, nesterov=True),
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
+BASES = {"sgd": torch.optim.SGD, "nesterov": partial(torch.optim.SGD, nesterov=True)}
+BASES |= {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 RULES = {**sharpness.RULES, "dpsgd": privacy.dpsgd, "dpsam": privacy.dpsam}
 
 

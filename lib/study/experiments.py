@@ -115,8 +115,8 @@ def tuning(run):
     rates = (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8)
     for rho, factor, decay in product([0.0, *radii], rates, decays):
         n_changed = (rho not in (0, own)) + (factor != 1) + (decay != run.weight_decay)
-        usual, full = factor in (1, 2, 4), run.tuning == "full"
-        if n_changed <= (3 if usual and full else 1) and (usual or not rho or (full and factor == 8)):
+        most = 3 if run.tuning == "full" and factor in (1, 2, 4) else 1
+        if n_changed <= most and (factor >= 1 or not rho):
             name, lr = run.treatment if rho else run.baseline, factor * run.lr
             found[name, rho, lr, decay] = of(run, name, n_models(run, "few"), rho=rho, lr=lr, weight_decay=decay)
     return found

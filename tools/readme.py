@@ -96,6 +96,7 @@ def finding(runs):
         figures.leakage_against_accuracy(axis, tried, HEADLINES[0], chosen(frame))
         axis.set_title(title(frame, "tuning"), fontsize=10)
         axis.legend(fontsize=9)
+        axis.locator_params(axis="x", nbins=6)
     return figure
 
 

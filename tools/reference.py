@@ -33,7 +33,8 @@ def cleaned(book, name):
                 output.data["image/png"] = small(output.data["image/png"])
             if "text/markdown" in output.get("data", {}):  # commands that name folders of this machine
                 said = output.data["text/markdown"]
-                output.data["text/markdown"] = re.sub(r"--(data|scores|store) /[^\s`]+", r"--\1 \1", said)
+                said = re.sub(r"--(data|scores|store) /[^\s`]+", r"--\1 \1", said)
+                output.data["text/markdown"] = re.sub(r"--out /[^\s`]+", f"--out outputs/{name}", said)
         cell.metadata = {"tags": cell.metadata.get("tags", [])}
         if "injected-parameters" in cell.metadata.get("tags", []):
             given = {"store": "store", "out": f"outputs/{name}", "data": "data", "scores": "scores"}

@@ -368,4 +368,4 @@ class Plan:
 def duration(seconds):
     """'40 s', '12 min', '3.5 h'."""
     minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.2g} min" if minutes < 90 else f"{minutes / 60:.1f} h"

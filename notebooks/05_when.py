@@ -415,7 +415,8 @@ for decay in dict.fromkeys(decay for *_, decay in made):
     if places:
         mean = compare.decomposition([made[key] for key in places], **how_made, coordinate=f"weight_decay={decay:g}")
         means.append(mean.assign(rho=""))
-frontier = pd.concat([*frames, *means]) if frames else pd.DataFrame(columns=["metric", "attack", "rho"])
+none = pd.DataFrame(columns=[*intervals.TIDY, "attack", "coordinate", "rho"])  # where no setting of SAM fits
+frontier = pd.concat([*frames, *means]) if frames else none
 frontier = frontier[frontier.metric == "auc_at_equal_accuracy"]
 results.add(frontier, experiment="frontier")
 if frontier.empty:

@@ -96,3 +96,15 @@ def test_a_folder_that_refuses_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.study.results.write_atomic", refuse)
     with pytest.raises(ValueError, match="out=.*no space"):
         results.add(frame(0.5))
+
+
+def test_what_is_judged_at_equal_accuracy_is_the_mean_over_settings():
+    judged = 0
+    for path in sorted((ROOT / "outputs" / "reference").glob("*/results.csv")):
+        found = read(path)
+        found = found[found.metric == "auc_at_equal_accuracy"]
+        for row in found[found.coordinate.str.startswith("weight_decay=")].itertuples():
+            each = found[found.coordinate.str.endswith(f", {row.coordinate}") & (found.attack == row.attack)]
+            assert len(each) and row.value == pytest.approx(each.value.mean(), abs=1e-6)
+            judged += 1
+    assert judged > 10

@@ -99,10 +99,10 @@ for name, key in ((baseline, plain), (treatment, sharp)):
     tried = sorted({lr for one, _, lr, _ in made if one == name})
     ends += [f"{name} ({key[2]:g})"] if key[2] in (tried[0], tried[-1]) else []
 decays = joined(f"{decay:g}" for decay in sorted({decay for *_, decay in made}))
-show_text(
-    f"Weight decays tried: {decays}. The best learning rate is the largest or the smallest tried, so that another might suit "
-    f"even better, for: {joined(ends)}."
-)
+said = "The best learning rate of either lies between others that were tried."
+if ends:
+    said = f"For {joined(ends)} the best learning rate is the largest or the smallest tried: another might be better still."
+show_text(f"Weight decays tried: {decays}. {said}")
 
 # %%
 frames = [compare.contrast({baseline: made[plain], treatment: made[sharp]}).assign(coordinate="")]
@@ -281,7 +281,7 @@ results.add(pd.concat([split, own]), experiment="decomposition", n_models=n_swep
 order = {"auc_total": "total", "auc_from_fit": "from fit", "auc_at_equal_loss": "at equal loss"}
 fits = length_frame[(length_frame.metric == "train_accuracy") & (length_frame.baseline == "")]
 fits = fits.pivot(index="epochs", columns="optimizer", values="value")[[baseline, treatment]]
-display(fits.style.format("{:.1%}").set_caption("train accuracy"))
+display(fits.style.format("{:.1%}", na_rep="not trained").set_caption("train accuracy"))
 for attack, part in split.groupby("attack", sort=False):
     show_text(f"By `{attack}`:")
     part = part.assign(metric=part.metric.map(order), attack="", optimizer=part.coordinate, baseline="")

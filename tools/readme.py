@@ -146,6 +146,20 @@ def pools():
     return table(header, rows)
 
 
+def equal_settings():
+    """A row for each run: the main comparison, in which both optimizers have the run's own settings."""
+    header = "run", "SGD fits", "SAM fits", "test accuracy, SAM − SGD", *(f"AUC of `{a}`" for a in HEADLINES)
+    rows = []
+    for found in runs().values():
+        here = found[(found.experiment == "main") & (found.coordinate == "") & found.optimizer.isin(["sgd", "sam"])]
+        fits = here[(here.metric == "train_accuracy") & (here.baseline == "")].set_index("optimizer").value
+        steps = here[here.baseline == "sgd"].set_index(["metric", "attack"])
+        wanted = [("test_accuracy", ""), *(("auc", attack) for attack in HEADLINES)]
+        cells = [percentage_points(steps.loc[one]) for one in wanted]
+        rows.append((title(found, "main"), *(f"{fits[name]:.1%}" for name in ("sgd", "sam")), *cells))
+    return table(header, rows)
+
+
 def results():
     """A row for each run and number of epochs: what SAM gains, what it leaks."""
     header = (
@@ -307,6 +321,7 @@ TABLES |= {
     "pools": pools,
     "results": results,
     "equal": equal,
+    "equal_settings": equal_settings,
     "accurate": accurate,
     "contraction": contraction,
     "failing": failing,

@@ -1,13 +1,12 @@
 """All membership inference attacks on one ensemble: from logits to scores [M, N], higher = more likely a member."""
 
 import numpy as np
-from scipy.stats import rankdata
 
 from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
 from lib.attacks.shadow import lira, rmia
-from lib.attacks.signals import TINY, by_rows, signals
+from lib.attacks.signals import TINY, by_rows, signals, ties
 from lib.attacks.thresholds import classwise, yeom
 
 # those that look at one model alone
@@ -47,12 +46,12 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
     need(logits.ndim in (3, 4), f"logits: shape {logits.shape}; valid are [M, N, C] and [M, Q, N, C]")
     need(set(only) <= set(NAMES), f"only: {[*only]}; valid are {', '.join(NAMES)}")
     wanted, out = {*only, *(("lira_shrunk", "rmia") if "combined" in only else ())}, {}
-    plain = logits if logits.ndim == 3 else logits[:, 0]
-    seen = signals(plain, y)
+    plain, both = logits if logits.ndim == 3 else logits[:, 0], ("phi", "confidence")
+    seen = signals(plain, y) if wanted & {*ALONE} else signals(plain, y, only=both)
     if wanted & {*ALONE}:
         out = of_single_models(seen, y, member, seed, groups)
-    of_all = seen if plain.size == logits.size else signals(logits, y, only=("phi", "confidence"))
-    phi, confidence = (of_all[name].reshape(logits.shape[:-1]) for name in ("phi", "confidence"))
+    of_all = seen if plain.size == logits.size else signals(logits, y, only=both)
+    phi, confidence = (of_all[name].reshape(logits.shape[:-1]) for name in both)
     del seen, of_all  # large arrays that are no longer needed
     out |= {name: lira(phi, member, *kind) for name, kind in LIRAS.items() if name in wanted}
     if rmias := wanted & {"rmia", "rmia_offline"}:
@@ -60,9 +59,15 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
         out |= {name: rmia(confidence, member, z.get("confidence"), name == "rmia_offline") for name in rmias}
     if "combined" in wanted:
         del phi, confidence
-        both = out["lira_shrunk"], out["rmia"]
-        ranks = by_rows(lambda m: rankdata([s[m] for s in both], axis=1).mean(0) - 1, member.shape, np.float32)
-        out["combined"] = np.divide(ranks, len(y) - 1, out=ranks)
+
+        def mean_rank(m):
+            total = np.zeros(len(y))
+            for s in (out["lira_shrunk"][m], out["rmia"][m]):
+                order = np.argsort(s)
+                total[order] += ties(s[order]).sum(0) - 1  # twice the rank, from 0: those with the same score share one
+            return total / 4 / (len(y) - 1)
+
+        out["combined"] = by_rows(mean_rank, member.shape, np.float32)
     return {name: out[name] for name in NAMES if name in only}
 
 

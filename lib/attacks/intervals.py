@@ -18,7 +18,7 @@ from scipy.special import expit, logit
 
 from lib import need
 from lib.attacks.membership import calibration_split, checked, folds, pairs
-from lib.attacks.signals import by_rows
+from lib.attacks.signals import by_rows, ties
 from lib.attacks.thresholds import best_thresholds
 
 FPRS = (0.1, 0.01, 0.001, 0.0001)
@@ -196,8 +196,8 @@ def auc_influence_values(scores, member) -> np.ndarray:
         order = np.argsort(scores[m])
         ranked, inside, place = scores[m, order], member[m, order], np.empty(len(order))
         # how many examples, and how many members, score less; of those with the same score half are counted
-        tied = np.stack([np.searchsorted(ranked, ranked, side) for side in ("left", "right")])
-        below, members_below = tied.mean(0), np.r_[0, inside.cumsum()][tied].mean(0)
+        tied = ties(ranked)
+        below, members_below = tied.mean(0), np.append(0, inside.cumsum())[tied].mean(0)
         # placement: for a member the share of non-members below it, for a non-member the share of members above it
         shares = (below - members_below) / (~inside).sum(), 1 - members_below / inside.sum()
         place[order] = np.where(inside, *shares)
@@ -235,21 +235,21 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
     """
     scores, member = checked(scores, member)
     targets = np.arange(len(scores))
-    fold = np.broadcast_to(np.isin(targets, folds(member)[1])[:, None], member.shape)
+    part = np.isin(targets, folds(member)[1])[:, None].astype(int) if half is None else half
     tpr, realised = np.empty(scores.shape), np.empty(scores.shape)
     for rows in [targets] if half is None else targets[:, None]:
-        s, inside, part = scores[rows], member[rows], (fold if half is None else half)[rows]
-        flagged, error = np.empty(s.shape, bool), np.zeros(s.shape)
+        s, inside, own = scores[rows], member[rows], part[rows]
+        found = []  # of either part: its threshold, the share of its non-members above it, its weight in the error
         for k in (0, 1):
-            given, judged = (part == k) & ~inside, part != k
-            null, members = np.sort(s[given]), s[judged & inside]
-            limit = limit_at(null, fpr)
-            flagged[judged] = s[judged] > limit
+            null, members = np.sort(s[(own == k) & ~inside]), s[(own != k) & inside]
+            limit, n_judged = limit_at(null, fpr), np.broadcast_to(own != k, s.shape).sum()
             # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr); dTPR/dFPR is the rise of
             # the ROC between half and one and a half times fpr
             lower, upper = (np.mean(members > limit_at(null, rate * fpr)) for rate in (0.5, 1.5))
-            weight = (upper - lower) / fpr * judged.sum() / len(null)
-            error[given] = weight * ((s[given] > limit) - np.mean(null > limit))
+            found.append((limit, np.mean(null > limit), (upper - lower) / fpr * n_judged / len(null)))
+        limits, above, weights = np.transpose(found)
+        flagged = s > limits[1 - own]
+        error = ~inside * weights[own] * ((s > limits[own]) - above[own])
         tpr[rows] = ratio_influence_values(flagged, inside) - error
         realised[rows] = ratio_influence_values(flagged, ~inside)
     return tpr, realised

@@ -4,9 +4,9 @@ All are computed in float64 from differences to the largest logit, so that no di
 certain. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and no ties.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
+import joblib
 import numpy as np
 
 from lib import need
@@ -14,14 +14,15 @@ from lib import need
 NAMES = ("phi", "log_confidence", "confidence", "entropy", "modified_entropy", "correct")
 GAP = 700.0  # logits further below the largest count as this far below; exp(-700) is still a normal float64
 TINY = 1e-40  # smallest loss, entropy or probability that is put into a logarithm or divided by
+THREADS = min(8, joblib.cpu_count())  # with LOKY_MAX_CPU_COUNT=1, as in a notebook beside those that train, one
 BLOCK = 8192  # examples at a time: what is computed on the way stays in the processor's cache
 
 
 def parallel(function, items):
-    """Call function(item) for all items on up to 8 threads (numpy releases the interpreter lock in its loops)."""
-    items, n = list(items), min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(n) as pool:  # a task for each thread: one for each item took longer than the items
-        list(pool.map(lambda k: [function(item) for item in items[k::n]], range(n)))
+    """Call function(item) for all items on THREADS threads (numpy releases the interpreter lock in its loops)."""
+    items = list(items)
+    with ThreadPoolExecutor(THREADS) as pool:  # a task for each thread: one for each item took longer than the items
+        list(pool.map(lambda k: [function(item) for item in items[k::THREADS]], range(THREADS)))
 
 
 def by_rows(function, shape, dtype=np.float64) -> np.ndarray:
@@ -29,6 +30,13 @@ def by_rows(function, shape, dtype=np.float64) -> np.ndarray:
     out = np.empty(shape, dtype)
     parallel(lambda m: out.__setitem__(m, function(m)), range(len(out)))
     return out
+
+
+def ties(ranked) -> np.ndarray:
+    """For each of the sorted values [N]: how many are smaller, and how many are not larger, integers [2, N]."""
+    starts = np.append(0, np.flatnonzero(ranked[1:] != ranked[:-1]) + 1)
+    ends = np.append(starts[1:], len(ranked))
+    return np.repeat([starts, ends], ends - starts, axis=1)
 
 
 def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
@@ -47,7 +55,7 @@ def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
     def fill(index):
         for start in range(0, len(y), BLOCK):
             rows = slice(start, start + BLOCK)
-            found = dict(zip(NAMES, of_one_model(logits[index][rows], y[rows]), strict=True))
+            found = of_one_model(logits[index][rows], y[rows], bool(out.keys() & {"entropy", "modified_entropy"}))
             for i in np.flatnonzero(np.isnan(found["phi"]))[:1]:
                 seen = logits[index][start + i]
                 raise ValueError(f"logits: {seen} at example {start + i}; valid are numbers below infinity")
@@ -58,8 +66,8 @@ def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
     return out
 
 
-def of_one_model(z, y):
-    """The six signals, in the order of NAMES: z [N, C], y [N] -> arrays [N]."""
+def of_one_model(z, y, entropies=True) -> dict[str, np.ndarray]:
+    """The signals of z [N, C] and y [N]: a dict of arrays [N]. entropies: whether these two are among them."""
     z = z.T.astype(np.float64, order="C")  # [C, N]: reductions over classes run over contiguous rows
     columns, top = np.arange(len(y)), z.argmax(0)
     with np.errstate(invalid="ignore"):  # inf - inf, which `signals` refuses
@@ -74,6 +82,9 @@ def of_one_model(z, y):
     phi = np.where(correct, -log_s, -d_y - np.log1p(s - r_y))
     # log p_y = z_y - logsumexp_j z_j
     log_p = -d_y - loss_top
+    found = {"phi": phi, "log_confidence": log_p, "confidence": np.exp(log_p), "correct": correct}
+    if not entropies:
+        return found
     # H = -sum_j p_j log p_j = log(1 + s) + sum_j p_j d_j: no term is negative, so nothing cancels
     entropy = loss_top + np.einsum("cn,cn->n", r, d) / (1 + s)
     # M = -(1 - p_y) log p_y - sum_{j != y} p_j log(1 - p_j); every class but the top one has p_j <= 1/2
@@ -81,4 +92,4 @@ def of_one_model(z, y):
     rest = np.einsum("cn,cn->n", r, np.log1p(-r)) - r[y, columns] * np.log1p(-r[y, columns])
     rest += np.where(correct, 0.0, (log_s - loss_top) / (1 + s))
     modified = -np.where(correct, s, 1 + s - r_y) / (1 + s) * log_p - rest
-    return phi, log_p, np.exp(log_p), entropy, modified, correct
+    return found | {"entropy": entropy, "modified_entropy": modified}

@@ -4,12 +4,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 
-from lib.study.results import NUMBERS
 from lib.study.text import series
-from lib.study.verdict import FITS
 
 COLOURS = sns.color_palette("colorblind")
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
@@ -74,31 +71,3 @@ def forest(frame, panels, rows="attack", reference=0):
     if any(series(frame)):
         axes[0, 0].legend(fontsize=9)
     return figure
-
-
-def leakage_against_accuracy(axis, rows, attack, chosen):
-    """Every setting of a tuning (rows) as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
-
-    Lines join the learning rates. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow.
-    """
-    rows = rows.assign(rho=pd.to_numeric(rows.rho).fillna(0.0))
-    rows[["lr", "decay"]] = rows.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)
-    rows = rows.set_index(["optimizer", "rho", "lr", "decay"])
-    fit = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value
-    paired = rows[rows.baseline != ""].groupby(["metric", "attack"])[NUMBERS]
-    what = ("test_accuracy", ""), ("auc", attack)
-    x, y = (100 * paired.get_group(key).reindex(fit.index).fillna(0) for key in what)  # 0: the tuned baseline
-    axis.axhline(0, color="0.4", lw=0.8)
-    axis.axvline(0, color="0.4", lw=0.8)
-    near = fit[~(x.value < x.value[fit >= FITS].min() - 1)]  # one a point below all that fit would squeeze the others
-    for index, ((name, rho), part) in enumerate(near.groupby(level=["optimizer", "rho"], sort=False)):
-        colour, marker, label = COLOURS[index % 10], MARKERS[index % 4], plain(f"{name}, rho {rho:g}" if rho else name)
-        for k, (_, line) in enumerate(part.groupby(level="decay", sort=False)):
-            at, dots = line.sort_index(level="lr").index, ":" if k else "-"
-            axis.plot(x.value[at], y.value[at], marker + dots, color=colour, lw=1.2, label=None if k else label)
-        for at, share in part.items():
-            bars = ([[of.value - of.ci_low], [of.ci_high - of.value]] for of in (y.loc[at], x.loc[at]))
-            look_of = dict(color=colour, mfc=colour if share >= FITS else "white", ms=12 if at in chosen else 6)
-            axis.errorbar(x.value[at], y.value[at], *bars, fmt=marker, ecolor=(*colour, 0.6), elinewidth=0.6, **look_of)
-    less = "minus the tuned baseline's, points"
-    axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack},\n{less}"))

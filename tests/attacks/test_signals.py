@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lib.attacks.signals import by_rows, parallel, signals
+from lib.attacks import signals as signals_module
+from lib.attacks.signals import by_rows, parallel, signals, ties
 
 
 def textbook(logits, y):
@@ -85,7 +86,15 @@ def test_memory_map_and_selection(tmp_path):
         np.testing.assert_array_equal(values, signals(logits, y)[name])
 
 
-def test_rows_come_in_order_and_errors_are_raised():
+def test_ties_are_counted_as_a_search_counts_them():
+    for values in (np.arange(5.0), np.zeros(4), np.array([1.0]), np.random.default_rng(0).integers(0, 9, 50)):
+        ranked = np.sort(values)
+        np.testing.assert_array_equal(ties(ranked), [np.searchsorted(ranked, ranked, s) for s in ("left", "right")])
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_rows_come_in_order_and_errors_are_raised(n_threads, monkeypatch):
+    monkeypatch.setattr(signals_module, "THREADS", n_threads)
     np.testing.assert_array_equal(by_rows(lambda k: k * np.arange(3), (50, 3)), np.outer(np.arange(50), np.arange(3)))
     with pytest.raises(ZeroDivisionError):
         parallel(lambda k: 1 // k, range(3))

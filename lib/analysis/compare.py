@@ -253,8 +253,7 @@ def null_table(ensemble, seed, shuffles=5):
         for attack, found in scores(ensemble, member).items():
             values[attack] = values.get(attack, 0.0) + intervals.auc_influence_values(found, member) / shuffles
     how = {"rate": True, "shadow_correction": SHADOW_CORRECTION, **design(ensemble)}
-    rows = [intervals.row("auc", estimate(v, **how), attack=attack, baseline="") for attack, v in values.items()]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([intervals.row("auc", estimate(v, **how), attack=a, baseline="") for a, v in values.items()])
 
 
 def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):

@@ -46,8 +46,7 @@ def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=
     elif todo and n > 1:
         train_by_processes(recipe, dataset, todo, store, n, n_models, quiet, notify)
     inputs = None
-    # here, and what others left or still train
-    while todo and (todo := missing(recipe, dataset, n_models, kept, where)):
+    while todo and (todo := missing(recipe, dataset, n_models, kept, where)):  # what others left, or still train
         inputs, taken = inputs or ensemble.Inputs(dataset, recipe, where), 0
         with progress(recipe, todo, "here", quiet) as bar:
             for ids in todo:

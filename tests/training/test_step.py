@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from lib.training import Recipe, step, train
+from lib.training import Recipe, sharpness, step, train
 
 CPU = torch.device("cpu")
 
@@ -140,6 +141,46 @@ def test_through_vmap_hands_over_the_stack_and_broadcasts_what_is_shared():
     assert seen == [((4, 3), (4, 3))]
     torch.testing.assert_close(found["sum"], x + shared)
     torch.testing.assert_close(total, x.sum(1))
+
+
+def test_a_trace_of_a_rule_holds_the_gradient_as_one_call():
+    """What was traced asks the gradient for numbers in every step, and sees the radius and weights of that step."""
+    asked = []
+
+    def on_stack(params):  # of the loss |w|^2 / 2, whose gradient is w
+        asked.append(params)
+        return params, (params["w"].square().sum(1) / 2,)
+
+    def of_one(params, rho):
+        return sharpness.sam(lambda at: step.on_the_stack(on_stack, at), params, rho)
+
+    weights, radii = torch.rand(2, 3, 5), torch.tensor([[0.1, 0.2, 0.0], [0.5, 0.0, 1.0]])
+    graph = make_fx(torch.func.vmap(of_one))({"w": weights[0]}, radii[0])
+    for w, rho in zip(weights, radii, strict=True):
+        asked.clear()
+        grads, (loss,) = graph({"w": w}, rho)
+        assert len(asked) == 2
+        torch.testing.assert_close(grads["w"], w * (1 + rho / w.norm(dim=1))[:, None])
+        torch.testing.assert_close(loss, w.square().sum(1) / 2)
+
+
+def own_rule(gradient, params):
+    """A reader's rule that does another thing in every step: at step k it is k times the gradient."""
+    own_rule.calls += 1
+    found, aux = gradient(params)
+    return {name: own_rule.calls * g for name, g in found.items()}, aux
+
+
+def test_our_rules_are_traced_once_and_a_readers_own_runs_in_every_step(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(step, "STACKS", {})
+    own_rule.calls = 0
+    for optimizer in ("sam", "sam", "looksam(k=2)", "looksam(k=3)", f"{__name__}:own_rule"):
+        train(Recipe(optimizer=optimizer, rho=0.1, epochs=2, batch_size=8), table, 2, tmp_path / optimizer, "cpu")
+    (stack,) = step.STACKS.values()
+    assert len(stack.graphs) == 5  # of sam one; of looksam, for either k, one of the k-th and one of the other steps
+    # in each of the steps, and twice before, when its gradients are counted for the forecast
+    assert own_rule.calls == 2 + 2 * (len(table.y) // 2 // 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

@@ -569,5 +569,5 @@ show_text(f"""
 AUC of {best.value:.3f}, a threshold on the confidence {simple.value:.3f}. A better test accuracy is no sign that less is
 revealed. Before you choose between {baseline} and {treatment}, tune both and look at notebook 5.
 
-All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
+All numbers of this run: `{results.path.name}` beside this notebook's copy.
 """)

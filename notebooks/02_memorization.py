@@ -497,5 +497,5 @@ show_text(f"""
 
 **What an engineer should do.** {advice}
 
-All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
+All numbers of this run: `{results.path.name}` beside this notebook's copy.
 """)

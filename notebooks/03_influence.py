@@ -416,5 +416,5 @@ show_text(f"""
 
 **What an engineer should do.** {advice} Judge buckets on other models than those that formed them.
 
-All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.
+All numbers of this run: `{results.path.name}` beside this notebook's copy.
 """)

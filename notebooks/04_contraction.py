@@ -898,4 +898,4 @@ show_text(
     "measured by the attacks of notebook 1, so run these on the model that you ship. If you want the contraction of the "
     "theorem, penalize curvature on held-out examples: no optimizer that sees the training data alone can."
 )
-show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+show_text(f"All numbers of this run: `{results.path.name}` beside this notebook's copy.")

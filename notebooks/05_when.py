@@ -727,4 +727,4 @@ else:
     advice = f"No setting of {baseline} tried here is as accurate as tuned {treatment} and clearly leaks less."
 said = f"tuning for accuracy alone moves the leakage by up to {100 * (max(spread) - min(spread)):.1f} points"
 show_text(f"**What to do.** {advice} Among settings of equal accuracy on held-out data, choose by an audit: {said}.")
-show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+show_text(f"All numbers: `{results.path.name}` beside this notebook's copy.")

@@ -424,4 +424,4 @@ if private:
     )
     advice += f" Only the private optimizers bound what *any* attack can learn; the least it costs here is {price}."
 show_text(f"**What to do.** {advice} An optimizer's name is no defence: audit the model that you ship.")
-show_text(f"All numbers: `{results.path.name}` beside this notebook's copy, {results.count()} rows.")
+show_text(f"All numbers: `{results.path.name}` beside this notebook's copy.")

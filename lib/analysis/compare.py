@@ -159,8 +159,7 @@ def contrast(ensembles):
     Columns beside the usual ones: attack, and train_loss, the optimizer's own, NaN beside differences.
     """
     first, frames = next(iter(ensembles.values())), [accuracies(ensembles).assign(attack="")]
-    member = np.array(first.member)
-    corrected = {"rate": True, "shadow_correction": SHADOW_CORRECTION}
+    member, corrected = np.array(first.member), {"rate": True, "shadow_correction": SHADOW_CORRECTION}
     for attack in catalogue.HEADLINES:
         auc = compared(ensembles, partial(auc_influence_values, attack=attack), "auc", **corrected)
         found = {label: headline_scores(e)[attack] for label, e in ensembles.items()}

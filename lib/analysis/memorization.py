@@ -15,8 +15,7 @@ from lib import need
 from lib.attacks import intervals
 from lib.attacks.membership import pairs
 
-EDGES = (0.1, 0.4, 0.6, 0.85)
-BANDS = ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
+EDGES, BANDS = (0.1, 0.4, 0.6, 0.85), ("below_0.1", "0.1_0.4", "0.4_0.6", "0.6_0.85", "above_0.85")
 
 
 Memorization = namedtuple("Memorization", "value se")  # arrays [N]: the estimate and its standard error

@@ -1,12 +1,13 @@
 """`python -m lib.study` runs the notebooks; --plan, --work, --report and --audit do something else: see --help."""
 
+import asyncio
 import json
 import logging
 import os
 import sys
 import time
 from concurrent import futures
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from lib import need
@@ -32,13 +33,10 @@ def shortest(path):
 
 
 def execute(book, given, out, awaited):
-    """Run one notebook with papermill, once the futures in `awaited` are done.
+    """Run one notebook with papermill, once the futures in `awaited` are done; its kernel imports our modules before.
 
     What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel python3 is installed.
     """
-    for future in awaited:
-        with suppress(Exception):  # if the training has failed, the notebook tries itself, and says why
-            future.result()
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -52,10 +50,14 @@ def execute(book, given, out, awaited):
             # no progress bars, since those of two notebooks would overwrite each other
             settled = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "TQDM_DISABLE"), "1")
             await super().start_kernel(**more, env={**os.environ, **settled})
+            # if the training has failed, the notebook tries itself, and says why
+            await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
+            print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
-    print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
-    how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": ["--log-level=ERROR"]}
+    first = "from lib.study import figures, settings"  # which import nearly all that notebooks use
+    arguments = ["--log-level=ERROR", f"--IPKernelApp.exec_lines={first}"]
+    how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": arguments}
     # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
     how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (book, out / book.name))  # it formats them

@@ -33,7 +33,7 @@ ANALYSIS = {"01": (8, 13), "02": (12, 3), "03": (4, 2), "04": (12, 3), "05": (9,
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 2  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
-PER_EXAMPLE = 3  # a gradient for each example, which private rules clip, costs about three times a batch gradient
+PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 
 
 class Planned(NamedTuple):
@@ -254,11 +254,6 @@ def work(recipe, n, n_models):
     return n_models * recipe.run_epochs * per_epoch * each
 
 
-def flags(run, planned):
-    folder, _ = place(run.store, *ensemble.store_key(planned.recipe, planned.dataset))
-    return [path for k in range(planned.n_models) if (path := folder / "done" / f"{k:05d}.json").exists()]
-
-
 class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes."""
 
@@ -281,7 +276,8 @@ class Plan:
         rows, device = [], ensemble.device_of(self.run.device)
         for name, book, planned in self.ensembles:
             recipe, n_models, data = planned
-            done, one = flags(self.run, planned), work(recipe, len(data.y), 1)
+            folder, one = place(self.run.store, *ensemble.store_key(recipe, data))[0], work(recipe, len(data.y), 1)
+            done = [path for k in range(n_models) if (path := folder / "done" / f"{k:05d}.json").exists()]
             left, took = range(len(done), n_models), [read_json(path).get("seconds", np.nan) for path in done]
             row = [book, name, recipe.arch, str(recipe.optimizer), recipe.rho, recipe.run_epochs, n_models, len(done)]
             row += [len(left) * one / 1e6, n_models * one / 1e6, ensemble.stored_bytes(recipe, data, left) / 1e6]

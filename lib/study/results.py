@@ -14,8 +14,7 @@ from filelock import FileLock
 from lib.training import ensemble
 from lib.training.store import VERSION, read_json, write_atomic
 
-NUMBERS = "value ci_low ci_high".split()
-COUNTS = "n_models n_examples".split()
+NUMBERS, COUNTS = "value ci_low ci_high".split(), "n_models n_examples".split()
 COLUMNS = "notebook experiment dataset arch optimizer baseline rho coordinate attack metric".split() + NUMBERS + COUNTS
 PROVENANCE = "seed recipe device seconds".split()  # what made a row; of all columns only `seconds` may vary
 PLACES = "data scores store out device engine gpus".split()  # parameters that say where a run is made, not what it is
@@ -88,6 +87,3 @@ class Results:
                 write_atomic(self.path, own.sort_values("notebook", kind="stable").to_csv(index=False))
         except OSError as error:
             raise ValueError(f"out={str(self.run.out)!r} can't be written ({error}): give a writable folder") from error
-
-    def count(self):
-        return sum(map(len, self.rows))

@@ -208,8 +208,7 @@ def open_run(given):
     bound = values["n_examples"] if asked.n_examples or values["n_examples"] < len(whole.y) else None
     # the models are asked about as many test points as each is trained on, or about all there are
     n_test = min(len(whole.y_test), max(1, (bound or len(whole.y)) // 2))
-    chosen = pool(whole, bound, values["seed"], n_test)
-    published = None
+    chosen, published = pool(whole, bound, values["seed"], n_test), None
     if asked.scores is not None:
         held = len(whole.y) + (whole.index is not None) * len(whole.y_test)  # with a test part split off
         published = published_scores(asked.scores, held)[slice(None) if chosen.index is None else chosen.index]

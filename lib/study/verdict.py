@@ -48,8 +48,7 @@ DELTAS = {" points": 0.2, "%": 5, "": 0.01}  # of a rate; of the baseline's own 
 # by the first word of a metric: its unit, and what turns it into an effect in this unit; all others are rates
 UNITS = {"log": ("%", lambda ratio: 100 * np.expm1(ratio)), "variance": ("%", lambda ratio: 100 * (ratio - 1))}
 UNITS |= {"distance": ("", np.asarray), "rate": (" points", lambda rate: 100 * rate)}
-EACH = "each − its baseline"
-SKILL = "balanced_accuracy_above_chance"
+EACH, SKILL = "each − its baseline", "balanced_accuracy_above_chance"
 FITS, LEARNS, CEILING = 0.99, 0.1, 0.97  # least train accuracy; least low end of SKILL; an AUC that can hardly grow
 # claims.csv has a row for each test of a claim. {a} is the optimizer, {b} the baseline. sign: -1 if the claim expects a
 # negative effect. attack: none, "headline", or a family. coordinate: how it begins. optimizer: "" is the pair judged;

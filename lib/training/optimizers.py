@@ -56,7 +56,7 @@ class Optimizer:
         return sharpness.CONTEXT.keys() & inspect.signature(self.rule).parameters
 
     has_radius = property(lambda self: "rho" in self.wants)  # sharpness-aware
-    is_private = property(lambda self: {"noise", "norms"} <= self.wants)  # clips each example's gradient, adds noise
+    is_private = property(lambda self: {"noise", "per_example"} <= self.wants)  # clips examples' gradients, adds noise
     has_own_base = property(lambda self: self.base not in BASES.values())  # a reader's own optimizer class
 
     @cached_property
@@ -90,8 +90,8 @@ class Optimizer:
 
         offered = {"rho": one, "rate": one, "step": one, "size": n, "uniform": torch.ones(1), "memory": params}
         offered["noise"] = {"weight": torch.ones(getattr(self.rule, "queries", 1), 3, 2)}
-        offered |= {"losses": lambda at: counted(aux.losses, n / 3), "norms": lambda at: aux.losses}
-        offered["weighted"] = lambda at, weight: counted((at, aux))
+        offered["losses"] = lambda at: counted(aux.losses, n / 3)
+        offered["per_example"] = lambda at: (aux.losses, lambda weight: counted((at, aux)))
         for is_kth_step in (True, False):
             given = {name: {**offered, "is_kth_step": is_kth_step}[name] for name in self.wants}
             self.rule(lambda at, index=range(n): counted((at, aux), len(index)), params, **given, **self.options)

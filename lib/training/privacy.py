@@ -8,72 +8,86 @@ from math import ceil, floor, log10
 
 import torch
 from torch.func import grad, vmap
+from torch.nn.modules.module import register_module_forward_hook
 
 from lib.training.sharpness import ascend, norm
 
 
-def dpsgd(gradient, params, norms, weighted, noise, clip=1.0, sigma=1.0):
+def dpsgd(gradient, params, per_example, noise, clip=1.0, sigma=1.0):
     """DP-SGD: Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.
 
     clip: largest norm of one example's gradient; sigma: standard deviation of the noise on the sum, in units of clip.
     """
+    norms, weighted_sum = per_example(params)
     # w_i = 1 / max(1, |g_i| / C)
-    weight = 1 / (norms(params) / clip).clamp(min=1)
+    weight = 1 / (norms / clip).clamp(min=1)
     # g = (sum_i w_i g_i + sigma C N(0, 1)) / B
-    total, aux = weighted(params, weight)
+    total, aux = weighted_sum(weight)
     return {n: (g + sigma * clip * noise[n][0]) / len(weight) for n, g in total.items()}, aux
 
 
-def dpsam(gradient, params, rho, norms, weighted, noise, clip=1.0, sigma=1.0):
+def dpsam(gradient, params, rho, per_example, noise, clip=1.0, sigma=1.0):
     """DP-SAM: SAM with both of its gradients clipped and noised; options as in `dpsgd`.
 
     The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set theirs against.
     """
-    first, aux = dpsgd(gradient, params, norms, weighted, noise, clip, sigma)
+    first, aux = dpsgd(gradient, params, per_example, noise, clip, sigma)
     moved, later = ascend(params, first, rho), {n: z[1:] for n, z in noise.items()}
-    return dpsgd(gradient, moved, norms, weighted, later, clip, sigma)[0], aux
+    return dpsgd(gradient, moved, per_example, later, clip, sigma)[0], aux
 
 
 dpsgd.queries, dpsam.queries = 1, 2  # what a step asks of its batch, each answered with noise
 
 
-def norms_by_example(loss, params, x, y):
-    """|g_i| of every example, [B], in any network whose examples do not mix: loss(params, x, y), x [B, ...], y [B]."""
-    return vmap(lambda x, y: norm(grad(loss)(params, x[None], y[None])), chunk_size=8)(x, y)  # 8 are held at once
+def by_example(loss, params, x, y):
+    """What `per_example` gives to a rule, in any network whose examples do not mix: |g_i| of every example, [B], and a
+    function of weights [B] that returns sum_i w_i g_i and aux. The gradients g_i are never held at once.
+
+    loss(params, x, y, weight=None) -> (mean loss, or sum of w_i times the loss of example i; aux), x [B, ...], y [B].
+    """
+
+    def size(x, y):
+        return norm(grad(loss, has_aux=True)(params, x[None], y[None])[0])
+
+    return vmap(size, chunk_size=8)(x, y), lambda weight: grad(loss, has_aux=True)(params, x, y, weight)
 
 
-def norms_by_layer(loss, params, x, y, net):
-    """|g_i| of every example, [B], in a network of linear layers on [B, D], by one pass back to the layers' outputs.
+def by_layer(loss, params, x, y, net):
+    """The same in a network of linear layers on [B, D], from one pass back to the layers' outputs.
 
     An example's gradient of a layer's weights is the outer product of its input a and the slope d of the loss at its
     output, so its norm is |a| |d|: Goodfellow 2015, "Efficient per-example gradient computations".
     """
-    layers, inputs = {name: m for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}, {}
-
-    def shifted(layer, given, output, shift, name):
-        inputs[name] = given[0]
-        return output + shift
+    names, inputs = {m: name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}, {}
 
     def total(shifts):
-        hooks = [m.register_forward_hook(partial(shifted, shift=shifts[n], name=n)) for n, m in layers.items()]
-        try:
-            return len(y) * loss(params, x, y), dict(inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        def shifted(layer, given, output):
+            if layer in names:
+                inputs[names[layer]] = given[0]
+                return output + shifts[names[layer]]
 
-    slopes, seen = grad(total, has_aux=True)({n: x.new_zeros(len(y), m.out_features) for n, m in layers.items()})
+        with register_module_forward_hook(shifted):
+            mean, aux = loss(params, x, y)
+        return len(y) * mean, (inputs, aux)
+
+    slopes, (seen, aux) = grad(total, has_aux=True)({n: x.new_zeros(len(y), m.out_features) for m, n in names.items()})
     # |g|^2 = sum over layers of |d|^2 |a|^2, and |d|^2 for a bias, where they are trained
-    on = {n: (m.weight.requires_grad, m.bias is not None and m.bias.requires_grad) for n, m in layers.items()}
-    size = {n: a.square().sum(1) * on[n][0] + on[n][1] for n, a in seen.items()}
-    return torch.sqrt(sum(d.square().sum(1) * size[n] for n, d in slopes.items()))
+    size = {n: a.square().sum(1) * (f"{n}.weight" in params) + (f"{n}.bias" in params) for n, a in seen.items()}
+
+    def weighted_sum(weight):
+        scaled = [(n, weight[:, None] * d) for n, d in slopes.items()]
+        # sum_i w_i d_i a_i', and sum_i w_i d_i for a bias
+        sums = {f"{n}.weight": d.T @ seen[n] for n, d in scaled} | {f"{n}.bias": d.sum(0) for n, d in scaled}
+        return {n: sums[n] for n in params}, aux
+
+    return torch.sqrt(sum(d.square().sum(1) * size[n] for n, d in slopes.items())), weighted_sum
 
 
-def norms_for(net):
-    """The norms by layer where the network is a chain of linear layers and activations, else those by example."""
+def way_for(net):
+    """by_layer where the network is a chain of linear layers and activations, else by_example."""
     plain = torch.nn.Flatten, torch.nn.Linear, torch.nn.ReLU, torch.nn.Tanh
     is_chain = isinstance(net, torch.nn.Sequential) and isinstance(net[0], torch.nn.Flatten) and len({*net}) == len(net)
-    return partial(norms_by_layer, net=net) if is_chain and all(type(m) in plain for m in net) else norms_by_example
+    return partial(by_layer, net=net) if is_chain and all(type(m) in plain for m in net) else by_example
 
 
 ORDERS = (*range(2, 33), 40, 48, 64)  # of Renyi's divergence: every one gives a valid epsilon, and large ones take long

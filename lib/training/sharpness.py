@@ -26,8 +26,7 @@ CONTEXT = {
     "noise": "standard normal numbers: a dict like params, with a leading axis of `queries` (an attribute of the rule)",
     "size": "number of examples in the batch",
     "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
-    "norms": "function of params: the norm of every example's gradient, [B]",
-    "weighted": "function of params and weights [B]: the sum of the examples' gradients, each by its weight, and aux",
+    "per_example": "function of params: norms [B] of the examples' gradients, function of weights [B]: their sum, aux",
 }
 LIMITS = {  # of the options of the rules; the others may have any value
     "k": (1, math.inf), "m": (1, math.inf), "eta": (0, math.inf), "low": (0, 1), "decay": (0, 1),

@@ -218,8 +218,8 @@ def test_two_processes_work_off_a_plan_together_and_leave_nothing(tmp_path):
     assert [ended(process) for process in pair] == [0, 0]
     run = small(tmp_path)
     assert left(run, ["03"]) == 0
-    planned = [planned for *_, planned in experiments.Plan(run, ["01"]).ensembles]
-    assert all(len(experiments.flags(run, one)) == one.n_models for one in planned)
+    table = experiments.Plan(run, ["01"]).table()
+    assert len(table) and (table.finished == table.models).all()
     assert not (tmp_path / "out" / "results.csv").exists()
 
 

@@ -30,16 +30,13 @@ class Problem:
     def gradient(self, params, index=None):
         return grad(self.loss)(params, self.x, self.y), "aux"
 
-    def norms(self, params):
+    def per_example(self, params):
         each = vmap(grad(self.loss), (None, 0, 0))(params, self.x[:, None], self.y[:, None])
-        return vmap(sharpness.norm)(each)
 
-    def weighted(self, params, weight):
-        total = grad(lambda w: (weight * self.losses(w)).sum())(params)
-        return total, "aux"
+        def weighted_sum(weight):
+            return {n: torch.tensordot(weight, g, 1) for n, g in each.items()}, "aux"
 
-    def losses(self, params):
-        return F.cross_entropy(functional_call(self.net, params, (self.x,)), self.y, reduction="none")
+        return vmap(sharpness.norm)(each), weighted_sum
 
     def by_hand(self, params, clip, sigma, noise):
         """One example after another, every tensor flattened into one vector."""
@@ -62,24 +59,20 @@ def flat(grads):
 
 @pytest.mark.parametrize("clip, sigma", [(6.0, 0.0), (7.0, 1.3), (1e-3, 2.0), (100.0, 0.1)])
 def test_dpsgd_clips_and_noises_as_a_loop_over_the_examples(problem, clip, sigma):
-    found, aux = privacy.dpsgd(
-        problem.gradient, problem.params, problem.norms, problem.weighted, problem.noise, clip, sigma
-    )
+    found, aux = privacy.dpsgd(None, problem.params, problem.per_example, problem.noise, clip, sigma)
     noise = {n: z[0] for n, z in problem.noise.items()}
     torch.testing.assert_close(flat(found), problem.by_hand(problem.params, clip, sigma, noise))
     assert aux == "aux" and list(found) == list(problem.params)
 
 
 def test_the_clip_of_the_loop_binds_for_some_examples_and_not_for_others(problem):
-    sizes = problem.norms(problem.params)
+    sizes, _ = problem.per_example(problem.params)
     assert sizes.min() < 6 < 7 < sizes.max()
 
 
 def test_dpsam_takes_both_gradients_privately(problem):
     clip, sigma = 7.0, 1.3
-    found, _ = privacy.dpsam(
-        problem.gradient, problem.params, problem.rho, problem.norms, problem.weighted, problem.noise, clip, sigma
-    )
+    found, _ = privacy.dpsam(None, problem.params, problem.rho, problem.per_example, problem.noise, clip, sigma)
     first, second = ({n: z[k] for n, z in problem.noise.items()} for k in (0, 1))
     g, at, moved = problem.by_hand(problem.params, clip, sigma, first), 0, {}
     for n, w in problem.params.items():
@@ -90,31 +83,26 @@ def test_dpsam_takes_both_gradients_privately(problem):
 
 def test_without_noise_and_clipping_they_are_sgd_and_sam(problem):
     free = {"clip": 1e30, "sigma": 0.0}
-    found, _ = privacy.dpsgd(problem.gradient, problem.params, problem.norms, problem.weighted, problem.noise, **free)
+    found, _ = privacy.dpsgd(None, problem.params, problem.per_example, problem.noise, **free)
     torch.testing.assert_close(found, problem.gradient(problem.params)[0])
-    found, _ = privacy.dpsam(
-        problem.gradient, problem.params, problem.rho, problem.norms, problem.weighted, problem.noise, **free
-    )
+    found, _ = privacy.dpsam(None, problem.params, problem.rho, problem.per_example, problem.noise, **free)
     torch.testing.assert_close(found, sharpness.sam(problem.gradient, problem.params, problem.rho)[0])
 
 
 def test_at_radius_zero_dpsam_is_dpsgd_on_its_second_noise(problem):
-    found, _ = privacy.dpsam(problem.gradient, problem.params, 0.0, problem.norms, problem.weighted, problem.noise)
+    found, _ = privacy.dpsam(None, problem.params, 0.0, problem.per_example, problem.noise)
     later = {n: z[1:] for n, z in problem.noise.items()}
-    again, _ = privacy.dpsgd(problem.gradient, problem.params, problem.norms, problem.weighted, later)
+    again, _ = privacy.dpsgd(None, problem.params, problem.per_example, later)
     torch.testing.assert_close(found, again)
 
 
 def test_one_example_moves_the_sum_by_no_more_than_twice_the_clip(problem):
     """The sensitivity that the accountant is told, at an example of opposite gradient."""
-    rule = privacy.dpsgd
-    before = flat(rule(problem.gradient, problem.params, problem.norms, problem.weighted, problem.noise, 0.1, 1.0)[0])
+    before = flat(privacy.dpsgd(None, problem.params, problem.per_example, problem.noise, 0.1, 1.0)[0])
     moves = []
     for value in (-50.0, 50.0):
         problem.x[0] = value
-        after = flat(
-            rule(problem.gradient, problem.params, problem.norms, problem.weighted, problem.noise, 0.1, 1.0)[0]
-        )
+        after = flat(privacy.dpsgd(None, problem.params, problem.per_example, problem.noise, 0.1, 1.0)[0])
         moves.append(5 * (after - before).norm())
     assert 0 < max(moves) <= 0.2 + 1e-12
 
@@ -128,20 +116,14 @@ def test_the_rules_map_over_models():
     x, y = torch.stack([p.x for p in problems]), torch.stack([p.y for p in problems])
 
     def one(params, noise, x, y):
-        def losses(w):
-            return F.cross_entropy(functional_call(problems[0].net, w, (x,)), y, reduction="none")
+        def per_example(w):
+            return privacy.by_layer(lambda w, x, y: (problems[0].loss(w, x, y), ()), w, x, y, problems[0].net)
 
-        def norms(w):
-            return privacy.norms_by_layer(problems[0].loss, w, x, y, problems[0].net)
-
-        def weighted(w, weight):
-            return grad(lambda w: (weight * losses(w)).sum())(w), ()
-
-        return privacy.dpsam(None, params, 0.3, norms, weighted, noise, 7.0, 0.5)[0]
+        return privacy.dpsam(None, params, 0.3, per_example, noise, 7.0, 0.5)[0]
 
     found = vmap(one)(stacked, noise, x, y)
     for k, p in enumerate(problems):
-        alone, _ = privacy.dpsam(None, p.params, 0.3, p.norms, p.weighted, p.noise, 7.0, 0.5)
+        alone, _ = privacy.dpsam(None, p.params, 0.3, p.per_example, p.noise, 7.0, 0.5)
         torch.testing.assert_close({n: g[k] for n, g in found.items()}, alone)
 
 
@@ -149,7 +131,7 @@ def test_the_rules_say_how_many_noisy_answers_they_use():
     assert (privacy.dpsgd.queries, privacy.dpsam.queries) == (1, 2)
 
 
-# ---- the norm of every example's gradient -----------------------------------------------------------------------
+# ---- every example's gradient: its norm, and weighted sums --------------------------------------------------------
 
 
 class Twice(torch.nn.Module):
@@ -182,22 +164,26 @@ def shared():
         (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3), torch.nn.LayerNorm(3)), (6,), False),
     ],
 )
-def test_norms_are_those_of_single_gradients_by_the_way_that_suits_the_network(make, shape, by_layer):
+def test_norms_and_sums_are_those_of_single_gradients_by_the_way_that_suits_the_network(make, shape, by_layer):
     torch.manual_seed(0)
-    net, x, y = make().double(), torch.randn(11, *shape).double(), torch.arange(11) % 3
+    net, x, y, weight = make().double(), torch.randn(11, *shape).double(), torch.arange(11) % 3, torch.rand(11).double()
     params = {n: p.detach() for n, p in net.named_parameters()}
 
-    def loss(params, x, y):
-        return F.cross_entropy(functional_call(net, params, (x,)), y)
+    def loss(params, x, y, weight=None):
+        losses = F.cross_entropy(functional_call(net, params, (x,)), y, reduction="none")
+        return losses.mean() if weight is None else (weight * losses).sum(), losses.mean()
 
-    wanted = []
-    for i in range(11):
-        g = grad(loss)(params, x[i : i + 1], y[i : i + 1])
-        wanted.append(torch.cat([t.flatten() for t in g.values()]).norm())
-    found = privacy.norms_for(net)
-    assert (found is not privacy.norms_by_example) == by_layer
-    for way in (found, privacy.norms_by_example):
-        torch.testing.assert_close(way(loss, params, x, y), torch.stack(wanted))
+    each = [grad(loss, has_aux=True)(params, x[i : i + 1], y[i : i + 1])[0] for i in range(11)]
+    wanted = torch.stack([torch.cat([t.flatten() for t in g.values()]).norm() for g in each])
+    total = {n: sum(w * g[n] for w, g in zip(weight, each, strict=True)) for n in params}
+    found = privacy.way_for(net)
+    assert (found is not privacy.by_example) == by_layer
+    for way in (found, privacy.by_example):
+        norms, weighted_sum = way(loss, params, x, y)
+        torch.testing.assert_close(norms, wanted)
+        sums, aux = weighted_sum(weight)
+        torch.testing.assert_close(sums, total)
+        torch.testing.assert_close(aux, loss(params, x, y)[0])
 
 
 # ---- the accountant ---------------------------------------------------------------------------------------------

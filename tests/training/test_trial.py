@@ -375,7 +375,9 @@ def test_private_norms_leave_frozen_parameters_out():
     def loss(params, x, y):
         return F.cross_entropy(functional_call(net, (params, buffers), (x,)), y)
 
-    for i, found in enumerate(privacy.norms_by_layer(loss, params, x, y, net)):
+    norms, weighted_sum = privacy.by_layer(lambda *batch: (loss(*batch), ()), params, x, y, net)
+    assert weighted_sum(norms)[0].keys() == params.keys()
+    for i, found in enumerate(norms):
         net.zero_grad()
         F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]).backward()
         wanted = torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]).norm()

@@ -344,7 +344,7 @@ def filled(text):
 def main():
     """Write the picture and the pages."""
     figures.style()
-    finding(tuned_runs()).savefig(REFERENCE / "finding.png")
+    finding(tuned_runs()).savefig(REFERENCE / "finding.png", dpi=130)
     for page in PAGES:
         page.write_text(filled(page.read_text()))
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from concurrent import futures
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from lib import need
@@ -50,6 +50,10 @@ def execute(book, given, out, awaited):
             # no progress bars, since those of two notebooks would overwrite each other
             settled = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "TQDM_DISABLE"), "1")
             await super().start_kernel(**more, env={**os.environ, **settled})
+            # all wait for the training, so it comes first: in its session, which Linux may give a share, and outside
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self.provisioner.pid, 10)
+                Path(f"/proc/{self.provisioner.pid}/autogroup").write_text("10")
             # if the training has failed, the notebook tries itself, and says why
             await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
             print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook

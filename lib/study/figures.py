@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from IPython.display import Image
 
 from lib.study.text import series
 
@@ -14,16 +15,16 @@ LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
 
 def style():
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 130, "savefig.bbox": "tight", "legend.frameon": False})
+    plt.rcParams.update({"figure.dpi": 100, "savefig.bbox": "tight", "legend.frameon": False})
 
 
 def save(figure, run, name):
-    """Write the figure to <out>/figures/<name>.png and return it."""
+    """Write the figure to <out>/figures/<name>.png; returns that picture, so that a notebook need not draw it again."""
     path = Path(run.out) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
-    return figure
+    return Image(path)
 
 
 def plain(name):

@@ -21,8 +21,7 @@ from lib.attacks.membership import calibration_split, checked, folds, pairs
 from lib.attacks.signals import by_rows, ties
 from lib.attacks.thresholds import best_thresholds
 
-FPRS = (0.1, 0.01, 0.001, 0.0001)
-SHADOW_CORRECTION = 5.0
+FPRS, SHADOW_CORRECTION = (0.1, 0.01, 0.001, 0.0001), 5.0
 TIDY = ["optimizer", "baseline", "metric", "value", "ci_low", "ci_high"]
 
 

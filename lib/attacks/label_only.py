@@ -49,8 +49,7 @@ def answers(predict, x, y, is_image, seed=0, device="cpu") -> np.ndarray:
 def scores(answered, member) -> np.ndarray:
     """Scores [M, N] from answers [S, M, N] and member [M, N]: a fold takes the strength of best AUC in the other."""
     auc = np.array([intervals.auc_influence_values(s, member).mean(1) for s in answered])  # [S, M]
-    out = np.empty(answered.shape[1:], np.float32)
-    first, second = folds(member)
+    out, (first, second) = np.empty(answered.shape[1:], np.float32), folds(member)
     for here, there in ((first, second), (second, first)):
         out[here] = answered[auc[:, there].mean(1).argmax(), here]
     return out

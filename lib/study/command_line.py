@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from concurrent import futures
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from lib import need
@@ -50,17 +50,12 @@ def execute(book, given, out, awaited):
             # no progress bars, since those of two notebooks would overwrite each other
             settled = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "TQDM_DISABLE"), "1")
             await super().start_kernel(**more, env={**os.environ, **settled})
-            # all wait for the training, so it comes first: in its session, which Linux may give a share, and outside
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self.provisioner.pid, 10)
-                Path(f"/proc/{self.provisioner.pid}/autogroup").write_text("10")
             # if the training has failed, the notebook tries itself, and says why
             await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
             print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
-    first = "from lib.study import figures, settings"  # which import nearly all that notebooks use
-    arguments = ["--log-level=ERROR", f"--IPKernelApp.exec_lines={first}"]
+    arguments = ["--log-level=ERROR", "--IPKernelApp.exec_lines=from lib.study import figures, settings"]
     how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": arguments}
     # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
     how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
@@ -94,7 +89,8 @@ def main(arguments=None):
             return 0
         before, out = plan.table(), Path(shortest(run.out))
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
-        # one thread trains for one notebook after another; notebooks whose models are there run beside it
+        # one thread trains for one notebook after another. Notebooks on images, which take long, run when their models
+        # are there; others wait for all models, since beside training both take 8% more processor time
         ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
 
         def run_one(book, awaited):
@@ -106,9 +102,10 @@ def main(arguments=None):
                     executor.shutdown(wait=False, cancel_futures=True)
                 raise
 
-        for book in books:
-            awaited = [ahead.submit(plan.train, book.name[:2])]
-            awaited += running if "verdict" in book.stem else []  # it judges what all the others recorded
+        trained = [ahead.submit(plan.train, number) for number in numbers]
+        for at, book in enumerate(books, 1):
+            # the verdict judges what all the others recorded
+            awaited = [*(trained if run.is_small else trained[:at]), *(running if "verdict" in book.stem else [])]
             running[pool.submit(run_one, book, awaited)] = book
         for done in futures.as_completed(running):
             plan.notebooks.remove(running[done].name[:2])

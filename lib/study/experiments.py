@@ -29,9 +29,9 @@ VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
 # seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
-ANALYSIS = {"01": (8, 13), "02": (12, 3), "03": (4, 2), "04": (12, 3), "05": (9, 2.8), "06": (8, 3), "07": (4, 0)}
+ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (5, 0)}
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
-START = 2  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
+START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 

@@ -75,7 +75,8 @@ def of_single_models(seen, y, member, seed, groups):
     """The attacks in ALONE, from the signals of the plain input; one half of the examples teaches about the other."""
     half = calibration_split(checked(seen["phi"], member)[1], seed, y, groups)
     # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
-    entropies = (-np.log(np.maximum(seen.pop(k), np.float32(TINY))) for k in ("entropy", "modified_entropy"))
+    own = (seen.pop(k) for k in ("entropy", "modified_entropy"))
+    entropies = (by_rows(lambda m, h=h: -np.log(np.maximum(h[m], np.float32(TINY))), h.shape, np.float32) for h in own)
     levels = dict(zip(("confidence", "entropy", "m_entropy"), (seen["phi"], *entropies), strict=True))
     out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen["log_confidence"], member, half)}
     out |= levels | {f"{name}_classwise": classwise(s, member, y, half) for name, s in levels.items()}

@@ -55,14 +55,14 @@ def calibration_split(member, seed=0, y=None, groups=None, parts=2) -> np.ndarra
     order = np.random.default_rng(seed).permutation(len(first))
     if y is not None:
         order = order[np.argsort(np.asarray(y)[first][order], kind="stable")]
-    found = np.empty((len(member), len(first)), np.int8)
+    found, turn = np.empty((len(member), len(first)), np.int8), np.arange(len(first)) % parts
 
     def split(m):
         for kind in (False, True):
             rows = order[member[m, first[order]] == kind]
             what = f"member: row {m} has {len(rows)} {'members' if kind else 'non-members'} (or groups of them)"
             need(len(rows) >= parts, f"{what}; valid are at least {parts}, one for each part")
-            found[m, rows] = np.arange(len(rows)) % parts  # in turn, along a random order
+            found[m, rows] = turn[: len(rows)]  # along a random order
 
     parallel(split, range(len(member)))
     return found[:, own]

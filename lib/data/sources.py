@@ -23,8 +23,7 @@ from lib import need
 
 DATASETS = "digits cifar10 cifar100 mnist5k fashionmnist purchase100 texas100 eyepacs eyepacs_referable subclasses"
 DATASETS = (*DATASETS.split(), "folder", "npz")
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
-ROOT = Path(__file__).resolve().parents[2]
+ARCHIVES, ROOT = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip"), Path(__file__).resolve().parents[2]
 MOST_BYTES = 1 << 26  # of one file in an archive; Pillow limits the pixels of an image
 
 # files that are read, in a folder or an archive

@@ -58,8 +58,7 @@ def models(name, given):
         member, of_models = member.reshape(1, -1), ("logits", "probabilities")
         arrays |= {k: a[None] for k, a in arrays.items() if k.endswith(of_models) and a.ndim == 2 and len(a) > 1}
     z, y = part(arrays, "", refuse, notes)
-    m, q, n, c = z.shape
-    test = y_test = None
+    (m, q, n, c), test, y_test = z.shape, None, None
     if any(key.startswith("population") for key in arrays):
         test, y_test = part(arrays, "population_", refuse, notes)
         same = f"{m} models, {q} queries and {c} classes, as in logits"

@@ -32,6 +32,7 @@ COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagra
 ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (5, 0)}
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
+QUIET = 10  # seconds without a forecast: the first models, which also wait for the compiler, say little
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 
@@ -258,7 +259,7 @@ class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes."""
 
     def __init__(self, run, notebooks=None):
-        self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), 0.0, {}
+        self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), time.monotonic() + QUIET, {}
         for name, experiment in EXPERIMENTS.items():
             first = next((book for book in self.notebooks if book in experiment.notebooks), None)
             for planned in declared(run, name).values() if first and not experiment.has_own_pool else ():

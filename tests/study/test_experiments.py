@@ -70,6 +70,7 @@ def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypat
             plan.check_disk()
     monkeypatch.undo()
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"rates": Experiment(declare, ("03",))})
+    monkeypatch.setattr(experiments, "QUIET", 0)
 
     assert command_line.main(["--work", *words(tmp_path, "03")]) == 0
     assert left(run) == 0 and "to go" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """A stack of models: every weight has a leading axis of models, and one step trains them all.
 
 `torch.func.vmap` maps a rule of sharpness.py over the stack; the gradient that the rule asks for is computed for all
-models by one function, which is compiled once and serves every rule.
+models by one function, which is compiled once and serves every rule. On a CPU the mapped rule is traced at its first
+step, and the later steps replay the trace: mapped in every step, SAM took 1.1 times as long.
 """
 
 import ctypes
@@ -134,7 +135,7 @@ class Stack:
         else:
             context = {**context, "memory": self.memory} if self.memory else context
             whole, args = self.over_models(rule_of_one), (self.params, self.buffers, x, y, context)
-            if self.traces_rules and rule in sharpness.RULES.values():  # mapping anew took 0.4 ms of SAM's 5.5
+            if self.traces_rules and rule in sharpness.RULES.values():
                 key = rule, *options.items(), is_kth_step
                 whole = self.graphs[key] = self.graphs.get(key) or make_fx(whole)(*args)
             grads, aux, self.memory = whole(*args)
@@ -231,8 +232,7 @@ def rule_context(recipe, params, draws, number, lr):
 
 
 def on_the_stack(gradient, *trees):
-    """Within vmap: call the function on the whole stack, with trees of tensors [M, ...], and return its result for one
-    model. A compiled function cannot be mapped itself. (torch.autograd.Function can do the same, in 0.5 ms more.)"""
+    """Within vmap: one model's part of gradient(*trees) on the whole stack; a compiled function can't be mapped."""
     mapping = retrieve_current_functorch_interpreter()
 
     def whole(t):
@@ -246,7 +246,7 @@ def on_the_stack(gradient, *trees):
 
 
 def recorded(gradient, args):
-    """gradient(*args), which a trace under way (make_fx) records as one call instead of looking into it."""
+    """gradient(*args). While make_fx traces what calls this, it records one call and does not look inside."""
     mode = get_proxy_mode()
     if mode is None:
         return gradient(*args)

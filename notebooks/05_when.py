@@ -169,38 +169,10 @@ cells["coordinate"] = [f"lr={row.lr:g}, weight_decay={row.weight_decay:g}" for r
 drawn = (cells.metric == "test_accuracy") | ((cells.metric == "auc") & cells.attack.isin(catalogue.HEADLINES))
 results.add(cells[drawn | (cells.baseline == "")], experiment="tuning")
 
-
-# %%
-def draw_settings(axis, rows, attack, chosen):
-    """Accuracy and AUC of every setting, minus those of the tuned baseline; without settings that test far worse."""
-    setting = ["optimizer", "rho", "lr", "weight_decay"]
-    rows = rows.set_index(setting)
-    fits = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value.groupby(setting, sort=False).first()
-    changes = rows[rows.baseline != ""].groupby(["metric", "attack"])[["value", "ci_low", "ci_high"]]
-    what = ("test_accuracy", ""), ("auc", attack)
-    x, y = (100 * changes.get_group(key).reindex(fits.index).fillna(0) for key in what)  # 0: the tuned baseline
-    near = fits[~(x.value < x.value[fits >= verdict.FITS].min() - 1)]  # a point below all that fit: too far to show
-    axis.axhline(0, color="0.4", lw=0.8)
-    axis.axvline(0, color="0.4", lw=0.8)
-    for index, ((name, rho), part) in enumerate(near.groupby(level=["optimizer", "rho"], sort=False)):
-        colour, marker = figures.COLOURS[index % 10], figures.MARKERS[index % 4]
-        label = figures.plain(f"{name}, rho {rho:g}" if rho else name)
-        for k, (_, line) in enumerate(part.groupby(level="weight_decay", sort=False)):
-            at, dots = line.sort_index(level="lr").index, ":" if k else "-"
-            axis.plot(x.value[at], y.value[at], marker + dots, color=colour, lw=1.2, label=None if k else label)
-        for at, share in part.items():
-            bars = ([[of.value - of.ci_low], [of.ci_high - of.value]] for of in (y.loc[at], x.loc[at]))
-            look = dict(color=colour, mfc=colour if share >= verdict.FITS else "white", ms=12 if at in chosen else 6)
-            axis.errorbar(x.value[at], y.value[at], *bars, fmt=marker, ecolor=(*colour, 0.6), elinewidth=0.6, **look)
-    less = "minus the tuned baseline's, points"
-    axis.set(xlabel=f"test accuracy, {less}", ylabel=figures.plain(f"AUC of {attack},\n{less}"))
-
-
-# %%
 shown = [attack for attack in catalogue.HEADLINES if attack != "combined"]
 figure, axes = plt.subplots(1, len(shown), figsize=(6.2 * len(shown), 5), layout="constrained")
 for axis, attack in zip(axes, shown, strict=True):
-    draw_settings(axis, cells, attack, [plain, sharp])
+    figures.leakage_against_accuracy(axis, cells, attack, [plain, sharp])
 axes[0].legend(fontsize=8)
 figures.save(figure, run, "leakage_against_accuracy")
 

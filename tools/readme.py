@@ -7,7 +7,6 @@ in TABLES, from outputs/reference/ and from the library; a test compares the two
 import json
 from pathlib import Path
 
-import jupytext
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -85,15 +84,6 @@ def is_testable(results):
     return "not testable here" not in {*ledger.verdict[ledger.claim == "more_when_tuned"]}
 
 
-def of_notebook(book, name):
-    """A function that has a cell of its own in a notebook, with what the notebook's first cell imports."""
-    cells = [cell.source for cell in jupytext.read(ROOT / "notebooks" / f"{book}.py").cells if cell.cell_type == "code"]
-    space = {}
-    for source in (cells[0], next(source for source in cells if source.startswith(f"def {name}("))):
-        exec(source, space)
-    return space[name]
-
-
 def finding(runs):
     """The study in one picture: leakage against accuracy of every setting tried, a panel for each run to judge by."""
     runs = {name: frame for name, frame in runs.items() if is_testable(frame)}
@@ -104,7 +94,7 @@ def finding(runs):
     for axis, frame in zip(axes.flat, runs.values(), strict=False):
         tried = frame[frame.experiment == "tuning"].assign(rho=lambda rows: pd.to_numeric(rows.rho).fillna(0.0))
         tried[["lr", "weight_decay"]] = tried.coordinate.str.extract("lr=(.+), weight_decay=(.+)").astype(float)
-        of_notebook("05_when", "draw_settings")(axis, tried, HEADLINES[0], chosen(frame))
+        figures.leakage_against_accuracy(axis, tried, HEADLINES[0], chosen(frame))
         axis.set_title(title(frame, "tuning"), fontsize=10)
         axis.legend(fontsize=9)
         axis.locator_params(axis="x", nbins=6)

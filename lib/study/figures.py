@@ -7,7 +7,9 @@ import numpy as np
 import seaborn as sns
 from IPython.display import Image
 
+from lib.study.results import NUMBERS
 from lib.study.text import series
+from lib.study.verdict import FITS
 
 COLOURS = sns.color_palette("colorblind")
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
@@ -72,3 +74,31 @@ def forest(frame, panels, rows="attack", reference=0):
     if any(series(frame)):
         axes[0, 0].legend(fontsize=9)
     return figure
+
+
+def leakage_against_accuracy(axis, rows, attack, chosen):
+    """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
+
+    Lines join the learning rates. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow.
+    """
+    setting = ["optimizer", "rho", "lr", "weight_decay"]
+    rows = rows.set_index(setting)
+    fits = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value.groupby(setting, sort=False).first()
+    changes = rows[rows.baseline != ""].groupby(["metric", "attack"])[NUMBERS]
+    what = ("test_accuracy", ""), ("auc", attack)
+    x, y = (100 * changes.get_group(key).reindex(fits.index).fillna(0) for key in what)  # 0: the tuned baseline
+    near = fits[~(x.value < x.value[fits >= FITS].min() - 1)]  # a point below all that fit: too far to show
+    axis.axhline(0, color="0.4", lw=0.8)
+    axis.axvline(0, color="0.4", lw=0.8)
+    for index, ((name, rho), part) in enumerate(near.groupby(level=["optimizer", "rho"], sort=False)):
+        colour, marker = COLOURS[index % 10], MARKERS[index % 4]
+        label = plain(f"{name}, rho {rho:g}" if rho else name)
+        for k, (_, line) in enumerate(part.groupby(level="weight_decay", sort=False)):
+            at, dots = line.sort_index(level="lr").index, ":" if k else "-"
+            axis.plot(x.value[at], y.value[at], marker + dots, color=colour, lw=1.2, label=None if k else label)
+        for at, share in part.items():
+            bars = ([[of.value - of.ci_low], [of.ci_high - of.value]] for of in (y.loc[at], x.loc[at]))
+            look = dict(color=colour, mfc=colour if share >= FITS else "white", ms=12 if at in chosen else 6)
+            axis.errorbar(x.value[at], y.value[at], *bars, fmt=marker, ecolor=(*colour, 0.6), elinewidth=0.6, **look)
+    less = "minus the tuned baseline's, points"
+    axis.set(xlabel=f"test accuracy, {less}", ylabel=plain(f"AUC of {attack},\n{less}"))

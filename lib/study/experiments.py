@@ -28,11 +28,12 @@ PLANTED = 16  # models of the planted leak: 8 pairs, and it takes 6 for the inte
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
-# seconds that a notebook takes beside its training, and those for each million of scores [models x examples] it reads
-ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (5, 0)}
+# seconds that a notebook takes beside its training, if another runs (07 is always alone: twice its 5 s), and those for
+# each million of scores [models x examples] that it reads
+ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (10, 0)}
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
-QUIET = 10  # seconds without a forecast: the first models, which also wait for the compiler, say little
+QUIET = 25  # seconds without a forecast: the first models, which also wait for the compiler, say little
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 

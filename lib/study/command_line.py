@@ -89,8 +89,8 @@ def main(arguments=None):
             return 0
         before, out = plan.table(), Path(shortest(run.out))
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
-        # one thread trains for one notebook after another. Notebooks on images, which take long, run when their models
-        # are there; others wait for all models, since beside training both take 8% more processor time
+        # one thread trains for one notebook after another. On larger images, which take long, a notebook runs when its
+        # models are there; else it waits for all models, since beside training both take 8% more processor time
         ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
 
         def run_one(book, awaited):

@@ -26,7 +26,7 @@ CONTEXT = {
     "noise": "standard normal numbers: a dict like params, with a leading axis of `queries` (an attribute of the rule)",
     "size": "number of examples in the batch",
     "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
-    "per_example": "function of params: norms [B] of the examples' gradients, function of weights [B]: their sum, aux",
+    "per_example": "function of params: the examples' gradient norms [B], function weights [B] -> (weighted sum, aux)",
 }
 LIMITS = {  # of the options of the rules; the others may have any value
     "k": (1, math.inf), "m": (1, math.inf), "eta": (0, math.inf), "low": (0, 1), "decay": (0, 1),

@@ -107,7 +107,7 @@ class Stack:
 
     def step(self, x, y, context, lr, is_kth_step):
         """Train all models on x [M, B, ...], y [M, B], with a rule_context: loss and accuracy before the step, [M]."""
-        optimizer, loss, way = self.recipe.optimizer, self.loss_of_one, privacy.way_for(self.net)
+        optimizer, loss = self.recipe.optimizer, self.loss_of_one
         rule, wants, options = optimizer.rule, optimizer.wants, optimizer.options
         if optimizer.rule_name in sharpness.RULES and optimizer.has_radius and self.recipe.rho == 0:
             rule, wants, options = sharpness.plain, (), {}  # at radius 0 every one of these rules is the base alone
@@ -123,7 +123,7 @@ class Stack:
                 "is_kth_step": is_kth_step,
                 "size": len(y),
                 "losses": lambda at: loss(at, buffers, x, y)[1].losses,
-                "per_example": lambda at: way(lambda at, *batch: loss(at, buffers, *batch), at, x, y),
+                "per_example": lambda at: privacy.way_for(self.net)(lambda p, *xy: loss(p, buffers, *xy), at, x, y),
             }
             found = rule(gradient, params, **{name: {**offered, **context}[name] for name in wants}, **options)
             return found if "memory" in wants else (*found, {})

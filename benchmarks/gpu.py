@@ -1,13 +1,14 @@
 """What a GPU is for: is it right, how fast is it, and ensembles on all of CIFAR-10.
 
-    python -m benchmarks.gpu checks speed fit --data cifar10.tar.xz --out folder     about 5 minutes
-    python -m benchmarks.gpu paper --minutes 8 --data cifar10.tar.xz --out folder
-    python -m benchmarks.gpu audit --data cifar10.tar.xz --out folder                later, and on any machine
+    python -m benchmarks.gpu checks speed tune --data cifar10.tar.xz --out folder     about 6 minutes
+    python -m benchmarks.gpu paper --minutes 8 --lr 0.1 --sam-lr 0.1 --data cifar10.tar.xz --out folder
+    python -m benchmarks.gpu audit --data cifar10.tar.xz --out folder                 later, and on any machine
 
 checks: the same recipe on CPU and GPU, eager and compiled. speed: images a second, beside the loop that most
-shadow-model code runs. fit: whether one model of SGD and one of SAM fit their half. paper: ensembles of ResNet-9 on
-halves of 50,000 images, as many pairs of models as the time allows; logits come back in half precision. audit: the
-page and the tables of what came back. Rows are printed, and appended to <out>/rows.jsonl, as they come.
+shadow-model code runs. tune: how well one model of SGD and one of SAM fit their half, and classify the other half, at
+each learning rate. paper: ensembles of ResNet-9 on halves of 50,000 images, at the rates given, as many models as the
+time allows; logits come back in half precision. audit: the page and the tables of what came back. Rows are printed,
+and appended to <out>/rows.jsonl, as they come.
 
 A bare machine suffices but for audit: torch, torchvision, numpy, pandas, scipy, scikit-learn and tqdm.
 """
@@ -30,15 +31,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Examples
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.attacks.signals import signals
 from lib.data.dataset import Dataset, inputs, load, pool
 from lib.training import Recipe, ensemble, networks, sharpness, step, workers
 from lib.training.recipe import learning_rate, membership
 
-# a batch of 256 at rate 0.2 is the usual batch of 128 at rate 0.1
-PAPER = Recipe(arch="resnet9", lr=0.2, batch_size=256, epochs=24, precision="bfloat16")
+PAPER = Recipe(arch="resnet9", lr=0.1, batch_size=256, epochs=60, augment=True, precision="bfloat16")
 RHO = 0.05  # SAM's radius on CIFAR-10: Foret et al. 2021
-WHOLE = ("sgd", "sam")  # the ensembles that come back with all their logits
+RATES = (0.025, 0.05, 0.1, 0.2)  # learning rates of the section tune, whose trainings are SHORT
+SHORT = 24  # epochs
 
 
 def say(*words):
@@ -190,18 +190,18 @@ def speed(dataset, device="cuda", archs=("resnet9", "resnet18"), recipe=PAPER, n
         step.STACKS.clear()
 
 
-def fit(dataset, device="cuda", recipe=PAPER):
-    """Rows: how well one model of SGD and one of SAM fit their half after the whole training."""
-    for name, one in ensembles(recipe).items():
-        if name in ("sgd", "sam"):
-            began = time.perf_counter()
-            made = ensemble.train_chunk(one, ensemble.Inputs(dataset, one, torch.device(device)), [0])
-            taken = time.perf_counter() - began
-            hits = made["logits"][0, 0].argmax(-1) == dataset.y
-            what = f"{one.arch}, {name}, {one.epochs} epochs"
-            yield f"{what}: train accuracy", hits[made["member"][0]].mean(), "", "", "", ">= 0.99", "1"
-            yield f"{what}: test accuracy", float(made["history"][0, -1, 2]), "", "", "", "", ""
-            yield f"{what}: a model, from weights to logits", taken, "s", "", "", "", ""
+def tune(dataset, device="cuda", recipe=PAPER, rates=RATES, epochs=SHORT):
+    """Rows: how well model 0 of SGD and of SAM fits its half and classifies the other half, at each learning rate."""
+    inputs = ensemble.Inputs(dataset, recipe, torch.device(device))
+    for name, of_rule in ensembles(recipe).items():
+        for lr in rates:
+            began, one = time.perf_counter(), replace(of_rule, lr=lr, epochs=epochs)
+            made = ensemble.train_chunk(one, inputs, [0])
+            hits, member = made["logits"][0, 0].argmax(-1) == dataset.y, made["member"][0]
+            what = f"{one.arch}, {name}, {epochs} epochs at rate {lr:g}"
+            yield f"{what}: train accuracy", hits[member].mean(), "", "", "", "", "1"
+            yield f"{what}: accuracy on the other half", hits[~member].mean(), "", "", "", "", ""
+            yield f"{what}: a model, from weights to logits", time.perf_counter() - began, "s", "", "", "", ""
 
 
 def rows(data="50000"):
@@ -216,44 +216,27 @@ def rows(data="50000"):
 # ---- the paper's regime -------------------------------------------------------------------------------------
 
 
-def ensembles(recipe=PAPER):
-    """What is trained: dict name -> Recipe. The first two come back whole, the others as phi and predictions."""
-    sam = replace(recipe, optimizer="sam", rho=RHO)
-    return {
-        "sgd": recipe,
-        "sam": sam,
-        "sgd, half as long": replace(recipe, epochs=max(1, recipe.epochs // 2)),
-        "sgd, twice the rate": replace(recipe, lr=2 * recipe.lr),
-        "sam, twice the rate": replace(sam, lr=2 * recipe.lr),
-        "sam, twice the radius": replace(sam, rho=2 * RHO),
-    }
+def ensembles(recipe=PAPER, sam_lr=None):
+    """What is trained: dict name -> Recipe. SAM's learning rate is sam_lr, or the recipe's where that is None."""
+    return {"sgd": recipe, "sam": replace(recipe, optimizer="sam", rho=RHO, lr=sam_lr or recipe.lr)}
 
 
-def queue(recipe=PAPER, most=16):
-    """(name, model) in the order of training: half of the main models, half of the others, the rest."""
-    names, half = list(ensembles(recipe)), most // 2
-    order = [(name, k) for k in range(half) for name in names[:2]]
-    order += [(name, k) for name in names[2:4] for k in range(half)]
-    order += [(name, k) for k in range(half, most) for name in names[:2]]
-    return order + [(name, k) for name in names[4:] for k in range(half)]
-
-
-def train_until(deadline, recipe, data, store, device, most):
-    """Train what no other process has claimed, in the order of the queue, while a model fits into the time left."""
-    dataset, kinds = pool_of(data), ensembles(recipe)
-    inputs = ensemble.Inputs(dataset, recipe, torch.device(device))
+def train_until(deadline, kinds, data, store, device, most):
+    """Train models of SGD and SAM in turn, but those another process has claimed, while a model fits into the time."""
+    dataset = pool_of(data)
+    inputs = ensemble.Inputs(dataset, kinds["sgd"], torch.device(device))
     cost = None  # seconds a gradient of one example
-    for name, k in queue(recipe, most):
-        one = kinds[name]
-        work = one.epochs * one.optimizer.gradients_per_step()
-        if cost and time.time() + cost * work > deadline:
-            continue
-        began = time.time()
-        kept = ensemble.open_store(one, dataset, store)
-        if workers.train_one(one, inputs, range(k, k + 1), kept, most):
-            # the first model compiles: its time says little
-            cost = (time.time() - began) / work if cost is not None else 0
-            say(f"{name}: model {k}, {time.time() - began:.1f} s")
+    for k in range(most):
+        for name, one in kinds.items():
+            work = one.epochs * one.optimizer.gradients_per_step()
+            if cost and time.time() + cost * work > deadline:
+                continue
+            began = time.time()
+            kept = ensemble.open_store(one, dataset, store)
+            if workers.train_one(one, inputs, range(k, k + 1), kept, most):
+                # the first model compiles: its time says little
+                cost = (time.time() - began) / work if cost is not None else 0
+                say(f"{name}: model {k}, {time.time() - began:.1f} s")
 
 
 def pool_of(data):
@@ -261,44 +244,38 @@ def pool_of(data):
     return pool(photographs(int(data), 64, side=16), None) if str(data).isdigit() else pool(load("cifar10", data))
 
 
-def paper(data, out, minutes, recipe=PAPER, device="cuda", processes=3, most=16):
+def paper(data, out, minutes, kinds, device="cuda", processes=2, most=16):
     """Train for so many minutes in several processes beside each other, and leave what was trained in `out`."""
     deadline = time.time() + 60 * minutes
     dataset = pool_of(data)  # decoded once; the processes find it in the cache
     with tempfile.TemporaryDirectory() as store:
-        args = deadline, recipe, data, store, device, most
+        args = deadline, kinds, data, store, device, most
         beside = [multiprocessing.get_context("spawn").Process(target=train_until, args=args) for _ in range(processes)]
         for process in beside:
             process.start()
         for process in beside:
             process.join()
-        pack(recipe, dataset, store, Path(out), device, most)
+        pack(kinds, dataset, store, Path(out), device, most)
 
 
-def pack(recipe, dataset, store, out, device, most):
-    """Write what was trained: <name>.npy float16 [M, N, C] of the first two, others.npz, summary.json."""
+def pack(kinds, dataset, store, out, device, most):
+    """Write what was trained: <name>.npy float16 [M, N, C], others.npz and summary.json."""
     summary, arrays, kept = {"data": dataset.hash, "models": {}, "flatness": {}}, {}, {}
-    for name, one in ensembles(recipe).items():
+    for name, one in kinds.items():
         rows = ensemble.open_store(one, dataset, store)
         done = {k for k in range(most) if (rows.flag(k) or {}).get("status") == "finished"}
         ids = np.array(sorted(k for k in done if k ^ 1 in done), int)
-        summary["models"][name] = {"ids": ids.tolist(), "recipe": one.key()["recipe"]}
-        if not len(ids):
-            continue
-        kept[name] = e = ensemble.Ensemble(one, dataset, rows, ids)
-        key = name.replace(", ", "_").replace(" ", "_")
-        arrays[f"{key}_history"] = e.history
-        if name in WHOLE:
-            np.save(out / f"{key}.npy", e.logits[:, 0].astype(np.float16))
-            arrays[f"{key}_test_logits"] = e.test_logits[:, 0].astype(np.float16)
-            continue
-        for part, z, y in (("", e.logits[:, 0], dataset.y), ("_test", e.test_logits[:, 0], dataset.y_test)):
-            arrays[f"{key}_phi{part}"] = signals(z, y, only=("phi",))["phi"].astype(np.float16)
-            arrays[f"{key}_prediction{part}"] = z.argmax(-1).astype(np.uint8)
+        seconds = [rows.flag(k)["seconds"] for k in ids.tolist()]
+        summary["models"][name] = {"ids": ids.tolist(), "seconds": seconds, "recipe": one.key()["recipe"]}
+        if len(ids):
+            kept[name] = e = ensemble.Ensemble(one, dataset, rows, ids)
+            np.save(out / f"{name}.npy", e.logits[:, 0].astype(np.float16))
+            arrays |= {f"{name}_history": e.history, f"{name}_test_logits": e.test_logits[:, 0].astype(np.float16)}
     np.savez_compressed(out / "others.npz", **arrays)
     say("packed:", {name: len(about["ids"]) for name, about in summary["models"].items()})
-    for name in set(WHOLE) & set(kept):
-        summary["flatness"][name] = [flatness_on(device, kept[name], k) for k in kept[name].ids[:4]]
+    (out / "summary.json").write_text(json.dumps(summary, default=str))  # before anything that could fail
+    for name, e in kept.items():
+        summary["flatness"][name] = [flatness_on(device, e, k) for k in e.ids[:4]]
         say(f"{name}: (largest eigenvalue, rise of the loss within {RHO}):", summary["flatness"][name])
     (out / "summary.json").write_text(json.dumps(summary, default=str))
 
@@ -323,11 +300,11 @@ def audit(data, out):
 
     dataset, others = pool_of(data), np.load(out / "others.npz")
     models = json.loads((out / "summary.json").read_text())["models"]
-    ids = np.intersect1d(*(models[name]["ids"] for name in WHOLE))
+    ids = np.intersect1d(models["sgd"]["ids"], models["sam"]["ids"])
     recipe = Recipe(**models["sgd"]["recipe"])
     shared = {"y": dataset.y, "population_y": dataset.y_test, "member": membership(recipe, len(dataset.y), ids)}
     given = {}
-    for name in WHOLE:
+    for name in models:
         rows = np.searchsorted(models[name]["ids"], ids)
         z, test = np.load(out / f"{name}.npy")[rows], others[f"{name}_test_logits"][rows]
         given[name] = {**shared, "logits": z, "population_logits": test}
@@ -337,34 +314,36 @@ def audit(data, out):
 def main(argv=None):
     """Run the sections asked for; every row is printed, and appended to <out>/rows.jsonl, as it comes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    sections = "checks", "speed", "fit", "paper", "audit"
+    sections = "checks", "speed", "tune", "paper", "audit"
     parser.add_argument("sections", nargs="+", choices=sections)
     parser.add_argument("--data", default="50000", help="path of CIFAR-10, or an even number of made-up images")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training, in the section paper")
-    parser.add_argument("--processes", type=int, default=3, help="that train beside each other, in the section paper")
+    parser.add_argument("--processes", type=int, default=2, help="that train beside each other, in the section paper")
     parser.add_argument("--models", type=int, default=16, help="of an ensemble at most, in the section paper")
     parser.add_argument("--speed-of", nargs="+", default=["resnet9", "resnet18"], help="networks of the section speed")
-    parser.add_argument("--augment", action="store_true", help="train with flips and shifts")
+    parser.add_argument("--sam-lr", type=float, help="SAM's learning rate, in the section paper (default: --lr)")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the section tune")
     for name, kind in (("arch", str), ("epochs", int), ("lr", float), ("batch_size", int)):
         default = getattr(PAPER, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{default} if not given")
     given = parser.parse_args(argv)
-    changed = {name: getattr(given, name) for name in ("arch", "epochs", "lr", "batch_size", "augment")}
+    changed = {name: getattr(given, name) for name in ("arch", "epochs", "lr", "batch_size")}
     recipe, data, out, device = replace(PAPER, **changed), given.data, given.out, given.device
     out.mkdir(parents=True, exist_ok=True)
     for section in given.sections:
         say(section)
         if section == "paper":
-            paper(data, out, given.minutes, recipe, device, given.processes, given.models)
+            kinds = ensembles(recipe, given.sam_lr)
+            paper(data, out, given.minutes, kinds, device, given.processes, given.models)
         elif section == "audit":
             audit(data, out)
         else:
             rows = {
                 "checks": lambda: checks(device),
                 "speed": lambda: speed(pool_of(data), device, given.speed_of, recipe),
-                "fit": lambda: fit(pool_of(data), device, recipe),
+                "tune": lambda: tune(pool_of(data), device, recipe, given.rates),
             }
             for row in rows[section]():
                 say(*row)

@@ -57,14 +57,14 @@ def test_a_way_that_fails_is_named_and_the_next_runs(monkeypatch):
     assert "no such kernel" in next(rows)[1] and next(rows)[1] < 0.01
 
 
-def test_speed_and_fit_at_toy_size(monkeypatch):
+def test_speed_and_tuning_at_toy_size(monkeypatch):
     monkeypatch.setattr(gpu, "matrix_rate", partial(gpu.matrix_rate, size=64))
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     dataset = gpu.photographs(64, 32, side=16, classes=3)
     found = table(gpu.speed(dataset, "cpu", ["cnn"], TOY, n_workers=0)).set_index("name")
     assert found.ratio["cnn, sgd"] > 0 and len(found) == 4 and (found.value > 0).all()
-    accuracy = table(gpu.fit(dataset, "cpu", TOY)).value
-    assert len(accuracy) == 6 and 0 <= accuracy[0] <= 1
+    found = table(gpu.tune(dataset, "cpu", TOY, rates=(0.01, 0.1), epochs=2))
+    assert len(found) == 12 and found.value[found.name.str.contains("accuracy")].between(0, 1).all()
 
 
 def test_operations_of_a_linear_network_are_counted():
@@ -74,7 +74,7 @@ def test_operations_of_a_linear_network_are_counted():
 
 def test_the_peers_see_the_same_half_in_the_same_form():
     dataset = gpu.photographs(64, 32, side=16, classes=3)
-    pictures = gpu.Pictures(dataset, TOY)
+    pictures = gpu.Pictures(dataset, replace(TOY, augment=False))
     image, label = pictures[5]
     k = pictures.index[5]
     assert len(pictures) == 32 and label == dataset.y[k]
@@ -88,13 +88,13 @@ def test_without_a_gpu_the_row_says_not_measured(monkeypatch):
 
 
 def test_what_comes_back_is_what_was_trained_and_can_be_audited(tmp_path):
-    dataset, store = gpu.pool_of("128"), tmp_path / "store"
-    gpu.train_until(np.inf, TOY, "128", str(store), "cpu", most=4)
-    gpu.pack(TOY, dataset, str(store), tmp_path, "cpu", most=4)
+    dataset, store, kinds = gpu.pool_of("128"), tmp_path / "store", gpu.ensembles(TOY, sam_lr=0.05)
+    gpu.train_until(np.inf, kinds, "128", str(store), "cpu", most=4)
+    gpu.pack(kinds, dataset, str(store), tmp_path, "cpu", most=4)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    counts = {name: len(about["ids"]) for name, about in summary["models"].items()}
-    assert counts["sgd"] == counts["sam"] == 4 and counts["sgd, half as long"] == counts["sam, twice the radius"] == 2
-    whole = train(gpu.ensembles(TOY)["sam"], dataset, 4, store, "cpu", quiet=True)
+    counts = {name: (len(about["ids"]), about["recipe"]["lr"]) for name, about in summary["models"].items()}
+    assert counts == {"sgd": (4, 0.1), "sam": (4, 0.05)}
+    whole = train(kinds["sam"], dataset, 4, store, "cpu", quiet=True)
     np.testing.assert_allclose(np.load(tmp_path / "sam.npy"), whole.logits[:, 0], rtol=1e-3, atol=1e-4)
     assert np.shape(summary["flatness"]["sgd"]) == (4, 2)
     gpu.audit("128", tmp_path)
@@ -103,7 +103,7 @@ def test_what_comes_back_is_what_was_trained_and_can_be_audited(tmp_path):
 
 
 def test_no_model_is_begun_that_would_end_after_the_deadline(tmp_path):
-    gpu.train_until(0, TOY, "128", str(tmp_path), "cpu", most=4)
+    gpu.train_until(0, gpu.ensembles(TOY), "128", str(tmp_path), "cpu", most=4)
     # the first two are trained to learn what a model costs
     assert len(list(tmp_path.glob("*/done/*.json"))) == 2
 

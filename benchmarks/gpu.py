@@ -23,16 +23,17 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Examples
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.data.dataset import Dataset, inputs, load, pool
-from lib.training import Recipe, ensemble, networks, sharpness, step, workers
+from lib.analysis.flatness import flatness
+from lib.data.dataset import Dataset, load, pool
+from lib.training import Recipe, ensemble, networks, step, workers
 from lib.training.recipe import learning_rate, membership
 
 PAPER = Recipe(arch="resnet9", lr=0.1, batch_size=256, epochs=60, augment=True, precision="bfloat16")
@@ -184,7 +185,8 @@ def speed(dataset, device="cuda", archs=("resnet9", "resnet18"), recipe=PAPER, n
         usual = peers_rate(one, dataset, device, n_workers)
         yield f"{arch}, sgd", sgd, "images/s", f"DataLoader loop, {n_workers} workers", sgd / usual, ">= 10", limit
         sam = rate(replace(one, optimizer="sam", rho=RHO), dataset, device)
-        yield f"{arch}, sam: time of a step", sam, "images/s", "sgd", sgd / sam, "<= 2.05", "2: two gradients"
+        both = "2: two gradients, one batch"
+        yield f"{arch}, sam: time of a step", sam, "images/s", "sgd", sgd / sam, "<= 2.05", both
         eager = rate(one, dataset, device, "eager")
         yield f"{arch}, sgd: compiled and recorded as a graph", sgd, "images/s", "eager", sgd / eager, "", limit
         step.STACKS.clear()
@@ -275,40 +277,51 @@ def pack(kinds, dataset, store, out, device, most):
     say("packed:", {name: len(about["ids"]) for name, about in summary["models"].items()})
     (out / "summary.json").write_text(json.dumps(summary, default=str))  # before anything that could fail
     for name, e in kept.items():
-        summary["flatness"][name] = [flatness_on(device, e, k) for k in e.ids[:4]]
+        summary["flatness"][name] = flatness(e, RHO, n_models=4, device=device).tolist()
         say(f"{name}: (largest eigenvalue, rise of the loss within {RHO}):", summary["flatness"][name])
     (out / "summary.json").write_text(json.dumps(summary, default=str))
 
 
-def flatness_on(device, e, k, n=512):
-    """The two measures of lib.analysis.flatness of model k, on a GPU."""
-    net, *parts = e.weights(k)
-    chosen = np.flatnonzero(membership(e.recipe, len(e.dataset.y), [k])[0])[:n]
-    x, y = (torch.from_numpy(a[chosen]).to(device) for a in (inputs(e.dataset)[0], e.dataset.y))
-    params, buffers = ({n: t.detach().to(device) for n, t in part.items()} for part in parts)
-
-    def loss(params):
-        return F.cross_entropy(functional_call(net, (params, buffers), (x,)), y)
-
-    pair = sharpness.top_eigenvalue(loss, params, steps=50), sharpness.loss_rise_in_ball(loss, params, RHO)
-    return [float(value) for value in pair]
-
-
 def audit(data, out):
-    """Audit what `paper` left in `out`, as logits from elsewhere: <out>/audit/results.csv, figures and a page."""
-    from lib.study import own_logits  # needs what a bare machine lacks
+    """Audit what `paper` left in `out`: <out>/audit with figures and a page, and <out>/results.csv as of a run.
+
+    The comparison counts as main and as tuned: the learning rates are those that did best in the section tune.
+    """
+    from lib.analysis import compare, memorization  # need what a bare machine lacks
+    from lib.attacks.catalogue import HEADLINES
+    from lib.study import own_logits
+    from lib.study.results import COLUMNS
+    from lib.study.verdict import SKILL
 
     dataset, others = pool_of(data), np.load(out / "others.npz")
-    models = json.loads((out / "summary.json").read_text())["models"]
+    summary = json.loads((out / "summary.json").read_text())
+    models = summary["models"]
     ids = np.intersect1d(models["sgd"]["ids"], models["sam"]["ids"])
-    recipe = Recipe(**models["sgd"]["recipe"])
-    shared = {"y": dataset.y, "population_y": dataset.y_test, "member": membership(recipe, len(dataset.y), ids)}
+    recipes = {name: Recipe(**about["recipe"]) for name, about in models.items()}
+    member = membership(recipes["sgd"], len(dataset.y), ids)
+    shared = {"y": dataset.y, "population_y": dataset.y_test, "member": member}
     given = {}
     for name in models:
         rows = np.searchsorted(models[name]["ids"], ids)
         z, test = np.load(out / f"{name}.npy")[rows], others[f"{name}_test_logits"][rows]
         given[name] = {**shared, "logits": z, "population_logits": test}
-    own_logits.audit(given, out / "audit")
+    found = own_logits.audit(given, out / "audit")
+    found = found[found.experiment == "main"]
+    ensembles = {name: own_logits.models(name, arrays) for name, arrays in given.items()}
+    hits = {name: compare.signal(e, "correct").astype(float) for name, e in ensembles.items()}
+    found = pd.concat([found, compare.variances(ensembles), memorization.memorization_table(hits, member)])
+    found = found.fillna({"baseline": "", "attack": ""}).assign(experiment="main", coordinate="")
+    tuned = found[found.metric.isin(["test_accuracy", "train_accuracy", "train_loss", SKILL, "auc", "tpr@0.01"])]
+    tuned = tuned[tuned.attack.isin(["", *HEADLINES])]
+    chosen = [(n, f"chosen_{key}", getattr(r, key)) for n, r in recipes.items() for key in ("lr", "weight_decay")]
+    chosen = pd.DataFrame(chosen, columns=["optimizer", "metric", "value"])
+    places = tuned.optimizer.map({n: f"lr={r.lr:g}, weight_decay={r.weight_decay:g}" for n, r in recipes.items()})
+    rows = [found, pd.concat([tuned, chosen]).assign(experiment="tuned")]
+    rows = pd.concat([*rows, tuned.assign(experiment="tuning", coordinate=places)])
+    about = {"notebook": "gpu", "dataset": dataset.name, "arch": recipes["sgd"].arch}
+    about |= {"rho": rows.optimizer.map({n: r.rho for n, r in recipes.items()}), "n_models": len(ids)}
+    rows = rows.assign(**about, n_examples=len(dataset.y)).reindex(columns=COLUMNS)
+    rows.to_csv(out / "results.csv", index=False, float_format="%.6g")
 
 
 def main(argv=None):

@@ -124,15 +124,8 @@ def tuned():
         cells = [percentage_points(row) for row in steps[steps.metric == "test_accuracy"].itertuples()]
         cells += [percentage_points(row) for row in steps[steps.metric == "auc"].itertuples()]
         ends = found[found.metric == "auc_among_the_best"].value
-        rows.append(
-            (
-                title(found, "tuned"),
-                *settings_of,
-                ", ".join(fits),
-                *cells,
-                f"{100 * ends.min():+.1f} to {100 * ends.max():+.1f}",
-            )
-        )
+        span = f"{100 * ends.min():+.1f} to {100 * ends.max():+.1f}" if len(ends) else "one setting of each"
+        rows.append((title(found, "tuned"), *settings_of, ", ".join(fits), *cells, span))
     return table(header, rows)
 
 
@@ -293,27 +286,42 @@ def presets():
 
 
 def on_gpu():
-    """The run on a GPU: what was trained, accuracies and the AUC of every attack, and what did not fit."""
+    """The run on a GPU: how the learning rates were chosen, what was trained, and who leaks more by which attacks."""
     folder = REFERENCE / "cifar10_paper"
     models = json.loads((folder / "summary.json").read_text())["models"]
     recipe, n = models["sgd"]["recipe"], len(set(models["sgd"]["ids"]) & set(models["sam"]["ids"]))
+    tried = {}
+    for section, name, value, *_ in map(json.loads, (folder / "rows.jsonl").read_text().splitlines()):
+        if section == "tune" and "accuracy" in name:
+            setting, what = name.split(": ")
+            tried.setdefault(tuple(setting.split(", ")[1:]), {})[what] = f"{value:.1%}"
+    header = "one model each", *next(iter(tried.values()))
+    tried = table(header, [(": ".join(setting), *found.values()) for setting, found in tried.items()])
+    rates = joined([f"{about['recipe']['lr']:g} for {name.upper()}" for name, about in models.items()])
     trained = (
-        f"{recipe['arch']} for {recipe['epochs']} epochs at a peak learning rate of {recipe['lr']:g}, without "
-        f"augmentation: {n} models of each optimizer."
+        f"{recipe['arch']} for {recipe['epochs']} epochs in batches of {recipe['batch_size']}, "
+        f"{'with flips and shifts' if recipe['augment'] else 'without augmentation'}, weight decay "
+        f"{recipe['weight_decay']:g}; SAM's radius is {models['sam']['recipe']['rho']:g}. The peak learning rate, "
+        f"{rates}, is the one that did best on the half that a model was not trained on:"
     )
-    found = pd.read_csv(folder / "audit" / "results.csv", keep_default_na=False)
-    found = found[(found.experiment == "main") & found.metric.isin(["test_accuracy", "train_accuracy", "auc"])]
+    found = read(folder / "results.csv")
+    ledger = verdict.ledger(found)
+    ways = {"more": "supported", "less": "contradicted", "as much, as far as we can tell,": "inconclusive"}
+    said = []
+    for way, wanted in ways.items():
+        rows = ledger[ledger.claim.str.startswith("leaks_more_") & (ledger.verdict == wanted)]
+        families = joined([statement.split(": ")[1].rstrip(".") for statement in rows.statement])
+        said += [f"SAM leaks {way} by {families}."] if families else []
+    found = found[found.experiment == "main"]
+    found = found[found.metric.isin(["test_accuracy", "train_accuracy", "train_loss", "auc"])]
     rows = []
     for (metric, attack), own in found.groupby(["metric", "attack"], sort=False):
         name = f"AUC of {attack}" if attack else metric.replace("_", " ")
-        cells = [percentage_points(row) if row.baseline else f"{row.value:.1%}" for row in own.itertuples()]
+        show = number if metric == "train_loss" else percentage_points
+        cells = [show(row) if row.baseline or show is number else f"{row.value:.1%}" for row in own.itertuples()]
         rows.append((name, *cells))
-    lines = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
-    fits = [f"{line[1].split(', ')[1]} {line[2]:.1%}" for line in lines if line[1].endswith("train accuracy")]
-    moved = (
-        f"With flips and shifts as many epochs did not suffice: of its half, one model of each fitted {joined(fits)}."
-    )
-    return "\n\n".join([trained, table(("", "SGD", "SAM", "SAM − SGD"), rows), moved])
+    found = table(("", "SGD", "SAM", "SAM − SGD"), rows)
+    return "\n\n".join([trained, tried, f"Then {n} models of each were trained. {' '.join(said)}", found])
 
 
 TABLES = {"answer": answer, "costs": what_it_costs, "parameters": parameters, "presets": presets, "verdict": verdicts}

@@ -223,7 +223,7 @@ def pictures(out, ensembles, scored, auc):
     drawn = {"auc": figures.forest(auc[auc.baseline == ""], {"auc": "AUC (the line: guessing)"}, reference=0.5)}
     if len(differences):
         drawn["difference"] = figures.forest(differences, {"auc": "difference in AUC"})
-    size, attack = (5.2 * (1 + len(ensembles)), 4.2), "lira" if "lira" in set(auc.attack) else "confidence"
+    size, attack = (5.2 * (1 + len(ensembles)), 4.2), HEADLINES[0] if HEADLINES[0] in set(auc.attack) else "confidence"
     drawn["roc_and_phi"], axes = plt.subplots(1, 1 + len(ensembles), figsize=size, layout="constrained")
     grid = np.geomspace(10 / (~e.member).sum(), 1, 200)  # down to the FPR at which ten false positives are expected
     for index, (name, one) in enumerate(ensembles.items()):

@@ -12,7 +12,9 @@ import pandas as pd
 import torch
 
 from benchmarks import gpu
+from lib.study.results import read
 from lib.training import ensemble, train
+from lib.training.recipe import membership
 
 TOY = replace(gpu.PAPER, arch="cnn", epochs=2, batch_size=16, precision="float32")
 ROW = "name value unit baseline ratio goal limit".split()
@@ -89,17 +91,25 @@ def test_without_a_gpu_the_row_says_not_measured(monkeypatch):
 
 def test_what_comes_back_is_what_was_trained_and_can_be_audited(tmp_path):
     dataset, store, kinds = gpu.pool_of("128"), tmp_path / "store", gpu.ensembles(TOY, sam_lr=0.05)
-    gpu.train_until(np.inf, kinds, "128", str(store), "cpu", most=4)
-    gpu.pack(kinds, dataset, str(store), tmp_path, "cpu", most=4)
+    gpu.train_until(np.inf, kinds, "128", str(store), "cpu", most=8)
+    gpu.pack(kinds, dataset, str(store), tmp_path, "cpu", most=8)
     summary = json.loads((tmp_path / "summary.json").read_text())
     counts = {name: (len(about["ids"]), about["recipe"]["lr"]) for name, about in summary["models"].items()}
-    assert counts == {"sgd": (4, 0.1), "sam": (4, 0.05)}
-    whole = train(kinds["sam"], dataset, 4, store, "cpu", quiet=True)
+    assert counts == {"sgd": (8, 0.1), "sam": (8, 0.05)}
+    whole = train(kinds["sam"], dataset, 8, store, "cpu", quiet=True)
     np.testing.assert_allclose(np.load(tmp_path / "sam.npy"), whole.logits[:, 0], rtol=1e-3, atol=1e-4)
     assert np.shape(summary["flatness"]["sgd"]) == (4, 2)
     gpu.audit("128", tmp_path)
-    results = pd.read_csv(tmp_path / "audit" / "results.csv")
-    assert {"sgd", "sam"} <= set(results.optimizer) and (results.n_models.dropna() == 4).any()
+    rows = read(tmp_path / "results.csv")
+    main, tuned = (rows[(rows.experiment == name) & (rows.metric == "auc")] for name in ("main", "tuned"))
+    row = tuned[(tuned.attack == "rmia") & (tuned.baseline == "sgd")].iloc[0]
+    assert (row.n_models, row.n_examples, row.rho) == (8, 128, "0.05") and row.value in set(main.value)
+    logits = np.load(tmp_path / "sam.npy")
+    fits = (logits.argmax(-1) == dataset.y)[membership(kinds["sam"], 128, range(8))].mean()
+    found = rows[(rows.metric == "train_accuracy") & (rows.optimizer == "sam") & (rows.baseline == "")]
+    assert list(found.experiment) == ["main", "tuned", "tuning"] and np.allclose(found.value, fits, atol=1e-6)
+    rate = rows[(rows.metric == "chosen_lr") & (rows.optimizer == "sam")]
+    assert list(rate.value) == [0.05]
 
 
 def test_no_model_is_begun_that_would_end_after_the_deadline(tmp_path):

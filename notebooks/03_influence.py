@@ -344,7 +344,8 @@ for row in excess.itertuples():
 # **Method.** Only points that some models get wrong can gain. So we also form five buckets by plain difficulty: the mean
 # confidence $p_y$ of the baseline's models, lowest first, again on the other half of the models. Then we form buckets by
 # entropy (of influence on $p_y$, which has no ties) *within* each fifth of difficulty, and buckets by difficulty within
-# each fifth of entropy. What one still separates within the other is what it adds.
+# each fifth of entropy. If buckets by entropy still differ in gain within a fifth of difficulty, entropy adds something
+# to difficulty; and the other way round.
 
 
 # %%

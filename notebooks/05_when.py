@@ -393,8 +393,9 @@ for radius, row in two.iterrows() if at_loss.path.nunique() == 2 else ():
 #
 # **Method.** SGD's curve is now its AUC over test accuracy, along its learning rates up to the best one at that weight
 # decay. Settings of SAM with the same weight decay are compared with that curve: for every radius, the learning rates up
-# to the best one. All must fit. So radius, learning rate and accuracy are SAM's, and SGD has the learning rate that makes
-# it as accurate. The mean over SAM's settings is judged. Nothing is said of a setting that no two of SGD's enclose.
+# to the best one. All must fit. A setting of SAM fixes the accuracy, and SGD's curve is read at that accuracy. The mean
+# over SAM's settings is judged. A setting of SAM whose accuracy does not lie between those of two settings of SGD is left
+# out.
 
 
 # %%
@@ -439,8 +440,8 @@ for (decay, attack), part in frontier[frontier.rho == ""].groupby(["coordinate",
 # %% [markdown]
 # ## At equal compute
 #
-# **Method.** SGD gets as many more epochs as a step of the other takes more gradients: twice the epochs against SAM,
-# whose step takes two.
+# **Method.** We multiply SGD's epochs by the number of gradients in a step of the other optimizer. SAM takes two, so SGD
+# gets twice the epochs.
 
 # %%
 pairs = experiments.equal_compute(run).items()  # epochs of the treatment, and of the baseline
@@ -555,9 +556,9 @@ figures.save(figure, run, "contraction_and_leakage")
 # A point is a setting; where it is hollow, one of the two fits less than 99% of its training half, and the correlations
 # leave it out.
 #
-# A negative control. Dividing all logits by a temperature changes no prediction, changes the variance much, and hardly
-# what an attacker learns who calibrates on models served in the same way. If such a change of variance went with a
-# change of leakage, the correlation above would be about the scale of the outputs.
+# A negative control. Dividing all logits by a temperature changes the variance much, but no prediction. An attacker who
+# calibrates on models served in the same way learns about the same. If such a change of variance went with a change of
+# leakage, the correlation above would be about the scale of the outputs.
 
 # %%
 for factor in (0.5, 2):
@@ -572,8 +573,8 @@ for factor in (0.5, 2):
 # %% [markdown]
 # **How to read it.** The paper's explanation predicts *negative* correlations: less variance and less overlap, more
 # leakage. A positive correlation with the variance says that what stretches the outputs of non-members goes with
-# leakage. Settings that fit differently well differ in everything at once, so the correlation at equal loss counts for
-# more; it has fewer settings.
+# leakage. Settings that differ in fit differ in much else, so the correlation at equal loss counts for more, although it
+# rests on fewer settings.
 
 # %% [markdown]
 # ## Why: what switches the effect off?

@@ -353,9 +353,9 @@ show_table(agreement)
 
 # %% [markdown]
 # **How to read it.** The correction divides the agreement across optimizers by what noise allows, the geometric mean
-# of the agreements within each. Near 1: both optimizers expose the same people, and SAM moves the level. Well below
-# 1: it exposes others. Far from 1 on both sides over the splits: these models are too few to tell. The intervals of
-# this table are the range over random splits of the models, not confidence intervals.
+# of the agreements within each. Near 1, both optimizers expose the same people, and SAM only changes how much. Well
+# below 1, SAM exposes others. If the splits range far on both sides of 1, the models are too few to tell. The intervals
+# of this table are the range over random splits of the models, not confidence intervals.
 
 # %% [markdown]
 # ## Where atypical is known

@@ -145,7 +145,7 @@ show_text(f"{judged} claims were judged. Nearly all use 95% intervals, of which 
 # **How to read it.** The claims are not independent: the attacks look at the same outputs, and several claims share
 # the headline attacks' numbers. Count kinds of evidence, not lines. A verdict is about this data set, this network and
 # this length of training. If it is *inconclusive*, the effect beside its test says whether the interval was too wide,
-# the effect too small, or the attacks of two minds. If it is *not testable here*, the effect says what would have to be
+# the effect too small, or the attacks contradict each other. If it is *not testable here*, the effect says what would have to be
 # otherwise: more epochs, a task that can be learned, more models.
 
 # %% [markdown]

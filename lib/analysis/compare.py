@@ -6,7 +6,7 @@ Influence values, [M, N] or [M, T], and the frames' columns are those of lib.att
 
 from collections import defaultdict
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,11 +177,10 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     class; across_models: of one example's outputs over models (LiRA's denominator).
     """
     frames = []
-    for name in ("phi", "confidence"):
-        for kind in kinds:
-            values_of = partial(variance_influence_values, name=name, kind=kind, members=members)
-            metric = f"{'member' if members else 'nonmember'}_variance_{name}_{kind}"
-            frames.append(compared(ensembles, values_of, metric, log_ratio_from=0.0))
+    for name, kind in product(("phi", "confidence"), kinds):
+        values_of = partial(variance_influence_values, name=name, kind=kind, members=members)
+        metric = f"{'member' if members else 'nonmember'}_variance_{name}_{kind}"
+        frames.append(compared(ensembles, values_of, metric, log_ratio_from=0.0))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -201,8 +200,7 @@ def leakage(ensembles, scored):
     how = {**design(first), "log_ratios": len(scored) > 1}
     for attack in tqdm(next(iter(scored.values())), "scoring", delay=2, leave=False):
         threshold, found = 0.0 if attack in catalogue.FIXED else None, {k: scored[k][attack] for k in ensembles}
-        frame = intervals.table(found, np.array(first.member), threshold=threshold, **how)
-        frames.append(frame.assign(attack=attack))
+        frames.append(intervals.table(found, np.array(first.member), threshold=threshold, **how).assign(attack=attack))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -212,7 +210,8 @@ def exposure_table(ensembles, scored, ids=None):
     An example's exposure is its mean score by lira_shrunk over the models that trained on it minus the mean over those
     that did not. The rows `exposure` have the ten highest, with Welch's interval over models, and the example's number
     (from `ids` [N]) as coordinate. exposed_in_both_halves: each half of the pairs of models names the 1% most exposed
-    of the (at least 1,000) examples that three or more of its models have, and three have not; the share named twice.
+    of the (at least 1,000) examples that, in both halves, three models or more trained on and three or more did not;
+    the value is the share that both halves name.
     """
     first, rows, attack = next(iter(ensembles.values())), [], "lira_shrunk"
     member, data, ids = np.array(first.member), first.dataset, np.arange(len(first.dataset.y)) if ids is None else ids

@@ -14,9 +14,8 @@ from lib.training.ensemble import KEEP_WEIGHTS
 def flatness(ensemble, rho, n_models=8, n_examples=512, device="cpu"):
     """Largest eigenvalue of the Hessian, and rise of the loss within a ball of radius rho > 0, at the minima of the
     first models whose weights are kept, on (at most n_examples of) their own training halves: [models, 2]."""
-    x, y, found = torch.from_numpy(inputs(ensemble.dataset)[0]), torch.from_numpy(ensemble.dataset.y), []
-    x, y = x.to(device), y.to(device)
-    kept = [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
+    x, y = (torch.from_numpy(part).to(device) for part in (inputs(ensemble.dataset)[0], ensemble.dataset.y))
+    found, kept = [], [int(k) for k in ensemble.ids[:n_models] if k < KEEP_WEIGHTS]
     for index, k in enumerate(tqdm(kept, "flatness", delay=2, leave=False)):
         net, *parts = ensemble.weights(k)
         params, buffers = ({name: tensor.detach().to(device) for name, tensor in part.items()} for part in parts)

@@ -12,12 +12,8 @@ from lib.attacks.thresholds import classwise, yeom
 # those that look at one model alone
 ALONE = ("gap", "loss", "confidence", "confidence_classwise", "entropy", "entropy_classwise", "m_entropy")
 ALONE += ("m_entropy_classwise", "neural", "neural_classwise")
-LIRAS = {  # (offline, variance), as in shadow.lira
-    "lira": (False, "example"),
-    "lira_shrunk": (False, "shrunk"),
-    "lira_offline": (True, "example"),
-    "lira_offline_shrunk": (True, "shrunk"),
-}
+LIRAS = {"lira": (False, "example"), "lira_shrunk": (False, "shrunk")}  # (offline, variance), as in shadow.lira
+LIRAS |= {"lira_offline": (True, "example"), "lira_offline_shrunk": (True, "shrunk")}
 NAMES = (*ALONE, *LIRAS, "rmia", "rmia_offline", "combined")
 # the attacks that speak for all where one number is wanted, since 26 November 2026 (docs/results.md)
 HEADLINES = ("lira_shrunk", "rmia", "combined")

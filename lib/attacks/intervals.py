@@ -4,9 +4,9 @@ Every metric is a matrix of influence values [M, N], one for each model and exam
 deviations from it say how much each model and each example moves it, to first order. The difference of two optimizers'
 matrices gives the paired difference. Models and examples are both samples: an interval is about new ones of either.
 
-Every model is also a shadow of all the others, which the variance between rows does not show. `table` therefore
-multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a number fitted
-in simulation. How often the intervals hold the truth is in docs/benchmarks.md.
+Models share their shadows, so their rows are correlated, and the variance between rows does not show this. `table`
+therefore multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a
+number fitted in simulation. How often the intervals hold the truth is in docs/benchmarks.md.
 """
 
 from collections import namedtuple
@@ -28,10 +28,8 @@ TIDY = ["optimizer", "baseline", "metric", "value", "ci_low", "ci_high"]
 Estimate = namedtuple("Estimate", "value low high")  # with its confidence interval, in units of the influence values
 
 
-def estimate(
-    influence_values, clusters=None, level=0.95, rate=False, shadow_correction=0.0, columns=None, examples_only=False
-) -> Estimate:
-    """Mean of influence values [M, N] with a two-way cluster-robust interval (rows: models, columns: examples).
+def estimate(values, clusters=None, level=0.95, rate=False, shadow_correction=0.0, columns=None, examples_only=False):
+    """Estimate of the mean of influence values [M, N], two-way cluster-robust (rows: models, columns: examples).
 
     clusters [M]: which models belong together, default the pairs (2k, 2k + 1). columns [N]: which examples do (a
     patient's two eyes), default none. The variance is that of Cameron, Gelbach & Miller (2011, equation 2.10), the
@@ -39,7 +37,7 @@ def estimate(
     made on the logit scale. examples_only: it is about new examples only (DeLong's for one model's AUC, Student's t for
     a single row). With one cluster, or one (group of) example(s), it is (nan, nan).
     """
-    x = np.asarray(influence_values)
+    x = np.asarray(values)
     names, cluster = np.unique(np.arange(len(x)) // 2 if clusters is None else clusters, return_inverse=True)
     value = float(x.mean(dtype=np.float64))
     need(x.ndim == 2 and np.isfinite(value), f"influence_values: {x.shape}, mean {value}; valid are finite [M, N]")

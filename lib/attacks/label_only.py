@@ -2,8 +2,8 @@
 
 A member tends to lie far from the decision boundary, so it keeps its label under many small changes of the input.
 The strength of the change is chosen on other models, and "no change at all" is one of the choices. The authors' code
-shifts along one diamond or rotates, trains a network on the hits of a shadow model, where we count hits, and asks 2,500
-to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
+differs: it shifts along one diamond, or rotates; it trains a network on a shadow model's hits, which we only count; and
+it asks 2,500 to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
 """
 
 from functools import partial

@@ -108,7 +108,8 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     confidence: [M, N], or [M, Q, N] for Q queries, whose scores are averaged; population: [M, T] or [M, Q, T],
     confidences on examples that no model trained on; without it the pool's own take their place. offline: use the OUT
     models only and estimate the mean of IN by a mean_out + 1 - a. gamma: the ratio to exceed. The paper uses 2, with a
-    Taylor softmax; on plain confidences near 1, few scores would differ: 1 is that of the authors' privacy_meter.
+    Taylor softmax. With 2 and plain confidences near 1, nearly all scores would be equal; the default is that of the
+    authors' privacy_meter.
     """
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]

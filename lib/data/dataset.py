@@ -40,13 +40,8 @@ class Dataset:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
-    @property
-    def is_image(self) -> bool:
-        return self.x.ndim == 4
-
-    @property
-    def n_classes(self) -> int:
-        return len(self.classes)
+    is_image = property(lambda self: self.x.ndim == 4)
+    n_classes = property(lambda self: len(self.classes))
 
 
 def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
@@ -98,13 +93,12 @@ def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Datas
     grouped = dataset.groups is not None
     keep = _draw_groups(dataset, n_examples, seed) if grouped else _draw(dataset.y, n_examples or n - n % 2, seed, 2)
     if n_examples is not None or len(keep) < n:
-        index = np.arange(n) if dataset.index is None else dataset.index
-        dataset = _subset(replace(dataset, index=index), keep)
+        dataset = _subset(replace(dataset, index=np.arange(n) if dataset.index is None else dataset.index), keep)
     return validate(dataset)
 
 
 def inputs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """float32 model inputs (x [N, ...], x_test [T, ...]): channels or features standardised, but floats in 0..1."""
+    """float32 model inputs (x [N, ...], x_test [T, ...]), standardised by channel or feature unless in 0..1."""
     full = 255 if dataset.x.dtype == np.uint8 else 1
     x, x_test = (np.divide(part, full, dtype=np.float32) for part in (dataset.x, dataset.x_test))
     if full == 1 and x.min() >= 0 and x.max() <= 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lib import need
 from lib.study import experiments, own_logits, report, settings
 from lib.study.settings import ROOT
-from lib.training.store import write_atomic
+from lib.training.store import check_disk, write_atomic
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("verdict" in p.stem, p.stem))
 
@@ -83,7 +83,7 @@ def main(arguments=None):
         if doing == "plan":
             print(plan.describe())
             return 0
-        plan.check_disk()
+        check_disk(run.store, 1e6 * plan.table().megabytes.sum())
         if doing == "work":
             plan.train()
             return 0

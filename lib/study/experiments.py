@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import nullcontext, suppress
@@ -19,8 +20,7 @@ import torch
 
 from lib import need
 from lib.analysis.memorization import plant
-from lib.data.dataset import Dataset
-from lib.training import Recipe, ensemble, privacy, train, workers
+from lib.training import ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
 SIZES = {"sweep": (128, 8), "few": (64, 8), "fewer": (32, 8)}  # models of an ensemble: on small data, on images
@@ -28,8 +28,8 @@ PLANTED = 16  # models of the planted leak: 8 pairs, and it takes 6 for the inte
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
-# seconds that a notebook takes beside its training, if another runs (07 is always alone: twice its 5 s), and those for
-# each million of scores [models x examples] that it reads
+# of each notebook, training apart and while another runs: fixed seconds, and seconds for each million of scores [models
+# x examples] that it reads. 07 runs alone, so its 5 s count twice
 ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (10, 0)}
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
@@ -38,10 +38,7 @@ ASKED = 245  # gradients of each example that cost as much as the label-only att
 PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 
 
-class Planned(NamedTuple):
-    recipe: Recipe
-    n_models: int
-    dataset: Dataset
+Planned = namedtuple("Planned", "recipe n_models dataset")  # a Recipe, how many models of it, their Dataset
 
 
 class Experiment(NamedTuple):
@@ -355,12 +352,6 @@ class Plan:
         said += f"million gradients, {total.megabytes:.0f} MB on the disk, which has {free}. Time, by {how}: "
         said += f"{duration(total.seconds)} to train, {duration(self.seconds_left(frame))} with the analysis."
         return f"{shown.round(1).to_string(index=False)}\n\n{said}"
-
-    def check_disk(self):
-        """Raise ValueError naming `store` if what is left to train does not fit the disk."""
-        free, needed = shutil.disk_usage(self.run.store).free / 1e6, self.table().megabytes.sum()
-        what = f"the disk has {free:.0f} MB free, the run needs {needed:.0f} MB more"
-        need(needed <= free, f"store={self.run.store!r}: {what}: free some, or ask for fewer models or notebooks")
 
 
 def duration(seconds):

@@ -145,8 +145,7 @@ def audit(given, out) -> pd.DataFrame:
     valid = "valid is the same in all: audit others one at a time"
     for name, other in ensembles.items():
         for key, array in e.shared.items():
-            same = np.array_equal(array, other.shared[key])
-            need(same, f"{name}: {key}: differs from that of {first}; {valid}")
+            need(np.array_equal(array, other.shared[key]), f"{name}: {key}: differs from that of {first}; {valid}")
     path = Path(out) / "results.csv"
     free = not path.exists() or set(pd.read_csv(path, dtype=str).get("notebook", [""])) == {"own_logits"}
     need(free, f"out={str(out)!r} holds other results; valid is a folder of its own, such as outputs/mine")

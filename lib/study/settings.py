@@ -16,13 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import need
 from lib.analysis import compare
-from lib.data.dataset import DATASETS, Dataset, load, pool
+from lib.data.dataset import DATASETS, ROOT, Dataset, load, pool
 from lib.study import experiments
 from lib.training import Recipe, ensemble, networks, sharpness, train, workers
 from lib.training.optimizers import BASES, Optimizer, split
 from lib.training.recipe import membership
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # What a preset gives, for tables and small pictures (an MLP), for images (a convolutional network), for one data set. A
 # data set with fewer examples than n_examples is used whole, and batch_size is at most half of what a model trains on.
@@ -132,14 +130,9 @@ class Run:
             return getattr(self.parameters, name)
         raise AttributeError(f"a run has no {name!r}")
 
-    @property
-    def names(self):
-        """The optimizers' texts, the baseline first: all others are compared with it."""
-        return split(self.optimizers)
-
-    @property
-    def baseline(self):
-        return self.names[0]
+    # the optimizers' texts, the baseline first: all others are compared with it
+    names = property(lambda self: split(self.optimizers))
+    baseline = property(lambda self: self.names[0])
 
     @cached_property
     def treatment(self):
@@ -147,10 +140,8 @@ class Run:
         aware = [n for n in self.names if (one := Optimizer.parse(n)).has_radius and not one.is_private]
         return (aware or self.names)[-1]
 
-    @property
-    def is_small(self):
-        """True for tables and small pictures, whose networks train quickly: experiments use more models and levels."""
-        return not (self.dataset.is_image and min(self.dataset.x.shape[-2:]) >= 16)
+    # tables and small pictures, whose networks train quickly: experiments use more models and levels
+    is_small = property(lambda self: not (self.dataset.is_image and min(self.dataset.x.shape[-2:]) >= 16))
 
     @cached_property
     def other_pools(self):
@@ -182,8 +173,7 @@ class Run:
             found[key] = train(recipe, data, n_models, self.store, self.device, self.engine, self.gpus)
             if experiment.is_private and len(found) == 1 and len(found[key].ids) < 8:
                 return {}  # not even the baseline, without noise, learns on this network
-        essential = experiment.essential and experiment.essential(self)
-        return compare.keep_common_models(found, essential) if found else {}
+        return compare.keep_common_models(found, experiment.essential and experiment.essential(self)) if found else {}
 
     def describe(self):
         data, names = self.dataset, ", ".join(self.names)

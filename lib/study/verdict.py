@@ -18,9 +18,10 @@ from each that was recorded. A comparison is judged only where it meets what its
               for guessing to 1, lies above 0.1
     models    they are enough to tell a band of memorization from the others
 
-Of several lengths of training, those that do not are set aside. A claim of several tests gets the first of these
-verdicts that one of them has: not run (no numbers), not testable here, contradicted, inconclusive, supported. A number
-without chance (the limits of the theorem) is its own interval; any other number without an interval decides nothing.
+Of several lengths of training, those that do not meet these conditions are set aside. A claim of several tests gets the
+first of these verdicts that one of them has: not run (no numbers), not testable here, contradicted, inconclusive,
+supported. A number without chance (the limits of the theorem) is its own interval; any other number without an interval
+decides nothing.
 
 DELTAS were set on 23 November 2026 (23:27 UTC), when first results of digits and of CIFAR-10 (20:15 and 20:42) were
 known. Conditions, families and headline attacks were set on 26 November, when all runs committed up to then were known.
@@ -189,15 +190,14 @@ def ledger(results, claims=CLAIMS):
     every = auc[auc.groupby(GROUP).optimizer.transform("nunique") > 1].assign(kind="every optimizer")
     archs = auc[auc.experiment == "main"].assign(kind="every arch")
     archs = archs[archs.groupby("dataset").arch.transform("nunique") > 1]
-    rows, out = pd.concat([rows, strict, every]), []
+    rows, claims, out = pd.concat([rows, strict, every]), claims.reset_index(drop=True), []
     for group, part in list(rows.groupby(GROUP, sort=False)) or [(("", "", ""), rows)]:
         main = part[(part.kind == "main") & (part.coordinate == "")]
         size = [f"{row.n_examples:,.0f} examples, {row.n_models:.0f} models" for row in main[:1].itertuples()]
         fits = main[(main.metric == "train_accuracy") & (main.baseline == "")]
         part = pd.concat([part, archs[archs.dataset == group[1]]])
         for a, b in sharp(main)[["optimizer", "baseline"]].drop_duplicates().values.tolist() or [["sam", "sgd"]]:
-            tests = pd.DataFrame([tested(known, part, test, (a, b)) for test in claims.itertuples()])
-            tests = pd.concat([claims.reset_index(drop=True), tests], axis=1)
+            tests = claims.join(pd.DataFrame([tested(known, part, test, (a, b)) for test in claims.itertuples()]))
             tests[GROUP], is_pair = group, tests.optimizer == ""
             fit = [f"{r.optimizer} fits {r.value:.1%}" for r in fits.itertuples() if r.optimizer in (a, b)]
             about = {"optimizer": a, "baseline": b, "setting": "; ".join(size + fit)}

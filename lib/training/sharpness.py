@@ -28,11 +28,10 @@ CONTEXT = {
     "losses": "function of params: the loss of every example, [B], by a forward pass alone; then aux.losses is there",
     "per_example": "function of params: the examples' gradient norms [B], function weights [B] -> (weighted sum, aux)",
 }
-LIMITS = {  # of the options of the rules; the others may have any value
-    "k": (1, math.inf), "m": (1, math.inf), "eta": (0, math.inf), "low": (0, 1), "decay": (0, 1),
-    "beta": (0.01, 1), "gamma": (0.01, 1), "start": (0, 1), "floor": (0, 1), "alpha": (0, math.inf),
-    "clip": (1e-12, math.inf), "sigma": (0, math.inf),
-}  # fmt: skip
+# of the options of the rules; the others may have any value
+LIMITS = {"k": (1, math.inf), "m": (1, math.inf), "clip": (1e-12, math.inf), "beta": (0.01, 1), "gamma": (0.01, 1)}
+LIMITS |= dict.fromkeys(("low", "decay", "start", "floor"), (0, 1))
+LIMITS |= dict.fromkeys(("eta", "alpha", "sigma"), (0, math.inf))
 RADIUS = {"asam": 10.0, "sharpreg": -1.0}  # Kwon et al.: 0.5 on CIFAR-10 where SAM has 0.05; SharpReg descends
 
 

@@ -259,7 +259,7 @@ def recorded(gradient, args):
 
 # ---- what makes a step fast: each choice with its reason -------------------------------------------------------
 
-STACKS = {}  # compiled stacks of this process: no rule or base, rate, decay, radius or length asks for another
+STACKS = {}  # compiled stacks of this process, which serve every rule, base, rate, decay, radius and length
 WORTH = 2e8  # models x steps x weights of an ensemble from which compiling its gradient saves more than it takes
 
 

@@ -84,6 +84,13 @@ class Rows:
             file.write(self.header(rows))
 
 
+def check_disk(store, needed):
+    """Raise ValueError naming `store` if `needed` bytes more do not fit on its disk."""
+    free = shutil.disk_usage(store).free
+    what = f"the disk has {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB more are needed"
+    need(needed <= free, f"store={str(store)!r}: {what}: free some, or ask for fewer models or notebooks")
+
+
 class Store:
     """The arrays of one recipe, in a folder of `root` named by a prefix and the hash of a key (a JSON-able dict);
     layout: array name -> (shape of one row, dtype)."""
@@ -110,12 +117,6 @@ class Store:
             return None
         except (OSError, NotImplementedError) as error:
             raise ValueError(f"store={str(self.folder.parent)!r}: files can't be locked there ({error})") from error
-
-    def check_disk(self, needed):
-        """Raise ValueError naming `store` if `needed` bytes more do not fit."""
-        free = shutil.disk_usage(self.folder).free
-        what = f"the disk has {free / 1e6:.0f} MB free, these models need {needed / 1e6:.0f} MB"
-        need(needed <= free, f"store={str(self.folder.parent)!r}: {what}")
 
     def save(self, model, arrays, **notes):
         """Write the model's row of each array (name -> row), then its flag with their checksums and the notes."""

@@ -67,11 +67,10 @@ def trial(recipe, shape, n_classes, device):
     unmapped, unfit = fault("sgd", alone=False), fault("sgd", alone=True)  # of the network, by itself
     need(not unfit, f"{arch} {unfit}")
     alone = fault(recipe.optimizer, alone=True)
-    if not alone:
-        why = f"models are trained one at a time, since a step that maps over them {unmapped or mapped}"
-        return f"{arch if unmapped else optimizers}: {why}"
     form = "a rule returns (grads, aux), or (grads, aux, memory) if it asks for memory, with grads like params"
-    raise ValueError(f"{optimizers} {alone}; it was tried on {arch}; {form}")
+    need(not alone, f"{optimizers} {alone}; it was tried on {arch}; {form}")
+    why = f"models are trained one at a time, since a step that maps over them {unmapped or mapped}"
+    return f"{arch if unmapped else optimizers}: {why}"
 
 
 def random_states(*used):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lib import need
 from lib.training import ensemble, networks, step, trial
+from lib.training.store import check_disk
 
 ENGINES = ("local", "ray")
 LONG = 100  # steps of one model from which processes are worth starting
@@ -38,7 +39,7 @@ def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=
     ensemble.check(recipe, dataset, n_models, device)
     kept = ensemble.open_store(recipe, dataset, store)
     todo, n = missing(recipe, dataset, n_models, kept, where), n_processes(recipe, dataset, where)
-    kept.check_disk(ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
+    check_disk(store, ensemble.stored_bytes(recipe, dataset, [k for ids in todo for k in ids]))
     if todo and (why := trial.trial(recipe, dataset.x.shape[1:], dataset.n_classes, where)):
         tell_once(why)
     if todo and engine == "ray":

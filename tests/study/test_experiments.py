@@ -14,6 +14,7 @@ from lib.analysis import memorization
 from lib.study import command_line, experiments, settings
 from lib.study.experiments import Experiment, declared, of
 from lib.training import Recipe, ensemble, privacy, train, workers
+from lib.training.store import check_disk
 from tests.processes import ended, start
 
 SMALL = {"preset": "tiny", "n_models": "8", "n_examples": "100", "epochs": "2"}
@@ -67,7 +68,7 @@ def test_a_changed_experiment_is_followed_by_all_that_use_it(tmp_path, monkeypat
         free = shutil._ntuple_diskusage(10**9, 10**9, room * 1e6 * table.megabytes.sum())
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
         with nullcontext() if fits else pytest.raises(ValueError, match="store="):
-            plan.check_disk()
+            check_disk(run.store, 1e6 * plan.table().megabytes.sum())
     monkeypatch.undo()
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"rates": Experiment(declare, ("03",))})
     monkeypatch.setattr(experiments, "QUIET", 0)

@@ -283,15 +283,11 @@ def pack(kinds, dataset, store, out, device, most):
 
 
 def audit(data, out):
-    """Audit what `paper` left in `out`: <out>/audit with figures and a page, and <out>/results.csv as of a run.
-
-    The comparison counts as main and as tuned: the learning rates are those that did best in the section tune.
-    """
+    """Audit what `paper` left in `out`: <out>/audit with figures and a page, and <out>/results.csv as of a run."""
     from lib.analysis import compare, memorization  # need what a bare machine lacks
-    from lib.attacks.catalogue import HEADLINES
+    from lib.attacks import intervals
     from lib.study import own_logits
     from lib.study.results import COLUMNS
-    from lib.study.verdict import SKILL
 
     dataset, others = pool_of(data), np.load(out / "others.npz")
     summary = json.loads((out / "summary.json").read_text())
@@ -309,17 +305,15 @@ def audit(data, out):
     found = found[found.experiment == "main"]
     ensembles = {name: own_logits.models(name, arrays) for name, arrays in given.items()}
     hits = {name: compare.signal(e, "correct").astype(float) for name, e in ensembles.items()}
-    found = pd.concat([found, compare.variances(ensembles), memorization.memorization_table(hits, member)])
-    found = found.fillna({"baseline": "", "attack": ""}).assign(experiment="main", coordinate="")
-    tuned = found[found.metric.isin(["test_accuracy", "train_accuracy", "train_loss", SKILL, "auc", "tpr@0.01"])]
-    tuned = tuned[tuned.attack.isin(["", *HEADLINES])]
-    chosen = [(n, f"chosen_{key}", getattr(r, key)) for n, r in recipes.items() for key in ("lr", "weight_decay")]
-    chosen = pd.DataFrame(chosen, columns=["optimizer", "metric", "value"])
-    places = tuned.optimizer.map({n: f"lr={r.lr:g}, weight_decay={r.weight_decay:g}" for n, r in recipes.items()})
-    rows = [found, pd.concat([tuned, chosen]).assign(experiment="tuned")]
-    rows = pd.concat([*rows, tuned.assign(experiment="tuning", coordinate=places)])
-    about = {"notebook": "gpu", "dataset": dataset.name, "arch": recipes["sgd"].arch}
-    about |= {"rho": rows.optimizer.map({n: r.rho for n, r in recipes.items()}), "n_models": len(ids)}
+    found = [found, compare.variances(ensembles), memorization.memorization_table(hits, member)]
+    for column, metric in enumerate(
+        ("hessian_top_eigenvalue", "loss_rise_in_ball")
+    ):  # means of pairs, as in notebook 01
+        flat = {n: np.reshape(pairs, (-1, 2, 2)).mean(1)[None, :, column] for n, pairs in summary["flatness"].items()}
+        found.append(intervals.paired(flat, metric, log_ratio_from=0.0, examples_only=True).assign(n_models=4))
+    rows = pd.concat(found).fillna({"baseline": "", "attack": "", "n_models": len(ids)})
+    about = {"notebook": "gpu", "experiment": "main", "dataset": dataset.name, "arch": recipes["sgd"].arch}
+    about |= {"coordinate": "", "rho": rows.optimizer.map({name: recipe.rho for name, recipe in recipes.items()})}
     rows = rows.assign(**about, n_examples=len(dataset.y)).reindex(columns=COLUMNS)
     rows.to_csv(out / "results.csv", index=False, float_format="%.6g")
 

@@ -108,7 +108,7 @@ index = np.arange(len(run.dataset.y)) if run.dataset.index is None else run.data
 frame = pd.DataFrame({"index": index, "class": np.array(run.dataset.classes)[run.dataset.y]})
 for kind, of in mem.items():
     for name, found in of.items():
-        frame[f"{kind}_{name}"], frame[f"{kind}_{name}_se"] = found.value.round(5), found.se.round(5)
+        frame[f"{kind}_{name}"], frame[f"{kind}_{name}_se"] = found.value.round(4), found.se.round(4)
 write_atomic(Path(run.out) / "memorization.csv", frame.to_csv(index=False))
 for kind in outputs:
     middle, most = np.quantile(mem[kind][baseline].se, [0.5, 0.95])

@@ -64,23 +64,26 @@ def answer():
     fair = found[~found.isin(["not run", "not testable here"])]
     word = "Yes, in these runs" if (fair == "supported").all() else "Not in these runs"
     word = "Sometimes" if fair.nunique() > 1 else word if len(fair) else "Not testable in these runs"
+    testable = rows[rows.run.isin(rows.run[rows.metric == "settings_that_fit"])]  # where tuned SAM fits
     fitted, better = (rows.value[rows.metric == name].sum() for name in ("settings_that_fit", "better_choices"))
-    said = "Settings of SGD that fit, are as accurate as tuned SAM, as far as we can tell, and clearly leak less: "
-    said += f"{better:.0f} of {fitted:.0f}."
+    at = (testable.experiment == "frontier") & (testable.metric == "test_accuracy") & (testable.baseline == "sam")
+    ends = testable[testable.metric == "auc_among_the_best"].groupby("run").value
+    both, alike = ((ends.min() < 0) & (ends.max() > 0)).sum(), (testable.ci_high[at] >= 0).sum()
+    said = f"Of {fitted:.0f} fitted settings of SGD, {alike} are about as accurate as tuned SAM; {better:.0f} of these "
+    said += f"clearly leak less, by {HEADLINES[0]}. Between the most accurate settings of each, the difference has "
+    said += f"either sign in {both} of {ends.ngroups} runs."
     return f"**{word}.** {verdict.headline(ledger)} {said}"
 
 
 def nearest():
     """The comparison in the run whose setting is nearest to the paper's, in one sentence."""
     found = read(REFERENCE / "cifar10_paper" / "results.csv")
-    found = found[(found.experiment == "tuned") & (found.baseline == "sgd")]
-    test, auc = found[found.metric == "test_accuracy"].iloc[0], found[found.metric == "auc"]
-    by = joined([f"{percentage_points(row)} by {row.attack}" for row in auc.itertuples()])
+    found = found[(found.baseline == "sgd") & (found.metric.isin(["test_accuracy", "auc"]))].set_index("attack")
+    said = {attack: percentage_points(row) for attack, row in found.iterrows()}
+    by = joined([f"{said[attack]} by {attack}" for attack in HEADLINES])
     link = "[all of CIFAR-10, with flips and shifts](docs/results.md#all-of-cifar-10-on-a-gpu)"
-    said = (
-        f"Nearest to the paper's setting is {link}. There both fit, and SAM − SGD is {percentage_points(test)} in test "
-    )
-    return said + f"accuracy and, in AUC, {by}."
+    both = f"SAM − SGD is {said['']} in test accuracy and, in AUC, {by}, but {said['confidence']} by confidence"
+    return f"Nearest to the paper's setting is {link}. There both fit, and {both}."
 
 
 def chosen(results):
@@ -137,7 +140,7 @@ def tuned():
         cells = [percentage_points(row) for row in steps[steps.metric == "test_accuracy"].itertuples()]
         cells += [percentage_points(row) for row in steps[steps.metric == "auc"].itertuples()]
         ends = found[found.metric == "auc_among_the_best"].value
-        span = f"{100 * ends.min():+.1f} to {100 * ends.max():+.1f}" if len(ends) else "one setting of each"
+        span = f"{100 * ends.min():+.1f} to {100 * ends.max():+.1f}"
         rows.append((title(found, "tuned"), *settings_of, ", ".join(fits), *cells, span))
     return table(header, rows)
 
@@ -176,13 +179,15 @@ def results():
         "SAM fits",
         "test accuracy, SAM − SGD",
         f"AUC of `{HEADLINES[0]}`",
-        "SAM leaks",
+        f"SAM leaks, by `{HEADLINES[0]}`",
     )
     rows = []
     for found in tuned_runs().values():
+        skill = found[(found.experiment == "main") & (found.metric == verdict.SKILL) & (found.baseline == "")].ci_low
         for epochs, at in lengths(found).groupby("epochs"):
             test, auc = (at[at.metric == metric].iloc[0] for metric in ("test_accuracy", "auc"))
-            said = describe_sign(auc, *WORDS) if min(auc.sgd, auc.sam) >= verdict.FITS else "not testable"
+            is_fair = min(auc.sgd, auc.sam) >= verdict.FITS and skill.min() > verdict.LEARNS
+            said = describe_sign(auc, *WORDS) if is_fair else "not testable"
             differences = percentage_points(test), percentage_points(auc), said
             rows.append((title(found), epochs, f"{auc.sgd:.1%}", f"{auc.sam:.1%}", *differences))
     return table(header, rows)
@@ -238,6 +243,17 @@ def verdicts():
         for row in next(iter(ledgers.values())).itertuples()
     ]
     return table(["claim", "whose", "since", *ledgers], rows)
+
+
+def published():
+    """A row for each output: rank correlations of memorization, by each optimizer and their difference, with scores."""
+    rows = []
+    for name, found in runs().items():
+        found = found[found.metric == "memorization_spearman_published"]
+        for place, at in found.groupby("coordinate", sort=False):
+            output = place.removeprefix("output=") or "correctness"
+            rows.append((name, output, *(number(row, "+.2f") for row in at.itertuples())))
+    return table(("run", "memorization of", "SGD", "SAM", "SAM − SGD"), rows)
 
 
 def failing():
@@ -326,11 +342,13 @@ def on_gpu():
         families = joined([statement.split(": ")[1].rstrip(".") for statement in rows.statement])
         said += [f"SAM leaks {way} by {families}."] if families else []
     found = found[found.experiment == "main"]
-    found = found[found.metric.isin(["test_accuracy", "train_accuracy", "train_loss", "auc"])]
+    plain = ["train_loss", "hessian_top_eigenvalue", "loss_rise_in_ball"]
+    found = found[found.metric.isin(["test_accuracy", "train_accuracy", *plain, "auc"])]
     rows = []
     for (metric, attack), own in found.groupby(["metric", "attack"], sort=False):
         name = f"AUC of {attack}" if attack else metric.replace("_", " ")
-        show = number if metric == "train_loss" else percentage_points
+        name += f" ({own.n_models.iloc[0]:.0f} models)" * bool(own.n_models.iloc[0] < n)
+        show = number if metric in plain else percentage_points
         cells = [show(row) if row.baseline or show is number else f"{row.value:.1%}" for row in own.itertuples()]
         rows.append((name, *cells))
     found = table(("", "SGD", "SAM", "SAM − SGD"), rows)
@@ -350,7 +368,7 @@ TABLES |= {
     "bench": bench,
     "faults": faults,
 }
-TABLES |= {"gpu": on_gpu, "nearest": nearest}
+TABLES |= {"gpu": on_gpu, "nearest": nearest, "published": published}
 
 
 def filled(text):

@@ -221,10 +221,14 @@ def headline(ledger):
         if len(fair := found[~found.verdict.isin(["not run", "not testable here"])]):
             absent = "nothing to read off, no setting of the one lies clearly between two of the other"
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
-            low, middle, high = fair["size"].quantile([0, 0.5, 1])
-            said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; it changes "
-            said += f"the AUC by {middle:+.1f} points" + f", from {low:+.1f} to {high:+.1f}," * (len(fair) > 1)
-            said += f" in the median of {joined(HEADLINES)}"
+            said = f"undecided in all {len(fair)} cases"
+            if more + less:
+                low, middle, high = fair["size"][fair.verdict != "inconclusive"].quantile([0, 0.5, 1])
+                said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; where it "
+                said += (
+                    f"does, the AUC changes by {middle:+.1f} points, from {low:+.1f} to {high:+.1f}, in the median of "
+                )
+                said += joined(HEADLINES)
         answer.append(f"{where}: {said}.")
     return " ".join(answer)
 

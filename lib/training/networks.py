@@ -95,8 +95,7 @@ def wrn28_2(shape, n_classes):
 
 def vgg16_bn(shape, n_classes):
     """torchvision's VGG-16 features with BatchNorm, then one linear layer, without the original head's dropout."""
-    fine = min(shape[1:]) >= 32
-    need(fine, f"arch='vgg16_bn' needs images of 32x32 or more, but an example has shape {tuple(shape)}")
+    need(min(shape[1:]) >= 32, f"arch='vgg16_bn' needs images of 32x32 or more, an example has shape {tuple(shape)}")
     from torchvision.models import vgg  # here, as in resnet18
 
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)

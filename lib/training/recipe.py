@@ -9,11 +9,16 @@ from lib.training import networks
 from lib.training.optimizers import Optimizer
 
 TINY = 1e-12
-LIMITS = {  # of the fields that are numbers; rho and batch_size have those of the optimizer
-    "lr": (TINY, np.inf), "momentum": (0, 1 - TINY), "weight_decay": (0, np.inf), "epochs": (1, np.inf),
-    "warmup": (0, 1 - TINY), "stop": (TINY, 1), "smoothing": (0, 1 - TINY), "subset": (TINY, 1 - TINY),
-    "queries": (1, 18), "ema": (0, 1 - TINY), "seed": (0, np.inf),
-}  # fmt: skip
+# of the fields that are numbers; rho and batch_size have those of the optimizer
+LIMITS = {
+    "lr": (TINY, np.inf),
+    "epochs": (1, np.inf),
+    "stop": (TINY, 1),
+    "subset": (TINY, 1 - TINY),
+    "queries": (1, 18),
+}
+LIMITS |= dict.fromkeys(("momentum", "warmup", "smoothing", "ema"), (0, 1 - TINY))
+LIMITS |= dict.fromkeys(("weight_decay", "seed"), (0, np.inf))
 STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 
 

@@ -225,10 +225,8 @@ def headline(ledger):
             if more + less:
                 low, middle, high = fair["size"][fair.verdict != "inconclusive"].quantile([0, 0.5, 1])
                 said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; where it "
-                said += (
-                    f"does, the AUC changes by {middle:+.1f} points, from {low:+.1f} to {high:+.1f}, in the median of "
-                )
-                said += joined(HEADLINES)
+                said += f"does, the AUC changes by {middle:+.1f} points, from {low:+.1f} to {high:+.1f}, in the median "
+                said += f"of {joined(HEADLINES)}"
         answer.append(f"{where}: {said}.")
     return " ".join(answer)
 

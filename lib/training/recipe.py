@@ -10,15 +10,9 @@ from lib.training.optimizers import Optimizer
 
 TINY = 1e-12
 # of the fields that are numbers; rho and batch_size have those of the optimizer
-LIMITS = {
-    "lr": (TINY, np.inf),
-    "epochs": (1, np.inf),
-    "stop": (TINY, 1),
-    "subset": (TINY, 1 - TINY),
-    "queries": (1, 18),
-}
+LIMITS = {"lr": (TINY, np.inf), "epochs": (1, np.inf), "stop": (TINY, 1), "subset": (TINY, 1 - TINY)}
+LIMITS |= {"queries": (1, 18)} | dict.fromkeys(("weight_decay", "seed"), (0, np.inf))
 LIMITS |= dict.fromkeys(("momentum", "warmup", "smoothing", "ema"), (0, 1 - TINY))
-LIMITS |= dict.fromkeys(("weight_decay", "seed"), (0, np.inf))
 STREAMS = {"halves": 0, "weights": 1, "order": 2, "augment": 3, "rule": 4}
 
 

@@ -221,12 +221,12 @@ def headline(ledger):
         if len(fair := found[~found.verdict.isin(["not run", "not testable here"])]):
             absent = "nothing to read off, no setting of the one lies clearly between two of the other"
             more, less = ((fair.verdict == v).sum() for v in ("supported", "contradicted"))
-            said = f"undecided in all {len(fair)} cases"
+            said = "undecided" + f" in all {len(fair)} cases" * (len(fair) > 1)
             if more + less:
                 low, middle, high = fair["size"][fair.verdict != "inconclusive"].quantile([0, 0.5, 1])
-                said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; where it "
-                said += f"does, the AUC changes by {middle:+.1f} points, from {low:+.1f} to {high:+.1f}, in the median "
-                said += f"of {joined(HEADLINES)}"
+                span = f", from {low:+.1f} to {high:+.1f}," * bool(low < high)
+                said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; where it does, "
+                said += f"the AUC changes by {middle:+.1f} points{span} in the median of {joined(HEADLINES)}"
         answer.append(f"{where}: {said}.")
     return " ".join(answer)
 

@@ -225,8 +225,8 @@ def headline(ledger):
             if more + less:
                 low, middle, high = fair["size"][fair.verdict != "inconclusive"].quantile([0, 0.5, 1])
                 span = f", from {low:+.1f} to {high:+.1f}," * bool(low < high)
-                said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; where it does, "
-                said += f"the AUC changes by {middle:+.1f} points{span} in the median of {joined(HEADLINES)}"
+                said = f"sharpness-aware training leaks more in {more} of {len(fair)} cases, less in {less}; where it "
+                said += f"does, the AUC changes by {middle:+.1f} points{span} in the median of {joined(HEADLINES)}"
         answer.append(f"{where}: {said}.")
     return " ".join(answer)
 

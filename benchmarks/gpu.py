@@ -306,11 +306,10 @@ def audit(data, out):
     ensembles = {name: own_logits.models(name, arrays) for name, arrays in given.items()}
     hits = {name: compare.signal(e, "correct").astype(float) for name, e in ensembles.items()}
     found = [found, compare.variances(ensembles), memorization.memorization_table(hits, member)]
-    for column, metric in enumerate(
-        ("hessian_top_eigenvalue", "loss_rise_in_ball")
-    ):  # means of pairs, as in notebook 01
+    n_flat = len(summary["flatness"]["sgd"])
+    for column, metric in enumerate(("hessian_top_eigenvalue", "loss_rise_in_ball")):  # of pairs, as in notebook 01
         flat = {n: np.reshape(pairs, (-1, 2, 2)).mean(1)[None, :, column] for n, pairs in summary["flatness"].items()}
-        found.append(intervals.paired(flat, metric, log_ratio_from=0.0, examples_only=True).assign(n_models=4))
+        found.append(intervals.paired(flat, metric, log_ratio_from=0.0, examples_only=True).assign(n_models=n_flat))
     rows = pd.concat(found).fillna({"baseline": "", "attack": "", "n_models": len(ids)})
     about = {"notebook": "gpu", "experiment": "main", "dataset": dataset.name, "arch": recipes["sgd"].arch}
     about |= {"coordinate": "", "rho": rows.optimizer.map({name: recipe.rho for name, recipe in recipes.items()})}

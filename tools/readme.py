@@ -69,8 +69,8 @@ def answer():
     at = (testable.experiment == "frontier") & (testable.metric == "test_accuracy") & (testable.baseline == "sam")
     ends = testable[testable.metric == "auc_among_the_best"].groupby("run").value
     both, alike = ((ends.min() < 0) & (ends.max() > 0)).sum(), (testable.ci_high[at] >= 0).sum()
-    said = f"Of {fitted:.0f} fitted settings of SGD, {alike} are about as accurate as tuned SAM; {better:.0f} of these "
-    said += f"clearly leak less, by {HEADLINES[0]}. Between the most accurate settings of each, the difference has "
+    said = f"Of {fitted:.0f} fitted settings of SGD, {alike} are about as accurate as tuned SAM; clearly leaking less "
+    said += f"by {HEADLINES[0]}: {better:.0f} of these. Between the most accurate settings of each, the difference has "
     said += f"either sign in {both} of {ends.ngroups} runs."
     return f"**{word}.** {verdict.headline(ledger)} {said}"
 

@@ -40,7 +40,7 @@ def estimate(values, clusters=None, level=0.95, rate=False, shadow_correction=0.
     x = np.asarray(values)
     names, cluster = np.unique(np.arange(len(x)) // 2 if clusters is None else clusters, return_inverse=True)
     value = float(x.mean(dtype=np.float64))
-    need(x.ndim == 2 and np.isfinite(value), f"influence_values: {x.shape}, mean {value}; valid are finite [M, N]")
+    need(x.ndim == 2 and np.isfinite(value), f"values: {x.shape}, mean {value}; valid are finite [M, N]")
     # sums of the deviations: one for each cluster of models and (group of) example(s)
     sums = np.zeros((len(names), x.shape[1]))
     for of_model, k in zip(x, cluster, strict=True):

@@ -127,7 +127,7 @@ def test_constant_cells_have_a_point_interval():
 
 @pytest.mark.parametrize(
     "influence_values, clusters, words",
-    [(np.zeros(5), None, "influence_values: "), (np.full((4, 5), np.nan), None, "influence_values: .* mean nan")],
+    [(np.zeros(5), None, "values: "), (np.full((4, 5), np.nan), None, "values: .* mean nan")],
 )
 def test_estimate_faults_are_named(influence_values, clusters, words):
     with pytest.raises(ValueError, match=words):

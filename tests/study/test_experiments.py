@@ -237,6 +237,15 @@ def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, 
     assert plan.trial() > 0 and torch.get_num_threads() == before
 
 
+def test_a_trial_is_about_as_fast_as_the_training(tmp_path):
+    run = small(tmp_path, epochs=20)
+    plan = experiments.Plan(run, ["01"])
+    rate = plan.trial()
+    trained(run, of(run, "sgd", 64))
+    known = plan.table()
+    assert rate / 3 < (known.rate / known.at_once).max() < 3 * rate
+
+
 def slow_and_private(run):
     return {"plain": of(run, "sgd", 32, epochs=10), "private": of(run, "dpsgd(sigma=1.0)", 32, epochs=10)}
 

@@ -109,8 +109,7 @@ def memorization_table(values, member, published=None):
 
 def spearman(a, b):
     """Spearman's rank correlation of two arrays [N]; 0 where one of them is constant."""
-    ranks = stats.rankdata(a), stats.rankdata(b)
-    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def plant(dataset, n_wrong, sources=(), copies=4, seed=0):

@@ -1,9 +1,7 @@
 """The label-only attack (Choquette-Choo et al. 2021): it sees a model's predicted labels and no confidences.
 
 A member tends to lie far from the decision boundary, so it keeps its label under many small changes of the input.
-The strength of the change is chosen on other models, and "no change at all" is one of the choices. The authors' code
-differs: it shifts along one diamond, or rotates; it trains a network on a shadow model's hits, which we only count; and
-it asks 2,500 to 10,000 times with noise of 0.02 to 0.1 of a pixel's range.
+The strength of the change is chosen on other models; "no change at all" is one of the choices. Limits: docs/limits.md.
 """
 
 from functools import partial

@@ -113,8 +113,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     """
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
-        found = (rmia(confidence[:, q], member, z, offline, gamma, a) for q, z in enumerate(each))
-        return sum(found) / len(each)
+        return sum(rmia(confidence[:, q], member, z, offline, gamma, a) for q, z in enumerate(each)) / len(each)
     p, inside = checked(confidence, member)
     require_shadows(inside, 1, not offline)
     outside = ~inside

@@ -34,8 +34,7 @@ class Dataset:
     def hash(self) -> str:
         """Hex digest over the class names and over dtype, shape and bytes of the four arrays and the groups."""
         digest = blake2b(json.dumps(self.classes).encode(), digest_size=16)
-        groups = () if self.groups is None else (self.groups,)
-        for array in (self.x, self.y, self.x_test, self.y_test, *groups):
+        for array in (self.x, self.y, self.x_test, self.y_test, *([] if self.groups is None else [self.groups])):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()

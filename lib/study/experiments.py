@@ -26,8 +26,7 @@ PLANTED = 16  # models of the planted leak: 8 pairs, and it takes 6 for the inte
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
-# of each notebook, training apart and while another runs: fixed seconds, and seconds for each million of scores [models
-# x examples] that it reads. 07 runs alone, so its 5 s count twice
+# of each notebook: fixed seconds, and seconds for each million of scores. 07 runs alone, so its 5 s count twice
 ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (10, 0)}
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
@@ -327,28 +326,22 @@ class Plan:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def trial(self):
-        """Gradients of one example a second that a process makes for the baseline: from a second's work, just now."""
-        recipe, data, device = self.run.recipe(self.run.baseline), self.run.dataset, ensemble.device_of(self.run.device)
-        # on larger images, an epoch of two steps
-        most = len(data.y) if self.run.is_small else round(2 * recipe.batch_size / recipe.subset)
-        n = min(len(data.y), most) // 2 * 2
+        """Gradients of one example a second that a process makes for the baseline: of a stack of models, just now."""
+        run, data, device = self.run, self.run.dataset, ensemble.device_of(self.run.device)
+        recipe = run.recipe(run.baseline)
+        # on larger images, an epoch has two steps
+        n = len(data.y) if run.is_small else min(len(data.y), round(2 * recipe.batch_size / recipe.subset)) // 2 * 2
         few = replace(data, x=data.x[:n], y=data.y[:n], x_test=data.x_test[:1], y_test=data.y_test[:1], groups=None)
-        inputs, ids = ensemble.Inputs(few, recipe, device), range(workers.n_together(recipe, few, device))
-
-        def seconds(epochs):
-            short, began = replace(recipe, epochs=epochs), time.perf_counter()
-            # compiled if the whole ensemble will be: so many models are as much work
-            n_models = self.run.n_models * work(recipe, len(data.y), 1) / work(short, n, 1)
-            ensemble.train_chunk(short, inputs, ids, n_models=n_models)
-            return time.perf_counter() - began
-
-        threads, epochs = torch.get_num_threads(), 1
+        short = replace(recipe, epochs=min(recipe.epochs, 8))
+        inputs, ids = ensemble.Inputs(few, short, device), range(workers.n_together(short, few, device))
+        n_models = run.n_models * work(recipe, len(data.y), 1) / work(short, n, 1)  # as much work as the whole ensemble
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the processes that will train
-        seconds(epochs)  # the first also compiles
-        while (took := seconds(epochs)) < 1 and 2 * epochs <= recipe.epochs:
-            epochs *= 2
+        for _ in range(2):  # the first also compiles, if the whole ensemble would
+            began = time.perf_counter()
+            ensemble.train_chunk(short, inputs, ids, n_models=n_models)
         torch.set_num_threads(threads)
-        return work(replace(recipe, epochs=epochs), n, len(ids)) / took
+        return work(short, n, len(ids)) / (time.perf_counter() - began)
 
     def describe(self):
         """The table as text, with what is left in all: gradients, disk and time, by a trial where nothing is known."""

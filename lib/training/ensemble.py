@@ -160,10 +160,8 @@ class Ensemble:
         found, n = self.store.rows[name].read(), len(self.ids)
         return found[:n] if np.array_equal(self.ids, np.arange(n)) else found[self.ids]
 
-    logits = property(lambda self: self.rows("logits"))
-    test_logits = property(lambda self: self.rows("test_logits"))
-    member = property(lambda self: self.rows("member"))
-    history = property(lambda self: self.rows("history"))
+    logits, test_logits = (property(lambda self, name=n: self.rows(name)) for n in ("logits", "test_logits"))
+    member, history = (property(lambda self, name=n: self.rows(name)) for n in ("member", "history"))
 
     def only(self, ids):
         """The same ensemble, restricted to models `ids`."""

@@ -88,8 +88,7 @@ def membership(recipe, n, ids, groups=None):
         draw = generator(recipe, "halves", k // 2 if recipe.subset == 0.5 else k)
         chosen = draw.permutation(n)[:size] if groups is None else whole_groups(draw, groups, size)
         member[row, chosen] = True
-        if recipe.subset == 0.5 and k % 2:
-            member[row] = ~member[row]
+        member[row] ^= recipe.subset == 0.5 and k % 2 == 1  # the other half
     return member
 
 

@@ -141,8 +141,7 @@ def esam(gradient, params, rho, uniform, losses, beta=0.6, gamma=0.5):
     moved = ascend(params, chosen, rho / beta)
     # B+ = the gamma B examples of largest l(w + e) - l(w)
     rise = losses(moved) - aux.losses
-    top = rise.topk(max(1, int(gamma * len(rise)))).indices
-    second, _ = gradient(moved, top)
+    second, _ = gradient(moved, rise.topk(max(1, int(gamma * len(rise)))).indices)
     return second, aux
 
 

@@ -305,19 +305,17 @@ def compiled_once(function, device, is_traced):
     def call(*args):
         key = tuple((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tree_leaves(args))
         if key not in made:
-            with FileLock(Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"):
-                try:
-                    if is_traced and not record:
-                        graph = make_fx(lambda *trees: function(*trees))(*args)
-                        # the compiler's cache holds whole graphs only where it is told of their shapes
-                        shapes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-                        with tracing(TracingContext(shapes)):
-                            made[key] = torch._inductor.compile(graph, [*args])
-                    else:
-                        made[key] = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
-                    made[key](*args)
-                except Exception:
-                    made[key] = function
+            made[key], lock = function, Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"
+            with FileLock(lock), suppress(Exception):  # where compiling fails, the function itself remains
+                compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
+                if is_traced and not record:
+                    graph = make_fx(lambda *trees: function(*trees))(*args)
+                    # the compiler's cache holds whole graphs only where it is told of their shapes
+                    shapes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+                    with tracing(TracingContext(shapes)):
+                        compiled = torch._inductor.compile(graph, [*args])
+                compiled(*args)
+                made[key] = compiled
         if not record or made[key] is function:
             return made[key](*args)
         torch.compiler.cudagraph_mark_step_begin()  # the next replay overwrites these outputs: they are copied

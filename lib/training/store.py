@@ -170,5 +170,4 @@ def read_json(path):
 def place(root, name, key):
     """(the folder of a recipe's store, the text of recipe.json in it)."""
     text = json.dumps({"store_version": VERSION, **key}, sort_keys=True, indent=1)
-    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    return Path(root) / f"{name}-{digest}", text
+    return Path(root) / f"{name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}", text

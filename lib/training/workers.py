@@ -85,9 +85,8 @@ def missing(recipe, dataset, n_models, kept, device):
 
 def n_together(recipe, dataset, device):
     """How many models train as one stack: one where the network or the optimizer can't be stacked."""
-    shape, n_classes = dataset.x.shape[1:], dataset.n_classes
-    alone = trial.trial(recipe, shape, n_classes, device)
-    return 1 if alone else step.n_stacked_for(networks.build(recipe.arch, shape, n_classes), device)
+    about = dataset.x.shape[1:], dataset.n_classes
+    return 1 if trial.trial(recipe, *about, device) else step.n_stacked_for(networks.build(recipe.arch, *about), device)
 
 
 def train_one(recipe, inputs, ids, kept, n_models, tick=lambda: None):
@@ -156,8 +155,7 @@ def n_processes(recipe, dataset, device):
     import loky
     import psutil
 
-    room = psutil.virtual_memory().available // (OWN + 4 * dataset.x.nbytes)
-    return int(max(1, min(loky.cpu_count(), room)))
+    return int(max(1, min(loky.cpu_count(), psutil.virtual_memory().available // (OWN + 4 * dataset.x.nbytes))))
 
 
 @cache

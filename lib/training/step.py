@@ -307,8 +307,9 @@ def compiled_once(function, device, is_traced):
         if key not in made:
             made[key], lock = function, Path(tempfile.gettempdir()) / f"torch_compile_{os.getuid()}.lock"
             with FileLock(lock), suppress(Exception):  # where compiling fails, the function itself remains
-                compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
-                if is_traced and not record:
+                if record or not is_traced:
+                    compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if record else None)
+                else:
                     graph = make_fx(lambda *trees: function(*trees))(*args)
                     # the compiler's cache holds whole graphs only where it is told of their shapes
                     shapes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)

@@ -10,6 +10,7 @@ import torch
 from torch.func import grad, vmap
 from torch.nn.modules.module import register_module_forward_hook
 
+from lib.training.networks import Head
 from lib.training.sharpness import ascend, norm
 
 
@@ -29,8 +30,7 @@ def dpsgd(gradient, params, per_example, noise, clip=1.0, sigma=1.0):
 def dpsam(gradient, params, rho, per_example, noise, clip=1.0, sigma=1.0):
     """DP-SAM: SAM with both of its gradients clipped and noised; options as in `dpsgd`.
 
-    The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set theirs against.
-    """
+    The two-step form that Park et al. 2023, "Differentially private sharpness-aware training", set theirs against."""
     first, aux = dpsgd(gradient, params, per_example, noise, clip, sigma)
     moved, later = ascend(params, first, rho), {n: z[1:] for n, z in noise.items()}
     return dpsgd(gradient, moved, per_example, later, clip, sigma)[0], aux
@@ -56,8 +56,7 @@ def by_layer(loss, params, x, y, net):
     """The same in a network of linear layers on [B, D], from one pass back to the layers' outputs.
 
     An example's gradient of a layer's weights is the outer product of its input a and the slope d of the loss at its
-    output, so its norm is |a| |d|: Goodfellow 2015, "Efficient per-example gradient computations".
-    """
+    output, so its norm is |a| |d|: Goodfellow 2015, "Efficient per-example gradient computations"."""
     names, inputs = {m: name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}, {}
 
     def total(shifts):
@@ -85,7 +84,7 @@ def by_layer(loss, params, x, y, net):
 
 def way_for(net):
     """by_layer where the network is a chain of linear layers and activations, else by_example."""
-    plain = torch.nn.Flatten, torch.nn.Linear, torch.nn.ReLU, torch.nn.Tanh
+    plain = torch.nn.Flatten, torch.nn.Linear, Head, torch.nn.ReLU, torch.nn.Tanh
     is_chain = isinstance(net, torch.nn.Sequential) and isinstance(net[0], torch.nn.Flatten) and len({*net}) == len(net)
     return partial(by_layer, net=net) if is_chain and all(type(m) in plain for m in net) else by_example
 
@@ -97,8 +96,7 @@ def accounting(batch_size, n, steps, queries):
     """(function that makes an accountant, function of sigma > 0 that says what it counts), of Google's dp-accounting.
 
     Each step draws batch_size of the n examples without replacement, whatever was drawn before, and asks `queries`
-    questions of them, each answered as in `dpsgd`: Wang, Balle & Kasiviswanathan 2019, theorem 27.
-    """
+    questions of them, each answered as in `dpsgd`: Wang, Balle & Kasiviswanathan 2019, theorem 27."""
     import dp_accounting as dp  # here: it takes a second
     from dp_accounting.rdp import RdpAccountant
 

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from lib import need
 
-VERSION = 5  # raise it when the same recipe would give other arrays, or another key
+VERSION = 6  # raise it when the same recipe would give other arrays, or another key
 
 
 def write_atomic(path, text):
@@ -137,8 +137,9 @@ class Store:
         path = self.folder / "done" / f"{model:05d}.json"
         if model in self.verified or not path.exists():
             return self.verified.get(model)
-        with self.writing:  # not while another process rewrites a header
-            fault = self.fault(model, path)
+        if fault := self.fault(model, path):
+            with self.writing:  # another process may have been rewriting a header
+                fault = self.fault(model, path)
         if fault:
             warnings.warn(f"{self.folder.name}: model {model} is damaged ({fault}): it is trained again", stacklevel=2)
             path.unlink(missing_ok=True)

@@ -1,9 +1,13 @@
 """`python -m lib.study`: see lib.study.command_line."""
 
+import atexit
 import os
 import sys
 
-from lib.study.command_line import main
+status = 1
+atexit.register(lambda: os._exit(status))  # called last: the interpreter's own end takes a second
+
+from lib.study.command_line import main  # noqa: E402
 
 try:
     status = main()

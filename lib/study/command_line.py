@@ -89,8 +89,8 @@ def main(arguments=None):
             return 0
         before, out = plan.table(), Path(shortest(run.out))
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
-        # one thread trains for one notebook after another. On larger images, which take long, a notebook runs when its
-        # models are there; else it waits for all models, since beside training both take 8% more processor time
+        # on larger images, which take long, a notebook runs when its models are there; else it waits for all models,
+        # since beside training both take 8% more processor time
         ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
 
         def run_one(book, awaited):
@@ -102,10 +102,10 @@ def main(arguments=None):
                     executor.shutdown(wait=False, cancel_futures=True)
                 raise
 
-        trained = [ahead.submit(plan.train, number) for number in numbers]
+        trained = [ahead.submit(plan.train, part) for part in ([numbers] if run.is_small else [[n] for n in numbers])]
         for at, book in enumerate(books, 1):
             # the verdict judges what all the others recorded
-            awaited = [*(trained if run.is_small else trained[:at]), *(running if "verdict" in book.stem else [])]
+            awaited = [*trained[:at], *(running if "verdict" in book.stem else [])]
             running[pool.submit(run_one, book, awaited)] = book
         for done in futures.as_completed(running):
             plan.notebooks.remove(running[done].name[:2])

@@ -306,10 +306,10 @@ class Plan:
         print(f"About {duration(seconds)} to go, {share:.0%} of the training is done.", flush=True)
         self.speak_at = time.monotonic() + min(max(20, seconds / 5), 120)
 
-    def train(self, book=None):
-        """Train what one notebook needs and no other process trains; None: what all need, none of which is run then."""
-        self.notebooks, run = self.notebooks if book else [], self.run
-        how = dict(device=run.device, engine=run.engine, gpus=run.gpus, quiet=bool(book), notify=self.say, wait=False)
+    def train(self, books=None):
+        """Train what these notebooks need and no other process trains; None: what all need, none of which is run."""
+        self.notebooks, run = self.notebooks if books else [], self.run
+        how = dict(device=run.device, engine=run.engine, gpus=run.gpus, quiet=bool(books), notify=self.say, wait=False)
         here, device = Lock(), ensemble.device_of(run.device)
 
         def train_one(planned):
@@ -321,7 +321,10 @@ class Plan:
         pool = futures.ThreadPoolExecutor(AT_ONCE)
         each = map if run.engine == "ray" else pool.map  # Ray ends the process when the thread that started it ends
         try:
-            list(each(train_one, [planned for _, first, planned in self.ensembles if book in (None, first)]))
+            todo = [planned for _, first, planned in self.ensembles if first in (books or [first])]
+            # private rules compile nothing: they are trained while the code of the first ensemble is compiled
+            todo[1:] = sorted(todo[1:], key=lambda planned: not planned.recipe.optimizer.is_private)
+            list(each(train_one, todo))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -80,8 +80,7 @@ def page(title, body, kind=""):
 def rendered(path, changed):
     """(title, HTML page) of an executed notebook: set-up folded, mathematics as MathML, no widgets, no folders.
 
-    changed: the file's st_mtime_ns, so that the same state of it is rendered once.
-    """
+    changed: the file's st_mtime_ns, so that the same state of it is rendered once."""
     book = nbformat.read(path, as_version=4)
     for cell in book.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
@@ -90,6 +89,7 @@ def rendered(path, changed):
             if "text/latex" in (shown := output.get("data", {})):
                 shown["text/html"] = mathml(shown.pop("text/latex").strip("$ \n"), "block")
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.register_filter("clean_html", lambda part: part)  # `page` cleans the whole
     exporter.register_filter("markdown2html", lambda text: MarkdownWithMath(Renderer(escape=False)).render(text))
     body = '<p><a href="index.html">All verdicts</a></p>'
     for folded, cells in groupby(book.cells, lambda cell: bool(SETUP & set(cell.metadata.get("tags", [])))):
@@ -133,8 +133,7 @@ def strongest(rows):
 def for_engineers(rows, prefer="", over=""):
     """In HTML, from the rows of a results.csv: what to do, how often the attacker is right, who is exposed, controls.
 
-    prefer: what leaks less ("": no difference was found), over: than what ("": nothing was compared).
-    """
+    prefer: what leaks less ("": no difference was found), over: than what ("": nothing was compared)."""
     best, own = strongest(rows), rows[(rows.experiment == "main") & (rows.baseline == "")]
     null, (attack, *_) = rows[rows.experiment == "null control"], [*best.attack, "none"]
     shift = null[NUMBERS].to_numpy(float) - 0.5

@@ -147,8 +147,7 @@ class Ensemble:
     """Finished models, memory-mapped from the store.
 
     ids [M]; logits [M, Q, N, C] on the pool (query 0 is the plain input); test_logits [M, Q, T, C]; member [M, N];
-    history [M, epochs, 3]: mean train loss and accuracy of each epoch's batches, test accuracy (NaN between).
-    """
+    history [M, epochs, 3]: mean train loss and accuracy of each epoch's batches, test accuracy (NaN between)."""
 
     recipe: Recipe
     dataset: Dataset

@@ -25,8 +25,7 @@ class Recipe:
     before a cosine takes it down to 0. stop: share of the epochs after which training stops, while the schedule is that
     of all the epochs. smoothing: of the labels (Szegedy et al. 2016, section 7). subset: share of the pool that each
     model trains on. queries: how many flipped and shifted copies of each example the models predict (1: the example as
-    it is). precision: float32, or bfloat16 (autocast). ema: decay of the weights' average that is kept; 0: none.
-    """
+    it is). precision: float32, or bfloat16 (autocast). ema: decay of the weights' average that is kept; 0: none."""
 
     arch: str = "mlp"
     optimizer: Optimizer | str = "sgd"
@@ -81,8 +80,7 @@ def membership(recipe, n, ids, groups=None):
     """Which examples each model trains on: bool [len(ids), n], with the same number of members in every row.
 
     subset 0.5: models 2k and 2k+1 get complementary halves. Any other subset: each model draws its own. groups [n]:
-    examples of one group are all members or all non-members.
-    """
+    examples of one group are all members or all non-members."""
     size, member = round(n * recipe.subset), np.zeros((len(ids), n), bool)
     for row, k in enumerate(ids):
         draw = generator(recipe, "halves", k // 2 if recipe.subset == 0.5 else k)

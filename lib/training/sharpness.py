@@ -92,8 +92,7 @@ def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
 def looksam(gradient, params, rho, is_kth_step, memory, k=5, alpha=0.7, layerwise=False):
     """LookSAM: Liu et al. 2022, algorithm 1: SAM every k-th step, its flat direction reused in between.
 
-    layerwise: norms and angles of each tensor by itself, not of the whole gradient. Limits: docs/limits.md.
-    """
+    layerwise: norms and angles of each tensor by itself, not of the whole gradient. Limits: docs/limits.md."""
     first, aux = gradient(params)
     other = gradient(ascend(params, first, rho))[0] if is_kth_step else memory
     found = {}
@@ -159,8 +158,7 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
     """Largest-magnitude Hessian eigenvalue (a scalar tensor) of `loss`, dict of tensors -> scalar, at `params`.
 
     By power iteration, until the Rayleigh quotient v'Hv changes by less than the share `tolerance`, or for `steps`
-    products: Yao et al. 2020, "PyHessian", section 3.
-    """
+    products: Yao et al. 2020, "PyHessian", section 3."""
     leaves = [p.detach().requires_grad_() for p in params.values()]
     source, value = torch.Generator().manual_seed(seed), torch.zeros(())
     slope = torch.autograd.grad(loss(dict(zip(params, leaves, strict=True))), leaves, create_graph=True)
@@ -182,8 +180,7 @@ def top_eigenvalue(loss, params, steps=100, tolerance=1e-3, seed=0):
 def loss_rise_in_ball(loss, params, rho, steps=5):
     """How much the loss can rise within |e| <= rho: max_e L(w + e) - L(w), by `steps` normalised ascent steps.
 
-    A lower bound of the maximum, the inner problem of SAM (Foret et al. 2021, eq. 1), as a scalar tensor.
-    """
+    A lower bound of the maximum, the inner problem of SAM (Foret et al. 2021, eq. 1), as a scalar tensor."""
     offset = {n: torch.zeros_like(p) for n, p in params.items()}
     for _ in range(steps):
         at = {n: (p + offset[n]).detach().requires_grad_() for n, p in params.items()}

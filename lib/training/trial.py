@@ -25,8 +25,7 @@ def trial(recipe, shape, n_classes, device):
 
     What a reader brings takes two real steps here, and predicts: with two stacked models or, where torch.func refuses
     that, with one by ordinary autograd. Raises ValueError naming `arch` or `optimizers` if that fails too, or if random
-    numbers are drawn that are no function of the seed.
-    """
+    numbers are drawn that are no function of the seed."""
     if ":" not in recipe.arch + recipe.optimizer.text and not recipe.optimizer.base_options:
         return ""
     arch, optimizers = f"arch={recipe.arch!r}", f"optimizers={recipe.optimizer.text!r}"

@@ -25,6 +25,7 @@ ENGINES = ("local", "ray")
 LONG = 100  # steps of one model from which processes are worth starting
 OWN = 1e9  # bytes of memory that a process takes, about
 STARTING = threading.Lock()  # two threads share the processes
+COMPILED = set()  # what decides the compiled code of ensembles that were trained here
 tell_once = cache(partial(print, flush=True))  # in each process
 
 
@@ -32,8 +33,7 @@ def train(recipe, dataset, n_models, store, device="auto", engine="local", gpus=
     """Models 0..n_models-1 of the recipe, trained where the store lacks them: an ensemble.Ensemble.
 
     gpus: what a Ray task asks for, such as 0.25 of a GPU. notify(recipe, n_examples, n_models, seconds) is called after
-    each chunk. wait=False: models that other processes are training are left to them, and None is returned.
-    """
+    each chunk. wait=False: models that other processes are training are left to them, and None is returned."""
     check(engine)
     where = ensemble.device_of(device)
     ensemble.check(recipe, dataset, n_models, device)
@@ -76,8 +76,7 @@ def check(engine):
 def missing(recipe, dataset, n_models, kept, device):
     """The chunks of models that train together and lack one of models 0..n_models-1: a list of ranges.
 
-    They start at multiples of their size, so a resumed or a longer run trains model k beside the same others.
-    """
+    They start at multiples of their size, so a resumed or a longer run trains model k beside the same others."""
     size = n_together(recipe, dataset, device)
     whole = (range(start, start + size) for start in range(0, n_models, size))
     return [ids for ids in whole if any(kept.flag(k) is None for k in ids if k < n_models)]
@@ -164,17 +163,23 @@ def processes(n, parent):
     import loky
 
     os.environ.setdefault("LOKY_MAX_MEMORY_LEAK_SIZE", "1e12")  # compiled code is no leak: no process starts anew
-    return loky.ProcessPoolExecutor(n, timeout=None, initializer=alone, initargs=(parent,))
+    # without work for so many seconds they end: this process need not wait for that when it ends
+    return loky.ProcessPoolExecutor(n, timeout=30, initializer=alone, initargs=(parent,))
 
 
 def train_by_processes(recipe, dataset, todo, store, n, n_models, quiet=False, notify=None):
     """Have n processes train the chunks; if one of them is lost, the caller trains what is missing."""
     from loky.process_executor import BrokenProcessPool
 
+    code = recipe.arch, recipe.smoothing, recipe.precision, recipe.batch_size, recipe.optimizer.rule_name
     with STARTING:
-        pool = processes(n, os.getpid())
+        pool, waiting = processes(n, os.getpid()), {}
     try:
-        waiting = {pool.submit(train_there, recipe, dataset, ids, str(store), "cpu", n_models): ids for ids in todo}
+        for ids in todo:
+            waiting[pool.submit(train_there, recipe, dataset, ids, str(store), "cpu", n_models)] = ids
+            if code not in COMPILED:  # the other chunks would wait for the compiler, and another ensemble behind them
+                futures.wait(waiting)
+                COMPILED.add(code)
         collect(recipe, dataset, waiting, f"{n} processes", n, quiet, notify)
     except BrokenProcessPool:
         processes.cache_clear()

@@ -31,8 +31,7 @@ def keep_common_models(ensembles, essential=None):
     """The ensembles restricted to the models that finished in all of them, so that every comparison stays paired.
 
     While fewer than half of the models (or fewer than 8) are common, the ensemble with the fewest models is left out,
-    and its label printed. Labels in `essential` (default: all) stay. ValueError if fewer than 8 models are common.
-    """
+    and its label printed. Labels in `essential` (default: all) stay. ValueError if fewer than 8 models are common."""
     kept, enough = dict(ensembles), max(8, max(len(e.ids) for e in ensembles.values()) / 2)
     spare = [label for label in ensembles if essential is not None and label not in essential]
     spare.sort(key=lambda label: len(ensembles[label].ids))
@@ -156,8 +155,7 @@ def accuracies(ensembles):
 def contrast(ensembles):
     """`accuracies`, and of every headline attack the AUC and, where reportable, TPR and FPR at 1% FPR: a tidy frame.
 
-    Columns beside the usual ones: attack, and train_loss, the optimizer's own, NaN beside differences.
-    """
+    Columns beside the usual ones: attack, and train_loss, the optimizer's own, NaN beside differences."""
     first, frames = next(iter(ensembles.values())), [accuracies(ensembles).assign(attack="")]
     member, corrected = np.array(first.member), {"rate": True, "shadow_correction": SHADOW_CORRECTION}
     for attack in catalogue.HEADLINES:
@@ -174,8 +172,7 @@ def variances(ensembles, kinds=("across_examples", "across_models"), members=Fal
     """Variance of phi and of p_y on non-members (or on members), and log ratios, in each of its meanings: a tidy frame.
 
     across_examples: of one model's outputs over examples (as in the paper's theorem); within_class: the same in each
-    class; across_models: of one example's outputs over models (LiRA's denominator).
-    """
+    class; across_models: of one example's outputs over models (LiRA's denominator)."""
     frames = []
     for name, kind in product(("phi", "confidence"), kinds):
         values_of = partial(variance_influence_values, name=name, kind=kind, members=members)
@@ -211,8 +208,7 @@ def exposure_table(ensembles, scored, ids=None):
     that did not. The rows `exposure` have the ten highest, with Welch's interval over models, and the example's number
     (from `ids` [N]) as coordinate. exposed_in_both_halves: each half of the pairs of models names the 1% most exposed
     of the (at least 1,000) examples that, in both halves, three models or more trained on and three or more did not;
-    the value is the share that both halves name.
-    """
+    the value is the share that both halves name."""
     first, rows, attack = next(iter(ensembles.values())), [], "lira_shrunk"
     member, data, ids = np.array(first.member), first.dataset, np.arange(len(first.dataset.y)) if ids is None else ids
     halves = folds(member)
@@ -258,8 +254,7 @@ def label_only_table(ensembles, n_models=16, device="cpu", n_examples=None):
     """Every metric of the attacks that see predicted labels only, on models whose weights are kept: a tidy frame.
 
     label_once asks for the unchanged example only; null_auc is label_only's AUC on shuffled membership. The first
-    n_models models, in whole pairs, are asked about n_examples of the pool, drawn at random: columns of the frame.
-    """
+    n_models models, in whole pairs, are asked about n_examples of the pool, drawn at random: columns of the frame."""
     there = common_ids(ensembles.values())
     ids = [k for k in range(KEEP_WEIGHTS) if k in there and k ^ 1 in there][: n_models // 2 * 2]
     need(len(ids) >= 8, f"n_models={n_models}: only {len(ids)} models finished and kept their weights; 8 are needed")
@@ -301,8 +296,7 @@ def read_off(x, nodes, aucs, scale, slope):
     """The AUC B(x) read off a curve: influence values of its AUCs [M, N], mean B(x), and of its coordinates, mean 0.
 
     x, nodes: influence values [M, .] of the coordinates of the place and of the curve's k runs, rising; aucs: those of
-    the runs' AUCs [M, N]. scale: what the coordinate is interpolated in, and slope its derivative.
-    """
+    the runs' AUCs [M, N]. scale: what the coordinate is interpolated in, and slope its derivative."""
     k, at, a = len(nodes), [v.mean() for v in (x, *nodes)], np.clip([v.mean() for v in aucs], 1e-9, 1 - 1e-9)
     point = np.array([*map(scale, at), *logit(a)])
 
@@ -330,8 +324,7 @@ def decomposition(treated, curve, own, treatment, baseline, name="train_loss", c
 
     With the name test_accuracy, x is the accuracy, and the last is auc_at_equal_accuracy. The intervals hold the errors
     of all AUCs and coordinates, x too (delta method), but not the curve's shape between two runs. Without two runs that
-    enclose x and differ by more than noise, only auc_total is given. Further columns: attack, coordinate, and x.
-    """
+    enclose x and differ by more than noise, only auc_total is given. Further columns: attack, coordinate, and x."""
     test = name == "test_accuracy"
     values_of, scale, slope = (hits_on_test, float, np.ones_like) if test else (train_losses, np.log, np.reciprocal)
     treated = treated if isinstance(treated, list) else [treated]

@@ -15,8 +15,7 @@ def influence_blocks(member, values, block=1000):
     """infl[i, j] on `block` test examples at a time: yields (slice of columns, [N, <= block] float32).
 
     infl[i, j]: mean output on test example j of the models trained with example i, minus that of the models trained
-    without it (Feldman & Zhang 2020, equation 2).
-    """
+    without it (Feldman & Zhang 2020, equation 2)."""
     values, member = checked(values, member)
     n_in = member.sum(0)
     # infl = W'V with W_mi = 1{i in m} / n_in - 1{i not in m} / n_out
@@ -38,8 +37,7 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
 
     The distribution runs over n training examples: those of the test example's class with same_class, else all. Low: it
     depends on few of them; 0: on all alike, or on none; pure noise: about -0.98 (positive part), whatever n is. part:
-    "positive" keeps the positive influences, "absolute" the sizes of all.
-    """
+    "positive" keeps the positive influences, "absolute" the sizes of all."""
     groups = [(y == c, y_test == c) for c in np.unique(y_test)] if same_class else [(y == y, y_test == y_test)]
     out = np.empty(len(y_test))
     for rows, columns in groups:
@@ -57,8 +55,7 @@ def influence_entropy(member, values, y, y_test, part="positive", same_class=Tru
 def buckets(score, n=5, within=None, seed=0, classes=None):
     """Equal buckets 0..n-1 by rising score [T], with ties in random order: [T]. within: [T] groups, each cut by itself.
 
-    classes [T]: the score is first replaced by its rank in the own class, since scores of small classes are noisier.
-    """
+    classes [T]: the score is first replaced by its rank in the own class, since scores of small classes are noisier."""
     order, out = np.random.default_rng(seed).permutation(len(score)), np.empty(len(score), int)
     frame = pd.DataFrame({"score": score, "group": 0 if within is None else within, "class": classes}).iloc[order]
     if classes is not None:

@@ -62,8 +62,7 @@ def weights(path, eta) -> np.ndarray:
 def likelihood_ratio_advantage(mean_in, sd_in, mean_out, sd_out) -> tuple[np.ndarray, np.ndarray]:
     """Theorem 3. (Largest TPR - FPR of any rule that tells IN from OUT, its derivative in sd_out). Arrays broadcast.
 
-    IN is N(mean_in, sd_in^2), OUT is N(mean_out, sd_out^2), with sds > 0; NaN where the two coincide.
-    """
+    IN is N(mean_in, sd_in^2), OUT is N(mean_out, sd_out^2), with sds > 0; NaN where the two coincide."""
     r, delta = sd_out / sd_in, np.abs(mean_in - mean_out) / sd_in
     # the densities cross at y_1, y_2, in units of IN, or at z = (y + delta) / r, in units of OUT:
     # (1 - r^2) y^2 + 2 delta y + delta^2 + 2 r^2 log r = 0

@@ -25,12 +25,12 @@ def memorization(values, member) -> Memorization:
     """mem_i: mean output on example i of the models trained with it, minus that of the models trained without it.
 
     Feldman & Zhang 2020, equation 1 and algorithm 1. The standard error is about new models; for bools it is Agresti &
-    Caffo's (2000), which is not 0 where all models agree.
-    """
+    Caffo's (2000), which is not 0 where all models agree."""
     values, member = checked(values, member)
     value, variance = 0.0, 0.0
     for sign, group in ((1, member), (-1, ~member)):
-        n, mean = group.sum(0), np.mean(values, 0, np.float64, where=group)
+        n = group.sum(0)
+        mean = (values * group).sum(0, dtype=np.float64) / n  # a product takes a third of the time of `where`
         # mem_i = sum_m v_mi 1{i in m} / n_in - sum_m v_mi 1{i not in m} / n_out
         value = value + sign * mean
         if values.dtype == bool:
@@ -38,7 +38,7 @@ def memorization(values, member) -> Memorization:
             p = (n * mean + 1) / (n + 2)
             variance = variance + p * (1 - p) / (n + 2)
         else:
-            variance = variance + np.var(values, 0, np.float64, ddof=1, where=group) / n
+            variance = variance + np.square((values - mean) * group).sum(0) / (n - 1) / n
     return Memorization(value, np.sqrt(variance))
 
 
@@ -60,8 +60,7 @@ def bands(memorized):
 def jackknife(statistic, member, groups=20):
     """95% intervals of statistic(rows, columns) -> [K], of the models and examples at these indices: K Estimates.
 
-    Delete-a-group jackknife (Efron & Tibshirani 1993, section 11.7) over pairs of models plus that over examples.
-    """
+    Delete-a-group jackknife (Efron & Tibshirani 1993, section 11.7) over pairs of models plus that over examples."""
     rows, columns = np.arange(len(member)), np.arange(member.shape[1])
     value, variance, spread = np.asarray(statistic(rows, columns)), 0.0, 0.0
     pair_of = np.unique(pairs(member), return_inverse=True)[1]
@@ -81,8 +80,7 @@ def memorization_table(values, member, published=None):
     """Mean memorization and the share of examples in each band, of two optimizers and their difference: a tidy frame.
 
     values: dict optimizer -> [M, N], the baseline first; published: scores [N] from elsewhere. Both are correlated by
-    rank. The interval of a share reaches at least two examples either way: an empty band shows no spread.
-    """
+    rank. The interval of a share reaches at least two examples either way: an empty band shows no spread."""
     baseline, treatment = values
 
     def statistic(rows, columns):

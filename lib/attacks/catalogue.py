@@ -6,7 +6,7 @@ from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
 from lib.attacks.shadow import lira, rmia
-from lib.attacks.signals import TINY, by_rows, signals, ties
+from lib.attacks.signals import TINY, by_rows, ranking, signals, ties
 from lib.attacks.thresholds import classwise, yeom
 
 # those that look at one model alone
@@ -36,8 +36,7 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
     logits: [M, N, C] or [M, Q, N, C] with Q queries (augmentations), the plain input first. LiRA and RMIA average over
     the queries; the others see the first. y: [N] labels; member: [M, N] bool. population_logits [M, T, C] (or
     [M, Q, T, C]) and population_y [T]: examples that no model trained on, for RMIA. seed, groups [N]: as in
-    calibration_split. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to 1.
-    """
+    calibration_split. combined: the mean of the ranks of lira_shrunk and rmia among a model's examples, from 0 to 1."""
     logits = np.asanyarray(logits)
     need(logits.ndim in (3, 4), f"logits: shape {logits.shape}; valid are [M, N, C] and [M, Q, N, C]")
     need(set(only) <= set(NAMES), f"only: {[*only]}; valid are {', '.join(NAMES)}")
@@ -59,7 +58,7 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
         def mean_rank(m):
             total = np.zeros(len(y))
             for s in (out["lira_shrunk"][m], out["rmia"][m]):
-                order = np.argsort(s)
+                order = ranking(s)
                 total[order] += ties(s[order]).sum(0) - 1  # twice the rank, from 0: those with the same score share one
             return total / 4 / (len(y) - 1)
 
@@ -86,8 +85,7 @@ def null_member(member, seed=0, groups=None) -> np.ndarray:
 
     With it, in the place of `member`, and the real logits, AUC (and the accuracy of learned thresholds) is 1/2, up to
     O(1/N), if there is no fault. Each pair's halves are drawn anew; groups [N] trade places with groups of their size,
-    and the two sides of a pair with each other. Without pairs, one permutation serves all models.
-    """
+    and the two sides of a pair with each other. Without pairs, one permutation serves all models."""
     partner, rng = partners(member), np.random.default_rng(seed)
     if partner is None:
         return member[:, rng.permutation(member.shape[1])]

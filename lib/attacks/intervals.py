@@ -18,7 +18,7 @@ from scipy.special import expit, logit
 
 from lib import need
 from lib.attacks.membership import calibration_split, checked, folds, pairs
-from lib.attacks.signals import by_rows, ties
+from lib.attacks.signals import by_rows, ranking, ties
 from lib.attacks.thresholds import best_thresholds
 
 FPRS, SHADOW_CORRECTION = (0.1, 0.01, 0.001, 0.0001), 5.0
@@ -35,8 +35,7 @@ def estimate(values, clusters=None, level=0.95, rate=False, shadow_correction=0.
     patient's two eyes), default none. The variance is that of Cameron, Gelbach & Miller (2011, equation 2.10), the
     quantile Student's t, with Satterthwaite's degrees of freedom. rate: the mean is a probability, so the interval is
     made on the logit scale. examples_only: it is about new examples only (DeLong's for one model's AUC, Student's t for
-    a single row). With one cluster, or one (group of) example(s), it is (nan, nan).
-    """
+    a single row). With one cluster, or one (group of) example(s), it is (nan, nan)."""
     x = np.asarray(values)
     names, cluster = np.unique(np.arange(len(x)) // 2 if clusters is None else clusters, return_inverse=True)
     value = float(x.mean(dtype=np.float64))
@@ -90,8 +89,7 @@ def paired(values, metric, rate=False, log_ratio_from=None, **how) -> pd.DataFra
     values: dict optimizer -> influence values [M, N], of the same models and examples. rate, how: as in `estimate` (a
     difference is no rate). The baseline is "" for an optimizer's own value, else the first optimizer. log_ratio_from:
     where the metric's scale begins (0; 1/2 for an AUC). Then every difference also has a row log_ratio_<metric>, unless
-    one of the two values does not exceed it.
-    """
+    one of the two values does not exceed it."""
     first, *others = values
     rows = [row(metric, estimate(v, rate=rate, **how), optimizer=k, baseline="") for k, v in values.items()]
     for name in others:
@@ -110,8 +108,7 @@ def table(scores, member, fprs=FPRS, threshold=None, seed=0, log_ratios=False, *
     balanced_accuracy, advantage (= TPR - FPR), and, where an FPR is `reportable`, tpr@<fpr> and realised_fpr@<fpr>.
     With log_ratios a pair also has log_ratio_auc (of the excess above 1/2), log_ratio_tpr@<fpr>, and
     log_ratio_tpr@<fpr>_to_auc, the second minus the first. threshold: as in balanced_accuracy_influence_values. how:
-    columns and examples_only, as in `estimate`; groups in `columns` also stay together where thresholds are learned.
-    """
+    columns and examples_only, as in `estimate`; groups in `columns` also stay together where thresholds are learned."""
     how["clusters"] = pairs(checked(next(iter(scores.values())), member)[1])
     learned, corrected = {"seed": seed, "groups": how.get("columns")}, {"shadow_correction": SHADOW_CORRECTION, **how}
     aucs = {k: auc_influence_values(s, member) for k, s in scores.items()}
@@ -146,8 +143,7 @@ def precisions(frame, fprs=(0.01, 0.001), prevalences=(0.01, 0.1)) -> pd.DataFra
 
     frame: rows of `table`, of which differences are left out. The interval combines the unfavourable ends of the
     intervals of TPR and FPR, then the favourable ones, so it holds the truth at least as often as both do. Where nobody
-    is named there is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely.
-    """
+    is named there is no precision, and no row. In halves of a pool the prevalence is 1/2; in life it is rarely."""
     own, frames = frame[frame.baseline == ""], []
     for fpr in fprs:
         tpr, false = (own[own.metric == f"{name}@{fpr}"] for name in ("tpr", "realised_fpr"))
@@ -185,12 +181,11 @@ def log_ratio_influence_values(x, y) -> np.ndarray:
 def auc_influence_values(scores, member) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of the AUC (DeLong, DeLong & Clarke-Pearson 1988).
 
-    Higher scores [M, N] mean more likely a member; ties count half. Raises ValueError for what `checked` refuses.
-    """
+    Higher scores [M, N] mean more likely a member; ties count half. Raises ValueError for what `checked` refuses."""
     scores, member = checked(scores, member)
 
-    def of_target(m):
-        order = np.argsort(scores[m])
+    def placements(m):
+        order = ranking(scores[m])
         ranked, inside, place = scores[m, order], member[m, order], np.empty(len(order))
         # how many examples, and how many members, score less; of those with the same score half are counted
         tied = ties(ranked)
@@ -198,28 +193,29 @@ def auc_influence_values(scores, member) -> np.ndarray:
         # placement: for a member the share of non-members below it, for a non-member the share of members above it
         shares = (below - members_below) / (~inside).sum(), 1 - members_below / inside.sum()
         place[order] = np.where(inside, *shares)
-        of_members, of_others = (ratio_influence_values(place, side) for side in (member[m], ~member[m]))
-        # AUC = mean placement of the members = mean placement of the non-members
-        return of_members + of_others - place[member[m]].mean()
+        return place
 
-    return by_rows(of_target, scores.shape)
+    # AUC = mean placement of the members = mean placement of the non-members
+    place = by_rows(placements, scores.shape)
+    of_members, of_others = (ratio_influence_values(place, side) for side in (member, ~member))
+    means = [one[inside].mean() for one, inside in zip(place, member, strict=True)]
+    return of_members + of_others - np.array(means)[:, None]
 
 
 def balanced_accuracy_influence_values(scores, member, threshold=None, seed=0, groups=None) -> np.ndarray:
     """Influence values [M, N] of the mean over targets of (TPR + TNR) / 2 for the decision score > threshold.
 
     threshold: a number (0.0 for catalogue.FIXED), or None to learn it on each half of a target's members and
-    non-members for the other half (calibration_split, with seed and groups).
-    """
+    non-members for the other half (calibration_split, with seed and groups)."""
     scores, member = checked(scores, member)
     half = calibration_split(member, seed, groups=groups).astype(np.uint16) if threshold is None else None
 
-    def of_target(m):
+    def is_flagged(m):
         limit = best_thresholds(scores[m], member[m], half[m], 2)[1 - half[m]] if threshold is None else threshold
-        right = (scores[m] > limit) == member[m]
-        return (ratio_influence_values(right, member[m]) + ratio_influence_values(right, ~member[m])) / 2
+        return scores[m] > limit
 
-    return by_rows(of_target, scores.shape)
+    right = by_rows(is_flagged, scores.shape, bool) == member
+    return (ratio_influence_values(right, member) + ratio_influence_values(right, ~member)) / 2
 
 
 def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np.ndarray]:
@@ -228,8 +224,7 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
     The threshold comes from other models: what flags at most a share `fpr` of one fold's non-member scores is applied
     to the other fold of pairs, and vice versa. half [M, N] of 0 and 1: it comes from one half of the target's own
     examples and judges the other; one model is enough. The TPR's values include the sampling error of the threshold
-    (Hsieh & Turnbull 1996; Pepe 2003, section 5.2); those of the realised FPR take the two thresholds as given.
-    """
+    (Hsieh & Turnbull 1996; Pepe 2003, section 5.2); those of the realised FPR take the two thresholds as given."""
     scores, member = checked(scores, member)
     targets = np.arange(len(scores))
     part = np.isin(targets, folds(member)[1])[:, None].astype(int) if half is None else half
@@ -238,11 +233,14 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
         s, inside, own = scores[rows], member[rows], part[rows]
         found = []  # of either part: its threshold, the share of its non-members above it, its weight in the error
         for k in (0, 1):
-            null, members = np.sort(s[(own == k) & ~inside]), s[(own != k) & inside]
-            limit, n_judged = limit_at(null, fpr), np.broadcast_to(own != k, s.shape).sum()
+            null, members = s[(own == k) & ~inside], s[(own != k) & inside]
+            n_judged = np.broadcast_to(own != k, s.shape).sum()
+            # the smallest scores that at most these shares of the non-members exceed
+            ranks = [max(len(null) - 1 - int(share * len(null)), 0) for share in (fpr, 0.5 * fpr, 1.5 * fpr)]
+            limit, *around = np.partition(null, ranks)[ranks]
             # TPR(t estimated) - TPR(t) = -dTPR/dFPR (share of the non-members above t - fpr); dTPR/dFPR is the rise of
             # the ROC between half and one and a half times fpr
-            lower, upper = (np.mean(members > limit_at(null, rate * fpr)) for rate in (0.5, 1.5))
+            lower, upper = (np.mean(members > threshold) for threshold in around)
             found.append((limit, np.mean(null > limit), (upper - lower) / fpr * n_judged / len(null)))
         limits, above, weights = np.transpose(found)
         flagged = s > limits[1 - own]
@@ -250,8 +248,3 @@ def tpr_influence_values(scores, member, fpr, half=None) -> tuple[np.ndarray, np
         tpr[rows] = ratio_influence_values(flagged, inside) - error
         realised[rows] = ratio_influence_values(flagged, ~inside)
     return tpr, realised
-
-
-def limit_at(null, fpr):
-    """The smallest score that at most a share fpr of the sorted null scores exceed."""
-    return null[max(len(null) - 1 - int(fpr * len(null)), 0)]

@@ -27,8 +27,7 @@ def answers(predict, x, y, is_image, seed=0, device="cpu") -> np.ndarray:
     predict: M functions, each from a batch of inputs (a tensor on `device`) to predicted labels [B]; x: images
     (is_image) or features [N, D]; y: [N] labels. The first of the S strengths is no change. The others are, for images,
     all shifts by up to 1, 2, 4, ... pixels (an eighth of a side) over a reflected border, each also mirrored; for
-    features, the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise.
-    """
+    features, the input and COPIES noisy copies: flipped bits if all of x is 0 or 1, else Gaussian noise."""
     x = torch.as_tensor(x)
     strengths = queries(x, is_image, seed)
     out = np.empty((1 + len(strengths), len(predict), len(x)), np.float32)

@@ -48,8 +48,7 @@ def calibration_split(member, seed=0, y=None, groups=None, parts=2) -> np.ndarra
     """Each model's members and its non-members, cut into equal random parts: [M, N], integers from 0 to parts - 1.
 
     With y [N], each class is cut by itself. Examples of one group (a patient's two eyes, groups [N]) stay together; the
-    group counts as a member if its first example is one. Partners have the same parts.
-    """
+    group counts as a member if its first example is one. Partners have the same parts."""
     groups = np.arange(member.shape[1]) if groups is None else np.asarray(groups)
     _, first, own = np.unique(groups, return_index=True, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(first))

@@ -30,8 +30,7 @@ def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, n
 
     scores come from the network that judges an example's part; own, from the one that stopped on it, are for learning
     thresholds. Members and non-members weigh alike, so 0 is undecided. seen: a list of [M, N] arrays. The parts are not
-    drawn within classes: a network that reads the class off an output would know something of the part it judges.
-    """
+    drawn within classes: a network that reads the class off an output would know something of the part it judges."""
     x = [checked(values, member)[0].ravel() for values in seen]
     member, rng = np.asarray(member), np.random.default_rng(seed)
     part = calibration_split(member, seed, groups=groups, parts=3)
@@ -73,8 +72,7 @@ def log_odds(weights, x):
 def learn(x, label, parts, seed):
     """Train the three networks at once: the weights of each one's lowest stopping loss.
 
-    x: [n, F]; label: [n], 1 for members; parts: the indices of the three parts. All networks start alike.
-    """
+    x: [n, F]; label: [n], 1 for members; parts: the indices of the three parts. All networks start alike."""
     random, weight = torch.Generator().manual_seed(seed), torch.empty_like(label)
     for rows in parts:
         share = label[rows].mean()

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import digamma, gammaln, polygamma
 
 from lib.attacks.membership import checked, partners
-from lib.attacks.signals import TINY, parallel
+from lib.attacks.signals import TINY, parallel, ranking
 
 FLOOR = 1e-12  # smallest variance that we divide by
 
@@ -18,8 +18,7 @@ def lira(phi, member, offline=False, variance="example") -> np.ndarray:
     """The likelihood-ratio attack of Carlini et al. (2022, algorithm 1): scores [M, N] float32.
 
     phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged. offline: use the OUT models only and return a
-    z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4). variance: one of VARIANCES.
-    """
+    z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4). variance: one of VARIANCES."""
     if np.ndim(phi) == 3:
         return sum(lira(phi[:, q], member, offline, variance) for q in range(phi.shape[1])) / phi.shape[1]
     phi, inside = checked(phi, member)
@@ -62,8 +61,7 @@ def z_score(u, variance, freedom):
 def shrunk(n, mean, squares):
     """The scale^2 and degrees of freedom of Student's t for a new output of each example: [N], and [N] or a number.
 
-    Each example's variance s^2 is drawn towards a common one, s0^2, which weighs as much as d0 degrees of freedom.
-    """
+    Each example's variance s^2 is drawn towards a common one, s0^2, which weighs as much as d0 degrees of freedom."""
     n = n[0] if (n == n[0]).all() else n  # a number is faster
     d, (d0, common) = n - 1, prior(n, squares)
     d0 = min(d0, 1e9)  # so many are normal
@@ -75,8 +73,7 @@ def prior(n, squares) -> tuple[float, float]:
     """(d0, s0^2): the variances of the examples are about s0^2 d0 / chi^2(d0) (Smyth 2004, section 6.2).
 
     n: [N], or one number; squares: [N] sums of squared deviations. If the examples' variances differ no more than
-    estimates do, d0 is inf and s0^2 the variance pooled over all examples.
-    """
+    estimates do, d0 is inf and s0^2 the variance pooled over all examples."""
     d, own = n - 1, squares / (n - 1)
     # e = log s^2 - psi(d/2) + log(d/2); variances near 0 count as 1e-5 of the median, as in the author's limma
     e = np.log(np.maximum(own, max(1e-5 * np.median(own), FLOOR))) - digamma(d / 2) + np.log(d / 2)
@@ -109,8 +106,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     confidences on examples that no model trained on; without it the pool's own take their place. offline: use the OUT
     models only and estimate the mean of IN by a mean_out + 1 - a. gamma: the ratio to exceed. The paper uses 2, with a
     Taylor softmax. With 2 and plain confidences near 1, nearly all scores would be equal; the default is that of the
-    authors' privacy_meter.
-    """
+    authors' privacy_meter."""
     if np.ndim(confidence) == 3:
         each = [None if population is None else population[:, q] for q in range(confidence.shape[1])]
         return sum(rmia(confidence[:, q], member, z, offline, gamma, a) for q, z in enumerate(each)) / len(each)
@@ -132,7 +128,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
             mean_z = (total_z - population[targets].sum(0, dtype=np.float64)) / (len(p) - len(targets))
         for m in targets:
             ratio_x = ratio(p[m], mean_out, mean_in)
-            order = np.argsort(ratio_x)
+            order = ranking(ratio_x)
             ratio_z = ratio_x[order]
             if population is not None:
                 ratio_z = np.sort(ratio(population[m], mean_z, a * mean_z + 1 - a if offline else mean_z))

@@ -3,15 +3,14 @@
 import numpy as np
 
 from lib.attacks.membership import checked
-from lib.attacks.signals import TINY, by_rows
+from lib.attacks.signals import TINY, by_rows, ranking
 
 
 def yeom(log_confidence, member, half) -> np.ndarray:
     """Yeom et al. (2018, adversary 2), "member if the loss is below the mean member loss": scores [M, N] float32.
 
     The decision is score > 0. The mean over one half of the target's members judges the other half, and vice versa. In
-    logarithms, losses near zero stay distinct. half: [M, N] of 0 and 1, as from calibration_split.
-    """
+    logarithms, losses near zero stay distinct. half: [M, N] of 0 and 1, as from calibration_split."""
     log_confidence, member = checked(log_confidence, member)
 
     def attack(m):
@@ -28,8 +27,7 @@ def classwise(scores, member, y, part, own=None) -> np.ndarray:
 
     The decision is score > 0. y: [N] labels; part: [M, N] integers, as from calibration_split. In each part of a
     target's examples, the threshold of best balanced accuracy is found for each class (or for all, if it lacks members
-    or non-members there), and subtracted in the next part. own: [M, N], what is learned from, default `scores`.
-    """
+    or non-members there), and subtracted in the next part. own: [M, N], what is learned from, default `scores`."""
     scores, member = checked(scores, member)
     own, y = scores if own is None else own, np.unique(y, return_inverse=True)[1]
     n_classes, n_parts = int(y.max()) + 1, int(part.max()) + 1
@@ -49,9 +47,8 @@ def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     """The threshold t of best balanced accuracy for the decision s > t, in each group: [n_groups] float64.
 
     s, member, group (uint16): [N], of one target. NaN for a group without members or without non-members. t lies midway
-    between two neighbouring scores, or is the largest score if it is best to flag nobody.
-    """
-    order = np.argsort(s)
+    between two neighbouring scores, or is the largest score if it is best to flag nobody."""
+    order = ranking(s)
     order = order[np.argsort(group[order], kind="stable")]  # by group, then by score; a radix sort on uint16
     s, kind = s[order], (2 * group + member)[order]
     n = np.bincount(kind, minlength=2 * n_groups).reshape(n_groups, 2)  # non-members, members

@@ -47,8 +47,7 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
     """Load a data set of DATASETS; `data` is its path, `cache` the folder for decoded data (store/cache).
 
     docs/settings.md says which files each one reads, and what is left out is printed. Without a test part one is split
-    off, in whole groups, with `seed`. Raises ValueError for what is missing or wrong.
-    """
+    off, in whole groups, with `seed`. Raises ValueError for what is missing or wrong."""
     try:
         need(name in DATASETS, f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
         given = sources.read(name, data, Path(cache or ROOT / "store" / "cache"))
@@ -80,8 +79,7 @@ def load(name: str, data=None, cache=None, seed: int = 0) -> Dataset:
 def pool(dataset: Dataset, n_examples=None, seed: int = 0, n_test=None) -> Dataset:
     """A stratified random subset of the pool, in random order, and n_test examples of the test part (None: all).
 
-    n_examples must be even, and of whole groups in two equal halves (None: as many as possible). Raises ValueError.
-    """
+    n_examples must be even, and of whole groups in two equal halves (None: as many as possible). Raises ValueError."""
     n, t, least = len(dataset.y), len(dataset.y_test), 2 * dataset.n_classes
     need(isinstance(seed, int | np.integer) and seed >= 0, f"{seed=}: needs a whole number, not negative")
     even = n_examples in (None, *range(least, n + 1, 2))

@@ -52,8 +52,7 @@ FILES = {
 def read(name: str, data, cache: Path) -> dict[str, np.ndarray]:
     """Arrays of a data set of DATASETS: x, y and perhaps x_test, y_test, groups, pattern and pattern_test.
 
-    data: its path, or a folder in which FILES are looked for (None: data/), with an archive's suffix or without.
-    """
+    data: its path, or a folder in which FILES are looked for (None: data/), with an archive's suffix or without."""
     if name in ("digits", "mnist5k", "subclasses"):
         need(data is None, f"dataset {name!r} is built in; it takes no path")
         if name == "subclasses":
@@ -96,8 +95,7 @@ def _subclasses(n: int = 2400, t: int = 1200, features: int = 32) -> dict[str, n
     """A Gaussian mixture with a long tail (after Feldman 2020): n pool and t test examples of five classes.
 
     Each class has one common, two middling and nine rare sub-patterns: `pattern`, 0..59, is 12 class + 0, 1..2, 3..11.
-    The centre of a rare one lies near the common centre of another class, so its few labels must be memorized.
-    """
+    The centre of a rare one lies near the common centre of another class, so its few labels must be memorized."""
     rng, classes, rare, spread, reach = np.random.default_rng(0), 5, 9, 1.2, 5.0
     share = np.concatenate([[241, 61.5, 61.5], np.linspace(2, 6, rare)]) / 400  # of the sub-patterns of a class
     centre = rng.normal(size=(classes, len(share), features)) * spread

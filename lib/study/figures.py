@@ -79,8 +79,7 @@ def forest(frame, panels, rows="attack", reference=0):
 def leakage_against_accuracy(axis, rows, attack, chosen):
     """Every setting of a tuning as a point: test accuracy and AUC, minus those of the tuned baseline, in points.
 
-    Lines join the learning rates. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow.
-    """
+    Lines join the learning rates. Settings in `chosen` are large; those that do not fit (verdict.FITS) are hollow."""
     setting = ["optimizer", "rho", "lr", "weight_decay"]
     rows = rows.set_index(setting)
     fits = rows[(rows.metric == "train_accuracy") & (rows.baseline == "")].value.groupby(setting, sort=False).first()

@@ -29,8 +29,7 @@ def models(name, given):
 
     The population stands in for the test part. Where the models did not all train on the same examples, those that LiRA
     can't judge are left out, if enough others remain. `notes` says what was changed, `kept` [N] which are judged.
-    Raises ValueError naming the file, the array, what is wrong there and what is valid.
-    """
+    Raises ValueError naming the file, the array, what is wrong there and what is valid."""
     if not hasattr(given, "items"):
         path = Path(given)
         how = {".csv": "np.loadtxt({!r}, delimiter=',')", ".pt": "torch.load({!r}).numpy()"}
@@ -136,8 +135,7 @@ def audit(given, out) -> pd.DataFrame:
     """Audit models trained elsewhere: the tidy frame of results.csv, with figures/ and report/index.html in `out`.
 
     given: dict name -> path of an .npz or dict of arrays, or a list of paths, named by their stems; the first is the
-    baseline. Raises ValueError before any attack runs.
-    """
+    baseline. Raises ValueError before any attack runs."""
     named = {str(k): v for k, v in given.items()} if hasattr(given, "items") else {Path(p).stem: p for p in given}
     need(0 < len(named) == len(given), f"data: {[*map(str, given)]}; valid are one or more .npz of different names")
     ensembles = {name: models(name, value) for name, value in named.items()}

@@ -166,8 +166,7 @@ class Run:
     def ensembles(self, name, dataset=None):
         """The ensembles of one of experiments.EXPERIMENTS, trained or read: dict key -> Ensemble, of common models.
 
-        dataset: the pool, where a notebook draws it from results. Empty if the experiment does not suit this run.
-        """
+        dataset: the pool, where a notebook draws it from results. Empty if the experiment does not suit this run."""
         found, experiment = {}, experiments.EXPERIMENTS.get(name)
         for key, (recipe, n_models, data) in experiments.declared(self, name, dataset).items():
             found[key] = train(recipe, data, n_models, self.store, self.device, self.engine, self.gpus)

@@ -171,8 +171,7 @@ def ledger(results, claims=CLAIMS):
     """The verdicts on rows of `read`, which may have a column run. claims: CLAIMS, or BY_ATTACK.
 
     One row for each claim and GROUP and, if the claim compares optimizers, for each sharpness-aware optimizer of the
-    main comparison. size: the median effect of its tests and attacks, in the units of the evidence.
-    """
+    main comparison. size: the median effect of its tests and attacks, in the units of the evidence."""
     rows = results.assign(run=results.get("run", ""), at=results.coordinate, kind=results.experiment)
     rows = rows.drop_duplicates(KEY)
     exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.attacks import signals as signals_module
-from lib.attacks.signals import by_rows, parallel, signals, ties
+from lib.attacks.signals import by_rows, parallel, ranking, signals, ties
 
 
 def textbook(logits, y):
@@ -114,3 +114,14 @@ def test_rows_come_in_order_and_errors_are_raised(n_threads, monkeypatch):
 def test_faults_are_named(logits, y, words):
     with pytest.raises(ValueError, match=words):
         signals(logits, y)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1000, 30_000])  # by NumPy, and by a radix sort of the bits
+def test_ranking_sorts_negative_numbers_ties_zeros_and_infinities(n, dtype):
+    rng = np.random.default_rng(0)
+    values = np.append(rng.normal(size=n).round(3) * 10.0 ** rng.integers(-30, 30, n), [0.0, -0.0, np.inf, -np.inf])
+    values = values.astype(dtype)
+    order = ranking(values)
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(values)))
+    np.testing.assert_array_equal(values[order], np.sort(values))

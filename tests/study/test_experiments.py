@@ -205,6 +205,17 @@ def test_the_plan_lists_each_model_once_and_counts_what_is_finished(tmp_path):
     assert after.megagradients.sum() == pytest.approx(total - experiments.work(run.recipe("sgd"), 100, 8) / 1e6)
 
 
+def test_private_models_are_trained_while_the_first_ensemble_compiles(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(experiments, "train", lambda recipe, *_, **how: order.append(recipe.optimizer))
+    monkeypatch.setattr(experiments, "AT_ONCE", 1)
+    plan = experiments.Plan(small(tmp_path), ["01", "06"])
+    plan.train(["01", "06"])
+    private = [optimizer.is_private for optimizer in order]
+    assert len(order) == len(plan.ensembles) and str(order[0]) == "sgd" and sum(private) > 1
+    assert private == [False] + [True] * sum(private) + [False] * (len(order) - sum(private) - 1)
+
+
 def test_a_pool_that_a_notebook_draws_is_asked_for_and_in_no_plan(tmp_path):
     run = small(tmp_path)
     assert "planted leak" not in set(experiments.Plan(run, ["01"]).table().experiment)
@@ -237,7 +248,7 @@ def test_a_plan_divides_by_the_processes_and_leaves_the_threads_alone(tmp_path, 
     assert plan.trial() > 0 and torch.get_num_threads() == before
 
 
-def test_a_trial_is_about_as_fast_as_the_training(tmp_path):
+def test_a_trial_is_about_as_fast_as_the_training(tmp_path, one_thread):
     run = small(tmp_path, epochs=20)
     plan = experiments.Plan(run, ["01"])
     rate = plan.trial()

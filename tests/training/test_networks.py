@@ -238,3 +238,19 @@ def test_a_module_that_is_not_there_or_fails_is_named(own, module, says):
 
 def test_an_import_path_gives_the_object_itself():
     assert networks.resolve("torch.optim:AdamW", "optimizers") is torch.optim.AdamW
+
+
+def test_the_head_is_a_linear_layer():
+    """Its product is written the other way round: the same values and gradients, of one model and of a stack."""
+    head, plain, x = networks.Head(6, 3), nn.Linear(6, 3), torch.randn(5, 6)
+    plain.load_state_dict(head.state_dict())
+    weights = [w.detach() for w in head.parameters()]
+
+    def slopes(layer):
+        return torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+
+    for own, other in zip((head(x), *slopes(head)), (plain(x), *slopes(plain)), strict=True):
+        torch.testing.assert_close(own, other)
+    stacked = [torch.stack([w, 2 * w]) for w in weights]
+    found = vmap(lambda w, b, x: functional_call(head, {"weight": w, "bias": b}, (x,)))(*stacked, torch.stack([x, x]))
+    torch.testing.assert_close(found, torch.stack([plain(x), 2 * plain(x)]))

@@ -245,3 +245,9 @@ def test_noise_for_is_the_inverse(target, queries):
 def test_noise_for_with_drawn_batches():
     sigma = privacy.noise_for(8.0, 32, 600, 400, 1e-4)
     assert 7.9 < epsilon_of(sigma, 32, 600, 400, 1e-4) <= 8.0
+
+
+def test_our_own_mlps_go_the_short_way():
+    for arch, way in (("mlp", privacy.by_layer), ("mlp3_tanh", privacy.by_layer), ("cnn_plain", privacy.by_example)):
+        found = privacy.way_for(networks.build(arch, (1, 8, 8), 3))
+        assert getattr(found, "func", found) is way

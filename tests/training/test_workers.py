@@ -3,6 +3,9 @@
 import gc
 import os
 import subprocess
+from concurrent import futures
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,3 +208,22 @@ def test_an_address_that_is_none_is_said(images, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ValueError, match="engine='ray'.*RAY_ADDRESS='host:port'"):
         train(Recipe("cnn", epochs=1, batch_size=8), images, 2, tmp_path, "cpu", "ray", quiet=True)
+
+
+def test_the_first_models_of_new_code_go_before_the_others(images, tmp_path, two, monkeypatch):
+    """They compile; the other chunks would wait for them, and keep the processes from another ensemble."""
+    recipe, ahead = Recipe("cnn", epochs=1, batch_size=8), []
+
+    class Pool(futures.ThreadPoolExecutor):
+        def submit(self, *work):
+            ahead[-1].append(sum(future.done() for future in self.sent))
+            self.sent.append(super().submit(*work))
+            return self.sent[-1]
+
+    monkeypatch.setattr(workers, "COMPILED", set())
+    for seed in (0, 1):
+        pool = Pool(1)
+        pool.sent, _ = [], ahead.append([])
+        monkeypatch.setattr(workers, "processes", cache(lambda n, parent, pool=pool: pool))
+        train(replace(recipe, seed=seed), images, 4, tmp_path, "cpu", quiet=True)
+    assert ahead[0][1] == 1 and ahead[1][:2] == [0, 0]

@@ -116,12 +116,15 @@ def test_faults_are_named(logits, y, words):
         signals(logits, y)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
 @pytest.mark.parametrize("n", [1000, 30_000])  # by NumPy, and by a radix sort of the bits
 def test_ranking_sorts_negative_numbers_ties_zeros_and_infinities(n, dtype):
     rng = np.random.default_rng(0)
-    values = np.append(rng.normal(size=n).round(3) * 10.0 ** rng.integers(-30, 30, n), [0.0, -0.0, np.inf, -np.inf])
-    values = values.astype(dtype)
+    if dtype == np.int32:
+        values = rng.integers(-100, 100, n, dtype)
+    else:
+        values = rng.normal(size=n).round(3) * 10.0 ** rng.integers(-30, 30, n)
+        values = np.append(values, [0.0, -0.0, np.inf, -np.inf]).astype(dtype)
     order = ranking(values)
     np.testing.assert_array_equal(np.sort(order), np.arange(len(values)))
     np.testing.assert_array_equal(values[order], np.sort(values))

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from lib import need
-from lib.study import experiments, own_logits, report, settings
+from lib.study import experiments, settings
 from lib.study.settings import ROOT
 from lib.training.store import check_disk, write_atomic
 
@@ -70,12 +70,16 @@ def main(arguments=None):
         words, given, doing = settings.parse(arguments)
         asked = settings.checked(given)
         if doing == "audit":
+            from lib.study import own_logits  # here: this import, and that of the report, take two seconds
+
             out = given.get("out", "outputs/mine")
             own_logits.audit([*words, *filter(None, given.get("data", "").split(","))], out)
             print(f"Done. Look at {out}/report/index.html (open in a browser), results.csv and figures/ beside it")
             return 0
         books = chosen(words)
         if doing == "report":
+            from lib.study import report
+
             print(f"Look at {report.build(asked.out)}")
             return 0
         run, numbers = settings.open_run(given), [book.name[:2] for book in books]
@@ -83,11 +87,11 @@ def main(arguments=None):
         if doing == "plan":
             print(plan.describe())
             return 0
-        check_disk(run.store, 1e6 * plan.table().megabytes.sum())
+        before, out = plan.table(), Path(shortest(run.out))
+        check_disk(run.store, 1e6 * before.megabytes.sum())
         if doing == "work":
             plan.train()
             return 0
-        before, out = plan.table(), Path(shortest(run.out))
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
         # on larger images, which take long, a notebook runs when its models are there; else it waits for all models,
         # since beside training both take 8% more processor time
@@ -103,6 +107,8 @@ def main(arguments=None):
                 raise
 
         trained = [ahead.submit(plan.train, part) for part in ([numbers] if run.is_small else [[n] for n in numbers])]
+        from lib.study import report  # while the processes that train start
+
         for at, book in enumerate(books, 1):
             # the verdict judges what all the others recorded
             awaited = [*trained[:at], *(running if "verdict" in book.stem else [])]

@@ -26,8 +26,9 @@ PLANTED = 16  # models of the planted leak: 8 pairs, and it takes 6 for the inte
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
-# of each notebook: fixed seconds, and seconds for each million of scores. 07 runs alone, so its 5 s count twice
-ANALYSIS = {"01": (6, 10), "02": (10, 3), "03": (4, 2), "04": (10, 3), "05": (7, 2), "06": (6, 3), "07": (10, 0)}
+# of each notebook: fixed seconds, and seconds for each million of scores. 07 runs alone, so its 7 s count twice
+ANALYSIS = {"01": (8, 14), "02": (13, 4), "03": (5, 2), "04": (14, 4), "05": (9, 2.4), "06": (7, 4), "07": (14, 0)}
+PACE = 0.0195  # seconds of `pace` on the machine where those were measured
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 QUIET = 20  # seconds without a forecast after the first models, which say little: notebooks' kernels start beside them
@@ -250,6 +251,17 @@ def work(recipe, n, n_models):
     return n_models * recipe.run_epochs * per_epoch * each
 
 
+def pace():
+    """Processor seconds that this machine takes for a fixed piece of work like an analysis: Python's and NumPy's."""
+    values, times = np.random.default_rng(0).random((500, 1000)), []
+    for _ in range(3):
+        began = time.thread_time()
+        for row in values:
+            row[np.argsort(row)].cumsum().tolist()
+        times.append(time.thread_time() - began)
+    return min(times)
+
+
 class Plan:
     """What some notebooks ("01", ...; default all) of a run train, in their order, and how long all of it takes."""
 
@@ -287,12 +299,12 @@ class Plan:
 
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
-        seconds, run, x = frame.seconds.sum(), self.run, self.run.dataset.x
+        seconds, run, x, slowness = frame.seconds.sum(), self.run, self.run.dataset.x, pace() / PACE
         for book in self.notebooks:
             used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
             fixed, each = ANALYSIS[book]
             scored = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
-            seconds += (fixed + each * scored) / AT_ONCE
+            seconds += slowness * (fixed + each * scored) / AT_ONCE
             if book == "01" and not run.is_small:
                 seconds += ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
         return seconds

@@ -70,7 +70,7 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     alone = bool(trial.trial(recipe, inputs.shape, inputs.n_classes, inputs.device))
     stack = step.stack_for(recipe, inputs, ids, n_models or len(ids), n_steps, alone)
     swa_from = optimizer.all_options["start"] * recipe.epochs if optimizer.rule_name == "swa" else np.inf
-    mean, n_averaged, stuck = None, 0, np.zeros(len(ids), bool)
+    mean, n_averaged, stuck, y_test = None, 0, np.zeros(len(ids), bool), inputs.y_test.cpu().numpy()
     history = np.full((len(ids), recipe.epochs, 3), np.nan, np.float32)
 
     for epoch in range(epochs):
@@ -105,14 +105,16 @@ def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
             stuck |= history[:, epoch, 0] > 0.999 * inputs.chance
         if stuck.all():
             break
-        if last or (epoch + 1) % max(1, epochs // 5) == 0:
-            history[:, epoch, 2] = (stack.predict(inputs.x_test).argmax(-1) == inputs.y_test.cpu().numpy()).mean(-1)
+        if not last and (epoch + 1) % max(1, epochs // 5) == 0:
+            history[:, epoch, 2] = (stack.predict(inputs.x_test).argmax(-1) == y_test).mean(-1)
 
     queries = [inputs.query(q) for q in range(recipe.queries)]
+    test_logits = np.stack([stack.predict(x_test) for _, x_test in queries], 1)
+    history[:, epoch, 2] = (test_logits[:, 0].argmax(-1) == y_test).mean(-1)
     state = [*stack.params.values(), *stack.buffers.values()]
     return {
         "logits": np.stack([stack.predict(x) for x, _ in queries], 1),
-        "test_logits": np.stack([stack.predict(x_test) for _, x_test in queries], 1),
+        "test_logits": test_logits,
         "member": member,
         "history": history,
         "weights": torch.cat([tensor.float().cpu().reshape(len(tensor), -1) for tensor in state], 1).numpy(),

@@ -4,7 +4,7 @@ Neighbours differ by one replaced example: a sum of gradients, each clipped to C
 """
 
 from functools import cache, partial
-from math import ceil, floor, log10
+from math import ceil, floor, log10, sqrt
 
 import torch
 from torch.func import grad, vmap
@@ -110,12 +110,18 @@ def accounting(batch_size, n, steps, queries):
     return partial(RdpAccountant, ORDERS, dp.NeighboringRelation.REPLACE_ONE), event
 
 
-@cache
 def noise_for(epsilon, batch_size, n, steps, delta, queries=1):
     """The smallest sigma of (epsilon, delta)-privacy, to four significant digits, rounded up; as in `accounting`."""
+    # `queries` answers of sigma each are one of sigma / sqrt(queries)
+    sigma = noise_of_one(epsilon, batch_size, n, steps, delta) * sqrt(queries)
+    digit = 10.0 ** (floor(log10(sigma)) - 3)
+    return float(f"{ceil(sigma / digit) * digit:.4g}")
+
+
+@cache
+def noise_of_one(epsilon, batch_size, n, steps, delta):
+    """The smallest sigma for one query a step, within a millionth."""
     from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism
 
     within = LowerEndpointAndGuess(0.01, 1.0)
-    sigma = calibrate_dp_mechanism(*accounting(batch_size, n, steps, queries), epsilon, delta, within)
-    digit = 10.0 ** (floor(log10(sigma)) - 3)
-    return float(f"{ceil(sigma / digit) * digit:.4g}")
+    return calibrate_dp_mechanism(*accounting(batch_size, n, steps, queries=1), epsilon, delta, within)

@@ -195,7 +195,7 @@ class Stack:
             return call(params, self.buffers).float().clamp(-6e4, 6e4).cpu().numpy()  # what half precision holds
 
         params = {name: in_format(p, last) for name, p in self.params.items()}
-        block = min(250, 1000 // self.n_stacked) if self.device.type == "cpu" else 2000  # what a CPU's cache holds
+        block = min(250, 2000 // self.n_stacked) if self.device.type == "cpu" else 2000  # what a CPU's cache holds
         return np.concatenate([logits(part) for part in x.split(block)], axis=1)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import subprocess
 import nbformat
 import pytest
 
-from lib.study import command_line, experiments, settings
+from lib.study import command_line, experiments, report, settings
 
 SMALL = ["PRESET=tiny", "N_MODELS=8", "N_EXAMPLES=100", "EPOCHS=2"]
 
@@ -81,7 +81,7 @@ def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch
     opening = "import sys\nfrom lib.study import settings\nrun = settings.notebook_run(globals())"
     source = "print(sys.executable, run.n_models, run.epochs, run.parameters.out)"
     monkeypatch.setattr(command_line, "NOTEBOOKS", [notebook(tmp_path, "07_mine.ipynb", opening, source)])
-    monkeypatch.setattr(command_line.report, "build", lambda out: out / "report" / "index.html")
+    monkeypatch.setattr(report, "build", lambda out: out / "report" / "index.html")
     out = tmp_path / "out {a} 50% $x_$y"
     assert command_line.main(words(tmp_path, f"OUT={out}")) == 0
     said = capfd.readouterr()
@@ -118,5 +118,5 @@ def test_two_notebooks_run_at_once_and_the_verdict_after_all(tmp_path, monkeypat
     monkeypatch.setattr(command_line, "NOTEBOOKS", books)
     monkeypatch.setattr(experiments, "AT_ONCE", 2)
     monkeypatch.setattr(experiments, "EXPERIMENTS", {})
-    monkeypatch.setattr(command_line.report, "build", lambda out: out / "report" / "index.html")
+    monkeypatch.setattr(report, "build", lambda out: out / "report" / "index.html")
     assert command_line.main(words(tmp_path)) == 0

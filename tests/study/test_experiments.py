@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 import time
 from contextlib import nullcontext
 
@@ -283,9 +284,28 @@ def test_notebooks_are_analysed_two_at_a_time_beside_the_training(tmp_path, monk
     plan, frame = experiments.Plan(run, ["01", "02"]), pd.DataFrame({"seconds": [9.0, 1.0]})
     monkeypatch.setattr(experiments, "ANALYSIS", {"01": (3, 0), "02": (5, 0)})
     monkeypatch.setattr(experiments, "AT_ONCE", 2)
+    monkeypatch.setattr(experiments, "pace", lambda: experiments.PACE)
     assert plan.seconds_left(frame) == pytest.approx(10 + (3 + 5) / 2)
     plan.notebooks.remove("01")
     assert plan.seconds_left(frame) == pytest.approx(10 + 5 / 2)
+    # a machine half as fast takes twice as long for the analysis; the training's rate was measured on it
+    monkeypatch.setattr(experiments, "pace", lambda: 2 * experiments.PACE)
+    assert plan.seconds_left(frame) == pytest.approx(10 + 5)
+
+
+def test_the_pace_is_the_machines_own_whoever_waits_for_it():
+    """It counts the processor's seconds of this thread: another that works at the same time does not slow it down."""
+    alone, done = experiments.pace(), threading.Event()
+    busy = threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(done.is_set, True)])
+    busy.start()
+    try:
+        began = time.monotonic()
+        beside = experiments.pace()
+        assert time.monotonic() - began > 4 * beside, "the other thread took none of its time"
+    finally:
+        done.set()
+        busy.join()
+    assert beside == pytest.approx(alone, rel=0.5)
 
 
 def test_an_optional_experiment_without_enough_models_is_not_run(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import numpy as np
 from lib import need
 from lib.attacks import neural
 from lib.attacks.membership import calibration_split, checked, partners
-from lib.attacks.shadow import lira, rmia
+from lib.attacks.shadow import liras, rmia
 from lib.attacks.signals import TINY, by_rows, ranking, signals, ties
 from lib.attacks.thresholds import classwise, yeom
 
@@ -48,7 +48,8 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
     of_all = seen if plain.size == logits.size else signals(logits, y, only=both)
     phi, confidence = (of_all[name].reshape(logits.shape[:-1]) for name in both)
     del seen, of_all  # large arrays that are no longer needed
-    out |= {name: lira(phi, member, *kind) for name, kind in LIRAS.items() if name in wanted}
+    if asked := [name for name in LIRAS if name in wanted]:
+        out |= zip(asked, liras(phi, member, [LIRAS[name] for name in asked]), strict=True)
     if rmias := wanted & {"rmia", "rmia_offline"}:
         z = {} if population_logits is None else signals(population_logits, population_y, only=("confidence",))
         out |= {name: rmia(confidence, member, z.get("confidence"), name == "rmia_offline") for name in rmias}

@@ -19,22 +19,33 @@ def lira(phi, member, offline=False, variance="example") -> np.ndarray:
 
     phi: [M, N], or [M, Q, N] for Q queries, whose scores are averaged. offline: use the OUT models only and return a
     z-score, which orders examples as the paper's 1 - Pr[Z > phi] does (equation 4). variance: one of VARIANCES."""
+    return liras(phi, member, [(offline, variance)])[0]
+
+
+def liras(phi, member, kinds) -> list[np.ndarray]:
+    """`lira` for each of several kinds (offline, variance), which share what is known of the shadows."""
     if np.ndim(phi) == 3:
-        return sum(lira(phi[:, q], member, offline, variance) for q in range(phi.shape[1])) / phi.shape[1]
+        total = liras(phi[:, 0], member, kinds)
+        for q in range(1, phi.shape[1]):
+            total = [sum(both) for both in zip(total, liras(phi[:, q], member, kinds), strict=True)]
+        return [scores / phi.shape[1] for scores in total]
     phi, inside = checked(phi, member)
-    require_shadows(inside, 2, not offline)
-    sides = [(chosen, statistics(phi, chosen)) for chosen in ([~inside] if offline else [~inside, inside])]
-    scores = np.empty(phi.shape, np.float32)
+    online = not all(offline for offline, _ in kinds)
+    require_shadows(inside, 2, online)
+    sides = [(chosen, statistics(phi, chosen)) for chosen in [~inside, inside][: 1 + online]]  # OUT, and online IN
+    scores = [np.empty(phi.shape, np.float32) for _ in kinds]
 
     def attack(targets):
-        found = [without(side, phi, chosen, targets) for chosen, side in sides]  # OUT, and online IN
-        spread = [(phi[targets] - side[1], *VARIANCES[variance](*side)) for side in found]
-        if offline:
-            # z = (phi - mu_out) / sigma_out
-            scores[targets] = z_score(*spread[0])
-        else:
-            # log Lambda = log p(phi | IN) - log p(phi | OUT)
-            scores[targets] = log_density(*spread[1]) - log_density(*spread[0])
+        found = [without(side, phi, chosen, targets) for chosen, side in sides]
+        # of each variance, for OUT and IN: how far phi is from the mean, sigma^2, degrees of freedom
+        spread = {v: [(phi[targets] - side[1], *VARIANCES[v](*side)) for side in found] for v in {v for _, v in kinds}}
+        for out, (offline, variance) in zip(scores, kinds, strict=True):
+            if offline:
+                # z = (phi - mu_out) / sigma_out
+                out[targets] = z_score(*spread[variance][0])
+            else:
+                # log Lambda = log p(phi | IN) - log p(phi | OUT)
+                out[targets] = log_density(*spread[variance][1]) - log_density(*spread[variance][0])
 
     parallel(attack, left_out_together(inside))
     return scores

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -110,7 +111,8 @@ def test_the_products_of_a_step_are_counted(digits):
     work()
 
 
-def test_training_at_toy_size(digits):
+def test_training_at_toy_size(digits, monkeypatch):
+    monkeypatch.setattr(cpu, "large_products", partial(cpu.large_products, 512))
     sgd, lean, loader = cpu.training(digits, TOY, count=4, times=1, rounds=1)
     assert sgd[1] == lean[1] == loader[1] and 0 < sgd[4] < 1 and "bmm on the models' own shapes" in sgd[6]
     # a loop's time over that of the products at the best rate
@@ -136,7 +138,8 @@ def test_images_and_compiling_and_memory_at_toy_size(digits):
     assert memory[4] >= 1
 
 
-def test_scoring_and_influences_at_toy_size():
+def test_scoring_and_influences_at_toy_size(monkeypatch):
+    monkeypatch.setattr(cpu, "large_products", partial(cpu.large_products, 512))
     speed, most = cpu.fresh(cpu.scoring, 8, 1000)
     assert speed[0] == f"all {len(NAMES)} attacks on 8 x 1,000 examples" and speed[1] > limit(speed)
     assert most[1] >= 0.9 * limit(most)

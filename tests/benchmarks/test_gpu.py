@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu
 from lib.study.results import read
-from lib.training import ensemble, train
+from lib.training import ensemble, step, train
 from lib.training.recipe import membership
 
 TOY = replace(gpu.PAPER, arch="cnn", epochs=2, batch_size=16, precision="float32")
@@ -61,7 +61,7 @@ def test_a_way_that_fails_is_named_and_the_next_runs(monkeypatch):
 
 def test_speed_and_tuning_at_toy_size(monkeypatch):
     monkeypatch.setattr(gpu, "matrix_rate", partial(gpu.matrix_rate, size=64))
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(step, "compiled_once", lambda function, *_: function)
     dataset = gpu.photographs(64, 32, side=16, classes=3)
     found = table(gpu.speed(dataset, "cpu", ["cnn"], TOY, n_workers=0)).set_index("name")
     assert found.ratio["cnn, sgd"] > 0 and len(found) == 4 and (found.value > 0).all()

@@ -3,8 +3,9 @@
 Neighbours differ by one replaced example: a sum of gradients, each clipped to C, then moves by up to 2 C.
 """
 
+from decimal import ROUND_UP, Context
 from functools import cache, partial
-from math import ceil, floor, log10, sqrt
+from math import sqrt
 
 import torch
 from torch.func import grad, vmap
@@ -114,8 +115,7 @@ def noise_for(epsilon, batch_size, n, steps, delta, queries=1):
     """The smallest sigma of (epsilon, delta)-privacy, to four significant digits, rounded up; as in `accounting`."""
     # `queries` answers of sigma each are one of sigma / sqrt(queries)
     sigma = noise_of_one(epsilon, batch_size, n, steps, delta) * sqrt(queries)
-    digit = 10.0 ** (floor(log10(sigma)) - 3)
-    return float(f"{ceil(sigma / digit) * digit:.4g}")
+    return float(Context(prec=4, rounding=ROUND_UP).create_decimal_from_float(sigma))
 
 
 @cache

@@ -243,7 +243,9 @@ def on_the_stack(gradient, *trees):
 
     def whole(t):
         stacked, dim = _unwrap_batched(t, mapping.level())
-        return stacked.expand(mapping.batch_size(), *stacked.shape) if dim is None else stacked.movedim(dim, 0)
+        if dim is None:
+            return stacked.expand(mapping.batch_size(), *stacked.shape)
+        return stacked.movedim(dim, 0) if dim else stacked
 
     trees = tree_map(whole, trees)
     with mapping.lower():

@@ -123,5 +123,4 @@ def noise_of_one(epsilon, batch_size, n, steps, delta):
     """The smallest sigma for one query a step, within a millionth."""
     from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism
 
-    within = LowerEndpointAndGuess(0.01, 1.0)
-    return calibrate_dp_mechanism(*accounting(batch_size, n, steps, queries=1), epsilon, delta, within)
+    return calibrate_dp_mechanism(*accounting(batch_size, n, steps, 1), epsilon, delta, LowerEndpointAndGuess(0.01, 1))

@@ -23,11 +23,11 @@ def lira(phi, member, offline=False, variance="example") -> np.ndarray:
 
 
 def liras(phi, member, kinds) -> list[np.ndarray]:
-    """`lira` for each of several kinds (offline, variance), which share what is known of the shadows."""
+    """`lira` for several kinds (offline, variance) at once: the statistics of the shadow models are computed once."""
     if np.ndim(phi) == 3:
         total = liras(phi[:, 0], member, kinds)
         for q in range(1, phi.shape[1]):
-            total = [sum(both) for both in zip(total, liras(phi[:, q], member, kinds), strict=True)]
+            total = [a + b for a, b in zip(total, liras(phi[:, q], member, kinds), strict=True)]
         return [scores / phi.shape[1] for scores in total]
     phi, inside = checked(phi, member)
     online = not all(offline for offline, _ in kinds)

@@ -107,7 +107,7 @@ def main(arguments=None):
                 raise
 
         trained = [ahead.submit(plan.train, part) for part in ([numbers] if run.is_small else [[n] for n in numbers])]
-        from lib.study import report  # while the processes that train start
+        from lib.study import report  # it is imported while the processes that train are starting
 
         for at, book in enumerate(books, 1):
             # the verdict judges what all the others recorded

@@ -18,8 +18,7 @@ from lib.training.sharpness import ascend, norm
 def dpsgd(gradient, params, per_example, noise, clip=1.0, sigma=1.0):
     """DP-SGD: Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.
 
-    clip: largest norm of one example's gradient; sigma: standard deviation of the noise on the sum, in units of clip.
-    """
+    clip: largest norm of one example's gradient; sigma: deviation of the noise on their sum, in units of clip."""
     norms, weighted_sum = per_example(params)
     # w_i = 1 / max(1, |g_i| / C)
     weight = 1 / (norms / clip).clamp(min=1)
@@ -113,7 +112,7 @@ def accounting(batch_size, n, steps, queries):
 
 def noise_for(epsilon, batch_size, n, steps, delta, queries=1):
     """The smallest sigma of (epsilon, delta)-privacy, to four significant digits, rounded up; as in `accounting`."""
-    # `queries` answers of sigma each are one of sigma / sqrt(queries)
+    # several answers with noise sigma each say as much as one answer with noise sigma / sqrt(queries)
     sigma = noise_of_one(epsilon, batch_size, n, steps, delta) * sqrt(queries)
     return float(Context(prec=4, rounding=ROUND_UP).create_decimal_from_float(sigma))
 

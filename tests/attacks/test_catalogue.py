@@ -7,6 +7,7 @@ from scipy import stats
 from benchmarks.calibration import halves_of_pool
 from lib.attacks import catalogue, shadow
 from lib.attacks.intervals import auc_influence_values, balanced_accuracy_influence_values, estimate
+from lib.attacks.signals import signals
 from tests.attacks.simulated import ensemble, leaky
 
 
@@ -35,6 +36,15 @@ def test_run_queries_reach_lira_and_rmia_only():
     same = catalogue.run(np.stack([logits, logits], 1), y, member)
     for name in catalogue.NAMES:
         np.testing.assert_allclose(same[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_kinds_of_lira_that_share_statistics_score_as_each_by_itself():
+    logits, y, member = ensemble(n_models=8, n=60)
+    logits = np.stack([logits, logits[..., ::-1], 2 * logits], 1)
+    found, phi = catalogue.run(logits, y, member), signals(logits, y, only=("phi",))["phi"]
+    for name, (offline, variance) in catalogue.LIRAS.items():
+        each = [shadow.lira(phi[:, q], member, offline, variance) for q in range(3)]
+        np.testing.assert_array_equal(found[name], (each[0] + each[1] + each[2]) / 3, err_msg=name)
 
 
 def test_combined_is_the_mean_of_two_ranks():

@@ -293,7 +293,7 @@ def test_notebooks_are_analysed_two_at_a_time_beside_the_training(tmp_path, monk
     assert plan.seconds_left(frame) == pytest.approx(10 + 5)
 
 
-def test_the_pace_is_the_machines_own_whoever_waits_for_it():
+def test_other_threads_do_not_change_the_pace():
     """It counts the processor's seconds of this thread: another that works at the same time does not slow it down."""
     alone, done = experiments.pace(), threading.Event()
     busy = threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(done.is_set, True)])

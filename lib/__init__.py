@@ -1,8 +1,12 @@
 """The study's library. Whatever it writes, others on this machine may read, and only its owner and group may change."""
 
+import gc
 import os
 
 os.umask(os.umask(0o022) | 0o002)
+# imports and the compiler make half a million objects that stay: to look through them again and again for garbage took
+# a seventh of a compilation's time
+gc.set_threshold(100_000)
 
 
 def need(fine, problem: str) -> None:

@@ -220,7 +220,8 @@ show_prices(costs.assign(label=costs.optimizer), "none", "defences")
 #
 # Clipping every example's gradient and adding noise bounds what *any* attack can learn. An accountant computes the
 # bound, $\epsilon$, for the change that we test: a training half with the example, against the same half with another
-# example in its place, batches drawn without replacement. DP-SAM spends its budget on two noisy gradients a step.
+# example in its place, batches drawn without replacement. DP-SAM spends its budget on two noisy gradients a step. Both
+# train for half as many epochs as the baseline: at the same $\epsilon$, fewer steps need less noise.
 # The claimed $\epsilon$ is the accountant's. To check it from below, by an attack, takes many more models than these.
 
 # %%

@@ -225,15 +225,18 @@ def private_arch(run):
 
 @experiment("private", "06", essential=lambda run: [(run.baseline, np.inf)], is_private=True)
 def private(run):
-    """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon)."""
+    """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon).
+
+    Private training takes half the epochs: at one epsilon, fewer steps need less noise."""
     arch, recipe, size = private_arch(run), run.recipe(run.baseline), n_models(run, "fewer")
     if arch is None:
         return {}
     found, n = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}, round(run.n_examples * recipe.subset)
-    steps = n // recipe.batch_size * recipe.epochs
+    epochs = max(1, round(run.epochs / 2))
     for (rule, queries), epsilon in product([("dpsgd", 1), ("dpsam", 2)], (8, 64) if run.is_small else (64,)):
+        steps = n // recipe.batch_size * epochs
         sigma = privacy.noise_for(epsilon, recipe.batch_size, n, steps, delta_of(run), queries)
-        found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch)
+        found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch, epochs=epochs)
     return found
 
 

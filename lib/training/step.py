@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     loss: torch.Tensor  # mean over the batch
     accuracy: torch.Tensor
     buffers: dict  # BatchNorm's statistics after the pass
-    losses: torch.Tensor | tuple  # [B] if the rule asks for the losses, else ()
+    losses: torch.Tensor  # [B]
 
 
 def initial_state(recipe, shape, n_classes, ids, device):
@@ -70,7 +70,6 @@ class Stack:
         self.frozen = {name for name, p in self.net.named_parameters() if not p.requires_grad}
         # tensor cores want the channels last; on CPUs it gained nothing in training, and vmap would not see it
         self.channels_last = device.type == "cuda" and n_stacked == 1 and networks.is_convolutional(self.net)
-        self.keep_losses = "losses" in recipe.optimizer.wants
         self.gradient_of_one = self.by_autograd if alone else grad(self.loss_of_one, has_aux=True)
         self.gradient = vmap(self.gradient_of_one) if n_stacked > 1 else self.gradient_of_one
         is_ours = recipe.arch in networks.MODELS  # a reader's own network may do another thing at another call
@@ -154,7 +153,7 @@ class Stack:
             logits = functional_call(self.net, state, (x,)).float()
         cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=self.recipe.smoothing)
         loss, accuracy = cross_entropy(logits), (logits.argmax(-1) == y).float().mean()
-        losses = cross_entropy(logits, reduction="none") if self.keep_losses or weight is not None else ()
+        losses = cross_entropy(logits, reduction="none")
         aimed = loss if weight is None else (weight * losses).sum()
         return aimed, Pass(loss, accuracy, {n: state[n] for n in running}, losses)
 
@@ -276,8 +275,7 @@ def stack_for(recipe, inputs, ids, n_models, n_steps, alone):
     args = recipe, inputs.shape, inputs.n_classes, len(ids), inputs.device
     if alone or not worth_compiling(recipe, inputs, n_models, n_steps):
         return Stack(*args, alone=alone).reset(recipe, ids)
-    fixed = recipe.arch, recipe.smoothing, recipe.precision, recipe.batch_size
-    key = *fixed, "losses" in recipe.optimizer.wants, *args[1:]
+    key = recipe.arch, recipe.smoothing, recipe.precision, recipe.batch_size, *args[1:]
     if key not in STACKS:
         STACKS[key] = Stack(*args, compiled=True)
     return STACKS[key].reset(recipe, ids)

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lib.analysis import influence
 from lib.attacks import catalogue
+from lib.attacks.signals import threads
 from lib.data.dataset import inputs
 from lib.training import Recipe, ensemble, networks, train, workers
 from lib.training.recipe import membership
@@ -94,17 +94,6 @@ def processor_seconds():
     here = psutil.Process()
     times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
     return np.array([sum(t.system for t in times), sum(t.system + t.user for t in times)])
-
-
-@contextmanager
-def threads(count):
-    """So many threads of torch for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- what the machine can do --------------------------------------------------------------------------------

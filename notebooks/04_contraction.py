@@ -115,7 +115,7 @@ lagrangian = (w.T * g * w - 2 * multipliers.T * (x * w - y))[0]
 unknown = [*w, *multipliers]
 solution = sp.linear_eq_to_matrix([sp.diff(lagrangian, u) for u in unknown], unknown)
 closed = g.inv() * x.T * (x * g.inv() * x.T).inv() * y
-gap = (solution[0].LUsolve(solution[1])[:3, :] - closed).applyfunc(sp.ratsimp)
+gap = (solution[0].LUsolve(solution[1])[:3, :] - closed).applyfunc(sp.factor)
 assert gap == sp.zeros(3, 1)
 show_text("Solution of the Lagrange equations minus the closed form:")
 display(gap.T)
@@ -220,13 +220,11 @@ def symbolic_gaps(n, d):
     a = sp.Matrix(n, n, lambda i, j: sp.Symbol(f"a_{min(i, j)}{max(i, j)}", real=True))
     c = sp.Matrix(n, d - n, lambda i, j: sp.Symbol(f"c_{i}{j}", real=True))
     sigma, x = sp.BlockMatrix([[a, c], [c.T, sp.diag(*s)]]).as_explicit(), sp.eye(n).row_join(sp.zeros(n, d - n))
-    h, w0 = sp.eye(d) + eta * sigma, sp.Matrix(w0)
-    inverse = h.adjugate() / h.det()
-    gram = x * inverse * x.T
-    w, pairs = inverse * x.T * gram.adjugate() / gram.det() * w0, list(zip(c.T * w0, s, strict=True))
+    inverse, w0 = (sp.eye(d) + eta * sigma).inv("ADJ"), sp.Matrix(w0)
+    w, pairs = inverse * x.T * (x * inverse * x.T).inv("ADJ") * w0, list(zip(c.T * w0, s, strict=True))
     formula = (w0.T * a * w0)[0] - sum(b**2 * eta * (2 + eta * s) / (1 + eta * s) ** 2 for b, s in pairs)
     slope = -2 * sum(b**2 / (1 + eta * s) ** 3 for b, s in pairs)
-    return sp.ratsimp((w.T * sigma * w)[0] - formula), sp.ratsimp(sp.diff(formula, eta) - slope)
+    return sp.factor((w.T * sigma * w)[0] - formula), sp.factor(sp.diff(formula, eta) - slope)
 
 
 for size in ((1, 2), (1, 3), (2, 3)):

@@ -52,12 +52,10 @@ def quick():
 @pytest.fixture
 def one_thread():
     """In this process too, as in the others of a test: with more, sums in another order have other last bits."""
-    import torch
+    from lib.attacks.signals import threads
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 def same(first, second):

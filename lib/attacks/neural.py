@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.optim.adam import adam
 
 from lib.attacks.membership import calibration_split, checked
-from lib.attacks.signals import parallel
+from lib.attacks.signals import parallel, threads
 
 HIDDEN = 32  # units of the one hidden layer
 RATE = 0.03  # of Adam, falling to 0 by a cosine; high, because the task is simple
@@ -51,13 +51,9 @@ def attack(seen, member, seed=0, groups=None) -> tuple[np.ndarray, np.ndarray, n
         for out, ahead in ((scores, 1), (own, 2)):
             out.ravel()[rows] = np.take_along_axis(odds, (of_part[None, rows] + ahead) % 3, 0)[0]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and waits for them where a core is busy
-    try:
+    with threads(1):  # so small a network gains nothing from more
         weights = learn(scaled(drawn), torch.from_numpy(inside[cells]).float(), parts, int(rng.integers(2**62)))
-        parallel(judge, range(0, member.size, BLOCK))
-    finally:
-        torch.set_num_threads(threads)
+    parallel(judge, range(0, member.size, BLOCK))
     return scores, own, part
 
 

@@ -5,6 +5,7 @@ certain. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and n
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import joblib
 import numpy as np
@@ -19,10 +20,22 @@ THREADS = min(8, joblib.cpu_count())  # with LOKY_MAX_CPU_COUNT=1, as in a noteb
 BLOCK = 8192  # examples at a time: what is computed on the way stays in the processor's cache
 
 
+@contextmanager
+def threads(count):
+    """Within it, torch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def parallel(function, items):
     """Call function(item) for all items on THREADS threads (numpy releases the interpreter lock in its loops)."""
     items = list(items)
-    with ThreadPoolExecutor(THREADS) as pool:  # a task for each thread: one for each item took longer than the items
+    with threads(1), ThreadPoolExecutor(THREADS) as pool:  # else each of them would have torch start more
+        # a task for each thread: one for each item took longer than the items
         list(pool.map(lambda k: [function(item) for item in items[k::THREADS]], range(THREADS)))
 
 

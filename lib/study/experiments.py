@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from lib import need
 from lib.analysis.memorization import plant
+from lib.attacks.signals import threads
 from lib.training import ensemble, privacy, train, workers
 from lib.training.store import place, read_json
 
@@ -349,12 +349,10 @@ class Plan:
         short = replace(recipe, epochs=min(recipe.epochs, 8))
         inputs, ids = ensemble.Inputs(few, short, device), range(workers.n_together(short, few, device))
         n_models = run.n_models * work(recipe, len(data.y), 1) / work(short, n, 1)  # as much work as the whole ensemble
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as the processes that will train
-        for _ in range(2):  # the first also compiles, if the whole ensemble would
-            began = time.perf_counter()
-            ensemble.train_chunk(short, inputs, ids, n_models=n_models)
-        torch.set_num_threads(threads)
+        with threads(1):  # as the processes that will train
+            for _ in range(2):  # the first also compiles, if the whole ensemble would
+                began = time.perf_counter()
+                ensemble.train_chunk(short, inputs, ids, n_models=n_models)
         return work(short, n, len(ids)) / (time.perf_counter() - began)
 
     def describe(self):

@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     loss: torch.Tensor  # mean over the batch
     accuracy: torch.Tensor
     buffers: dict  # BatchNorm's statistics after the pass
-    losses: torch.Tensor  # [B]
+    losses: torch.Tensor | tuple  # [B]; () for a rule that does not ask for the losses
 
 
 def initial_state(recipe, shape, n_classes, ids, device):
@@ -117,7 +117,8 @@ class Stack:
             """(gradients, Pass, memory) of one model by the rule."""
 
             def gradient(at, index=None):
-                return gradient_of(at, buffers, x, y) if index is None else gradient_of(at, buffers, x[index], y[index])
+                grads, aux = gradient_of(at, buffers, *((x, y) if index is None else (x[index], y[index])))
+                return grads, aux if "losses" in wants else aux._replace(losses=())  # shards' may differ in length
 
             offered = {
                 "is_kth_step": is_kth_step,

@@ -58,12 +58,13 @@ epochs: int = None  # epochs of the main comparison
 # %% tags=["setup"]
 run = settings.notebook_run(globals())
 baseline, treatment = run.baseline, run.treatment
-few, swept = (experiments.n_models(run, kind) for kind in ("few", "sweep"))
+fewer, few, swept = (experiments.n_models(run, kind) for kind in ("fewer", "few", "sweep"))
 results = Results("05_when", run, n_models=few)
 than = ("more than", "less than", "no differently from")
 headline = catalogue.HEADLINES[0]
 figures.style()
-show_text(run.describe() + f" Here an ensemble of a sweep has {swept} models, any other {few}.")
+sizes = f"an ensemble of a sweep has {swept} models, one of another pool or of the causes {fewer}, any other {few}"
+show_text(f"{run.describe()} Here {sizes}.")
 
 # %% [markdown]
 # ## Both sides tuned

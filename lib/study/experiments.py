@@ -194,7 +194,7 @@ def levels(run):
 def causes(run):
     """Both optimizers at every level of every factor, but images as they are. Keys: (factor, level, optimizer)."""
     found, names = levels(run) if run.is_small else {("as it is", "as it is"): {}}, (run.baseline, run.treatment)
-    return {(*key, n): of(run, n, n_models(run, "few"), **changes) for key, changes in found.items() for n in names}
+    return {(*key, n): of(run, n, n_models(run, "fewer"), **changes) for key, changes in found.items() for n in names}
 
 
 @experiment("defences", "06", essential=lambda run: ["none"])

@@ -130,18 +130,19 @@ def batches(recipe, inputs, examples, streams):
         order = [np.concatenate([rng.permutation(n)[:size] for _ in range(per_epoch)]) for rng in streams["order"]]
     else:
         order = [rng.permutation(n) for rng in streams["order"]]
-    index = examples.gather(1, torch.from_numpy(np.stack(order)).to(inputs.device))
+    index = examples.gather(1, torch.from_numpy(np.stack(order)).to(inputs.device))[:, : per_epoch * size]
+    index = index.unflatten(1, (per_epoch, size)).transpose(0, 1).contiguous()  # [steps, M, B]
     if recipe.augment:
         shift = np.stack([rng.integers(0, 2 * inputs.border + 1, (n, 2)) for rng in streams["augment"]])
         flip = np.stack([rng.random(n) < 0.5 for rng in streams["augment"]])
         shift, flip = (torch.from_numpy(change).to(inputs.device) for change in (shift, flip))
-    for at in range(0, per_epoch * size, size):
-        batch = index[:, at : at + size]
+    for at, (batch, y) in enumerate(zip(index, inputs.y[index], strict=True)):
         if recipe.augment:
-            x = inputs.crop(batch.flatten(), *(part[:, at : at + size].flatten(0, 1) for part in (shift, flip)))
+            now = slice(at * size, (at + 1) * size)
+            x = inputs.crop(batch.flatten(), *(part[:, now].flatten(0, 1) for part in (shift, flip)))
         else:
             x = inputs.x.index_select(0, batch.flatten())  # whole rows: faster than x[batch]
-        yield x.unflatten(0, batch.shape), inputs.y[batch]
+        yield x.unflatten(0, batch.shape), y
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ figures.save(figure, run, "attack")
 
 # %%
 n_shown = min(run.dataset.n_classes, 10)
-figure, axes = plt.subplots(4, n_shown, figsize=(n_shown, 4.2), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(4, n_shown, figsize=(n_shown, 4.2), squeeze=False)
 for label in range(n_shown):
     for axis, i in zip(axes[:, label], np.flatnonzero(run.dataset.y == label), strict=False):
         figures.picture(axis, run.dataset.x[i])

@@ -164,7 +164,7 @@ for group, part in everything.groupby(verdict.GROUP, sort=False):
 statements = everything.drop_duplicates("claim").set_index("claim").statement
 tiles = pd.DataFrame(columns).rename(index=statements)
 n_rows, n_columns = tiles.shape
-figure, axis = plt.subplots(figsize=(7 + 1.8 * n_columns, 0.27 * n_rows + 1), layout="constrained")
+figure, axis = plt.subplots(figsize=(1.8 * n_columns, 0.27 * n_rows))
 codes = tiles.map(list(verdict.SHADES).index)
 colours = list(verdict.SHADES.values())
 axis.pcolormesh(codes, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, edgecolor="0.7", lw=0.5)

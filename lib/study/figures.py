@@ -17,7 +17,7 @@ LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
 
 def style():
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
-    plt.rcParams.update({"figure.dpi": 100, "legend.frameon": False})
+    plt.rcParams.update({"figure.dpi": 100, "savefig.bbox": "tight", "legend.frameon": False})
 
 
 def save(figure, run, name):

@@ -4,8 +4,7 @@ import gc
 import os
 
 os.umask(os.umask(0o022) | 0o002)
-# imports and the compiler make half a million objects that stay: looking through them took a seventh of compiling
-gc.set_threshold(100_000)
+gc.set_threshold(100_000)  # new objects, of which the compiler makes many: to look for garbage took a seventh of it
 
 
 def need(fine, problem: str) -> None:

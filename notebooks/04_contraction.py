@@ -491,7 +491,7 @@ def draw(frame, xlabel, ylabels, even=True, **axes):
         if even:
             axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
         axis.set(title=panel, xlabel=xlabel, ylabel=label, **axes)
-        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3 if even else 2)
+        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3 if even else 1)
     return figure
 
 

@@ -125,8 +125,7 @@ def leak(dataset, index, times=50, seed=0):
     """The data set with example `index` in it `times` times (an even number): (Dataset, its place there).
 
     All copies are in the example's own group, so a half holds all of them or none. One example of another group, of the
-    same class if two of these stay, is dropped: an even pool stays even. ValueError if half of it can't hold the group.
-    """
+    same class if two of these stay, is dropped: an even pool stays even. ValueError if half of it is too small."""
     n, y = len(dataset.y), dataset.y
     groups = np.arange(n) if dataset.groups is None else dataset.groups
     others = groups != groups[index]

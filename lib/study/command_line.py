@@ -35,8 +35,7 @@ def shortest(path):
 def execute(book, given, out, awaited):
     """Run one notebook with papermill, once the futures in `awaited` are done; its kernel imports our modules before.
 
-    What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel python3 is installed.
-    """
+    What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel python3 is installed."""
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager

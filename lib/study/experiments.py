@@ -106,8 +106,7 @@ def tuning(run):
     """Both optimizers at other learning rates and weight decays, the treatment at other radii too.
 
     Keys: (optimizer, rho, lr, weight_decay), rho 0 for the baseline. run.tuning "cross": at most one value differs from
-    the run's own ("few": and fewer values); "full": every combination. The largest rate shows if the best is smaller.
-    """
+    the run's own ("few": and fewer values); "full": every combination. The largest rate shows if the best is less."""
     own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
     radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
     rates = (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8)
@@ -225,14 +224,12 @@ def private_arch(run):
 
 @experiment("private", "06", essential=lambda run: [(run.baseline, np.inf)], is_private=True)
 def private(run):
-    """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon).
-
-    Private training takes half the epochs: at one epsilon, fewer steps need less noise."""
+    """The baseline (epsilon inf), DP-SGD and DP-SAM without BatchNorm. Keys: (optimizer, epsilon)."""
     arch, recipe, size = private_arch(run), run.recipe(run.baseline), n_models(run, "fewer")
     if arch is None:
         return {}
     found, n = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}, round(run.n_examples * recipe.subset)
-    epochs = max(1, round(run.epochs / 2))
+    epochs = max(1, round(run.epochs / 2))  # of private training: at one epsilon, fewer steps need less noise
     for (rule, queries), epsilon in product([("dpsgd", 1), ("dpsam", 2)], (8, 64) if run.is_small else (64,)):
         steps = n // recipe.batch_size * epochs
         sigma = privacy.noise_for(epsilon, recipe.batch_size, n, steps, delta_of(run), queries)
@@ -278,8 +275,7 @@ class Plan:
     def table(self, rate=np.nan):
         """What is left to train: a frame of COLUMNS and seconds, with a row for each ensemble.
 
-        Seconds follow from the gradients a second of finished models of the kind, else of any kind, else from `rate`.
-        """
+        Seconds follow from the gradients a second of finished models of the kind, else of any kind, else `rate`."""
         rows, device = [], ensemble.device_of(self.run.device)
         for name, book, planned in self.ensembles:
             recipe, n_models, data = planned

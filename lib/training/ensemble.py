@@ -60,8 +60,7 @@ class Inputs:
 def train_chunk(recipe, inputs, ids, tick=lambda: None, n_models=None):
     """Train models `ids` of an ensemble of n_models: what the store keeps of each, name -> array [len(ids), ...].
 
-    `stuck` [len(ids)]: the loss was not finite, or ended no better than guessing. tick() is called after every epoch.
-    """
+    `stuck` [len(ids)]: the loss was not finite, or ended no better than guessing. tick() is called after each epoch."""
     member = membership(recipe, len(inputs.y), ids, inputs.groups)
     examples = torch.from_numpy(np.stack([np.flatnonzero(row) for row in member])).to(inputs.device)  # [M, n]
     streams = {name: [generator(recipe, name, k) for k in ids] for name in ("order", "augment", "rule")}

@@ -10,7 +10,7 @@ import inspect
 import logging
 import os
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -238,7 +238,9 @@ def rule_context(recipe, params, draws, number, lr):
 
 
 def on_the_stack(gradient, *trees):
-    """Within vmap: one model's part of gradient(*trees) on the whole stack; a compiled function can't be mapped."""
+    """Within vmap: one model's part of gradient(*trees) on the whole stack; a compiled function can't be mapped.
+
+    While make_fx traces what calls this, it records one call of the gradient and does not look inside."""
     mapping = retrieve_current_functorch_interpreter()
 
     def whole(t):
@@ -249,20 +251,13 @@ def on_the_stack(gradient, *trees):
 
     trees = tree_map(whole, trees)
     with mapping.lower():
-        found = recorded(gradient, trees)
+        tracer = getattr(get_proxy_mode(), "tracer", None)
+        with disable_proxy_modes_tracing() if tracer else nullcontext():
+            found = grads, aux = gradient(*trees)
+            if tracer:
+                call = tracer.create_proxy("call_function", gradient, tree_map(tracer.unwrap_proxy, trees), {})
+                track_tensor_tree((grads, tuple(aux)), call, constant=None, tracer=tracer)
     return tree_map(lambda t: _add_batch_dim(t, 0, mapping.level()), found)
-
-
-def recorded(gradient, args):
-    """gradient(*args). While make_fx traces what calls this, it records one call and does not look inside."""
-    mode = get_proxy_mode()
-    if mode is None:
-        return gradient(*args)
-    call = mode.tracer.create_proxy("call_function", gradient, tree_map(mode.tracer.unwrap_proxy, args), {})
-    with disable_proxy_modes_tracing():
-        grads, aux = gradient(*args)
-        track_tensor_tree((grads, tuple(aux)), call, constant=None, tracer=mode.tracer)
-    return grads, aux
 
 
 # ---- what makes a step fast: each choice with its reason -------------------------------------------------------

@@ -289,7 +289,9 @@ def audit(data, out):
     from lib.study import own_logits
     from lib.study.results import COLUMNS
 
-    dataset, others = pool_of(data), np.load(out / "others.npz")
+    dataset = pool_of(data)
+    with np.load(out / "others.npz") as file:
+        others = dict(file)
     summary = json.loads((out / "summary.json").read_text())
     models = summary["models"]
     ids = np.intersect1d(models["sgd"]["ids"], models["sam"]["ids"])

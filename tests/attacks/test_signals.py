@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lib.attacks import signals as signals_module
-from lib.attacks.signals import by_rows, parallel, ranking, signals, ties
+from lib.attacks.signals import by_rows, parallel, ranking, signals, threads, ties
 
 
 def textbook(logits, y):
@@ -98,6 +99,18 @@ def test_rows_come_in_order_and_errors_are_raised(n_threads, monkeypatch):
     np.testing.assert_array_equal(by_rows(lambda k: k * np.arange(3), (50, 3)), np.outer(np.arange(50), np.arange(3)))
     with pytest.raises(ZeroDivisionError):
         parallel(lambda k: 1 // k, range(3))
+
+
+def test_threads_share_no_cores_with_torch(monkeypatch):
+    """Two threads that each have torch start two wait for each other."""
+    monkeypatch.setattr(signals_module, "THREADS", 2)
+    found = []
+    with threads(3):
+        parallel(lambda k: found.append(torch.get_num_threads()), range(4))
+        assert found == [1] * 4 and torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError):
+            parallel(lambda k: 1 // k, range(3))
+        assert torch.get_num_threads() == 3, "also after an error"
 
 
 @pytest.mark.parametrize(

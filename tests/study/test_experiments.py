@@ -185,6 +185,16 @@ def test_a_network_without_a_gradient_of_each_example_has_no_private_twin(tmp_pa
 # ---- the plan -----------------------------------------------------------------------------------------------
 
 
+def test_private_training_takes_half_the_epochs_and_the_noise_that_those_steps_need(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(privacy, "noise_for", lambda epsilon, batch, n, steps, *more: asked.append(steps) or 1.0)
+    run = small(tmp_path)
+    (_, plain), *private = declared(run, "private").items()
+    assert plain.recipe.epochs == run.epochs and {one.recipe.epochs for _, one in private} == {run.epochs // 2}
+    n = round(run.n_examples * plain.recipe.subset)
+    assert set(asked) == {n // run.batch_size * (run.epochs // 2)} and asked[0] > 0
+
+
 def test_private_gradients_weigh_more_in_the_work_than_in_the_count():
     plain, private = (Recipe(optimizer=name, batch_size=8) for name in ("sgd", "dpsgd(sigma=1.0)"))
     assert experiments.work(private, 100, 2) == experiments.PER_EXAMPLE * experiments.work(plain, 100, 2)

@@ -46,9 +46,9 @@ def test_a_compiled_gradient_serves_every_rule(table, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "worth_compiling", lambda *_: True)
     monkeypatch.setattr(torch._inductor, "compile", lambda *args: compiled.append(args) or compiles(*args))
     monkeypatch.setattr(step, "STACKS", {})
-    for optimizer in ("sgd", "sam", "looksam(k=2)", "fsam"):
+    for optimizer in ("sgd", "sam", "looksam(k=2)", "fsam", "esam", "msam"):
         train(Recipe(optimizer=optimizer, rho=0.1, epochs=2, batch_size=8), table, 2, tmp_path, "cpu", quiet=True)
-    assert len(step.STACKS) == 1 and len(compiled) == 1
+    assert len(step.STACKS) == 1 and len(compiled) == 2, "esam and msam also ask for half of a batch"
 
 
 def compiles_to(made):

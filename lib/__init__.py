@@ -4,7 +4,8 @@ import gc
 import os
 
 os.umask(os.umask(0o022) | 0o002)
-gc.set_threshold(100_000)  # new objects, of which the compiler makes many: to look for garbage took a seventh of it
+# Python looks for garbage after so many new objects; after 700, its default, that took a seventh of a compilation
+gc.set_threshold(100_000)
 
 
 def need(fine, problem: str) -> None:

@@ -106,7 +106,7 @@ def tuning(run):
     """Both optimizers at other learning rates and weight decays, the treatment at other radii too.
 
     Keys: (optimizer, rho, lr, weight_decay), rho 0 for the baseline. run.tuning "cross": at most one value differs from
-    the run's own ("few": and fewer values); "full": every combination. The largest rate shows if the best is less."""
+    the run's own ("few": and fewer values); "full": all combinations. The largest rate shows if the best is smaller."""
     own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
     radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
     rates = (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8)

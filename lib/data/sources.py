@@ -147,7 +147,7 @@ def read_npz(path, names) -> dict[str, np.ndarray | None]:
 def _cached(path: Path, wanted: str, make, cache: Path, side: int | None = None) -> dict[str, np.ndarray]:
     """Arrays that `make` gets from the wanted files of a folder or an archive, a dict name -> content; made once.
 
-    left_out among them says what else was there. The file in `cache` is named by a hash of all sizes and times."""
+    left_out among them says what else was there. The name in `cache` is a hash of all files' sizes and times."""
     path, contents, left = path.resolve(), {}, defaultdict(list)
     files = [*_files(path)] if path.is_dir() else [path]
     stats = [file.stat() for file in files if file.exists()]  # of no broken link

@@ -231,8 +231,7 @@ def private(run):
     found, n = {(run.baseline, np.inf): of(run, run.baseline, size, arch=arch)}, round(run.n_examples * recipe.subset)
     epochs = max(1, round(run.epochs / 2))  # of private training: at one epsilon, fewer steps need less noise
     for (rule, queries), epsilon in product([("dpsgd", 1), ("dpsam", 2)], (8, 64) if run.is_small else (64,)):
-        steps = n // recipe.batch_size * epochs
-        sigma = privacy.noise_for(epsilon, recipe.batch_size, n, steps, delta_of(run), queries)
+        sigma = privacy.noise_for(epsilon, run.batch_size, n, n // run.batch_size * epochs, delta_of(run), queries)
         found[rule, epsilon] = of(run, on_base(run, f"{rule}(sigma={sigma:.4g})"), size, arch=arch, epochs=epochs)
     return found
 

@@ -118,7 +118,7 @@ class Stack:
 
             def gradient(at, index=None):
                 grads, aux = gradient_of(at, buffers, *((x, y) if index is None else (x[index], y[index])))
-                return grads, aux if "losses" in wants else aux._replace(losses=())  # shards' may differ in length
+                return grads, aux if "losses" in wants else aux._replace(losses=())  # msam's shards may be unequal
 
             offered = {
                 "is_kth_step": is_kth_step,

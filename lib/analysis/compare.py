@@ -1,8 +1,7 @@
 """From paired ensembles to tidy frames: every metric with its interval, every difference paired.
 
 `ensembles` is a dict label -> Ensemble, the baseline first. All of them share halves, initial weights and batch orders.
-Influence values, [M, N] or [M, T], and the frames' columns are those of lib.attacks.intervals.
-"""
+Influence values, [M, N] or [M, T], and the frames' columns are those of lib.attacks.intervals."""
 
 from collections import defaultdict
 from functools import partial

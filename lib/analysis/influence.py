@@ -1,7 +1,6 @@
 """What one training example does to a model's output on test examples.
 
-As in lib.analysis.memorization, for T test examples: values [M, T] are correctness or confidence p_y of M models.
-"""
+As in lib.analysis.memorization, for T test examples: values [M, T] are correctness or confidence p_y of M models."""
 
 import numpy as np
 import pandas as pd

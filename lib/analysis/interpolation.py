@@ -1,8 +1,7 @@
 """Minimum G-norm interpolation by a linear model: its weights, how its outputs contract, and what an attacker gains.
 
 Shapes: n training examples with d > n features, x [n, d] of full rank, y [n]; sigma and g [d, d]. The outputs on new
-examples have the variance V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488.
-"""
+examples have the variance V = w'Σw. Statements and proofs: notebooks/04_contraction.py, after arXiv 2310.00488."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,7 @@
 """What one training example does to a model's output on itself: memorization, and which examples are memorized.
 
 Feldman & Zhang 2020, "What neural networks memorize and why". values [M, N]: correctness (bool) or confidence p_y of M
-models on the N examples of their pool; member [M, N] (bool): which model trained on which.
-"""
+models on the N examples of their pool; member [M, N] (bool): which model trained on which."""
 
 from collections import namedtuple
 from dataclasses import replace

@@ -6,8 +6,7 @@ matrices gives the paired difference. Models and examples are both samples: an i
 
 Models share their shadows, so their rows are correlated, and the variance between rows does not show this. `table`
 therefore multiplies that variance, for AUC and accuracy, by 1 + SHADOW_CORRECTION / (number of pairs of models), a
-number fitted in simulation. How often the intervals hold the truth is in docs/benchmarks.md.
-"""
+number fitted in simulation. How often the intervals hold the truth is in docs/benchmarks.md."""
 
 from collections import namedtuple
 

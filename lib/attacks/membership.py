@@ -49,19 +49,20 @@ def calibration_split(member, seed=0, y=None, groups=None, parts=2) -> np.ndarra
 
     With y [N], each class is cut by itself. Examples of one group (a patient's two eyes, groups [N]) stay together; the
     group counts as a member if its first example is one. Partners have the same parts."""
-    groups = np.arange(member.shape[1]) if groups is None else np.asarray(groups)
-    _, first, own = np.unique(groups, return_index=True, return_inverse=True)
+    names = np.arange(member.shape[1]) if groups is None else np.asarray(groups)
+    _, first, own = np.unique(names, return_index=True, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(first))
     if y is not None:
         order = order[np.argsort(np.asarray(y)[first][order], kind="stable")]
-    found, turn = np.empty((len(member), len(first)), np.int8), np.arange(len(first)) % parts
+    found, turn, place = np.empty((len(member), len(first)), np.int8), np.arange(len(first)) % parts, first[order]
 
     def split(m):
+        inside = member[m, place]
         for kind in (False, True):
-            rows = order[member[m, first[order]] == kind]
+            rows = order[inside == kind]
             what = f"member: row {m} has {len(rows)} {'members' if kind else 'non-members'} (or groups of them)"
             need(len(rows) >= parts, f"{what}; valid are at least {parts}, one for each part")
             found[m, rows] = turn[: len(rows)]  # along a random order
 
     parallel(split, range(len(member)))
-    return found[:, own]
+    return found if groups is None else found[:, own]

@@ -2,16 +2,16 @@
 
 Each model is in turn the target, and all the others are its shadows: for every example, some trained on it (IN) and
 some did not (OUT). Where models are complementary pairs, the target's partner is left out as well: otherwise the number
-of IN models would give away the target's own membership, and a model that leaks nothing would not have AUC 1/2.
-"""
+of IN models would give away the target's own membership, and a model that leaks nothing would not have AUC 1/2."""
 
 import numpy as np
 from scipy.special import digamma, gammaln, polygamma
 
 from lib.attacks.membership import checked, partners
-from lib.attacks.signals import TINY, parallel, ranking
+from lib.attacks.signals import TINY, parallel, ranking, ties
 
 FLOOR = 1e-12  # smallest variance that we divide by
+BLOCK = 1024  # examples at a time: their values stay in the processor's cache
 
 
 def lira(phi, member, offline=False, variance="example") -> np.ndarray:
@@ -140,11 +140,12 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
         for m in targets:
             ratio_x = ratio(p[m], mean_out, mean_in)
             order = ranking(ratio_x)
-            ratio_z = ratio_x[order]
+            own = ratio_z = ratio_x[order]
             if population is not None:
                 ratio_z = np.sort(ratio(population[m], mean_z, a * mean_z + 1 - a if offline else mean_z))
-            # score(x) = share of the z with ratio_x / ratio_z >= gamma; sorted queries are ten times faster
-            scores[m, order] = np.searchsorted(ratio_z, ratio_x[order] / gamma, side="right") / len(ratio_z)
+            # score(x) = share of z with ratio_x / ratio_z >= gamma; sorted queries are ten times faster, ties thirty
+            n_z = ties(own)[1] if ratio_z is own and gamma == 1 else np.searchsorted(ratio_z, own / gamma, "right")
+            scores[m, order] = n_z / len(ratio_z)
 
     parallel(attack, left_out_together(inside))
     return scores
@@ -166,12 +167,15 @@ def require_shadows(member, least, online=True):
 
 def statistics(x, chosen):
     """Number, mean and sum of squared deviations of the chosen values of each example, each [N]. x, chosen: [M, N]."""
-    n, mean, squares = chosen.sum(0), np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for row, here in zip(x, chosen, strict=True):
-        mean += row * here
-    mean /= np.maximum(n, 1)
-    for row, here in zip(x, chosen, strict=True):
-        squares += ((row - mean) * here) ** 2
+    n, mean, squares = chosen.sum(0), np.empty(x.shape[1]), np.empty(x.shape[1])
+
+    def of_block(start):
+        of = slice(start, start + BLOCK)
+        values, here = x[:, of], chosen[:, of]
+        mean[of] = (values * here).sum(0, dtype=np.float64) / np.maximum(n[of], 1)
+        squares[of] = np.square((values - mean[of]) * here).sum(0)
+
+    parallel(of_block, range(0, len(n), BLOCK))
     return n, mean, squares
 
 

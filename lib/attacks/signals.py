@@ -1,8 +1,7 @@
 """From logits to what a membership attack looks at: one number for each model and example.
 
 All are computed in float64 from differences to the largest logit, so that no digits cancel when a model is nearly
-certain. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and no ties.
-"""
+certain. `confidence` ties at 1.0 from phi = 17 on; phi has the same order and no ties."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,13 +92,16 @@ def signals(logits, y, only=NAMES) -> dict[str, np.ndarray]:
 def of_one_model(z, y, entropies=True) -> dict[str, np.ndarray]:
     """The signals of z [N, C] and y [N]: a dict of arrays [N]. entropies: whether these two are among them."""
     z = z.T.astype(np.float64, order="C")  # [C, N]: reductions over classes run over contiguous rows
-    columns, top = np.arange(len(y)), z.argmax(0)
+    own, seen = y * len(y) + np.arange(len(y)), np.zeros(len(y), bool)  # own: where a flat [C, N] holds class y
     with np.errstate(invalid="ignore"):  # inf - inf, which `signals` refuses
         d = np.minimum(z.max(0) - z, GAP)  # d_j = z_top - z_j >= 0
-    r = np.exp(-d)
-    r[top, columns] = 0.0  # r_j = p_j / p_top for all but the top class
+    is_top = d == 0
+    for of_class in is_top:  # of equal logits the first is the top one; argmax takes five times as long
+        of_class &= ~seen
+        seen |= of_class
+    r = np.exp(-d) * ~is_top  # r_j = p_j / p_top for all but the top class
     s = r.sum(0)
-    d_y, r_y, correct = d[y, columns], r[y, columns], top == y
+    d_y, r_y, correct = d.take(own), r.take(own), is_top.take(own)
     # -log p_top = log(1 + s),   log(1 - p_top) = log s - log(1 + s)
     loss_top, log_s = np.log1p(s), np.log(s)
     # phi = z_y - logsumexp_{j != y} z_j
@@ -112,8 +114,8 @@ def of_one_model(z, y, entropies=True) -> dict[str, np.ndarray]:
     # H = -sum_j p_j log p_j = log(1 + s) + sum_j p_j d_j: no term is negative, so nothing cancels
     entropy = loss_top + np.einsum("cn,cn->n", r, d) / (1 + s)
     # M = -(1 - p_y) log p_y - sum_{j != y} p_j log(1 - p_j); every class but the top one has p_j <= 1/2
-    r /= 1 + s
-    rest = np.einsum("cn,cn->n", r, np.log1p(-r)) - r[y, columns] * np.log1p(-r[y, columns])
+    r, p_y = r / (1 + s), r_y / (1 + s)
+    rest = np.einsum("cn,cn->n", r, np.log1p(-r)) - p_y * np.log1p(-p_y)
     rest += np.where(correct, 0.0, (log_s - loss_top) / (1 + s))
     modified = -np.where(correct, s, 1 + s - r_y) / (1 + s) * log_p - rest
     return found | {"entropy": entropy, "modified_entropy": modified}

@@ -31,14 +31,15 @@ def classwise(scores, member, y, part, own=None) -> np.ndarray:
     scores, member = checked(scores, member)
     own, y = scores if own is None else own, np.unique(y, return_inverse=True)[1]
     n_classes, n_parts = int(y.max()) + 1, int(part.max()) + 1
+    of_class, before = (n_parts * y).astype(np.uint16), np.roll(np.arange(n_parts, dtype=np.uint16), 1)
 
     def attack(m):
         here = part[m].astype(np.uint16)
-        best = best_thresholds(own[m], member[m], (n_parts * y + here).astype(np.uint16), n_parts * n_classes)
+        best = best_thresholds(own[m], member[m], of_class + here, n_parts * n_classes)
         if np.isnan(best).any():
             best = np.where(np.isnan(best), np.tile(best_thresholds(own[m], member[m], here, n_parts), n_classes), best)
         # score - threshold of its class in the part before
-        return scores[m] - best[n_parts * y + (here + n_parts - 1) % n_parts]
+        return scores[m] - best.take(of_class + before.take(here))
 
     return by_rows(attack, member.shape, np.float32)
 

@@ -1,8 +1,7 @@
 """Train many models at once on random halves of one pool; what is trained is kept in a resumable store.
 
 Model k's half, initial weights, batch order and augmentation are a function of (seed, k) alone, so the ensembles of two
-optimizers are paired model by model.
-"""
+optimizers are paired model by model."""
 
 import re
 from dataclasses import dataclass, replace

@@ -1,7 +1,6 @@
 """Differential privacy: rules whose gradients are clipped for each example and noised, and the epsilon that this gives.
 
-Neighbours differ by one replaced example: a sum of gradients, each clipped to C, then moves by up to 2 C.
-"""
+Neighbours differ by one replaced example: a sum of gradients, each clipped to C, then moves by up to 2 C."""
 
 from decimal import ROUND_UP, Context
 from functools import cache, partial

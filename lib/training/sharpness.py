@@ -8,8 +8,7 @@ step.py maps it over the stack. Its first two arguments are
 
 It returns (grads, aux), with the aux of the pass at the *unperturbed* weights: it holds BatchNorm's new statistics. It
 asks for anything else by the names of its arguments (CONTEXT); with `memory` it returns (grads, aux, memory). Any other
-argument has a default and is an option: looksam(k=5, alpha=0.7). At radius 0 the base alone is used.
-"""
+argument has a default and is an option: looksam(k=5, alpha=0.7). At radius 0 the base alone is used."""
 
 import math
 

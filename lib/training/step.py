@@ -2,8 +2,7 @@
 
 `torch.func.vmap` maps a rule of sharpness.py over the stack; the gradient that the rule asks for is computed for all
 models by one function, which is compiled once and serves every rule. On a CPU the mapped rule is traced at its first
-step, and the later steps replay the trace: mapped in every step, SAM took 1.1 times as long.
-"""
+step, and the later steps replay the trace: mapped in every step, SAM took 1.1 times as long."""
 
 import ctypes
 import inspect

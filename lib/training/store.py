@@ -7,8 +7,7 @@
         claims/00000.lock   held by the process that trains the chunk of models that begins with 0
 
 A model counts as finished if its flag is there and every checksum matches, so a kill loses at most the models in
-training. The system frees a process's locks when it ends. (File locks must be on, as they are by default on NFS.)
-"""
+training. The system frees a process's locks when it ends. (File locks must be on, as they are by default on NFS.)"""
 
 import hashlib
 import json
@@ -76,10 +75,10 @@ class Rows:
     def write(self, index, row):
         """Put one row in place, then the header; rows before it that are not there yet read as zeros."""
         row = np.ascontiguousarray(row, self.dtype).reshape(self.shape)
-        rows = max(len(self.read()), index + 1)
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             file.seek(self.header_bytes + index * row.nbytes)
             file.write(row.data)
+            rows = (file.seek(0, os.SEEK_END) - self.header_bytes) // row.nbytes
             file.seek(0)
             file.write(self.header(rows))
 

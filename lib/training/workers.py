@@ -1,9 +1,9 @@
 """Who trains the chunks of an ensemble: this process, processes beside it with one thread each, or Ray's workers.
 
 A chunk of models goes into the store and nothing else comes back, so a lost worker's chunk is trained again. With one
-thread each, the arrays are the same to the last bit however the work was shared out.
-"""
+thread each, the arrays are the same to the last bit however the work was shared out."""
 
+import atexit
 import os
 import signal
 import threading
@@ -199,6 +199,7 @@ def alone(parent):
         os._exit(1)
 
     torch.set_num_threads(1)
+    atexit.register(os._exit, 0)  # the interpreter's own end takes a second
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 

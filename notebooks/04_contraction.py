@@ -214,14 +214,18 @@ for d in (20, 100, 400) if run.preset == "tiny" else (20, 200, 1000):
 eta = sp.symbols("eta", nonnegative=True)
 
 
+def inverted(m):
+    return m.adjugate() / m.det()  # Matrix.inv first asks whether m is singular, which takes longer than all else
+
+
 def symbolic_gaps(n, d):
     """V from the closed form minus the spectral formula, and the formula's slope minus the stated one."""
     w0, s = sp.symbols(f"w_1:{n + 1}", real=True), sp.symbols(f"s_1:{d - n + 1}", positive=True)
     a = sp.Matrix(n, n, lambda i, j: sp.Symbol(f"a_{min(i, j)}{max(i, j)}", real=True))
     c = sp.Matrix(n, d - n, lambda i, j: sp.Symbol(f"c_{i}{j}", real=True))
     sigma, x = sp.BlockMatrix([[a, c], [c.T, sp.diag(*s)]]).as_explicit(), sp.eye(n).row_join(sp.zeros(n, d - n))
-    inverse, w0 = (sp.eye(d) + eta * sigma).inv("ADJ"), sp.Matrix(w0)
-    w, pairs = inverse * x.T * (x * inverse * x.T).inv("ADJ") * w0, list(zip(c.T * w0, s, strict=True))
+    inverse, w0 = inverted(sp.eye(d) + eta * sigma), sp.Matrix(w0)
+    w, pairs = inverse * x.T * inverted(x * inverse * x.T) * w0, list(zip(c.T * w0, s, strict=True))
     formula = (w0.T * a * w0)[0] - sum(b**2 * eta * (2 + eta * s) / (1 + eta * s) ** 2 for b, s in pairs)
     slope = -2 * sum(b**2 / (1 + eta * s) ** 3 for b, s in pairs)
     return sp.factor((w.T * sigma * w)[0] - formula), sp.factor(sp.diff(formula, eta) - slope)

@@ -108,6 +108,8 @@ def main(arguments=None):
         trained = [ahead.submit(plan.train, part) for part in ([numbers] if run.is_small else [[n] for n in numbers])]
         from lib.study import report  # it is imported while the processes that train are starting
 
+        if run.is_small:  # the longest first, and the verdict last, so that two at a time end together
+            books.sort(key=lambda book: ("verdict" in book.stem, -plan.analysis(book.name[:2])))
         for at, book in enumerate(books, 1):
             # the verdict judges what all the others recorded
             awaited = [*trained[:at], *(running if "verdict" in book.stem else [])]

@@ -293,15 +293,16 @@ class Plan:
 
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
-        seconds, run, x, slowness = frame.seconds.sum(), self.run, self.run.dataset.x, pace() / PACE
-        for book in self.notebooks:
-            used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
-            fixed, each = ANALYSIS[book]
-            scored = sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
-            seconds += slowness * (fixed + each * scored) / AT_ONCE
-            if book == "01" and not run.is_small:
-                seconds += ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
-        return seconds
+        run, x, asked = self.run, self.run.dataset.x, 0
+        if "01" in self.notebooks and not run.is_small:
+            asked = ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
+        return frame.seconds.sum() + asked + pace() / PACE * sum(map(self.analysis, self.notebooks)) / AT_ONCE
+
+    def analysis(self, book):
+        """Seconds that a notebook takes where ANALYSIS was measured, once all of its models are trained."""
+        fixed, each = ANALYSIS[book]
+        used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
+        return fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
 
     def say(self, *_):
         """Print a forecast if the last was some time ago. `train` calls it after each chunk of models."""

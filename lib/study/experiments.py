@@ -300,7 +300,7 @@ class Plan:
 
     def analysis(self, book):
         """Seconds that a notebook takes where ANALYSIS was measured, once all of its models are trained."""
-        fixed, each = ANALYSIS[book]
+        fixed, each = ANALYSIS.get(book, (10, 4))  # of a notebook that a reader has added, a guess
         used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
         return fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
 

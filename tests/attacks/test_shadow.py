@@ -239,17 +239,18 @@ def pairwise_rmia(p, z, member, m, offline, gamma, a, gone):
     return np.array([np.mean(x / of_z >= gamma) for x in of_x])
 
 
+@pytest.mark.parametrize("gamma", [1.0, 1.3])
 @pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.parametrize("population", [False, True])
 @pytest.mark.parametrize("design", ["pair", "subsets"])
-def test_rmia_equals_pairwise_counts(offline, population, design):
+def test_rmia_equals_pairwise_counts(offline, population, design, gamma):
     phi, member = leaky()
     member = subsets(3, 10, 60) if design == "subsets" else member
     p = 1 / (1 + np.exp(-phi))
     z = 1 / (1 + np.exp(-np.random.default_rng(9).normal(1, 1.5, (10, 23)))) if population else None
-    fast = shadow.rmia(p, member, z, offline, gamma=1.3, a=0.4)
+    fast = shadow.rmia(p, member, z, offline, gamma=gamma, a=0.4)
     for m in range(10):
-        slow = pairwise_rmia(p, z, member, m, offline, 1.3, 0.4, [m, m ^ 1] if design == "pair" else [m])
+        slow = pairwise_rmia(p, z, member, m, offline, gamma, 0.4, [m, m ^ 1] if design == "pair" else [m])
         np.testing.assert_allclose(fast[m], slow, atol=1e-6)
     assert 0.05 < fast.mean() < 0.95
 
@@ -285,6 +286,17 @@ def test_rmia_survives_zero_confidence():
 
 
 # ---- faults ----------------------------------------------------------------------------------------------
+
+
+def test_statistics_of_more_examples_than_a_block_holds():
+    n, rng = 2 * shadow.BLOCK + 7, np.random.default_rng(0)
+    x, chosen = rng.normal(3, 2, (9, n)).astype(np.float32), rng.random((9, n)) < 0.6
+    chosen[:2] = True
+    counts, mean, squares = shadow.statistics(x, chosen)
+    for i in (0, shadow.BLOCK - 1, shadow.BLOCK, n - 1):
+        values = x[chosen[:, i], i].astype(float)
+        assert counts[i] == len(values)
+        np.testing.assert_allclose([mean[i], squares[i]], [values.mean(), len(values) * values.var()], rtol=1e-12)
 
 
 def test_too_few_models_are_named():

@@ -37,6 +37,16 @@ def test_equals_textbook_formulas(dtype, shape):
         np.testing.assert_allclose(values, expected[name].astype(float), rtol=2e-6, atol=1e-7, err_msg=name)
 
 
+def test_of_equal_logits_the_first_is_the_prediction():
+    logits = np.random.default_rng(2).integers(0, 3, (400, 5)).astype(np.float16)
+    y = np.random.default_rng(3).integers(0, 5, 400)
+    tied = (logits == logits.max(1, keepdims=True)).sum(1) > 1
+    assert tied.sum() > 100 and (logits.argmax(1) == y)[tied].any()
+    expected = textbook(logits, y)
+    for name, values in signals(logits, y).items():
+        np.testing.assert_allclose(values, expected[name].astype(float), rtol=2e-6, atol=1e-7, err_msg=name)
+
+
 def test_limits_of_certain_models():
     right, wrong = np.array([200.0, -200, -200]), np.array([-200.0, 200, -200])
     out = signals(np.stack([right, wrong]), np.array([0, 0]))

@@ -104,6 +104,22 @@ def test_a_notebook_that_fails_or_dies_is_named_and_ends_the_run(tmp_path, monke
     assert "07_a failed" in line and said in line and not (tmp_path / "out" / "08_b.ipynb").exists()
 
 
+def test_on_small_data_the_longest_notebooks_come_first_and_the_verdict_last(tmp_path, monkeypatch, capsys):
+    books = [notebook(tmp_path, name) for name in ("01_a.ipynb", "03_b.ipynb", "05_c.ipynb", "07_verdict.ipynb")]
+    monkeypatch.setattr(command_line, "NOTEBOOKS", books)
+    monkeypatch.setattr(command_line, "execute", lambda book, *_: print(book.stem))
+    monkeypatch.setattr(report, "rendered", lambda *_: None)
+    monkeypatch.setattr(report, "build", lambda out: out / "report" / "index.html")
+    monkeypatch.setattr(experiments, "ANALYSIS", {"01": (3, 0), "03": (1, 0), "05": (2, 0), "07": (9, 0)})
+    monkeypatch.setattr(experiments, "AT_ONCE", 1)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {})
+    (tmp_path / "out").mkdir()
+    for book in books:
+        (tmp_path / "out" / book.name).touch()
+    assert command_line.main(words(tmp_path)) == 0
+    assert capsys.readouterr().out.split()[:4] == ["01_a", "05_c", "03_b", "07_verdict"]
+
+
 def test_two_notebooks_run_at_once_and_the_verdict_after_all(tmp_path, monkeypatch):
     """Each of two waits until the other has begun; the verdict sees what both have left."""
     begin = "import pathlib, time\npathlib.Path({0!r} + {1!r}).touch()\nuntil = time.time() + 60\n"

@@ -40,6 +40,17 @@ def test_a_truncated_file_keeps_its_whole_rows_and_one_of_other_rows_has_none(tm
     assert len(rows.read()) == 3
 
 
+def test_a_write_mends_a_damaged_header_and_keeps_the_other_rows(tmp_path):
+    rows = Rows(tmp_path / "a.npy", (2, 3), np.float32)
+    for k in (0, 4):
+        rows.write(k, row(k)["a"])
+    with open(rows.path, "r+b") as file:
+        file.write(b"not a header")
+    assert len(rows.read()) == 0
+    rows.write(2, row(2)["a"])
+    assert rows.read()[:, 0, 0].tolist() == [0, 0, 2, 0, 4]
+
+
 def test_a_row_of_another_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shape"):
         Rows(tmp_path / "a.npy", (2, 3), np.float32).write(0, np.zeros((3, 3), np.float32))

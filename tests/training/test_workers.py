@@ -1,8 +1,10 @@
 """Processes of one thread each, and Ray's workers, against this process: the same arrays, whatever is lost."""
 
+import atexit
 import gc
 import os
 import subprocess
+import sys
 from concurrent import futures
 from dataclasses import replace
 from functools import cache
@@ -96,6 +98,18 @@ def train_for_hours(store):
     """By a process of this one's own."""
     images, recipe = blobs(n=48, t=16, shape=(3, 16, 16), classes=3), Recipe("cnn", epochs=9999, batch_size=8)
     workers.train_by_processes(recipe, images, [[0]], store, 1, 1, quiet=True)
+
+
+def ends_at_once(parent):
+    atexit.register(print, "slow to end", flush=True)
+    workers.alone(parent)
+
+
+def test_a_process_that_trained_does_not_wait_for_the_interpreters_end(capfd):
+    """What was registered before, as what is slow in torch, is not called any more."""
+    code = f"from {__name__} import ends_at_once; import os; ends_at_once(os.getppid())"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert "slow" not in capfd.readouterr().out
 
 
 def test_they_end_with_the_process_that_started_them(tmp_path):

@@ -72,9 +72,9 @@ def of_single_models(seen, y, member, seed, groups):
     half = calibration_split(checked(seen["phi"], member)[1], seed, y, groups)
     # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
     own = (seen.pop(k) for k in ("entropy", "modified_entropy"))
-    entropies = (by_rows(lambda m, h=h: -np.log(np.maximum(h[m], np.float32(TINY))), h.shape, np.float32) for h in own)
+    entropies = (np.negative(np.log(np.maximum(h, np.float32(TINY), out=h), out=h), out=h) for h in own)
     levels = dict(zip(("confidence", "entropy", "m_entropy"), (seen["phi"], *entropies), strict=True))
-    out = {"gap": seen["correct"].astype(np.float32), "loss": yeom(seen["log_confidence"], member, half)}
+    out = {"gap": seen.pop("correct").astype(np.float32), "loss": yeom(seen.pop("log_confidence"), member, half)}
     out |= levels | {f"{name}_classwise": classwise(s, member, y, half) for name, s in levels.items()}
     out["neural"], own, part = neural.attack(list(levels.values()), member, seed, groups)
     out["neural_classwise"] = classwise(out["neural"], member, y, part, own)

@@ -124,7 +124,7 @@ def rmia(confidence, member, population=None, offline=False, gamma=1.0, a=0.3) -
     p, inside = checked(confidence, member)
     require_shadows(inside, 1, not offline)
     outside = ~inside
-    all_in, all_out = statistics(p, inside), statistics(p, outside)
+    all_in, all_out = None if offline else statistics(p, inside), statistics(p, outside)
     total_z = None if population is None else population.sum(0, dtype=np.float64)
     scores = np.empty(p.shape, np.float32)
 
@@ -167,7 +167,7 @@ def require_shadows(member, least, online=True):
 
 def statistics(x, chosen):
     """Number, mean and sum of squared deviations of the chosen values of each example, each [N]. x, chosen: [M, N]."""
-    n, mean, squares = chosen.sum(0), np.empty(x.shape[1]), np.empty(x.shape[1])
+    n, mean, squares = chosen.sum(0, dtype=np.int32), np.empty(x.shape[1]), np.empty(x.shape[1])
 
     def of_block(start):
         of = slice(start, start + BLOCK)

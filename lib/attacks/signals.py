@@ -114,8 +114,8 @@ def of_one_model(z, y, entropies=True) -> dict[str, np.ndarray]:
     # H = -sum_j p_j log p_j = log(1 + s) + sum_j p_j d_j: no term is negative, so nothing cancels
     entropy = loss_top + np.einsum("cn,cn->n", r, d) / (1 + s)
     # M = -(1 - p_y) log p_y - sum_{j != y} p_j log(1 - p_j); every class but the top one has p_j <= 1/2
-    r, p_y = r / (1 + s), r_y / (1 + s)
-    rest = np.einsum("cn,cn->n", r, np.log1p(-r)) - p_y * np.log1p(-p_y)
+    r, p_y = r / -(1 + s), r_y / (1 + s)  # r_j = -p_j
+    rest = -np.einsum("cn,cn->n", r, np.log1p(r)) - p_y * np.log1p(-p_y)
     rest += np.where(correct, 0.0, (log_s - loss_top) / (1 + s))
     modified = -np.where(correct, s, 1 + s - r_y) / (1 + s) * log_p - rest
     return found | {"entropy": entropy, "modified_entropy": modified}

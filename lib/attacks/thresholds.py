@@ -54,7 +54,7 @@ def best_thresholds(s, member, group, n_groups) -> np.ndarray:
     s, kind = s[order], (2 * group + member)[order]
     n = np.bincount(kind, minlength=2 * n_groups).reshape(n_groups, 2)  # non-members, members
     # TPR - FPR of a threshold just above position k = sum_{j <= k} 1{out}/n_out - 1{in}/n_in
-    gain = np.cumsum((np.array([1, -1]) / np.maximum(n, 1)).ravel()[kind])
+    gain = np.cumsum((np.array([1, -1]) / np.maximum(n, 1)).take(kind))
     gain[np.flatnonzero(s[1:] == s[:-1])] = -np.inf  # never between ties
     ends, best = np.cumsum(n.sum(1)), np.full(n_groups, np.nan)
     for g in np.flatnonzero((n > 0).all(1)):

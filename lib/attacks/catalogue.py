@@ -68,7 +68,7 @@ def run(logits, y, member, population_logits=None, population_y=None, seed=0, gr
 
 
 def of_single_models(seen, y, member, seed, groups):
-    """The attacks in ALONE, from the signals of the plain input; one half of the examples teaches about the other."""
+    """The attacks in ALONE, from the signals of the plain input, which it uses up; one half teaches about the other."""
     half = calibration_split(checked(seen["phi"], member)[1], seed, y, groups)
     # -log(entropy) orders as -entropy does, but does not tie where a model is nearly certain; nor does phi
     own = (seen.pop(k) for k in ("entropy", "modified_entropy"))

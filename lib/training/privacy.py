@@ -42,8 +42,7 @@ def by_example(loss, params, x, y):
     """What `per_example` gives to a rule, in any network whose examples do not mix: |g_i| of every example, [B], and a
     function of weights [B] that returns sum_i w_i g_i and aux. The gradients g_i are never held at once.
 
-    loss(params, x, y, weight=None) -> (mean loss, or sum of w_i times the loss of example i; aux), x [B, ...], y [B].
-    """
+    loss(params, x, y, weight=None) -> (mean loss, or the sum of w_i times loss i; aux), x [B, ...], y [B]."""
 
     def size(x, y):
         return norm(grad(loss, has_aux=True)(params, x[None], y[None])[0])

@@ -106,8 +106,7 @@ def whole_groups(draw, groups, size):
 def learning_rate(recipe, step, n_steps):
     """Learning rate of step 0..n_steps-1: a linear rise, then a cosine down to 0 (Loshchilov & Hutter 2017, eq. 5).
 
-    Under SWA the cosine ends at the share `floor` of the peak, after the share `start` of the steps, and stays there.
-    """
+    Under SWA it ends at the share `floor` of the peak, after the share `start` of the steps, and stays there."""
     rising = recipe.warmup * n_steps
     if step < rising:
         return recipe.lr * (step + 1) / (rising + 1)

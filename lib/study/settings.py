@@ -100,7 +100,7 @@ DOING |= {"report": "only make the report anew", "audit": "audit logits in the f
 
 def parse(arguments):
     """(words, parameters, what to do: "run" or flag) of a command line: --name value, or NAME=value as make has it."""
-    about = "Run the notebooks headlessly, in order. DATASET=cifar10, as make has it, is understood too."
+    about = "Run the notebooks headlessly, the verdict last. DATASET=cifar10, as make has it, is understood too."
     parser = argparse.ArgumentParser("python -m lib.study", description=about, allow_abbrev=False)
     parser.argument_default = argparse.SUPPRESS
     for name, field_of in Parameters.model_fields.items():

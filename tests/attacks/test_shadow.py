@@ -285,9 +285,6 @@ def test_rmia_survives_zero_confidence():
     assert np.isfinite(shadow.rmia(p, member)).all()
 
 
-# ---- faults ----------------------------------------------------------------------------------------------
-
-
 def test_statistics_of_more_examples_than_a_block_holds():
     n, rng = 2 * shadow.BLOCK + 7, np.random.default_rng(0)
     x, chosen = rng.normal(3, 2, (9, n)).astype(np.float32), rng.random((9, n)) < 0.6
@@ -297,6 +294,9 @@ def test_statistics_of_more_examples_than_a_block_holds():
         values = x[chosen[:, i], i].astype(float)
         assert counts[i] == len(values)
         np.testing.assert_allclose([mean[i], squares[i]], [values.mean(), len(values) * values.var()], rtol=1e-12)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------
 
 
 def test_too_few_models_are_named():

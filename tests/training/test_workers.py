@@ -106,7 +106,7 @@ def ends_at_once(parent):
 
 
 def test_a_process_that_trained_does_not_wait_for_the_interpreters_end(capfd):
-    """What was registered before, as what is slow in torch, is not called any more."""
+    """Functions that were registered to be called at the end, such as slow ones of torch, are not called."""
     code = f"from {__name__} import ends_at_once; import os; ends_at_once(os.getppid())"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert "slow" not in capfd.readouterr().out

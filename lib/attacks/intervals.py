@@ -185,12 +185,12 @@ def auc_influence_values(scores, member) -> np.ndarray:
 
     def placements(m):
         order = ranking(scores[m])
-        ranked, inside, place = scores[m, order], member[m, order], np.empty(len(order))
+        inside, place = member[m][order], np.empty(len(order))
         # how many examples, and how many members, score less; of those with the same score half are counted
-        tied = ties(ranked)
-        below, members_below = tied.mean(0), np.append(0, inside.cumsum())[tied].mean(0)
+        (first, last), members = ties(scores[m][order]), np.append(0, inside.cumsum())
+        below, members_below = (first + last) / 2, (members[first] + members[last]) / 2
         # placement: for a member the share of non-members below it, for a non-member the share of members above it
-        shares = (below - members_below) / (~inside).sum(), 1 - members_below / inside.sum()
+        shares = (below - members_below) / (len(order) - members[-1]), 1 - members_below / members[-1]
         place[order] = np.where(inside, *shares)
         return place
 

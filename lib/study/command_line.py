@@ -94,33 +94,33 @@ def main(arguments=None):
         given = {**asked.model_dump(exclude_none=True), "store": shortest(run.store), "out": str(out)}
         # on larger images, which take long, a notebook runs when its models are there; else it waits for all models,
         # since beside training both take 8% more processor time
-        ahead, pool, running = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(experiments.AT_ONCE), {}
+        n_open, running = experiments.OPEN if run.is_small else experiments.AT_ONCE, {}
+        ahead, pool = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(n_open)
 
         def run_one(book, awaited):
             try:
                 execute(book, given, out, awaited)
-                report.rendered(out / book.name, (out / book.name).stat().st_mtime_ns)  # ahead of the report
             except Exception:
                 for executor in (ahead, pool):  # none that has not begun will
                     executor.shutdown(wait=False, cancel_futures=True)
                 raise
 
         trained = [ahead.submit(plan.train, part) for part in ([numbers] if run.is_small else [[n] for n in numbers])]
-        from lib.study import report  # it is imported while the processes that train are starting
-
-        if run.is_small:  # the longest first, and the verdict last, so that two at a time end together
+        if run.is_small:  # the longest first, and the verdict last, so that they end together
             books.sort(key=lambda book: ("verdict" in book.stem, -plan.analysis(book.name[:2])))
         for at, book in enumerate(books, 1):
             # the verdict judges what all the others recorded
             awaited = [*trained[:at], *(running if "verdict" in book.stem else [])]
             running[pool.submit(run_one, book, awaited)] = book
+        from lib.study import report  # it is imported while kernels and processes are starting
+
         for done in futures.as_completed(running):
-            plan.notebooks.remove(running[done].name[:2])
+            plan.notebooks.remove((book := running[done]).name[:2])
             if error := done.exception():  # the notebook's own, or the kernel's death: what it did so far is in `out`
-                book, said = running[done], getattr(error, "evalue", error)
-                said = f"see {out / book.name}: {getattr(error, 'ename', type(error).__name__)}: {said}"
-                print(f"error: {book.stem} failed, {said}", file=sys.stderr)
+                said = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+                print(f"error: {book.stem} failed, see {out / book.name}: {said}", file=sys.stderr)
                 return 1
+            report.rendered(out / book.name, (out / book.name).stat().st_mtime_ns)  # ahead of the report
         took = {"notebooks": numbers, "n_models": run.n_models, "seconds": round(time.monotonic() - run.began)}
         # the share of the training that the store did not have
         took["trained"] = before.megagradients.sum() / (before.megagradients_in_all.sum() or 1)

@@ -31,6 +31,7 @@ COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagra
 ANALYSIS = {"01": (8, 14), "02": (13, 4), "03": (5, 2), "04": (14, 4), "05": (9, 2.4), "06": (7, 4), "07": (14, 0)}
 PACE = 0.0076  # seconds of `pace` on the machine where those were measured
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
+OPEN = AT_ONCE + 1  # on small data so many are open: while the kernel of one starts, others keep the processors busy
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 QUIET = 20  # seconds without a forecast after the first models, which say little: notebooks' kernels start beside them
 ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models

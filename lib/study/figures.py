@@ -64,9 +64,8 @@ def forest(frame, panels, rows="attack", reference=0):
         part = frame[frame.metric == metric]
         for index, (name, found) in enumerate(part.groupby(series(part), sort=False)):
             found = found.set_index(rows).reindex(order)
-            bars = [found.value - found.ci_low, found.ci_high - found.value]
-            places = np.arange(len(order)) + 0.15 * index
-            axis.errorbar(found.value, places, xerr=bars, capsize=3, **look(index, name) | {"linestyle": ""})
+            at, bars = np.arange(len(order)) + 0.15 * index, [found.value - found.ci_low, found.ci_high - found.value]
+            axis.errorbar(found.value, at, xerr=bars, capsize=3, **look(index, name) | {"linestyle": ""})
         axis.axvline(found.value[reference] if reference in found.index else reference, color="0.5", lw=1)
         axis.set(yticks=range(len(order)), yticklabels=map(plain, order), xlabel=xlabel)
         axis.locator_params(axis="x", nbins=5)

@@ -78,9 +78,8 @@ def models(name, given):
     refuse("member" if groups is None else "groups", few, valid, inside)
     if not kept.all():
         z, y, member, groups = z[:, :, kept], y[kept], member[:, kept], None if groups is None else groups[kept]
-        why = "LiRA and RMIA need three models that trained on an example, three that did not and, if models come in"
-        why += " complementary pairs, one of each pair."
-        notes.append(f"{n - kept.sum()} of {n} examples are left out: {why}")
+        why = "LiRA and RMIA need three models that trained on an example and three that did not, of a pair only one"
+        notes.append(f"{n - kept.sum()} of {n} examples are left out: {why}.")
     more = dict(notes=notes, kept=kept, shared={"member": member, "y": y, "groups": groups, "population_y": y_test})
     dataset = SimpleNamespace(y=y, groups=groups, y_test=y_test, groups_test=None)
     return SimpleNamespace(logits=z, member=member, test_logits=test, dataset=dataset, **more)

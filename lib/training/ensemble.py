@@ -164,8 +164,8 @@ class Ensemble:
     member, history = (property(lambda self, name=n: self.rows(name)) for n in ("member", "history"))
 
     def only(self, ids):
-        """The same ensemble, restricted to models `ids`."""
-        return replace(self, ids=np.asarray(ids))
+        """The same ensemble, restricted to models `ids`: itself, if it has no others."""
+        return self if np.array_equal(ids, self.ids) else replace(self, ids=np.asarray(ids))
 
     def weights(self, k):
         """(net, params, buffers) of model k < KEEP_WEIGHTS: a module in evaluation mode and its networks.parts."""

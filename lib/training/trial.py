@@ -60,8 +60,7 @@ def trial(recipe, shape, n_classes, device):
             said = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".:")[:200]
             return f"fails with {type(error).__name__}: {said}"
 
-    mapped = fault(recipe.optimizer, alone=False)
-    if not mapped:
+    if not (mapped := fault(recipe.optimizer, alone=False)):
         return ""
     unmapped, unfit = fault("sgd", alone=False), fault("sgd", alone=True)  # of the network, by itself
     need(not unfit, f"{arch} {unfit}")

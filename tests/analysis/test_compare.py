@@ -113,6 +113,15 @@ def test_align_leaves_out_what_mostly_diverged_unless_it_is_essential(pair, caps
         compare.keep_common_models(doses, essential=[9.0])
 
 
+def test_an_ensemble_restricted_to_its_own_models_keeps_what_was_computed_from_it(pair):
+    whole, some = pair["sam"], pair["sam"].only(range(10))
+    compare.auc_influence_values(whole), compare.auc_influence_values(some)
+    assert compare.headline_scores(whole.only(list(whole.ids))) is compare.headline_scores(whole)
+    assert compare.headline_scores(some.only(range(10))) is compare.headline_scores(some)
+    for other in (whole.only(range(10)), whole.only(range(6, 16)), some.only([])):
+        assert other is not whole and "made" not in vars(other)
+
+
 def test_align_drops_as_few_as_it_must_for_half_of_the_models_in_common(pair, capsys):
     made = {"all": pair["sgd"], "late": pair["sam"].only(range(6, 16)), "early": pair["sam"].only(range(10))}
     kept = compare.keep_common_models(made, essential=["all"])  # 4 in common of all three, 10 without one of them

@@ -98,7 +98,7 @@ def test_notebooks_get_all_parameters_and_this_interpreter(tmp_path, monkeypatch
 def test_a_notebook_that_fails_or_dies_is_named_and_ends_the_run(tmp_path, monkeypatch, capsys, source, said):
     books = [notebook(tmp_path, "07_a.ipynb", source), notebook(tmp_path, "08_b.ipynb")]
     monkeypatch.setattr(command_line, "NOTEBOOKS", books)
-    monkeypatch.setattr(experiments, "AT_ONCE", 1)
+    monkeypatch.setattr(experiments, "OPEN", 1)
     assert command_line.main(words(tmp_path)) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "07_a failed" in line and said in line and not (tmp_path / "out" / "08_b.ipynb").exists()
@@ -111,7 +111,7 @@ def test_on_small_data_the_longest_notebooks_come_first_and_the_verdict_last(tmp
     monkeypatch.setattr(report, "rendered", lambda *_: None)
     monkeypatch.setattr(report, "build", lambda out: out / "report" / "index.html")
     monkeypatch.setattr(experiments, "ANALYSIS", {"01": (3, 0), "03": (1, 0), "05": (2, 0), "07": (9, 0)})
-    monkeypatch.setattr(experiments, "AT_ONCE", 1)
+    monkeypatch.setattr(experiments, "OPEN", 1)
     monkeypatch.setattr(experiments, "EXPERIMENTS", {})
     (tmp_path / "out").mkdir()
     for book in books:
@@ -132,7 +132,7 @@ def test_two_notebooks_run_at_once_and_the_verdict_after_all(tmp_path, monkeypat
     names = "01_a.ipynb", "02_b.ipynb", "07_verdict.ipynb"
     books = [notebook(tmp_path, name, source) for name, source in zip(names, sources, strict=True)]
     monkeypatch.setattr(command_line, "NOTEBOOKS", books)
-    monkeypatch.setattr(experiments, "AT_ONCE", 2)
+    monkeypatch.setattr(experiments, "OPEN", 2)
     monkeypatch.setattr(experiments, "EXPERIMENTS", {})
     monkeypatch.setattr(report, "build", lambda out: out / "report" / "index.html")
     assert command_line.main(words(tmp_path)) == 0

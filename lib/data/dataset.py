@@ -145,8 +145,7 @@ def _draw(y: np.ndarray, n: int, seed: int, least: int = 0) -> np.ndarray:
     while take.sum() > n:  # small classes got their `least`: the others make room
         take[np.argmax(np.where(take > least, take - exact, -np.inf))] -= 1
     order = np.random.default_rng(seed).permutation(len(y))
-    first = [np.flatnonzero(y[order] == c)[:k] for c, k in enumerate(take)]
-    return order[np.sort(np.concatenate(first))]
+    return order[np.sort(np.concatenate([np.flatnonzero(y[order] == c)[:k] for c, k in enumerate(take)]))]
 
 
 def _draw_groups(dataset: Dataset, n_examples: int | None, seed: int) -> np.ndarray:

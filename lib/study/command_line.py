@@ -1,6 +1,5 @@
 """`python -m lib.study` runs the notebooks; --plan, --work, --report and --audit do something else: see --help."""
 
-import asyncio
 import json
 import logging
 import os
@@ -8,7 +7,9 @@ import sys
 import time
 from concurrent import futures
 from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
+from threading import get_ident
 
 from lib import need
 from lib.study import experiments, settings
@@ -16,6 +17,7 @@ from lib.study.settings import ROOT
 from lib.training.store import check_disk, write_atomic
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("verdict" in p.stem, p.stem))
+KERNELS = {}  # of each thread that runs notebooks: a new one would import for two seconds what all of them need
 
 
 def chosen(words):
@@ -33,34 +35,36 @@ def shortest(path):
 
 
 def execute(book, given, out, awaited):
-    """Run one notebook with papermill, once the futures in `awaited` are done; its kernel imports our modules before.
+    """Run one notebook with papermill in this thread's kernel, once the futures in `awaited` are done.
 
-    What its kernel prints is printed here. The kernel runs this interpreter, whatever kernel python3 is installed."""
+    The kernel imports our modules before, and forgets one notebook before the next. What it prints is printed here. It
+    runs this interpreter, whatever kernel python3 is installed."""
     import papermill
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, KernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_core.utils import ensure_event_loop
 
-    class ThisInterpreter(AsyncKernelManager):
-        kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # knows of none that is installed: makes its own
-
-        async def start_kernel(self, **more):
-            # one thread and one process: beside those that train, two wait for each other (a cell of 2 s took 51 s);
-            # no progress bars, since those of two notebooks would overwrite each other
-            settled = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "TQDM_DISABLE"), "1")
-            await super().start_kernel(**more, env={**os.environ, **settled})
-            # if the training has failed, the notebook tries itself, and says why
-            await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
-            print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
-
+    if get_ident() not in KERNELS:
+        none = KernelSpecManager(kernel_dirs=[])  # it knows of none that is installed: it makes its own
+        KERNELS[get_ident()] = KernelManager(kernel_spec_manager=none, client_factory=AsyncKernelClient)
+        # one thread and one process: beside those that train, two wait for each other (a cell of 2 s took 51 s);
+        # no progress bars, since those of two notebooks would overwrite each other
+        settled = dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "TQDM_DISABLE"), "1")
+        arguments = ["--log-level=ERROR", "--IPKernelApp.exec_lines=from lib.study import figures, settings"]
+        KERNELS[get_ident()].start_kernel(extra_arguments=arguments, env={**os.environ, **settled})
+    kernel = KERNELS[get_ident()]
+    kernel.client = client = cache(partial(KernelManager.client, kernel))  # papermill's client, which we use too
+    futures.wait(awaited)  # if the training has failed, the notebook tries itself, and says why
+    print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
-    arguments = ["--log-level=ERROR", "--IPKernelApp.exec_lines=from lib.study import figures, settings"]
-    how = {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter, "extra_arguments": arguments}
-    # all that the kernel leaves is on the disk by then: killed, it needs no seconds to shut down
-    how |= {"shutdown_kernel": "immediate", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
+    how = {"on_notebook_start": lambda notebook: client().execute("get_ipython().reset()", silent=True), "km": kernel}
+    how |= {"kernel_name": "python3", "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (book, out / book.name))  # it formats them
     with closing(ensure_event_loop()):  # of this thread
-        papermill.execute_notebook(*paths, given, **how)
+        try:
+            papermill.execute_notebook(*paths, given, **how)
+        finally:
+            client().stop_channels()
 
 
 def main(arguments=None):
@@ -109,9 +113,8 @@ def main(arguments=None):
         if run.is_small:  # the longest first, and the verdict last, so that they end together
             books.sort(key=lambda book: ("verdict" in book.stem, -plan.analysis(book.name[:2])))
         for at, book in enumerate(books, 1):
-            # the verdict judges what all the others recorded
-            awaited = [*trained[:at], *(running if "verdict" in book.stem else [])]
-            running[pool.submit(run_one, book, awaited)] = book
+            others = running if "verdict" in book.stem else []  # it judges what all the others recorded
+            running[pool.submit(run_one, book, [*trained[:at], *others])] = book
         from lib.study import report  # it is imported while kernels and processes are starting
 
         for done in futures.as_completed(running):
@@ -131,3 +134,6 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        while KERNELS:  # all that they leave is on the disk by then: killed, they need no seconds to shut down
+            KERNELS.popitem()[1].shutdown_kernel(now=True)

@@ -110,8 +110,7 @@ def tuning(run):
     the run's own ("few": and fewer values); "full": all combinations. The largest rate shows if the best is smaller."""
     own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
     radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
-    rates = (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8)
-    for rho, factor, decay in product([0.0, *radii], rates, decays):
+    for rho, factor, decay in product([0.0, *radii], (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8), decays):
         n_changed = (rho not in (0, own)) + (factor != 1) + (decay != run.weight_decay)
         most = 3 if run.tuning == "full" and factor in (1, 2, 4) else 1
         if n_changed <= most and (factor >= 1 or not rho):

@@ -45,8 +45,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parameter(about, default=None, **limits):
-    # None: not given, so the preset decides (or, for gpus, the device)
+def parameter(about, default=None, **limits):  # None: not given, so the preset decides (or, for gpus, the device)
     return Field(default, description=about, **limits)
 
 
@@ -104,8 +103,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser("python -m lib.study", description=about, allow_abbrev=False)
     parser.argument_default = argparse.SUPPRESS
     for name, field_of in Parameters.model_fields.items():
-        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
-        parser.add_argument(*flags, dest=name, help=field_of.description)
+        parser.add_argument(*sorted({f"--{name}", f"--{name.replace('_', '-')}"}), dest=name, help=field_of.description)
     doing = parser.add_mutually_exclusive_group()
     for name, about in DOING.items():
         doing.add_argument(f"--{name}", dest="doing", action="store_const", const=name, default="run", help=about)

@@ -223,15 +223,13 @@ def precision_of(arch, device):
 def check(recipe, dataset, n_models, device="cpu"):
     """Raise ValueError naming the parameter if this ensemble can't be trained: called before any training."""
     n, shape, size = len(dataset.y), dataset.x.shape[1:], round(len(dataset.y) * recipe.subset)
-    fine = n_models >= 2 and n_models % 2 == 0
-    need(fine, f"n_models={n_models!r} is not valid: models come in pairs, so an even number from 2")
+    need(n_models % 2 == 0 < n_models, f"n_models={n_models!r}: models come in pairs; valid are even numbers from 2")
     need(n % 2 == 0 or recipe.subset != 0.5, f"n_examples={n} is odd: complementary halves need an even number")
     fine = dataset.is_image or not (recipe.augment or recipe.queries > 1)
     need(fine, f"augment={recipe.augment!r} needs images; an example here has shape {shape}")
     need(size < n, f"subset={recipe.subset!r} leaves none of {n} examples out")
     need(recipe.batch_size <= size, f"batch_size={recipe.batch_size!r} is larger than a model's {size} examples")
-    net = networks.build(recipe.arch, shape, dataset.n_classes)
-    mixes = recipe.optimizer.is_private and networks.batchnorms(net)
+    mixes = networks.batchnorms(networks.build(recipe.arch, shape, dataset.n_classes)) and recipe.optimizer.is_private
     need(not mixes, f"arch={recipe.arch!r} has BatchNorm, which mixes the examples that {recipe.optimizer} keeps apart")
     trial.trial(recipe, shape, dataset.n_classes, device_of(device))
     membership(recipe, n, [0], dataset.groups)

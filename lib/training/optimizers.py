@@ -121,8 +121,7 @@ def _parse(text):
     text, given = text.strip(), []  # of each part, its name and options
     try:
         tree = ast.parse(text.replace(":", "."), mode="eval").body
-        is_sum = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add)
-        for node in [tree.left, tree.right] if is_sum else [tree]:
+        for node in [tree.left, tree.right] if isinstance(getattr(tree, "op", None), ast.Add) else [tree]:
             call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
             options = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
             need(not call.args and None not in options, "options are written with their names")
@@ -153,8 +152,7 @@ def _parse(text):
         return parsed  # nothing to refuse; building an optimizer of torch imports the compiler, which takes a second
     try:  # what the base refuses is said before anything is trained
         need("lr" not in base_options, "lr is a parameter of its own")
-        built = parsed.build([torch.zeros(2, 2, requires_grad=True)], 0.1, 0.9, 0.0)
-        inspect.signature(built.step).bind()
+        inspect.signature(parsed.build([torch.zeros(2, 2, requires_grad=True)], 0.1, 0.9, 0.0).step).bind()
     except Exception as error:
         raise ValueError(f"{base} can't be built, or its step can't be made without a closure: {error}") from None
     return parsed

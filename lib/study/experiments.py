@@ -27,8 +27,8 @@ PLANTED = 16  # models of the planted leak: 8 pairs, and it takes 6 for the inte
 VARIANTS = ("sam", "asam", "gsam", "looksam", "msam", "fsam", "esam")
 WITHOUT_NORM = {"cnn": "cnn_plain", "mlp_bn": "mlp"}  # a network and the same without BatchNorm
 COLUMNS = "notebook experiment arch optimizer rho epochs models finished megagradients megagradients_in_all megabytes"
-# of each notebook: fixed seconds, and seconds for each million of scores. 07 runs alone, so its 7 s count twice
-ANALYSIS = {"01": (8, 14), "02": (13, 4), "03": (5, 2), "04": (14, 4), "05": (9, 2.4), "06": (7, 4), "07": (14, 0)}
+# of each notebook: fixed seconds, and seconds for each million of scores. 07 runs alone, so its 4 s count twice
+ANALYSIS = {"01": (4, 14), "02": (7.5, 4), "03": (1.5, 2), "04": (9.5, 4), "05": (4.5, 2.4), "06": (4, 4), "07": (8, 0)}
 PACE = 0.0076  # seconds of `pace` on the machine where those were measured
 AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by side
 OPEN = AT_ONCE + 1  # on small data so many are open: while the kernel of one starts, others keep the processors busy
@@ -300,7 +300,7 @@ class Plan:
 
     def analysis(self, book):
         """Seconds that a notebook takes where ANALYSIS was measured, once all of its models are trained."""
-        fixed, each = ANALYSIS.get(book, (10, 4))  # of a notebook that a reader has added, a guess
+        fixed, each = ANALYSIS.get(book, (8, 4))  # of a notebook that a reader has added, a guess
         used = [planned for name, _, planned in self.ensembles if book in EXPERIMENTS[name].notebooks]
         return fixed + each * sum(one.n_models * len(one.dataset.y) * one.recipe.queries for one in used) / 1e6
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import nbformat
+import psutil
 import pytest
 
 from lib.study import command_line, experiments, report, settings
@@ -118,6 +119,26 @@ def test_on_small_data_the_longest_notebooks_come_first_and_the_verdict_last(tmp
         (tmp_path / "out" / book.name).touch()
     assert command_line.main(words(tmp_path)) == 0
     assert capsys.readouterr().out.split()[:4] == ["01_a", "05_c", "03_b", "07_verdict"]
+
+
+def test_one_kernel_runs_notebook_after_notebook_and_forgets_each(tmp_path, monkeypatch):
+    """The second sees nothing that the first has named, its cells count from 1, and the kernel ends with the run."""
+    pids = tmp_path / "pids"
+    note = f"import os\nwith open({str(pids)!r}, 'a') as file:\n    print(os.getpid(), file=file)"
+    look = "print(sorted({*globals()} & {'mine', 'pandas', 'preset', 'given_to_first', '_3'}), len(In), Out)"
+    first = notebook(tmp_path, "01_a.ipynb", note, "import pandas\nmine = 1\nmine")
+    monkeypatch.setattr(command_line, "NOTEBOOKS", [first, notebook(tmp_path, "02_b.ipynb", note, look)])
+    monkeypatch.setattr(experiments, "OPEN", 1)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {})
+    monkeypatch.setattr(report, "build", lambda out: out / "report" / "index.html")
+    assert command_line.main(words(tmp_path)) == 0 and not command_line.KERNELS
+    one, last = (
+        nbformat.read(tmp_path / "out" / name, as_version=4).cells[-1] for name in ("01_a.ipynb", "02_b.ipynb")
+    )
+    # the parameters, those that papermill adds, a note, and this cell; IPython's list begins with an empty line
+    assert one.execution_count == last.execution_count == 4 and last.outputs[0].text == "['preset'] 5 {}\n"
+    (pid, again) = map(int, pids.read_text().split())
+    assert pid == again and not psutil.pid_exists(pid)
 
 
 def test_two_notebooks_run_at_once_and_the_verdict_after_all(tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def test_one_kernel_runs_notebook_after_notebook_and_forgets_each(tmp_path, monk
     """The second sees nothing that the first has named, its cells count from 1, and the kernel ends with the run."""
     pids = tmp_path / "pids"
     note = f"import os\nwith open({str(pids)!r}, 'a') as file:\n    print(os.getpid(), file=file)"
-    look = "print(sorted({*globals()} & {'mine', 'pandas', 'preset', 'given_to_first', '_3'}), len(In), Out)"
+    look = "print(sorted({*globals()} & {'mine', 'pandas', 'preset', '_4'}), len(In), Out)"
     first = notebook(tmp_path, "01_a.ipynb", note, "import pandas\nmine = 1\nmine")
     monkeypatch.setattr(command_line, "NOTEBOOKS", [first, notebook(tmp_path, "02_b.ipynb", note, look)])
     monkeypatch.setattr(experiments, "OPEN", 1)

@@ -7,10 +7,9 @@ import timeit
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent import futures
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -271,11 +270,16 @@ class Plan:
         # (experiment's name, the first of its notebooks, Planned) of each
         self.ensembles = sorted(found.values(), key=lambda one: self.notebooks.index(one[1]))
 
+    def at_once(self):
+        """How many processes train: as many as are worth starting for one of the ensembles, and then they train all."""
+        where = ensemble.device_of(self.run.device)
+        return max([1, *(workers.n_processes(one.recipe, one.dataset, where) for *_, one in self.ensembles)])
+
     def table(self, rate=np.nan):
         """What is left to train: a frame of COLUMNS and seconds, with a row for each ensemble.
 
         Seconds follow from the gradients a second of finished models of the kind, else of any kind, else `rate`."""
-        rows, device = [], ensemble.device_of(self.run.device)
+        rows, at_once = [], self.at_once()
         for name, book, planned in self.ensembles:
             recipe, n_models, data = planned
             folder, one = place(self.run.store, *ensemble.store_key(recipe, data))[0], work(recipe, len(data.y), 1)
@@ -284,11 +288,11 @@ class Plan:
             row = [book, name, recipe.arch, str(recipe.optimizer), recipe.rho, recipe.run_epochs, n_models, len(done)]
             row += [len(left) * one / 1e6, n_models * one / 1e6, ensemble.stored_bytes(recipe, data, left) / 1e6]
             own = one / np.quantile(took, 0.25) if took else np.nan  # the first wait for the compiler
-            rows.append([*row, own, recipe.optimizer.is_private, workers.n_processes(recipe, data, device)])
-        frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "rate", "is_private", "at_once"])
-        of_kind = frame.groupby(["arch", "is_private"]).rate.transform("max")  # notebooks slow down others for a while
-        frame["rate"] = of_kind.fillna(frame.rate.median()).fillna(rate) * frame.at_once
-        start = START * (frame.finished == 0) / frame.at_once
+            rows.append([*row, own, recipe.optimizer.is_private])
+        frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "rate", "is_private"])
+        of_kind = frame.groupby(["arch", "is_private"]).rate.transform("median")
+        frame["rate"] = of_kind.fillna(frame.rate.median()).fillna(rate) * at_once
+        start = START * (frame.finished == 0) / at_once
         return frame.assign(seconds=1e6 * frame.megagradients / frame.rate + start)
 
     def seconds_left(self, frame):
@@ -317,21 +321,16 @@ class Plan:
         """Train what these notebooks need and no other process trains; None: what all need, none of which is run."""
         self.notebooks, run = self.notebooks if books else [], self.run
         how = dict(device=run.device, engine=run.engine, gpus=run.gpus, quiet=bool(books), notify=self.say, wait=False)
-        here, device = Lock(), ensemble.device_of(run.device)
-
-        def train_one(planned):
-            recipe, n_models, data = planned
-            with here if workers.n_processes(recipe, data, device) == 1 else nullcontext():
-                train(recipe, data, n_models, run.store, **how)
-
+        if (n := self.at_once()) > 1:
+            workers.processes(n, os.getpid())
         # two ensembles at a time where other processes train, so that none waits for the last models of an ensemble
-        pool = futures.ThreadPoolExecutor(AT_ONCE)
+        pool = futures.ThreadPoolExecutor(AT_ONCE if n > 1 else 1)
         each = map if run.engine == "ray" else pool.map  # Ray ends the process when the thread that started it ends
         try:
             todo = [planned for _, first, planned in self.ensembles if first in (books or [first])]
             # private rules compile nothing: they are trained while the code of the first ensemble is compiled
             todo[1:] = sorted(todo[1:], key=lambda planned: not planned.recipe.optimizer.is_private)
-            list(each(train_one, todo))
+            list(each(lambda one: train(one.recipe, one.dataset, one.n_models, run.store, **how), todo))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

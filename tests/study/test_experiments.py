@@ -227,6 +227,32 @@ def test_private_models_are_trained_while_the_first_ensemble_compiles(tmp_path, 
     assert private == [False] + [True] * sum(private) + [False] * (len(order) - sum(private) - 1)
 
 
+def test_if_one_ensemble_is_worth_processes_they_train_all_and_the_forecast_knows(tmp_path, monkeypatch):
+    """Started for the longest training alone, they would come when half of the models are trained."""
+    run, seen = small(tmp_path), []
+    steps = run.n_examples // 2 // run.batch_size * run.epochs
+    monkeypatch.setattr(workers, "LONG", 2 * steps)  # the length sweep trains for twice as many epochs
+    monkeypatch.setattr("loky.cpu_count", lambda: 2)
+    how_many = workers.n_processes
+    monkeypatch.setattr(
+        experiments, "train", lambda *recipe_and_data, **_: seen.append(how_many(*recipe_and_data[:2], cpu))
+    )
+    cpu = torch.device("cpu")
+    workers.processes.cache_clear()
+    try:
+        short, plan = experiments.Plan(run, ["01"]), experiments.Plan(run, ["01", "05"])
+        assert how_many(run.recipe("sgd"), run.dataset, cpu) == short.at_once() == 1 and plan.at_once() == 2
+        halves = plan.table(1e6).seconds - experiments.START / 2
+        np.testing.assert_allclose(halves, plan.table(1e6).megagradients / 2)
+        short.train(["01"])
+        assert set(seen) == {1}
+        seen.clear()
+        plan.train(["01", "05"])
+        assert set(seen) == {2} and len(seen) == len(plan.ensembles)
+    finally:
+        workers.processes.cache_clear()
+
+
 def test_a_pool_that_a_notebook_draws_is_asked_for_and_in_no_plan(tmp_path):
     run = small(tmp_path)
     assert "planted leak" not in set(experiments.Plan(run, ["01"]).table().experiment)
@@ -265,7 +291,7 @@ def test_a_trial_is_about_as_fast_as_the_training(tmp_path, one_thread):
     rate = plan.trial()
     trained(run, of(run, "sgd", 64))
     known = plan.table()
-    assert rate / 3 < (known.rate / known.at_once).max() < 3 * rate
+    assert rate / 3 < (known.rate / plan.at_once()).max() < 3 * rate
 
 
 def slow_and_private(run):

@@ -33,7 +33,7 @@ AT_ONCE = min(2, os.cpu_count() or 1)  # notebooks that are analysed side by sid
 OPEN = AT_ONCE + 1  # on small data so many are open: while the kernel of one starts, others keep the processors busy
 START = 1  # seconds of a process that a new ensemble takes beside: its data are read, another rule is compiled
 QUIET = 20  # seconds without a forecast after the first models, which say little: notebooks' kernels start beside them
-ASKED = 245  # gradients of each example that cost as much as the label-only attack on one optimizer's models
+ASKED = 122  # gradients of each example that cost half as much as the label-only attack on one optimizer's models
 PER_EXAMPLE = 4  # a gradient for each example, which private rules clip, costs about four times a batch gradient
 
 
@@ -290,15 +290,15 @@ class Plan:
             own = one / np.quantile(took, 0.25) if took else np.nan  # the first wait for the compiler
             rows.append([*row, own, recipe.optimizer.is_private])
         frame = pd.DataFrame(rows, columns=[*COLUMNS.split(), "rate", "is_private"])
-        of_kind = frame.groupby(["arch", "is_private"]).rate.transform("median")
-        frame["rate"] = of_kind.fillna(frame.rate.median()).fillna(rate) * at_once
+        of_kind = frame.groupby(["arch", "is_private"]).rate.transform("max")  # notebooks slow down others for a while
+        frame["rate"] = of_kind.fillna(frame.rate.max()).fillna(rate) * at_once
         start = START * (frame.finished == 0) / at_once
         return frame.assign(seconds=1e6 * frame.megagradients / frame.rate + start)
 
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
         run, x, asked = self.run, self.run.dataset.x, 0
-        if "01" in self.notebooks and not run.is_small:
+        if "01" in self.notebooks and not run.is_small:  # it runs beside the training, so on average it is half done
             asked = ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
         return frame.seconds.sum() + asked + pace() / PACE * sum(map(self.analysis, self.notebooks)) / AT_ONCE
 

@@ -37,8 +37,7 @@ def shortest(path):
 def execute(book, given, out, awaited):
     """Run one notebook with papermill in this thread's kernel, once the futures in `awaited` are done.
 
-    The kernel imports our modules before, and forgets one notebook before the next. What it prints is printed here. It
-    runs this interpreter, whatever kernel python3 is installed."""
+    The kernel is this interpreter; it imports our modules while it waits, and forgets each notebook before the next."""
     import papermill
     from jupyter_client import AsyncKernelClient, KernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -54,7 +53,8 @@ def execute(book, given, out, awaited):
         KERNELS[get_ident()].start_kernel(extra_arguments=arguments, env={**os.environ, **settled})
     kernel = KERNELS[get_ident()]
     kernel.client = client = cache(partial(KernelManager.client, kernel))  # papermill's client, which we use too
-    futures.wait(awaited)  # if the training has failed, the notebook tries itself, and says why
+    for each in awaited:
+        each.exception()  # waits; if the training has failed, the notebook tries itself, and says why
     print(f"{book.stem} -> {out}\n", end="", flush=True)  # in one piece, beside another notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the first cell does not list
     how = {"on_notebook_start": lambda notebook: client().execute("get_ipython().reset()", silent=True), "km": kernel}

@@ -298,7 +298,7 @@ class Plan:
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
         run, x, asked = self.run, self.run.dataset.x, 0
-        if "01" in self.notebooks and not run.is_small:  # it runs beside the training, so on average it is half done
+        if "01" in self.notebooks and not run.is_small:  # beside the training: on average, half of it is done
             asked = ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
         return frame.seconds.sum() + asked + pace() / PACE * sum(map(self.analysis, self.notebooks)) / AT_ONCE
 

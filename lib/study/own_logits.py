@@ -78,7 +78,7 @@ def models(name, given):
     refuse("member" if groups is None else "groups", few, valid, inside)
     if not kept.all():
         z, y, member, groups = z[:, :, kept], y[kept], member[:, kept], None if groups is None else groups[kept]
-        why = "LiRA and RMIA need three models that trained on an example and three that did not, of a pair only one"
+        why = "LiRA and RMIA need three models trained on an example, three others, and one of each complementary pair"
         notes.append(f"{n - kept.sum()} of {n} examples are left out: {why}.")
     more = dict(notes=notes, kept=kept, shared={"member": member, "y": y, "groups": groups, "population_y": y_test})
     dataset = SimpleNamespace(y=y, groups=groups, y_test=y_test, groups_test=None)

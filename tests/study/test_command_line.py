@@ -2,6 +2,9 @@ import json
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import CancelledError, Future
+from threading import Timer, get_ident
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -119,6 +122,15 @@ def test_on_small_data_the_longest_notebooks_come_first_and_the_verdict_last(tmp
         (tmp_path / "out" / book.name).touch()
     assert command_line.main(words(tmp_path)) == 0
     assert capsys.readouterr().out.split()[:4] == ["01_a", "05_c", "03_b", "07_verdict"]
+
+
+def test_a_notebook_whose_training_was_given_up_does_not_wait_for_it(tmp_path, monkeypatch):
+    """After another notebook has failed: its future is cancelled, and never done."""
+    monkeypatch.setitem(command_line.KERNELS, get_ident(), SimpleNamespace())
+    given_up = Future()
+    Timer(0.2, given_up.cancel).start()
+    with pytest.raises(CancelledError):
+        command_line.execute(tmp_path / "01_a.ipynb", {}, tmp_path, [given_up])
 
 
 def test_one_kernel_runs_notebook_after_notebook_and_forgets_each(tmp_path, monkeypatch):

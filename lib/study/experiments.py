@@ -109,7 +109,8 @@ def tuning(run):
     the run's own ("few": and fewer values); "full": all combinations. The largest rate shows if the best is smaller."""
     own, decays = run.recipe(run.treatment).rho, (run.weight_decay, 4 * run.weight_decay or 5e-4)
     radii, found = [rho for rho in radius_sweep(run) if rho] or [own], {}
-    for rho, factor, decay in product([0.0, *radii], (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8), decays):
+    rates = (1, 2, 4) if run.tuning == "few" else (0.5, 1, 2, 4, 8)
+    for rho, factor, decay in product([0.0, *radii], rates, decays):
         n_changed = (rho not in (0, own)) + (factor != 1) + (decay != run.weight_decay)
         most = 3 if run.tuning == "full" and factor in (1, 2, 4) else 1
         if n_changed <= most and (factor >= 1 or not rho):
@@ -298,7 +299,7 @@ class Plan:
     def seconds_left(self, frame):
         """Seconds until all notebooks are done. They are analysed, two at a time, while models of others train."""
         run, x, asked = self.run, self.run.dataset.x, 0
-        if "01" in self.notebooks and not run.is_small:  # beside the training: on average, half of it is done
+        if "01" in self.notebooks and not run.is_small:  # it runs beside the training: on average half is left
             asked = ASKED * len(run.names) * min(1000, len(x), 2**20 // x[0, 0].size) / frame.rate.iloc[0]
         return frame.seconds.sum() + asked + pace() / PACE * sum(map(self.analysis, self.notebooks)) / AT_ONCE
 

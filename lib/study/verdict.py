@@ -176,8 +176,7 @@ def ledger(results, claims=CLAIMS):
     rows = rows.drop_duplicates(KEY)
     exact = rows.value.where(rows.experiment == "theorem: limits")  # no chance in them
     rows = rows.assign(ci_low=rows.ci_low.fillna(exact), ci_high=rows.ci_high.fillna(exact))
-    numbers = rows[["value", "ci_low"]].to_numpy(float).tolist()
-    known = dict(zip(rows[KEY].itertuples(index=False, name=None), numbers, strict=True))
+    known = {row[:-2]: row[-2:] for row in rows[[*KEY, "value", "ci_low"]].itertuples(index=False, name=None)}
     # claims about the strictest rate, or every optimizer or network, find their rows once more under that name
     headlines = rows[rows.attack.isin(HEADLINES) & (rows.coordinate == "")]
     strict = headlines[headlines.experiment == "main"]

@@ -76,12 +76,11 @@ def asam(gradient, params, rho, eta=0.01):
 
 
 def gsam(gradient, params, rho, rate, alpha=0.2, low=0.5):
-    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1; SAM if alpha is 0 and low 1.
-
+    """GSAM: Zhuang et al. 2022, "Surrogate gap minimization", algorithm 1. alpha = 0 is SAM at a constant radius;
     low: the radius at learning rate 0, as a share of rho (their ResNets on ImageNet: 0.02 of 0.04)."""
     first, aux = gradient(params)
     # rho_t = rho_min + (rho_max - rho_min) lr_t / lr_max
-    second, _ = gradient(ascend(params, first, rho * (low + (1 - low) * rate)))
+    second, _ = gradient(ascend(params, first, rho * (low + (1 - low) * rate) if alpha else rho))
     # g = g_SAM - alpha (the part of grad L(w) that is orthogonal to g_SAM)
     along = dot(first, second) / (dot(second, second) + 1e-24)
     return {n: g - alpha * (first[n] - along * g) for n, g in second.items()}, aux
